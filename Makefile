@@ -1,0 +1,47 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer: everything else goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= digits
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+PIP := PIP_REQUIRE_VIRTUALENV=1 $(RUN) -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench
+
+help:
+	@echo 'make demo    quantize the embedded model to 8 bits, draw images, score them (runs/ndtc_w8a8/...)'
+	@echo '             MODEL=name chooses conf/model/name.yaml, ARGS="seed=1 bits=w4a8" overrides settings'
+	@echo 'make test    run the tests; ARGS="-k metrics" chooses'
+	@echo 'make bench   run the benchmarks'
+	@echo 'PYTHON=python3.12 chooses the interpreter that .venv is made with; the first call installs about 6 GB.'
+
+demo: $(VENV)/.installed
+	$(RUN) -m ptq_exp +experiment=ndtc_w8a8 model=$(MODEL) $(ARGS)
+
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/.installed
+	@set -e; for benchmark in benchmarks/*.py; do \
+	    echo "== $$benchmark"; OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) $$benchmark; \
+	done
+
+# Stamps: install again only when the dependencies changed. A virtual environment that was cut off while it
+# was made has no pip and is completed.
+define make-venv
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	    sys.exit(0 if v >= (3, 10) else "$(PYTHON) is Python %d.%d: set PYTHON to 3.10 or newer" % v[:2])'
+	@$(RUN) -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' 2> /dev/null || $(PYTHON) -m venv $(VENV)
+endef
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	$(make-venv)
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.installed-test: setup.cfg pyproject.toml
+	$(make-venv)
+	$(PIP) install --editable '.[test]'
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,63 @@
+"""The two embedded networks: the `digits` U-Net (a small CIFAR-10 network) and the `digits` classifier."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from ptq_exp.embedded.digits import IMAGE_SIZE, N_CLASSES
+
+TRAIN_STEPS = 1000
+BETA_SCHEDULE = "squaredcos_cap_v2"
+
+
+def build_unet() -> UNet2DModel:
+    """The `digits` noise predictor: 1.6 M parameters, random weights.
+
+    It has every kind of layer of the CIFAR-10 network of improved-diffusion: three resolutions (16, 8, 4), two
+    ResBlocks per level conditioned by scale and shift, self-attention, skip concatenations with 1x1 shortcuts.
+    """
+    return UNet2DModel(
+        sample_size=IMAGE_SIZE,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=2,
+        block_out_channels=(24, 48, 72),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=24,
+        norm_num_groups=8,
+        attn_norm_num_groups=8,
+        resnet_time_scale_shift="scale_shift",
+        norm_eps=1e-5,
+    )
+
+
+class Features(NamedTuple):
+    """What a metric needs of a batch: `pooled` [N, D] (FID), `spatial` [N, C, H, W] (sFID), `logits` [N, K] (IS)."""
+
+    pooled: Tensor
+    spatial: Tensor
+    logits: Tensor
+
+
+def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+class DigitsClassifier(nn.Module):
+    """A small CNN: [N, 1, 16, 16] in [-1, 1] -> `Features` with D = 64, a 64 x 4 x 4 map and 10 logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv(1, 32), _conv(32, 32, stride=2), _conv(32, 48), _conv(48, 64, stride=2))
+        self.head = nn.Sequential(_conv(64, 64), nn.Dropout2d(0.2))
+        self.classify = nn.Linear(64, N_CLASSES)
+
+    def forward(self, images: Tensor) -> Features:
+        spatial = self.stem(images)
+        pooled = self.head(spatial).mean(dim=(2, 3))
+        return Features(pooled, spatial, self.classify(pooled))

@@ -1,0 +1,63 @@
+"""Writing files so that a killed run leaves either the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from ptq_exp.errors import PTQError
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; rename it over `path` when the block ends well.
+
+    The temporary file lies in the folder of `path` (a rename is atomic only within one file system), keeps
+    its suffix (`numpy` and `PIL` choose by it) and is removed when the block raises. The folder is created.
+
+    Raises:
+        PTQError: the disk is full, the folder cannot be written, ...; the message names `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+        _flush_to_disk(path.parent)
+    except OSError as error:
+        raise PTQError(
+            f"cannot write {path}: {error.strerror or error}; free space there or choose another folder"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _flush_to_disk(path: Path) -> None:
+    """fsync a file, or a folder so that a rename inside it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_npz(path: str | os.PathLike, *, compressed: bool = False, **arrays: np.ndarray) -> None:
+    """Write named arrays (no Python objects) as one `.npz` file, atomically.
+
+    Raises:
+        PTQError: an array holds Python objects, or the file cannot be written; the message names `path`.
+    """
+    for name, array in arrays.items():
+        if np.asarray(array).dtype.hasobject:
+            raise PTQError(f"cannot write {path}: array {name!r} holds Python objects, not numbers or text")
+    save = np.savez_compressed if compressed else np.savez
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        save(stream, **arrays)

@@ -1,0 +1,68 @@
+"""Post-training quantization of PyTorch networks: quantizers, range search, placement by rules, accounting.
+
+report = quantize_(model, default_rules(8, 8), example_inputs)
+calibrate_weights_(model, "lp")
+with calibrating(model):
+    ...  # forwards over the calibration set
+finish_calibration(model, "lp")
+"""
+
+from ptq_exp.quantization.affine import (
+    QRange,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    integer_range,
+    quantize,
+)
+from ptq_exp.quantization.calibrate import (
+    calibrate_weights_,
+    calibrating,
+    disabled,
+    finish_calibration,
+    freeze_weights_,
+    quantizers,
+    set_mode,
+)
+from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
+from ptq_exp.quantization.quantize import quantize_
+from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
+from ptq_exp.quantization.ranges import METRICS, RangeSketch, search_range
+from ptq_exp.quantization.report import Report, Row, describe, ranges
+from ptq_exp.quantization.rules import QuantSpec, Rule, TensorSpec, default_rules
+
+__all__ = [
+    "METRICS",
+    "ActivationQuantizer",
+    "Mode",
+    "QRange",
+    "QuantAttention",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantSpec",
+    "Quantizer",
+    "RangeSketch",
+    "Report",
+    "Row",
+    "Rule",
+    "TensorSpec",
+    "WeightQuantizer",
+    "calibrate_weights_",
+    "calibrating",
+    "choose_qparams",
+    "default_rules",
+    "dequantize",
+    "describe",
+    "disabled",
+    "fake_quantize",
+    "finish_calibration",
+    "freeze_weights_",
+    "integer_range",
+    "quantize",
+    "quantize_",
+    "quantizers",
+    "ranges",
+    "search_range",
+    "set_mode",
+]

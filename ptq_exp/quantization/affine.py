@@ -1,0 +1,137 @@
+"""Uniform affine quantization as pure functions: real value = scale * (integer - zero_point).
+
+The integer grid always holds the zero point, so that zero (padding, ReLU, empty skip) is represented exactly.
+Convention and notation follow Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", section 2.1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptq_exp.errors import ConfigError
+
+MIN_BITS, MAX_BITS = 2, 16
+# Keeps x / scale finite for an all-zero tensor, and lies below every step that a 16-bit softmax map needs.
+SCALE_FLOOR = 1e-12
+
+
+class QRange(NamedTuple):
+    """Parameters of one affine quantizer; `fake_quantize(x, *qrange)` applies it.
+
+    All four are float32 tensors of one shape that broadcasts against the tensor they belong to: 0-d per tensor,
+    or with every dimension but the channel axis kept at size 1. `zero_point`, `qmin` and `qmax` hold integers and
+    qmin <= zero_point <= qmax.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    qmin: Tensor
+    qmax: Tensor
+
+
+def integer_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest integer of a `bits` wide grid: [-2^(b-1), 2^(b-1)-1] if signed, else [0, 2^b-1].
+
+    Raises ConfigError if `bits` is not an integer from 2 to 16.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ConfigError(f"bits={bits!r} is not a bit-width: expected an integer from {MIN_BITS} to {MAX_BITS}")
+    return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def choose_qparams(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> QRange:
+    """Quantizer whose grid just covers [lo, hi], widened to include zero.
+
+    Asymmetric: unsigned grid, scale = (hi - lo) / (2^b - 1), zero point -lo / scale rounded inside the grid.
+    Symmetric: zero point 0; signed grid with the smallest scale that clips neither end, or, where the range is
+    one-sided, all 2^b levels on that side: [0, 2^b-1] for lo >= 0, else [-(2^b-1), 0] for hi <= 0.
+
+    Args:
+        lo, hi: range ends, any common shape (one element per quantizer); the result has that shape.
+        bits: 2 to 16, see `integer_range`.
+    """
+    unsigned_max = float(integer_range(bits, signed=False)[1])
+    lo, hi = (end.to(torch.float32) for end in torch.broadcast_tensors(lo.clamp(max=0), hi.clamp(min=0)))
+    if not symmetric:
+        scale = ((hi - lo) / unsigned_max).clamp_(min=SCALE_FLOOR)
+        zero_point = (-lo / scale).round_().clamp_(0, unsigned_max)
+        return QRange(scale, zero_point, torch.zeros_like(scale), torch.full_like(scale, unsigned_max))
+    qmin, qmax = symmetric_levels(lo, hi, bits)
+    below = torch.where(qmin < 0, lo / qmin.clamp(max=-1), 0)
+    above = torch.where(qmax > 0, hi / qmax.clamp(min=1), 0)
+    scale = torch.maximum(below, above).clamp_(min=SCALE_FLOOR)
+    return QRange(scale, torch.zeros_like(scale), qmin, qmax)
+
+
+def symmetric_levels(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Integer range (qmin, qmax) of a symmetric quantizer for data in [lo, hi], shaped like `lo`, float32.
+
+    Signed for two-sided data; one-sided data (all >= 0, or all <= 0) gets all levels on its own side.
+    """
+    signed_min, signed_max = integer_range(bits, signed=True)
+    unsigned_max = integer_range(bits, signed=False)[1]
+    positive, negative = lo >= 0, (hi <= 0) & (lo < 0)
+    qmin = torch.full_like(lo, signed_min, dtype=torch.float32)
+    qmax = torch.full_like(hi, signed_max, dtype=torch.float32)
+    qmin = qmin.masked_fill(positive, 0).masked_fill(negative, -unsigned_max)
+    qmax = qmax.masked_fill(positive, unsigned_max).masked_fill(negative, 0)
+    return qmin, qmax
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+    """Integers (int32) in [qmin, qmax] nearest to x / scale + zero_point; ties go to the even level."""
+    level = torch.div(x, scale).round_().clamp_(qmin - zero_point, qmax - zero_point)
+    return level.add_(zero_point).to(torch.int32)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Real values scale * (q - zero_point) of the integers `q`."""
+    return (q - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+    """`dequantize(quantize(x))` in one step, differentiable in `x` and `scale`.
+
+    Backward is the straight-through estimator: d/dx is 1 where the rounded level is inside the grid, else 0;
+    d/dscale is (level - x / scale) inside and the clamped level outside, levels counted from the zero point
+    (Esser et al. 2020, "Learned Step Size Quantization", equation 3, without its gradient scale; QDrop trains
+    activation scales so). The zero point is a constant.
+
+    Args:
+        x: float32 (or float64) tensor of any shape.
+        scale, zero_point, qmin, qmax: see `QRange`.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
+    return _fake_quantize_values(x, scale, zero_point, qmin, qmax)
+
+
+def _fake_quantize_values(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
+    # The zero point only moves the clamp bounds, so one temporary and four passes do.
+    return torch.div(x, scale).round_().clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Values of the inference path with a straight-through backward; only `x` is kept for it."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, qmin, qmax):
+        ctx.save_for_backward(x, scale, qmin - zero_point, qmax - zero_point)
+        return _fake_quantize_values(x, scale, zero_point, qmin, qmax)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, lowest, highest = ctx.saved_tensors
+        ratio = x / scale
+        level = ratio.round()
+        inside = (level >= lowest) & (level <= highest)
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            per_element = level.clamp_(lowest, highest).sub_(ratio.mul_(inside))
+            grad_scale = per_element.mul_(grad).sum_to_size(scale.shape)
+        return grad_x, grad_scale, None, None, None

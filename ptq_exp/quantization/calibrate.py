@@ -1,0 +1,116 @@
+"""Finding the ranges of a quantized model: weights first, then activations of the weight-quantized model.
+
+calibrate_weights_(model, metric)
+with calibrating(model):
+    for batch in calibration_set:
+        model(*batch)
+finish_calibration(model, metric)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
+
+
+def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Yield (name, quantizer) in module order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantizer))
+
+
+def set_mode(model: nn.Module, mode: Mode | str) -> None:
+    """Set the mode of all quantizers; ``observe`` concerns those of activations alone."""
+    mode = Mode(mode)
+    for _, quantizer in quantizers(model):
+        if mode is not Mode.OBSERVE or isinstance(quantizer, ActivationQuantizer):
+            quantizer.mode = mode
+
+
+@contextmanager
+def _mode(model: nn.Module, mode: Mode) -> Iterator[None]:
+    before = [(quantizer, quantizer.mode) for _, quantizer in quantizers(model)]
+    set_mode(model, mode)
+    try:
+        yield
+    finally:
+        for quantizer, own in before:
+            quantizer.mode = own
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Switch all quantizers off inside the context; each one's mode is restored at its end.
+
+    Weights that are frozen stay quantized: their full-precision values are gone.
+    """
+    with _mode(model, Mode.OFF):
+        yield
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Let the activation quantizers observe inside the context; each one's mode is restored at its end.
+
+    Activations pass unquantized, through the frozen, quantized weights. Several contexts add up until
+    `finish_calibration`. An error inside discards what was observed.
+    """
+    try:
+        with _mode(model, Mode.OBSERVE):
+            yield
+    except BaseException:
+        for _, quantizer in _activations(model):
+            quantizer.forget()
+        raise
+
+
+def calibrate_weights_(model: nn.Module, metric: str) -> None:
+    """Search the range of every weight by `metric` and freeze: each weight now holds its quantized values.
+
+    Raises:
+        QuantizationError: a weight is frozen already.
+        PTQError: a weight holds NaN or infinity; the message names the layer.
+    """
+    layers = _quantized_weights(model)
+    for layer in layers:
+        layer.weight_quantizer.search(layer.weight, metric)
+    freeze_weights_(model)
+
+
+def freeze_weights_(model: nn.Module) -> None:
+    """Bake every calibrated weight into its parameter; frozen weights are left alone.
+
+    Raises:
+        QuantizationError: a weight is not calibrated.
+    """
+    for layer in _quantized_weights(model):
+        layer.weight_quantizer.freeze(layer.weight)
+
+
+def finish_calibration(model: nn.Module, metric: str) -> None:
+    """Search the activation ranges by `metric` over all data observed, and drop the observations.
+
+    Raises:
+        QuantizationError: some quantizers saw no data; the message names them and no range is changed.
+    """
+    unseen = [name for name, quantizer in _activations(model) if not quantizer.saw_data]
+    if unseen:
+        shown = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+        raise QuantizationError(
+            f"{len(unseen)} activation quantizers saw no data: {shown}; run the model inside "
+            "calibrating(model), or keep layers that it never calls in full precision by a rule"
+        )
+    for _, quantizer in _activations(model):
+        quantizer.finish(metric)
+
+
+def _activations(model: nn.Module) -> list[tuple[str, ActivationQuantizer]]:
+    return [(name, module) for name, module in quantizers(model) if isinstance(module, ActivationQuantizer)]
+
+
+def _quantized_weights(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(getattr(m, "weight_quantizer", None), WeightQuantizer)]

@@ -1,0 +1,214 @@
+"""Quantization error of many candidate quantizers at once, by metric, on values or on a histogram.
+
+Notation: u = x / scale, v = clamp(round(u), qmin - zero_point, qmax - zero_point) the level, d = u - v. Then
+x - q(x) = scale * d, so every metric is a sum of one function of (u, d) over the data times a power of the scale.
+
+On a histogram the data is taken to be uniform inside each bin, and the sum over a bin is the difference of an
+antiderivative G of that function at the bin's two edges. With G's mean slope c taken out (it gives the
+constant c per value: the familiar scale^2/12 for mse) what is left is bounded inside the range, so float32 is
+enough, and the formula holds at every ratio of bin width to scale: no aliasing where bins are wider than steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ptq_exp.quantization.affine import QRange
+
+# Elements per evaluated block: the temporaries of one block stay in a core's cache.
+BLOCK = 1 << 17
+EXPONENTS = {"l1": 1.0, "mse": 2.0, "lp": 2.4}
+
+Summands = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+class ErrorSource(Protocol):
+    """What the search minimises: `errors(candidates)` maps a QRange of shape [cells, k] to errors [cells, k].
+
+    Errors are comparable within a cell only. `cost` is the number of elements read per candidate.
+    """
+
+    cost: int
+
+    def errors(self, candidates: QRange) -> Tensor: ...
+
+
+def power_(d: Tensor, p: float) -> Tensor:
+    """|d|^p in place; float32 `pow` takes several times as long as logarithm and exponential together."""
+    if p == 1.0:
+        return d.abs_()
+    if p == 2.0:
+        return d.square_()
+    return d.square_().log2_().mul_(p / 2).exp2_()
+
+
+def value_summands(metric: str) -> Summands:
+    """f(u, d) whose sums over the values make the metric: |d|^p; for cosine d^2 and -u d. May overwrite d."""
+    if metric == "cosine":
+        return lambda u, d: ((u * d).neg_(), d.square_())
+    p = EXPONENTS[metric]
+    return lambda u, d: (power_(d, p),)
+
+
+def edge_summands(metric: str) -> Summands:
+    """Antiderivatives (in u) of `value_summands` less their mean slopes; see the module docstring."""
+    if metric == "cosine":
+        def cosine(u: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+            rest = 0.25 - d.square()
+            return rest * ((u - d) / 2 + d / 3), rest * d / -3
+        return cosine
+    p = EXPONENTS[metric]
+    return lambda u, d: (power_(d.clone(), p).sub_(0.5**p).mul_(d.div_(p + 1)),)
+
+
+def mean_slopes(metric: str) -> tuple[float, ...]:
+    """Means of `value_summands` over whole levels, d uniform in [-1/2, 1/2]."""
+    if metric == "cosine":
+        return -1 / 12, 1 / 12
+    p = EXPONENTS[metric]
+    return (0.5**p / (p + 1),)
+
+
+def block_sums(points: Tensor, weights: Tensor | None, candidates: QRange, summands: Summands) -> list[Tensor]:
+    """Sum of weight * f(u, d) over `points` [cells, n] for candidates [cells, k]; one [cells, k] per summand."""
+    inverse = candidates.scale.reciprocal().unsqueeze(-1)
+    lowest = (candidates.qmin - candidates.zero_point).unsqueeze(-1)
+    highest = (candidates.qmax - candidates.zero_point).unsqueeze(-1)
+    totals: list[Tensor] = []
+    for cell, k, n in _blocks(*inverse.shape[:2], points.shape[1]):
+        u = points[cell, None, n] * inverse[cell, k]
+        level = u.round()
+        torch.maximum(level, lowest[cell, k], out=level)
+        torch.minimum(level, highest[cell, k], out=level)
+        terms = summands(u, torch.sub(u, level, out=level))
+        totals = totals or [torch.zeros_like(candidates.scale) for _ in terms]
+        for total, term in zip(totals, terms, strict=True):
+            if weights is not None:
+                term.mul_(weights[cell, None, n])
+            total[cell, k] += term.sum(-1)
+    return totals
+
+
+def _blocks(cells: int, candidates: int, points: int):
+    """Slices (cell, candidate, point) that tile the three axes in blocks of at most about BLOCK elements."""
+    n_step = min(points, BLOCK)
+    k_step = min(candidates, max(1, BLOCK // n_step))
+    c_step = max(1, BLOCK // (n_step * k_step))
+    for c in range(0, cells, c_step):
+        for n in range(0, points, n_step):
+            for k in range(0, candidates, k_step):
+                yield slice(c, c + c_step), slice(k, k + k_step), slice(n, n + n_step)
+
+
+def combine(metric: str, sums: list[Tensor], unit: Tensor, energy: Tensor) -> Tensor:
+    """Metric from the sums of its summands.
+
+    p-norms: unit^p * sum |d|^p (`unit` is overwritten). Cosine: 1 - <x, q> / (|x| |q|), written with a = <x, q - x> / |x|^2 and
+    b = |q - x|^2 / |x|^2 as (b - a^2) / (r (r + 1 + a)), r = |q| / |x| = sqrt(1 + 2a + b): no cancellation.
+
+    Args:
+        unit: scale over the cell's reference scale, [cells, k] (the reference keeps powers inside float32).
+        energy: sum of x^2 in units of the reference scale, [cells, 1].
+    """
+    if metric != "cosine":
+        return power_(unit, EXPONENTS[metric]).mul_(sums[0])
+    energy = energy.clamp(min=torch.finfo(energy.dtype).tiny)
+    a, b = (unit.square() * total / energy for total in sums)
+    r = (1 + 2 * a + b).clamp_(min=0).sqrt_()
+    return (b - a.square()).clamp_(min=0) / (r * (r + 1 + a)).clamp_(min=1e-12)
+
+
+@dataclass
+class ValueErrors:
+    """Errors on the values themselves, `rows` [cells, n] float32; `reference` [cells, 1] any scale of each cell."""
+
+    rows: Tensor
+    metric: str
+    reference: Tensor
+
+    def __post_init__(self) -> None:
+        self.cost = self.rows.numel()
+        self._energy = torch.zeros_like(self.reference)
+        if self.metric == "cosine":
+            self._energy = (self.rows / self.reference).square_().sum(1, keepdim=True)
+
+    def errors(self, candidates: QRange) -> Tensor:
+        sums = block_sums(self.rows, None, candidates, value_summands(self.metric))
+        return combine(self.metric, sums, candidates.scale / self.reference, self._energy)
+
+
+@dataclass
+class HistogramErrors:
+    """Errors on a histogram: `edges` [cells, bins + 1] equally spaced, `counts` [cells, bins] of any number type."""
+
+    edges: Tensor
+    counts: Tensor
+    metric: str
+    reference: Tensor
+
+    def __post_init__(self) -> None:
+        self.cost = self.edges.numel()
+        total = self.counts.sum(1, keepdim=True).clamp(min=1)
+        density = (self.counts.double() / total).float()
+        # Abel summation: sum w_j (G_{j+1} - G_j) = sum_j (w_{j-1} - w_j) G_j, one weight per edge.
+        self._weights = -torch.nn.functional.pad(density, (1, 1)).diff(dim=1)
+        self._width = self.edges[:, 1:2] - self.edges[:, :1]
+        centers = (self.edges[:, 1:] + self.edges[:, :-1]) / (2 * self.reference)
+        self._energy = (density * centers.square()).sum(1, keepdim=True)
+
+    def errors(self, candidates: QRange) -> Tensor:
+        sums = block_sums(self.edges, self._weights, candidates, edge_summands(self.metric))
+        steps_per_bin = candidates.scale / self._width
+        sums = [slope + total * steps_per_bin
+                for slope, total in zip(mean_slopes(self.metric), sums, strict=True)]
+        return combine(self.metric, sums, candidates.scale / self.reference, self._energy)
+
+
+@dataclass
+class CodeDivergence:
+    """KL(P || Q) between the histogram P of x and the one a reader of the codes alone would reconstruct.
+
+    Q spreads the mass of each code evenly over the non-empty bins that round to it. This is the calibration of
+    Migacz 2017, "8-bit Inference with TensorRT", but for the clipped bins: they count to the outermost code
+    instead of being folded onto the outermost bin, which keeps the divergence finite and both ends searchable.
+    Codes are runs of bins, so prefix sums give a candidate in O(codes).
+
+    Args: `width` [cells, 1] of the bins, `first` the signed number of the first bin (bin j covers
+    [j, j + 1) * width), `counts` [cells, bins].
+    """
+
+    width: Tensor
+    first: int
+    counts: Tensor
+
+    def __post_init__(self) -> None:
+        probability = self.counts.double() / self.counts.sum(1, keepdim=True).clamp(min=1)
+        pad = torch.nn.functional.pad
+        self._mass = pad(probability.cumsum(1), (1, 0))
+        self._occupied = pad((self.counts > 0).double().cumsum(1), (1, 0))
+        self._negative_entropy = torch.xlogy(probability, probability).sum(1, keepdim=True)
+        self.cost = self._mass.numel()
+
+    def errors(self, candidates: QRange) -> Tensor:
+        codes = int((candidates.qmax - candidates.qmin).max())
+        step = max(1, 8 * BLOCK // ((codes + 2) * len(self.width)))
+        parts = [self._divergence(QRange(*(part[:, k:k + step] for part in candidates)), codes)
+                 for k in range(0, candidates.scale.shape[1], step)]
+        return torch.cat(parts, dim=1)
+
+    def _divergence(self, candidates: QRange, codes: int) -> Tensor:
+        cells, bins = self.counts.shape
+        lowest = (candidates.qmin - candidates.zero_point).unsqueeze(-1)
+        upper = lowest + torch.arange(codes, device=lowest.device) + 0.5
+        # Bin j's centre (j + 1/2) * width reaches the next code from this j on.
+        boundary = (upper * (candidates.scale / self.width).unsqueeze(-1) - 0.5).ceil_().sub_(self.first)
+        boundary = torch.nn.functional.pad(boundary.clamp_(0, bins), (1, 0))
+        boundary = torch.nn.functional.pad(boundary, (0, 1), value=bins).long().flatten(1)
+        mass = self._mass.gather(1, boundary).view(cells, -1, codes + 2).diff(dim=-1)
+        occupied = self._occupied.gather(1, boundary).view(cells, -1, codes + 2).diff(dim=-1)
+        return self._negative_entropy - torch.xlogy(mass, mass / occupied.clamp_(min=1)).sum(-1)

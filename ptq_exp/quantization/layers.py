@@ -1,0 +1,152 @@
+"""Quantized twins of the layers that multiply: convolutions, linear layers and `diffusers` attention.
+
+A layer is quantized by giving it quantizers as child modules and changing its class to a subclass of its own.
+The names of the full-precision parameters, `isinstance`, `pickle` and `deepcopy` go on working, and with all
+quantizers off the outputs are those of the full-precision layer bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from ptq_exp.quantization.rules import QuantSpec, TensorSpec
+
+
+class QuantConv1d(nn.Conv1d):
+    """`nn.Conv1d` ``[B, C_in, L] -> [B, C_out, L']`` on quantized operands."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve the quantized input (padded after quantization) with the quantized weight."""
+        y = self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return self.output_quantizer(y)
+
+
+class QuantConv2d(nn.Conv2d):
+    """`nn.Conv2d` ``[B, C_in, H, W] -> [B, C_out, H', W']`` on quantized operands."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve the quantized input (padded after quantization) with the quantized weight."""
+        y = self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return self.output_quantizer(y)
+
+
+class QuantLinear(nn.Linear):
+    """`nn.Linear` ``[..., C_in] -> [..., C_out]`` on quantized operands."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply the quantized input by the quantized weight."""
+        y = nn.functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+        return self.output_quantizer(y)
+
+
+class QuantAttention(Attention):
+    """`diffusers` attention whose softmax map is quantized.
+
+    Its q, k and v are the outputs of `to_q`, `to_k` and `to_v`, quantized there. It needs the explicit
+    `AttnProcessor`: the fused `scaled_dot_product_attention` never shows the map.
+    """
+
+    def get_attention_scores(
+        self, query: Tensor, key: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the quantized softmax map ``[B * heads, L_q, L_k]``, values in [0, 1]."""
+        return self.softmax_quantizer(super().get_attention_scores(query, key, attention_mask))
+
+
+QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Linear: QuantLinear,
+    Attention: QuantAttention,
+}
+FULL_PRECISION = {quantized: original for original, quantized in QUANTIZED.items()}
+
+
+def retype_(module: nn.Module, quantizers: dict[str, nn.Module]) -> None:
+    """Turn `module` into its quantized twin, in place, with `quantizers` (role -> module) as children.
+
+    Assigning ``__class__`` looks like a trick; it is confined to this function. A wrapper around the module
+    would rename its parameters (full-precision checkpoints would not load), hide it from `isinstance` and
+    from code that reads ``module.weight`` (as `diffusers` does), and a copy would break references held by
+    others. The twin is a subclass with the same ``__init__`` and instance layout, so the assignment is well
+    defined.
+    """
+    device = next(module.parameters()).device
+    for role, quantizer in quantizers.items():
+        setattr(module, role, quantizer.to(device))
+    module.__class__ = QUANTIZED[type(module)]
+
+
+def layer_quantizers(
+    layer: nn.Conv1d | nn.Conv2d | nn.Linear, spec: QuantSpec, name: str
+) -> dict[str, nn.Module]:
+    """Return the weight, input and output quantizers that `spec` asks for on `layer` (None = the identity).
+
+    Raises:
+        QuantizationError: the segments of `spec` do not add up to the channels of `layer`.
+    """
+    out_channels, in_channels = layer.weight.shape[:2]
+    axis = 1 - layer.weight.ndim  # channels of [..., C], [..., C, L] and [..., C, H, W], and of the weight
+    rows = out_channels if spec.weight is not None and spec.weight.granularity == "channel" else 1
+    groups = getattr(layer, "groups", 1)
+    return {
+        "weight_quantizer": _build(
+            WeightQuantizer, spec.weight, in_channels, axis, f"{name}.weight_quantizer", rows
+        ),
+        "input_quantizer": _build(
+            ActivationQuantizer, spec.input, in_channels * groups, axis, f"{name}.input_quantizer"
+        ),
+        "output_quantizer": _build(
+            ActivationQuantizer, spec.output, out_channels, axis, f"{name}.output_quantizer"
+        ),
+    }
+
+
+def attention_quantizers(attention: Attention, spec: QuantSpec, name: str) -> dict[str, nn.Module]:
+    """Return the quantizer of the softmax map that `spec` asks for (it must not be None there)."""
+    return {
+        "softmax_quantizer": _build(ActivationQuantizer, spec.softmax, None, -1, f"{name}.softmax_quantizer")
+    }
+
+
+def attention_obstacle(attention: Attention) -> str | None:
+    """Return why the explicit attention path would not compute what `attention` does; None if it would."""
+    if type(attention.processor) not in (AttnProcessor, AttnProcessor2_0):
+        return f"its processor is {type(attention.processor).__name__}, not AttnProcessor or AttnProcessor2_0"
+    if attention.norm_q is not None or attention.norm_k is not None:
+        return "it normalises q or k, which AttnProcessor does not"
+    if attention.to_k is None or attention.fused_projections or attention.inner_kv_dim != attention.inner_dim:
+        return "it has no separate to_q, to_k and to_v of equal width"
+    default_scale = (attention.inner_dim // attention.heads) ** -0.5
+    if type(attention.processor) is AttnProcessor2_0 and not math.isclose(attention.scale, default_scale):
+        return f"its scale {attention.scale} is not the {default_scale} that AttnProcessor2_0 applies"
+    return None
+
+
+def bits_of(quantizer: nn.Module | None) -> int | None:
+    """Return the bit-width of a quantizer, None for a missing one or for the identity in its place."""
+    return getattr(quantizer, "bits", None)
+
+
+def _build(
+    quantizer: type[Quantizer],
+    spec: TensorSpec | None,
+    channels: int | None,
+    axis: int,
+    name: str,
+    rows: int = 1,
+) -> nn.Module:
+    """Build one quantizer; `channels`: length of the channel axis (None: it varies, as in a softmax map)."""
+    if spec is None:
+        return nn.Identity()
+    if spec.segments and sum(spec.segments) != channels:
+        raise QuantizationError(
+            f"{name}: segments {spec.segments} sum to {sum(spec.segments)}, but there are {channels} channels"
+        )
+    settings = {"symmetric": spec.symmetric, "segments": spec.segments, "metric": spec.metric}
+    return quantizer(spec.bits, rows=rows, axis=axis, name=name, **settings)

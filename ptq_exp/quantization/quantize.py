@@ -1,0 +1,88 @@
+"""`quantize_`: place quantizers in a network by ordered rules, and account for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from torch import nn
+
+from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.calibrate import quantizers
+from ptq_exp.quantization.layers import (
+    QUANTIZED,
+    attention_obstacle,
+    attention_quantizers,
+    layer_quantizers,
+    retype_,
+)
+from ptq_exp.quantization.operations import trace
+from ptq_exp.quantization.report import Report, build_report, parameter_holders
+from ptq_exp.quantization.rules import Rule, check_rules, first_match
+
+
+def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) -> Report:
+    """Give the layers of `model` the quantizers that `rules` ask for, in place; nothing is calibrated yet.
+
+    Exact `nn.Conv1d`, `nn.Conv2d`, `nn.Linear` and `diffusers` `Attention` are retyped; subclasses of them
+    and other modules with weights are left alone and named in the report. If anything is wrong, the model is
+    left unchanged.
+
+    Args:
+        model: full-precision network.
+        rules: the first whose pattern matches a module's name decides; no match keeps it in full precision.
+        example_inputs: positional arguments of one sample, for the forward that counts multiplications.
+
+    Raises:
+        QuantizationError: the model is quantized already, or segments do not fit a layer.
+        ConfigError: a rule matches nothing.
+    """
+    if next(quantizers(model), None) is not None:
+        raise QuantizationError("the model is quantized already: quantize_ wants a full-precision model")
+    names = {name: module for name, module in model.named_modules() if type(module) in QUANTIZED}
+    check_rules(rules, names, [name for name, _ in parameter_holders(model) if name not in names])
+    plan: list[tuple[nn.Module, dict[str, nn.Module]]] = []
+    reasons: dict[str, str] = {}
+    for name, module in names.items():
+        placed, reasons[name] = _plan(module, first_match(rules, name), name)
+        if placed:
+            plan.append((module, placed))
+    reasons |= _kept_by_rule(model, rules, names)
+    counted = trace(model, example_inputs)
+    for module, placed in plan:
+        retype_(module, placed)
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
+    return build_report(model, counted, {name: reason for name, reason in reasons.items() if reason})
+
+
+def _plan(module: nn.Module, rule: Rule | None, name: str) -> tuple[dict[str, nn.Module], str]:
+    """Return the quantizers for one module, and the reason if there are none."""
+    if rule is None:
+        return {}, "no rule matches"
+    if rule.spec is None:
+        return {}, _reason(rule)
+    if not isinstance(module, Attention):
+        if rule.spec.weight is rule.spec.input is rule.spec.output is None:
+            return {}, f"rule {rule.pattern!r} quantizes neither weight nor input nor output"
+        return layer_quantizers(module, rule.spec, name), ""
+    if rule.spec.softmax is None:
+        return {}, f"rule {rule.pattern!r} quantizes no softmax map"
+    obstacle = attention_obstacle(module)
+    return (
+        ({}, f"left alone: {obstacle}") if obstacle else (attention_quantizers(module, rule.spec, name), "")
+    )
+
+
+def _kept_by_rule(
+    model: nn.Module, rules: Sequence[Rule], quantizable: dict[str, nn.Module]
+) -> dict[str, str]:
+    """Return the reasons that rules give for modules which could not be quantized anyway."""
+    matched = {
+        name: first_match(rules, name) for name, _ in parameter_holders(model) if name not in quantizable
+    }
+    return {name: _reason(rule) for name, rule in matched.items() if rule is not None and rule.spec is None}
+
+
+def _reason(rule: Rule) -> str:
+    return rule.reason or f"kept by rule {rule.pattern!r}"

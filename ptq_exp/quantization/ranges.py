@@ -1,0 +1,147 @@
+"""Range search: the quantizer of given bits that minimises a metric between data and its quantized self.
+
+Metrics, x the data and q its quantized self: `mse` mean (x - q)^2; `l1` mean |x - q|; `lp` mean |x - q|^2.4;
+`cosine` 1 - <x, q> / (|x| |q|); `kl` divergence of the histograms (see `CodeDivergence`); `minmax` the range of
+the data, nothing clipped; `percentile` the range that holds 99.99 % of the values on either side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ptq_exp.errors import ConfigError, QuantizationError
+from ptq_exp.quantization.affine import QRange, choose_qparams, integer_range
+from ptq_exp.quantization.errors_by_metric import CodeDivergence, ErrorSource, HistogramErrors, ValueErrors
+from ptq_exp.quantization.search import EndSpace, search_ends
+from ptq_exp.quantization.sketch import Histogram, finite_ends
+
+METRICS = ("mse", "l1", "cosine", "kl", "lp", "minmax", "percentile")
+PERCENTILE = 0.9999
+SKETCH_BINS = 8192
+# The usual histogram of the divergence calibration; more bins would measure the sampling noise of P.
+KL_BINS = 2048
+# Bins of the stand-in for a tensor whose values are at hand: all cells together, and the least for one.
+COARSE_BINS, FEWEST_BINS = 32768, 128
+
+
+@torch.no_grad()
+def search_range(
+    x: Tensor,
+    bits: int,
+    *,
+    symmetric: bool,
+    channel_axis: int | None = None,
+    metric: str = "lp",
+    name: str | None = None,
+) -> QRange:
+    """Quantizer parameters for `x`, one set, or one for each index of `channel_axis`.
+
+    Args:
+        x: tensor of any shape, finite; searched in float32.
+        bits: 2 to 16.
+        symmetric: zero point 0 on a signed grid (one-sided data: all levels on its side); else both ends and
+            the zero point are free, with zero inside the range.
+        metric: one of `METRICS`.
+        name: layer to name in an error.
+
+    Returns:
+        QRange of 0-d tensors, or with all dimensions but `channel_axis` of size 1: `fake_quantize(x, *qrange)`.
+
+    Raises:
+        ConfigError: unknown metric, bits or axis. QuantizationError: `x` is empty or holds NaN or infinity.
+    """
+    _check(bits, metric)
+    rows, shape = _rows(x, channel_axis)
+    if rows.numel() == 0:
+        raise QuantizationError(f"{name or 'range search'}: found an empty tensor, shape {list(x.shape)}")
+    low, high = finite_ends(rows, name)
+    if metric == "percentile":
+        low, high = -_nearest_rank(-rows), _nearest_rank(rows)
+    if metric in ("minmax", "percentile"):
+        found = choose_qparams(low, high, bits, symmetric)
+    else:
+        space = EndSpace(low, high, bits, symmetric)
+        found = search_ends(space, *_sources(rows, metric, space.minmax.scale), samples=rows.shape[1])
+    return QRange(*(part.reshape(shape) for part in found))
+
+
+class RangeSketch(Histogram):
+    """Range search for data that arrives in batches: counts them in bounded memory, then searches on the counts.
+
+    64 KiB per cell. The result depends on the multiset of all values only, not on the order or the split of the
+    batches. Usage: `update(x)` with x [cells, n] for each batch, then `search`.
+    """
+
+    def __init__(self, cells: int, name: str | None = None) -> None:
+        super().__init__(cells, SKETCH_BINS, name)
+
+    @torch.no_grad()
+    def search(self, bits: int, symmetric: bool, metric: str = "lp") -> QRange:
+        """Parameters of shape [cells]; arguments and errors as in `search_range`.
+
+        Raises QuantizationError if a cell has seen no value.
+        """
+        _check(bits, metric)
+        if not bool((self.count > 0).all()):
+            raise QuantizationError(f"{self.where}: its quantizer saw no data; run calibration through this layer")
+        low, high = self.percentile(PERCENTILE) if metric == "percentile" else (self.min, self.max)
+        if metric in ("minmax", "percentile"):
+            return choose_qparams(low, high, bits, symmetric)
+        space = EndSpace(low, high, bits, symmetric)
+        smooth = _histogram_source(self, metric, space.minmax.scale)
+        found = search_ends(space, smooth, smooth, samples=int(self.count.min()))
+        # All values alike lie in one bin, whose inside a histogram cannot see; their own range holds them exactly.
+        alike = self.min == self.max
+        return QRange(*(torch.where(alike, plain.squeeze(1), part)
+                        for plain, part in zip(space.minmax, found, strict=True)))
+
+
+def _check(bits: int, metric: str) -> None:
+    integer_range(bits, signed=False)
+    if metric not in METRICS:
+        raise ConfigError(f"metric={metric!r} is unknown: expected one of {', '.join(METRICS)}")
+
+
+def _rows(x: Tensor, channel_axis: int | None) -> tuple[Tensor, list[int]]:
+    """`x` as float32 [cells, n], and the shape that makes [cells] broadcast against `x`."""
+    x = x.detach().float()
+    if channel_axis is None:
+        return x.reshape(1, -1), []
+    if not -x.ndim <= channel_axis < x.ndim:
+        raise ConfigError(f"channel_axis={channel_axis} is not an axis of a tensor of shape {list(x.shape)}")
+    shape = [1] * x.ndim
+    shape[channel_axis] = -1
+    return x.movedim(channel_axis, 0).flatten(1).contiguous(), shape
+
+
+def _sources(rows: Tensor, metric: str, reference: Tensor) -> tuple[ErrorSource, ErrorSource]:
+    """A cheap stand-in for the coarse stages, and the values themselves (none for `kl`, a histogram by definition)."""
+    cells, n = rows.shape
+    bins = KL_BINS if metric == "kl" else min(max(COARSE_BINS // cells, FEWEST_BINS), SKETCH_BINS)
+    histogram = Histogram(cells, 1 << bins.bit_length() - 1)
+    if metric == "kl":
+        histogram.update(rows)
+        source = _histogram_source(histogram, metric, reference)
+        return source, source
+    exact = ValueErrors(rows, metric, reference)
+    if n <= histogram.bins:
+        return exact, exact
+    histogram.update(rows)
+    return _histogram_source(histogram, metric, reference), exact
+
+
+def _histogram_source(histogram: Histogram, metric: str, reference: Tensor) -> ErrorSource:
+    if metric == "kl":
+        histogram = histogram.coarsened(KL_BINS)
+        return CodeDivergence(histogram.width, *histogram.occupied())
+    first, counts = histogram.occupied()
+    edges = histogram.width * torch.arange(first, first + counts.shape[1] + 1, device=counts.device)
+    return HistogramErrors(edges, counts, metric, reference)
+
+
+def _nearest_rank(rows: Tensor) -> Tensor:
+    """Smallest value of each row that at least the fraction PERCENTILE of the row does not exceed, [cells]."""
+    return rows.kthvalue(math.ceil(PERCENTILE * rows.shape[1]), dim=1).values

@@ -1,0 +1,178 @@
+"""Which operation gets which quantizers: ordered rules from name patterns to specifications.
+
+A pattern is a case-sensitive glob (`fnmatch`) on module names as `named_modules` spells them: ``*`` matches
+any text, dots included, ``[qkv]`` one of three letters. The first rule that matches a module decides.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from ptq_exp.errors import ConfigError
+from ptq_exp.quantization.ranges import METRICS
+
+LAYER_BITS = (2, 8)
+SOFTMAX_BITS = (2, 16)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one tensor is quantized.
+
+    Attributes:
+        bits: width of the integer, 2 to 16.
+        symmetric: zero point 0.
+        granularity: one range per ``"tensor"`` or, for weights, per output ``"channel"``.
+        segments: input-channel counts of groups that get a range each; None = one group.
+        metric: error measure of the range search; None = the one of the run.
+
+    Raises:
+        ConfigError: a value is outside the above.
+    """
+
+    bits: int
+    symmetric: bool = False
+    granularity: Literal["tensor", "channel"] = "tensor"
+    segments: tuple[int, ...] | None = None
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        check_bits("TensorSpec.bits", self.bits, SOFTMAX_BITS)
+        if self.granularity not in ("tensor", "channel"):
+            raise ConfigError(f"TensorSpec.granularity={self.granularity!r}: choose 'tensor' or 'channel'")
+        if self.segments is not None and (not self.segments or min(self.segments) < 1):
+            raise ConfigError(f"TensorSpec.segments={self.segments}: give positive channel counts, or None")
+        if self.metric is not None and self.metric not in METRICS:
+            raise ConfigError(f"TensorSpec.metric={self.metric!r}: choose one of {', '.join(METRICS)}")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Quantizers of one operation; None leaves that tensor in full precision.
+
+    A convolution or linear layer uses `weight`, `input` and `output`; an attention module uses `softmax` (its
+    q, k and v are the outputs of its linear layers).
+
+    Raises:
+        ConfigError: an activation asks for one range per channel, or the softmax map for a zero point.
+    """
+
+    weight: TensorSpec | None = None
+    input: TensorSpec | None = None
+    output: TensorSpec | None = None
+    softmax: TensorSpec | None = None
+
+    def __post_init__(self) -> None:
+        for role in ("input", "output", "softmax"):
+            spec = getattr(self, role)
+            if spec is not None and spec.granularity != "tensor":
+                raise ConfigError(
+                    f"QuantSpec.{role}: activations are quantized per tensor; use segments to split them"
+                )
+        if self.softmax is not None and (not self.softmax.symmetric or self.softmax.segments):
+            raise ConfigError(
+                "QuantSpec.softmax: the softmax map takes symmetric=True (zero point 0) and no segments"
+            )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose name matches the glob `pattern` follow `spec`; None keeps them FP for `reason`."""
+
+    pattern: str
+    spec: QuantSpec | None
+    reason: str = ""
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule speaks of the module called `name`."""
+        return fnmatchcase(name, self.pattern)
+
+
+def first_match(rules: Sequence[Rule], name: str) -> Rule | None:
+    """Return the first rule that matches `name`, or None."""
+    return next((rule for rule in rules if rule.matches(name)), None)
+
+
+def check_rules(rules: Sequence[Rule], quantizable: Collection[str], left_alone: Collection[str]) -> None:
+    """Check that every rule matches some module.
+
+    Args:
+        rules: in order.
+        quantizable: names of the modules that can be quantized.
+        left_alone: names of other modules with weights; a rule that keeps FP may speak of them.
+
+    Raises:
+        ConfigError: a rule matches none; the message names its pattern and similar names.
+    """
+    for rule in rules:
+        names = [*quantizable, *left_alone] if rule.spec is None else list(quantizable)
+        if any(rule.matches(name) for name in names):
+            continue
+        blocked = [name for name in left_alone if rule.matches(name)]
+        if blocked:
+            raise ConfigError(
+                f"rule {rule.pattern!r} matches only modules that cannot be quantized: {blocked[:3]}"
+            )
+        near = difflib.get_close_matches(rule.pattern.replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
+        raise ConfigError(
+            f"rule {rule.pattern!r} matches no convolution, linear layer or attention of the model; "
+            f"names near it: {', '.join(near) or 'none, the model has no such module'}"
+        )
+
+
+def default_rules(
+    weight_bits: int,
+    activation_bits: int,
+    *,
+    softmax_bits: int = 8,
+    first_last_bits: int = 8,
+    first_last: Sequence[str] = ("*conv_in", "*conv_out"),
+    attention: bool = True,
+    weight_symmetric: bool = False,
+    weight_granularity: Literal["tensor", "channel"] = "channel",
+    activation_symmetric: bool = False,
+) -> list[Rule]:
+    """Return the policy "quantize every multiplication": both operands of each layer and attention product.
+
+    Activations are quantized per tensor. Norms, SiLU, sums and concatenations stay FP.
+
+    Args:
+        weight_bits: 2 to 8.
+        activation_bits: 2 to 8, layer inputs and the q, k, v of attention.
+        softmax_bits: 2 to 16, the attention map (zero point 0, unsigned).
+        first_last_bits: 2 to 8, least width of weights and inputs in the layers of `first_last`.
+        first_last: globs of the layers that see the image or make it; may be empty.
+        attention: quantize the attention products; set False for a model without attention.
+        weight_symmetric: signed weights with zero point 0; otherwise each range has a zero point.
+        weight_granularity: one weight range per output ``"channel"`` or per ``"tensor"``.
+        activation_symmetric: activations with zero point 0.
+
+    Raises:
+        ConfigError: a bit-width is out of range; the message names the setting.
+    """
+    check_bits("bits.weight", weight_bits)
+    check_bits("bits.activation", activation_bits)
+    check_bits("bits.first_last", first_last_bits)
+    check_bits("bits.softmax", softmax_bits, SOFTMAX_BITS)
+
+    def layer(least: int = 0, **other: TensorSpec) -> QuantSpec:
+        weight = TensorSpec(max(weight_bits, least), weight_symmetric, weight_granularity)
+        return QuantSpec(weight, TensorSpec(max(activation_bits, least), activation_symmetric), **other)
+
+    rules = [Rule(pattern, layer(least=first_last_bits)) for pattern in first_last]
+    if not attention:
+        return [*rules, Rule("*", layer())]
+    operand = TensorSpec(activation_bits, activation_symmetric)
+    softmax = TensorSpec(softmax_bits, symmetric=True)
+    return [*rules, Rule("*to_[qkv]", layer(output=operand)), Rule("*", layer(softmax=softmax))]
+
+
+def check_bits(setting: str, bits: int, allowed: tuple[int, int] = LAYER_BITS) -> None:
+    """Raise ConfigError, naming `setting`, unless `bits` is an integer in the closed interval `allowed`."""
+    low, high = allowed
+    if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
+        raise ConfigError(f"{setting}={bits!r}: choose {low}..{high}")

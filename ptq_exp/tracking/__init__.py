@@ -1,0 +1,1 @@
+"""What a run leaves behind: results, samples, pictures, cached artefacts, W&B, and tables over many runs."""

@@ -1,0 +1,110 @@
+"""Train an embedded network: `python -m ptq_exp.train_embedded {unet,classifier}`.
+
+Checkpoints go to `runs/train/<network>/`; the same command resumes from the last one. At the end the EMA weights
+and a JSON card (how trained, seed, losses, accuracy) are written into the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from diffusers import DDIMScheduler
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from ptq_exp.embedded.digits import digits
+from ptq_exp.embedded.networks import BETA_SCHEDULE, TRAIN_STEPS, DigitsClassifier, build_unet
+from ptq_exp.lightning.training import ClassifierTraining, DenoiserTraining, EMATraining
+
+WEIGHTS = Path(__file__).parent / "embedded" / "weights"
+
+
+def loader(split: str, batch_size: int, seed: int) -> DataLoader:
+    """Batches of the digits, shuffled by (seed, epoch) alone so that a resumed training sees the same order."""
+    data = TensorDataset(*digits(split))
+    sampler = DistributedSampler(data, num_replicas=1, rank=0, shuffle=True, seed=seed)
+    return DataLoader(data, batch_size=batch_size, sampler=sampler, drop_last=True)
+
+
+def training_module(network: str, steps: int, seed: int) -> tuple[EMATraining, DataLoader, DataLoader | None]:
+    """The Lightning module of `network` with its training and validation batches."""
+    if network == "unet":
+        alphas_cumprod = DDIMScheduler(TRAIN_STEPS, beta_schedule=BETA_SCHEDULE).alphas_cumprod
+        module = DenoiserTraining(
+            build_unet(), alphas_cumprod, seed=seed, lr=1e-3, total_steps=steps, ema_decay=0.999
+        )
+        return module, loader("all", 64, seed), None
+    module = ClassifierTraining(DigitsClassifier(), seed=seed, lr=2e-3, total_steps=steps, ema_decay=0.995)
+    held_out = DataLoader(TensorDataset(*digits("held_out")), batch_size=512)
+    return module, loader("train", 64, seed), held_out
+
+
+def export(module: EMATraining, name: str, card: dict, folder: Path) -> None:
+    """Write the EMA weights as `<name>.safetensors` and what is known of them as `<name>.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / f"{name}.safetensors"
+    state = module.ema.module.state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, weights)
+    card["parameters"] = sum(p.numel() for p in module.network.parameters())
+    card["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def losses_by_tenth(history: list[float]) -> list[float]:
+    """Mean training loss of each tenth of the training."""
+    tenth = max(1, len(history) // 10)
+    return [round(sum(history[i : i + tenth]) / tenth, 5) for i in range(0, tenth * 10, tenth)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, resume or only export one network; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m ptq_exp.train_embedded", description=__doc__)
+    parser.add_argument("network", choices=["unet", "classifier"])
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 7500 for unet, 2500 for classifier)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; leave 1 if anything else runs")
+    parser.add_argument("--work", type=Path, default=Path("runs/train"), help="folder of the checkpoints")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the exported weights and card")
+    args = parser.parse_args(argv)
+    steps = args.steps or {"unet": 7500, "classifier": 2500}[args.network]
+    torch.set_num_threads(args.threads)
+    pl.seed_everything(args.seed)
+
+    module, train_batches, held_out = training_module(args.network, steps, args.seed)
+    folder = args.work / args.network
+    checkpoint = ModelCheckpoint(folder, filename="latest", save_last=True, every_n_epochs=2, save_on_train_epoch_end=True)
+    trainer = pl.Trainer(
+        accelerator="auto", devices=1, max_steps=steps, max_epochs=-1, default_root_dir=folder, logger=False,
+        callbacks=[checkpoint, TQDMProgressBar(refresh_rate=20)], gradient_clip_val=1.0,
+        check_val_every_n_epoch=10, num_sanity_val_steps=0,
+    )  # fmt: skip
+    last = folder / "last.ckpt"
+    started = time.time()
+    trainer.fit(module, train_batches, held_out, ckpt_path=last if last.exists() else None, weights_only=False)
+    card = {
+        "network": f"digits {args.network}",
+        "data": "sklearn.datasets.load_digits, 16x16, " + ("all 1,797" if held_out is None else "four fifths"),
+        "command": f"python -m ptq_exp.train_embedded {args.network} --steps {steps} --seed {args.seed}",
+        "seed": args.seed,
+        "steps": module.global_step,
+        "batch_size": train_batches.batch_size,
+        "optimizer": f"AdamW lr {module.lr}, warm-up, constant, linear decay over the last 30 %; EMA weights",
+        "minutes_of_last_session": round((time.time() - started) / 60, 1),
+        "loss_by_tenth": losses_by_tenth(module.loss_history),
+    }
+    if held_out is not None:
+        card["held_out_accuracy"] = float(trainer.validate(module, held_out, verbose=False)[0]["accuracy"])
+    export(module, f"digits_{args.network}", card, args.out)
+    print(json.dumps(card, indent=2))
+
+
+if __name__ == "__main__":
+    main()
