@@ -66,6 +66,7 @@ _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 
 def main() -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
+    _failures.clear()
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class BitsConfig:
     activation: int | None = None
     softmax: int | None = None
     first_last: int | None = None
+    state: int | None = None
 
 
 @dataclass
@@ -67,7 +68,8 @@ class QuantizationConfig:
     weight_symmetric: bool = False
     weight_granularity: str = "channel"
     activation_symmetric: bool = False
-    first_last: list[str] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
+    last: list[str] = field(default_factory=list)
     keep_fp: list[str] = field(default_factory=list)
 
 
@@ -194,7 +196,8 @@ def _check(config: ExperimentConfig) -> None:
 
 
 def _check_full_precision(config: ExperimentConfig) -> None:
-    given = [key for key in ("weight", "activation", "softmax", "first_last") if getattr(config.bits, key) is not None]
+    widths = {key: bits for key, bits in asdict(config.bits).items() if key != "name"}
+    given = [key for key, bits in widths.items() if bits is not None]
     if given:
         raise ConfigError(f"bits.{given[0]} is set, but bits=fp32 quantizes nothing: choose bits=w8a8 or another")
     if config.calibration.name != "none":
@@ -210,6 +213,7 @@ def _check_quantization(config: ExperimentConfig) -> None:
     check_bits("bits.activation", bits.activation)
     check_bits("bits.softmax", bits.softmax, SOFTMAX_BITS)
     check_bits("bits.first_last", bits.first_last)
+    check_bits("bits.state", bits.state, SOFTMAX_BITS)
     _one_of("metric.name", config.metric.name, METRICS)
     _one_of("quantization.weight_granularity", config.quantization.weight_granularity, ("channel", "tensor"))
     if calibration.source is None:

@@ -68,13 +68,13 @@ def main(argv: list[str] | None = None) -> None:
     """Train, resume or only export one network; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m ptq_exp.train_embedded", description=__doc__)
     parser.add_argument("network", choices=["unet", "classifier"])
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 7500 for unet, 2500 for classifier)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: 5000 for unet, 2500 for classifier)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; leave 1 if anything else runs")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="folder of the checkpoints")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the exported weights and card")
     args = parser.parse_args(argv)
-    steps = args.steps or {"unet": 7500, "classifier": 2500}[args.network]
+    steps = args.steps or {"unet": 5000, "classifier": 2500}[args.network]
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed)
 

@@ -9,6 +9,13 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 
+_HARMLESS = (
+    ".*does not have many workers.*",  # an item is a sample index: loader processes would have nothing to do
+    ".*infer the batch indices.*",  # the writer reads the sample indices from the batch itself
+    ".*LeafSpec.*deprecated.*",  # Lightning about its own use of torch
+)
+
+
 class StageProgressBar(TQDMProgressBar):
     """A progress bar with the elapsed and remaining time, titled with what is being computed."""
 
@@ -27,8 +34,8 @@ def make_trainer(
     """A Trainer for one stage; `title` names its progress bar."""
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # one sample index per item: there is nothing for loader processes to do
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in _HARMLESS:
+        warnings.filterwarnings("ignore", message=message)
     return pl.Trainer(
         accelerator=accelerator, devices=devices, strategy=strategy, logger=False, enable_checkpointing=False,
         enable_model_summary=False, enable_progress_bar=progress_bar, inference_mode=False,

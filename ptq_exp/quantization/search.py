@@ -21,12 +21,12 @@ from torch import Tensor
 from ptq_exp.quantization.affine import QRange, choose_qparams
 from ptq_exp.quantization.errors_by_metric import ErrorSource
 
-COARSE_RATIO, COARSE_COUNT = 0.5, 6
+COARSE_RATIO, COARSE_COUNT = 0.45, 5
 # Finest move, relative to an end, that the smooth stages resolve.
 SMOOTH_MOVE = 0.02
 # Element evaluations of the last stages, and their bounds in candidates: at least a few, whatever the tensor.
-BUDGET = 8_000_000
-FEWEST, MOST = 12, 4096
+BUDGET = 7_000_000
+FEWEST, MOST = 10, 4096
 # The last moves follow at most so many candidates, down to relative moves of this size.
 BEAM_WIDTH, FINEST_MOVE = 8, 1e-5
 
@@ -66,9 +66,13 @@ class EndSpace:
         return moves.repeat_interleave(len(moves)), moves.repeat(len(moves))
 
     def steps(self, size: float) -> list[tuple[Tensor, Tensor]]:
-        """Moves of (a, b) by `size` to either side, one pair of them for each axis."""
+        """Moves of (a, b) by `size` to either side: both ends alike, then, with two axes, one against the other.
+
+        The first changes the scale and keeps the zero point, the second shifts the range. Moving one end at a
+        time instead is stopped early by the rounding of the zero point.
+        """
         both = torch.tensor([-size, size], device=self.low.device)
-        return [(both, both)] if self.axes == 1 else [(both, 0 * both), (0 * both, both)]
+        return [(both, both), (both, -both)][: self.axes]
 
 
 class Beam:
@@ -114,12 +118,12 @@ def _scan(space: EndSpace, source: ErrorSource, center: Beam, half_width: float)
     budget = min(max(BUDGET // source.cost, FEWEST), MOST)
     width = min(max(budget // 64, 1), BEAM_WIDTH)
     per_axis = int((2 * budget / 3) ** (1 / space.axes))
-    half = max((per_axis - 1) // 2, 1)
-    size = min(half_width / half, 2.0**-space.bits)
+    half = (per_axis - 1) // 2
+    size = min(half_width / max(half, 1), 2.0**-space.bits)
     beam = Beam(space, source, *space.plain(), width=width)
     beam.move(*space.grid(size * torch.arange(-half, half + 1, device=space.low.device)), center)
     rounds = (budget - (2 * half + 1) ** space.axes) // (2 * space.axes * width)
-    for _ in range(max(rounds, 1)):
+    for _ in range(rounds):
         size /= 2
         if size < FINEST_MOVE:
             break

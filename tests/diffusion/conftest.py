@@ -1,0 +1,26 @@
+"""A denoiser in closed form: elementwise, so that its states do not depend on the batch, and it counts its calls."""
+
+import pytest
+import torch
+from torch import nn
+
+from ptq_exp.diffusion import DiffusionModel
+
+
+class ClosedForm(nn.Module):
+    """eps(x, t) = 0.8 x + 0.3 sin(0.7 x + 0.05 t), the network of the golden trajectories."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, t, y=None):
+        self.calls.append((x, t, y))
+        return 0.8 * x + 0.3 * torch.sin(0.7 * x + 0.05 * t.view(-1, 1, 1, 1))
+
+
+@pytest.fixture
+def toy() -> DiffusionModel:
+    """States [N, 1, 2, 2], a linear schedule of 40 steps."""
+    betas = torch.linspace(1e-3, 0.2, 40, dtype=torch.float64)
+    return DiffusionModel("toy", ClosedForm(), (1 - betas).cumprod(0), (1, 2, 2), clip_sample=False, digest="0")

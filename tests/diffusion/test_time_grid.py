@@ -1,0 +1,71 @@
+"""The grid's times, noise levels and their pairing, against exact arithmetic and values by hand."""
+
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptq_exp.diffusion import TimeGrid
+from ptq_exp.errors import ConfigError
+
+
+def schedule(total):
+    """A decreasing schedule whose level tells its time: alphas_cumprod[t] = 1 - (t + 1) / (T + 1)."""
+    return 1 - torch.arange(1, total + 1, dtype=torch.float64) / (total + 1)
+
+
+def test_four_of_ten_steps_by_hand():
+    grid = TimeGrid.from_alphas_cumprod(schedule(10), 4)
+    assert len(grid) == 4
+    assert grid.timesteps.tolist() == [9, 6, 3, 0]
+    expected = torch.tensor([1, 4, 7, 10], dtype=torch.float64) / 11
+    torch.testing.assert_close(grid.alphas_cumprod, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grid.alphas_cumprod_prev[:3], expected[1:], rtol=1e-12, atol=0)
+    assert grid.alphas_cumprod_prev[3] == 1
+    ldm = TimeGrid.from_alphas_cumprod(schedule(10), 4, final_alpha_cumprod=0.99)
+    assert ldm.alphas_cumprod_prev[3] == 0.99
+
+
+def test_one_step_starts_from_the_noisiest_level():
+    grid = TimeGrid.from_alphas_cumprod(schedule(10), 1)
+    assert grid.timesteps.tolist() == [9] and grid.alphas_cumprod_prev.tolist() == [1]
+
+
+@given(st.integers(1, 4000).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, min(total, 300)))))
+def test_times_are_the_rounded_even_spacing_and_levels_follow_them(total_and_steps):
+    total, steps = total_and_steps
+    levels = schedule(total)
+    grid = TimeGrid.from_alphas_cumprod(levels, steps)
+    # exact rational arithmetic, halves to even
+    exact = [round(Fraction((total - 1) * i, max(steps - 1, 1))) for i in range(steps)][::-1]
+    assert grid.timesteps.tolist() == (exact if steps > 1 else [total - 1])
+    assert torch.equal(grid.alphas_cumprod, levels[grid.timesteps.long()])
+    assert torch.equal(grid.alphas_cumprod_prev[:-1], grid.alphas_cumprod[1:])
+    assert grid.alphas_cumprod_prev[-1] == 1
+    assert (grid.alphas_cumprod_prev > grid.alphas_cumprod).all()
+
+
+@pytest.mark.parametrize("steps", [27, 53, 1000 - 1])
+def test_times_halfway_between_two_integers_round_to_even(steps):
+    """13 * 999 / 26 = 499.5 and the like, where repeated addition of the stride falls short of the half."""
+    exact = [round(Fraction(999 * i, steps - 1)) for i in range(steps)][::-1]
+    assert TimeGrid.from_alphas_cumprod(schedule(1000), steps).timesteps.tolist() == exact
+
+
+@pytest.mark.parametrize("steps", [0, -3, 11])
+def test_impossible_numbers_of_steps_name_the_setting_and_the_limits(steps):
+    with pytest.raises(ConfigError, match=rf"sampler\.steps={steps}: choose 1\.\.10"):
+        TimeGrid.from_alphas_cumprod(schedule(10), steps)
+
+
+def test_network_time_is_float32_and_may_be_fractional():
+    grid = TimeGrid.from_alphas_cumprod(schedule(10), 4)
+    grid = replace(grid, timesteps=grid.timesteps / 4)
+    one = grid.network_time(1, 3)
+    assert one.dtype == torch.float32 and one.tolist() == [1.5, 1.5, 1.5]
+    assert grid.network_time(0).tolist() == [2.25]
+    many = grid.network_time(torch.tensor([3, 0, 0, 2]))
+    assert many.dtype == torch.float32 and many.tolist() == [0, 2.25, 2.25, 0.75]

@@ -1,0 +1,115 @@
+"""The real `conf/` composes, and every mistake ends in one line that names the setting and the valid values."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+
+from ptq_exp.config import build, config_folder, run_name, validated
+from ptq_exp.errors import ConfigError
+from ptq_exp.quantization import METRICS
+
+CONF = config_folder()
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+GROUPS = sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name != "experiment")
+REQUIRED = {
+    "fp32", "ndtc_w8a8", "uniform_w8a8", "training_mimic_w8a8", "raw_w8a8", "noise_w8a8", "naive_first_w8a8",
+    "naive_last_w8a8", "ndtc_w6a6", "ndtc_w4a8", "ndtc_w4a4",
+}  # fmt: skip
+
+
+def composed(*overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return validated(compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_is_called_as_its_file(name):
+    config = composed(f"+experiment={name}")
+    assert config.name == name
+    assert config.bits.name == name.rsplit("_", 1)[-1]
+
+
+def test_the_promised_experiments_are_there():
+    assert set(EXPERIMENTS) >= REQUIRED
+
+
+@pytest.mark.parametrize(("group", "choice"), GROUPS)
+def test_every_group_choice_composes(group, choice):
+    extra = {("bits", "fp32"): ["calibration=none"], ("calibration", "none"): ["bits=fp32"]}
+    config = composed(f"{group}={choice}", *extra.get((group, choice), []))
+    assert getattr(getattr(config, group), "name", choice) == choice
+
+
+def test_metric_files_are_exactly_the_metrics():
+    assert {path.stem for path in (CONF / "metric").glob("*.yaml")} == set(METRICS)
+
+
+def test_every_experiment_file_says_what_it_follows():
+    for name in EXPERIMENTS:
+        first, second = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()[:2]
+        assert first == "# @package _global_" and second.startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bits.weight=1", "bits.weight=1: choose 2..8"),
+        ("bits.activation=9", "bits.activation=9: choose 2..8"),
+        ("bits.softmax=17", "bits.softmax=17: choose 2..16"),
+        ("evaluation.n_samples=0", "evaluation.n_samples=0: choose 2 or more"),
+        ("calibration.n_samples=0", "calibration.n_samples=0: choose 1 or more"),
+        ("metric.name=mae", "metric.name=mae: choose one of mse, l1, cosine, kl, lp"),
+        ("sampler.eta=1.5", "sampler.eta=1.5: choose 0..1"),
+        ("sampler.steps=0", "sampler.steps=0: choose 1 or more"),
+        ("calibration.source=dream", "calibration.source=dream: choose one of denoise, diffuse, raw, noise"),
+        ("cache=maybe", "cache=maybe: choose one of on, off, refresh"),
+        ("logger.mode=loud", "logger.mode=loud: choose one of offline, online, none"),
+        ("quantization.weight_granularity=row", "quantization.weight_granularity=row: choose one of channel, tensor"),
+        ("seed=-1", "seed=-1: choose 0 or more"),
+        ("+bits.weigth=4", "weigth"),
+        ("+quantization.extra=1", "extra"),
+        ("bits=fp32", "calibration=ndtc contradicts bits=fp32"),
+        ("calibration=none", "calibration=none has no samples"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_name_the_setting_and_the_fix(override, message):
+    with pytest.raises(ConfigError) as error:
+        composed(override)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_full_precision_refuses_bits():
+    with pytest.raises(ConfigError, match="bits.weight is set, but bits=fp32"):
+        composed("+experiment=fp32", "bits.weight=8")
+
+
+def test_a_group_on_the_command_line_wins_over_the_experiment_and_renames_the_run():
+    config = composed("+experiment=ndtc_w8a8", "bits=w4a4")
+    assert (config.bits.weight, config.bits.activation, config.name) == (4, 4, "ndtc_w4a4")
+
+
+def test_run_name():
+    assert run_name("ndtc", "w8a8") == "ndtc_w8a8"
+    assert run_name("none", "fp32") == "fp32"
+
+
+def test_build_names_the_wrong_argument_and_the_nearest():
+    node = {"_target_": "ptq_exp.calibration.SkewNormal", "mean": 0.4, "sdt": 0.4}
+    with pytest.raises(ConfigError, match=r"calibration.distribution.sdt: .* did you mean 'std'"):
+        build(node, "calibration.distribution")
+
+
+def test_build_names_a_missing_constructor():
+    with pytest.raises(ConfigError, match="model.build._target_=ptq_exp.embedded.nothing: no such"):
+        build({"_target_": "ptq_exp.embedded.nothing"}, "model.build")
+
+
+def test_hydra_names_the_run_folder_after_the_run():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides=["+experiment=fp32"], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    folder = Path(HydraConfig.get().run.dir)
+    assert folder.parent == Path("runs/fp32") and HydraConfig.get().job.name == "fp32"

@@ -1,0 +1,146 @@
+"""Every experiment file runs end to end in small, and leaves what it promises."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ptq_exp.__main__ import main
+from ptq_exp.config import config_folder
+from ptq_exp.tracking.results import read_json, read_samples
+
+EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+SMALL = [
+    "sampler.steps=3", "evaluation.n_samples=10", "evaluation.batch_size=5", "evaluation.eps_error_samples=2",
+    "evaluation.grid_images=4", "calibration.n_samples=6", "calibration.batch_size=4", "trainer.progress_bar=false",
+    "trainer.accelerator=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, cache):
+    """Run the command in this process; returns the run folder."""
+
+    def run(*overrides: str) -> Path:
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        argv = ["ptq_exp", *SMALL, f"cache_dir={cache}", f"hydra.run.dir={folder}", *overrides]
+        monkeypatch.setattr(sys, "argv", argv)
+        main()
+        return folder
+
+    yield run
+    for handler in list(logging.root.handlers):  # hydra's file handlers point into tmp_path
+        if isinstance(handler, logging.FileHandler):
+            logging.root.removeHandler(handler)
+            handler.close()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_runs_and_leaves_its_results(name, command):
+    folder = command(f"+experiment={name}", "metric=minmax", "logger=none")
+    results = read_json(folder / "results.json")
+    assert (results["status"], results["name"]) == ("finished", name)
+    assert set(results["metrics"]) >= {"is", "fid", "sfid"}
+    assert set(results["metric_spec"]) == {"extractor", "preprocessing", "reference", "n_samples", "seed"}
+    images, labels = read_samples(folder / "samples.npz")
+    assert images.shape == (10, 16, 16, 1) and images.dtype == np.uint8 and labels is None
+    assert Image.open(folder / "grid.png").width > 4 * 64
+    if name == "fp32":
+        assert results["metrics"] == results["fp32"] and not (folder / "quantization.json").exists()
+        return
+    assert results["quantization"]["coverage_conv_linear"] >= 0.99
+    assert len(results["eps_error_per_step"]) == 3 and min(results["eps_error_per_step"]) > 0
+    layers = json.loads((folder / "quantization.json").read_text())
+    first_and_last = [row for row in layers["layers"] if row["name"].endswith(("conv_in", "conv_out"))]
+    assert [(row["weight_bits"], row["activation_bits"]) for row in first_and_last] == [(8, 16), (8, 8)]
+    assert all(len(q["scale"]) >= 1 for q in layers["quantizers"].values())
+
+
+@pytest.mark.parametrize("metric", ["mse", "l1", "cosine", "kl", "lp", "minmax", "percentile"])
+def test_every_metric_gives_a_working_model(metric, command):
+    results = read_json(command("+experiment=ndtc_w8a8", f"metric={metric}", "logger=none") / "results.json")
+    assert results["metrics"]["eps_error"] < 0.1
+
+
+def test_a_second_run_reuses_artefacts_and_repeats_every_number(command, caplog):
+    first = read_json(command("+experiment=ndtc_w8a8", "metric=minmax", "logger=none", "seed=7") / "results.json")
+    caplog.clear()
+    second = read_json(command("+experiment=ndtc_w8a8", "metric=minmax", "logger=none", "seed=7") / "results.json")
+    said = [record.getMessage() for record in caplog.records]
+    for artefact in ("calibration set ndtc", "FP32 images", "reference features"):
+        assert any(line.startswith(f"{artefact}: reused from the cache") for line in said)
+    assert first["metrics"] == second["metrics"]
+    assert first["eps_error_per_step"] == second["eps_error_per_step"]
+
+
+def test_keep_fp_leaves_operations_alone_and_says_so(command):
+    folder = command("+experiment=ndtc_w8a8", "metric=minmax", "logger=none", "quantization.keep_fp=['*time_embedding*']")
+    rows = [r for r in json.loads((folder / "quantization.json").read_text())["layers"] if "time_embedding" in r["name"]]
+    assert rows and all(row["weight_bits"] is None and row["reason"] == "quantization.keep_fp" for row in rows)
+
+
+def test_wandb_offline_run_holds_config_metrics_and_tags(command):
+    folder = command("+experiment=ndtc_w8a8", "metric=minmax", "logger.tags=[mine]", "logger.group=g1")
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    lines = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    text = "\n".join(lines)
+    (started,) = (record for record in records if record["type"] == "run")
+    assert "g1" in json.dumps(started) and "mine" in json.dumps(started)
+    for key in ("fid", "sfid", "psnr", "fp32/fid", "eps_error_of_step", "bops_ratio", "media/images/grid", "layers"):
+        assert key in text, key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["metrc=mse"], "error: metrc: no such setting; did you mean 'metric'?"),
+        (["calibration.n_sample=3"], "error: calibration.n_sample: no such setting; did you mean 'calibration.n_samples'?"),
+        (["metric=mae"], "error: metric=mae: choose one of cosine, kl, l1, lp, minmax, mse, percentile"),
+        (["bits=1"], "error: bits=1: choose one of fp32, w4a4, w4a8, w6a6, w8a8"),
+        (["bits.weight=1"], "error: bits.weight=1: choose 2..8"),
+        (["bits.weight=eight"], "error: bits.weight"),
+        (["+experiment=ndtc_w9"], "error: experiment=ndtc_w9: choose one of "),
+        (["sampler.steps=5000"], "error: sampler.steps=5000: choose 1..1000"),
+        (["model.build.checkpoint=no.safetensors"], "error: model.checkpoint=no.safetensors: no such file"),
+        (["quantization.keep_fp=['*nothing*']"], "error: rule '*nothing*' matches no"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_line_and_exit_code_1(overrides, message, command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command("metric=minmax", "logger=none", *overrides)
+    told = [line for line in (str(stop.value) + "\n" + capsys.readouterr().err).splitlines() if "error:" in line]
+    assert len(told) == 1 and told[0].startswith(message)
+    assert stop.value.code not in (None, 0)
+
+
+
+
+def test_a_failed_run_leaves_its_error_in_the_results(command, tmp_path):
+    with pytest.raises(SystemExit):
+        command("metric=minmax", "logger=none", "quantization.keep_fp=['*nothing*']")
+    (path,) = tmp_path.glob("*/results.json")
+    results = read_json(path)
+    assert results["status"] == "failed" and "*nothing*" in results["error"]
+
+
+def test_the_command_from_any_folder_without_traceback(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "ptq_exp", "bits.weight=1"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(config_folder().parent)},
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1] == "error: bits.weight=1: choose 2..8"
+    assert "Traceback" not in run.stderr
