@@ -35,17 +35,32 @@ def _job(composed: DictConfig) -> float | None:
         return None
 
 
+def _about_composition(error: Exception) -> bool:
+    """Whether Hydra complains about the command line; it raises a bare ValueError for a group given a number."""
+    ours = (HydraException, OmegaConfBaseException)
+    return isinstance(error, ours) or str(error).startswith("Config group override")
+
+
 def _composition_message(error: Exception) -> str:
     """Hydra's complaint about the command line in one line, with the nearest valid name."""
     text = str(error)
-    if missing := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s*(.*)", text, re.S):
-        group, _, choice = missing[1].rpartition("/")
-        options = missing[3].split()
-        return f"{group}={choice}: choose one of {', '.join(options)}"
+    if wrong := _wrong_choice(sys.argv[1:]):
+        return wrong
     if unknown := re.search(r"Could not override '([^']+)'", text):
         key = unknown[1]
         return f"{key}: no such setting; {nearest(key, _known_settings())}"
     return " ".join(text.split())
+
+
+def _wrong_choice(overrides: list[str]) -> str | None:
+    """The first `group=choice` on the command line whose choice has no file, with the choices that have one."""
+    for override in overrides:
+        group, _, choices = override.lstrip("+~").partition("=")
+        options = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+        for choice in choices.split(","):
+            if group and options and choice not in options:
+                return f"{group}={choice}: choose one of {', '.join(options)}"
+    return None
 
 
 def _known_settings() -> list[str]:
@@ -67,13 +82,19 @@ _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 def main() -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     _failures.clear()
+    before = os.environ.get(TRACEBACK)
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        if _traceback_wanted:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if _traceback_wanted or not _about_composition(error):
             raise
         sys.exit(f"error: {_composition_message(error)}")
+    finally:
+        if before is None:
+            del os.environ[TRACEBACK]
+        else:
+            os.environ[TRACEBACK] = before
     if _failures:
         sys.exit(1)
 

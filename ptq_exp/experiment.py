@@ -141,7 +141,8 @@ def _picture(config: ExperimentConfig, folder: Path, fp_images: np.ndarray, imag
 def _log_to_wandb(logger, folder: Path, values: dict, report: Report | None) -> None:
     for step, error in enumerate(values.get("eps_error_per_step", [])):
         wandb_run.log_metrics(logger, {"eps_error_of_step": error, "sampling_step": step})
-    numbers = dict(values["metrics"]) | {f"fp32/{key}": value for key, value in values["fp32"].items()}
+    numbers = dict(values["metrics"]) | {"calibration/evaluations": values.get("evaluations", 0)}
+    numbers |= {f"fp32/{key}": value for key, value in values["fp32"].items()}
     if report is not None:
         account = _account(report)
         numbers |= {key: account[key] for key in ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")}

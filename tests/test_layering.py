@@ -35,7 +35,7 @@ ENTRY_MODULES_WITH_FRAMEWORKS = {"experiment", "config", "cli", "__main__", "tra
 
 
 def imports(module: str, source: str, is_package: bool) -> set[str]:
-    """Dotted names that `source` imports, anywhere in it; relative names resolved, `from a import b` as a.b."""
+    """Dotted names that `source` imports anywhere; relative names are resolved, `from a import b` is a.b."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

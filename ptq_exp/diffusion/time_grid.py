@@ -48,7 +48,8 @@ class TimeGrid:
         total = len(alphas_cumprod)
         if not 1 <= steps <= total:
             raise ConfigError(f"sampler.steps={steps}: choose 1..{total}, the length of the model's training schedule")
-        spaced = torch.linspace(total - 1, 0, steps, dtype=torch.float64).round()
+        # one division per time, so that halves are exact; a running stride misses them
+        spaced = (total - 1 - torch.arange(steps).double() * (total - 1) / max(steps - 1, 1)).round()
         levels = alphas_cumprod.double()[spaced.long()]
         previous = torch.cat([levels[1:], levels.new_tensor([final_alpha_cumprod])])
         return cls(spaced, levels, previous)

@@ -156,8 +156,10 @@ def _as_covariance(sigma: Array, name: str) -> np.ndarray:
     sigma = _as_float64(sigma, name, ndim=2)
     if sigma.shape[0] != sigma.shape[1]:
         raise DataError(f"{name} must be square, found shape {sigma.shape}")
-    if not scipy.linalg.issymmetric(sigma) and np.abs(sigma - sigma.T).max() > _COVARIANCE_TOLERANCE * np.abs(sigma).max():
-        raise DataError(f"{name} is not symmetric, so it is no covariance matrix")
+    if not scipy.linalg.issymmetric(sigma):  # exact, and fast
+        asymmetry = np.abs(sigma - sigma.T).max() / np.abs(sigma).max()
+        if asymmetry > _COVARIANCE_TOLERANCE:
+            raise DataError(f"{name} is not symmetric, so it is no covariance matrix")
     return sigma
 
 

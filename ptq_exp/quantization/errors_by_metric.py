@@ -30,10 +30,12 @@ Summands = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 class ErrorSource(Protocol):
     """What the search minimises: `errors(candidates)` maps a QRange of shape [cells, k] to errors [cells, k].
 
-    Errors are comparable within a cell only. `cost` is the number of elements read per candidate.
+    Errors are comparable within a cell only. `cost` is the number of elements read per candidate, `convex`
+    whether the error of smooth data is close to convex in the range's ends.
     """
 
     cost: int
+    convex: bool
 
     def errors(self, candidates: QRange) -> Tensor: ...
 
@@ -132,7 +134,7 @@ class ValueErrors:
     reference: Tensor
 
     def __post_init__(self) -> None:
-        self.cost = self.rows.numel()
+        self.cost, self.convex = self.rows.numel(), True
         self._energy = torch.zeros_like(self.reference)
         if self.metric == "cosine":
             self._energy = (self.rows / self.reference).square_().sum(1, keepdim=True)
@@ -152,7 +154,7 @@ class HistogramErrors:
     reference: Tensor
 
     def __post_init__(self) -> None:
-        self.cost = self.edges.numel()
+        self.cost, self.convex = self.edges.numel(), True
         total = self.counts.sum(1, keepdim=True).clamp(min=1)
         density = (self.counts.double() / total).float()
         # Abel summation: sum w_j (G_{j+1} - G_j) = sum_j (w_{j-1} - w_j) G_j, one weight per edge.
@@ -178,13 +180,15 @@ class CodeDivergence:
     instead of being folded onto the outermost bin, which keeps the divergence finite and both ends searchable.
     Codes are runs of bins, so prefix sums give a candidate in O(codes).
 
-    Args: `width` [cells, 1] of the bins, `first` the signed number of the first bin (bin j covers
-    [j, j + 1) * width), `counts` [cells, bins].
+    Args:
+        width: [cells, 1] of the bins. first: signed number of the first bin; bin j covers [j, j + 1) * width.
+        counts: [cells, bins]. bits: of all candidates.
     """
 
     width: Tensor
     first: int
     counts: Tensor
+    bits: int
 
     def __post_init__(self) -> None:
         probability = self.counts.double() / self.counts.sum(1, keepdim=True).clamp(min=1)
@@ -192,23 +196,24 @@ class CodeDivergence:
         self._mass = pad(probability.cumsum(1), (1, 0))
         self._occupied = pad((self.counts > 0).double().cumsum(1), (1, 0))
         self._negative_entropy = torch.xlogy(probability, probability).sum(1, keepdim=True)
-        self.cost = self._mass.numel()
+        # A code costs about as much as sixteen elements of the other sources.
+        self.cost, self.convex = 16 * len(self.counts) * 2**self.bits, False
 
     def errors(self, candidates: QRange) -> Tensor:
-        codes = int((candidates.qmax - candidates.qmin).max())
-        step = max(1, 8 * BLOCK // ((codes + 2) * len(self.width)))
-        parts = [self._divergence(QRange(*(part[:, k:k + step] for part in candidates)), codes)
+        step = max(1, 8 * BLOCK // (2**self.bits * len(self.counts)))
+        parts = [self._divergence(QRange(*(part[:, k:k + step] for part in candidates)))
                  for k in range(0, candidates.scale.shape[1], step)]
         return torch.cat(parts, dim=1)
 
-    def _divergence(self, candidates: QRange, codes: int) -> Tensor:
-        cells, bins = self.counts.shape
+    def _divergence(self, candidates: QRange) -> Tensor:
+        (cells, bins), codes = self.counts.shape, 2**self.bits
         lowest = (candidates.qmin - candidates.zero_point).unsqueeze(-1)
-        upper = lowest + torch.arange(codes, device=lowest.device) + 0.5
+        upper = lowest + torch.arange(codes - 1, device=lowest.device) + 0.5
         # Bin j's centre (j + 1/2) * width reaches the next code from this j on.
         boundary = (upper * (candidates.scale / self.width).unsqueeze(-1) - 0.5).ceil_().sub_(self.first)
         boundary = torch.nn.functional.pad(boundary.clamp_(0, bins), (1, 0))
         boundary = torch.nn.functional.pad(boundary, (0, 1), value=bins).long().flatten(1)
-        mass = self._mass.gather(1, boundary).view(cells, -1, codes + 2).diff(dim=-1)
-        occupied = self._occupied.gather(1, boundary).view(cells, -1, codes + 2).diff(dim=-1)
-        return self._negative_entropy - torch.xlogy(mass, mass / occupied.clamp_(min=1)).sum(-1)
+        mass = self._mass.gather(1, boundary).view(cells, -1, codes + 1).diff(dim=-1)
+        occupied = self._occupied.gather(1, boundary).view(cells, -1, codes + 1).diff(dim=-1)
+        divergence = self._negative_entropy - torch.xlogy(mass, mass / occupied.clamp_(min=1)).sum(-1)
+        return divergence.mul_(2.0**40).round_()  # to 1e-12, so that rounding noise decides between no candidates

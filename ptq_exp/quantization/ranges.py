@@ -21,8 +21,7 @@ from ptq_exp.quantization.sketch import Histogram, finite_ends
 METRICS = ("mse", "l1", "cosine", "kl", "lp", "minmax", "percentile")
 PERCENTILE = 0.9999
 SKETCH_BINS = 8192
-# The usual histogram of the divergence calibration; more bins would measure the sampling noise of P.
-KL_BINS = 2048
+MOST_KL_BINS = 2048
 # Bins of the stand-in for a tensor whose values are at hand: all cells together, and the least for one.
 COARSE_BINS, FEWEST_BINS = 32768, 128
 
@@ -64,7 +63,7 @@ def search_range(
         found = choose_qparams(low, high, bits, symmetric)
     else:
         space = EndSpace(low, high, bits, symmetric)
-        found = search_ends(space, *_sources(rows, metric, space.minmax.scale), samples=rows.shape[1])
+        found = search_ends(space, *_sources(rows, metric, space), samples=rows.shape[1])
     return QRange(*(part.reshape(shape) for part in found))
 
 
@@ -91,7 +90,7 @@ class RangeSketch(Histogram):
         if metric in ("minmax", "percentile"):
             return choose_qparams(low, high, bits, symmetric)
         space = EndSpace(low, high, bits, symmetric)
-        smooth = _histogram_source(self, metric, space.minmax.scale)
+        smooth = _histogram_source(self, metric, space)
         found = search_ends(space, smooth, smooth, samples=int(self.count.min()))
         # All values alike lie in one bin, whose inside a histogram cannot see; their own range holds them exactly.
         alike = self.min == self.max
@@ -117,29 +116,37 @@ def _rows(x: Tensor, channel_axis: int | None) -> tuple[Tensor, list[int]]:
     return x.movedim(channel_axis, 0).flatten(1).contiguous(), shape
 
 
-def _sources(rows: Tensor, metric: str, reference: Tensor) -> tuple[ErrorSource, ErrorSource]:
+def _sources(rows: Tensor, metric: str, space: EndSpace) -> tuple[ErrorSource, ErrorSource]:
     """A cheap stand-in for the coarse stages, and the values themselves (none for `kl`, a histogram by definition)."""
     cells, n = rows.shape
-    bins = KL_BINS if metric == "kl" else min(max(COARSE_BINS // cells, FEWEST_BINS), SKETCH_BINS)
-    histogram = Histogram(cells, 1 << bins.bit_length() - 1)
     if metric == "kl":
+        histogram = Histogram(cells, MOST_KL_BINS)
         histogram.update(rows)
-        source = _histogram_source(histogram, metric, reference)
+        source = _histogram_source(histogram, metric, space)
         return source, source
-    exact = ValueErrors(rows, metric, reference)
+    exact = ValueErrors(rows, metric, space.minmax.scale)
+    bins = min(max(COARSE_BINS // cells, FEWEST_BINS), SKETCH_BINS)
+    histogram = Histogram(cells, _power_of_two(bins))
     if n <= histogram.bins:
         return exact, exact
     histogram.update(rows)
-    return _histogram_source(histogram, metric, reference), exact
+    return _histogram_source(histogram, metric, space), exact
 
 
-def _histogram_source(histogram: Histogram, metric: str, reference: Tensor) -> ErrorSource:
+def _histogram_source(histogram: Histogram, metric: str, space: EndSpace) -> ErrorSource:
     if metric == "kl":
-        histogram = histogram.coarsened(KL_BINS)
-        return CodeDivergence(histogram.width, *histogram.occupied())
+        # With more bins the sampling noise of n values outweighs what the quantizer loses.
+        n = int(histogram.count.min())
+        histogram = histogram.coarsened(_power_of_two(min(4 * math.isqrt(n), MOST_KL_BINS)))
+        return CodeDivergence(histogram.width, *histogram.occupied(), space.bits)
     first, counts = histogram.occupied()
     edges = histogram.width * torch.arange(first, first + counts.shape[1] + 1, device=counts.device)
-    return HistogramErrors(edges, counts, metric, reference)
+    return HistogramErrors(edges, counts, metric, space.minmax.scale)
+
+
+def _power_of_two(x: int) -> int:
+    """Largest power of two up to x."""
+    return 1 << x.bit_length() - 1
 
 
 def _nearest_rank(rows: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 from ptq_exp.quantization.affine import QRange, choose_qparams
 from ptq_exp.quantization.errors_by_metric import ErrorSource
 
-COARSE_RATIO, COARSE_COUNT = 0.45, 5
+# The first grid goes down to this fraction of each end, in so many steps where the error is convex, or is not.
+SMALLEST_END, CONVEX_GRID, ROUGH_GRID = 0.04, 5, 25
 # Finest move, relative to an end, that the smooth stages resolve.
 SMOOTH_MOVE = 0.02
 # Element evaluations of the last stages, and their bounds in candidates: at least a few, whatever the tensor.
@@ -91,7 +92,9 @@ class Beam:
         a = (start.a.unsqueeze(-1) * on_a.exp()).flatten(1).clamp_(max=1)
         b = (start.b.unsqueeze(-1) * on_b.exp()).flatten(1).clamp_(max=1)
         errors = torch.cat((self.errors, self.source.errors(self.space.candidates(a, b))), 1)
-        self.errors, order = errors.topk(min(self.width, errors.shape[1]), dim=1, largest=False)
+        # Stable: of equal candidates the one held longest stays, so the data's own ends win a tie.
+        errors, order = errors.sort(dim=1, stable=True)
+        self.errors, order = errors[:, : self.width], order[:, : self.width]
         self.a, self.b = (torch.cat(ends, 1).gather(1, order) for ends in ((self.a, a), (self.b, b)))
 
 
@@ -103,9 +106,10 @@ def search_ends(space: EndSpace, smooth: ErrorSource, exact: ErrorSource, sample
         samples: values per cell.
     """
     step = 2.0**-space.bits
-    beam = Beam(space, smooth, *space.plain())
-    beam.move(*space.grid(math.log(COARSE_RATIO) * torch.arange(COARSE_COUNT, device=space.low.device)))
-    size = -math.log(COARSE_RATIO)
+    count, width = (CONVEX_GRID, 1) if smooth.convex else (ROUGH_GRID, BEAM_WIDTH)
+    size = -math.log(SMALLEST_END) / (count - 1)
+    beam = Beam(space, smooth, *space.plain(), width=width)
+    beam.move(*space.grid(-size * torch.arange(count, device=space.low.device)))
     while size > min(2 * step, SMOOTH_MOVE):
         size /= 2
         for moves in space.steps(size):

@@ -1,4 +1,4 @@
-"""A denoiser in closed form: elementwise, so that its states do not depend on the batch, and it counts its calls."""
+"""A denoiser in closed form: elementwise, so that states do not depend on the batch, and it records its calls."""
 
 import pytest
 import torch
@@ -23,4 +23,5 @@ class ClosedForm(nn.Module):
 def toy() -> DiffusionModel:
     """States [N, 1, 2, 2], a linear schedule of 40 steps."""
     betas = torch.linspace(1e-3, 0.2, 40, dtype=torch.float64)
-    return DiffusionModel("toy", ClosedForm(), (1 - betas).cumprod(0), (1, 2, 2), clip_sample=False, digest="0")
+    schedule = (1 - betas).cumprod(0)
+    return DiffusionModel("toy", ClosedForm(), schedule, (1, 2, 2), clip_sample=False, digest="0")

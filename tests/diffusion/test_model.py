@@ -76,8 +76,8 @@ def test_learned_variance_channels_are_dropped():
         def forward(self, x, t):
             return type("Output", (), {"sample": torch.cat([x * t.view(-1, 1, 1, 1), x + 100], dim=1)})
 
-    x = torch.randn(2, 3, 4, 4)
-    assert torch.equal(UNetDenoiser(Unet())(x, torch.tensor([2.0, 3.0])), x * torch.tensor([2.0, 3.0]).view(2, 1, 1, 1))
+    x, t = torch.randn(2, 3, 4, 4), torch.tensor([2.0, 3.0])
+    assert torch.equal(UNetDenoiser(Unet())(x, t), x * t.view(2, 1, 1, 1))
 
 
 def test_relative_eps_error_is_measured_on_the_full_precision_states(toy):
@@ -89,7 +89,9 @@ def test_relative_eps_error_is_measured_on_the_full_precision_states(toy):
         return toy.denoiser(x, t) * (1 + 0.01 * t.view(-1, 1, 1, 1))
 
     finished = []
-    error = relative_eps_error(toy, worse_with_time, grid, range(5), 2, eta=1.0, on_step=lambda: finished.append(1))
+    error = relative_eps_error(
+        toy, worse_with_time, grid, range(5), 2, eta=1.0, on_step=lambda: finished.append(1)
+    )
     assert error.dtype == torch.float64 and len(finished) == 8
     torch.testing.assert_close(error, 0.01 * grid.timesteps, rtol=1e-5, atol=1e-7)
     records = []

@@ -1,7 +1,7 @@
 """The sampler against trajectories of the original code, `diffusers`, the DDPM posterior and exact solutions.
 
-golden/sampler_iddpm_*.npz: improved-diffusion's spaced sampler (cosine schedule of 4000 steps, DDIM with eta 0 or 1)
-on the closed-form network; of 30 stored states, every third and the last.
+golden/sampler_iddpm_*.npz: improved-diffusion's spaced sampler (cosine schedule of 4000 steps, DDIM with eta 0
+or 1) on the closed-form network; of 30 stored states, every third and the last.
 """
 
 import math
@@ -62,7 +62,7 @@ def test_trajectory_of_improved_diffusion(case, toy):
     fed = torch.stack([t[0] for _, t, _ in toy.denoiser.calls])
     assert np.array_equal(fed.numpy(), np.sort(golden["fed_timesteps"])[::-1])
     for index, expected in zip(golden["traj_index"], golden["traj"], strict=True):
-        np.testing.assert_allclose(states[index].numpy(), expected, atol=5e-5, rtol=0, err_msg=f"step {index}")
+        np.testing.assert_allclose(states[index], expected, atol=5e-5, rtol=0, err_msg=f"step {index}")
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -131,9 +131,8 @@ def test_the_exact_denoiser_of_one_image_leads_to_that_image(toy, steps, eta):
 
 
 def test_records_hold_the_state_that_enters_the_step(toy):
-    records = []
-    y = torch.tensor([4, 7])
-    last = sample(toy.denoiser, toy.time_grid(6), SampleNoise(1, [3, 8], (1, 2, 2)), y=y, on_step=records.append)
+    records, y, noise = [], torch.tensor([4, 7]), SampleNoise(1, [3, 8], (1, 2, 2))
+    last = sample(toy.denoiser, toy.time_grid(6), noise, y=y, on_step=records.append)
     assert [r.step for r in records] == [0, 1, 2, 3, 4, 5]
     assert torch.equal(records[0].x, SampleNoise(1, [3, 8], (1, 2, 2)).draw())
     for record, following in zip(records, records[1:], strict=False):

@@ -102,6 +102,17 @@ def test_constant_features_leave_the_mean_difference():
     assert frechet_distance_from_features(a, b) == pytest.approx(16.0, rel=1e-12)
 
 
+def test_small_features_of_a_singular_covariance_are_not_taken_for_rounding():
+    # one huge variance, 37 zeros, and a block whose only non-zero eigenvalue is 2 in s1 and 8 in s2
+    s1 = np.zeros((40, 40))
+    s1[0, 0] = 1e15
+    s2 = s1.copy()
+    s1[38:, 38:], s2[38:, 38:] = 1.0, 4.0
+    expected = (np.sqrt(8) - np.sqrt(2)) ** 2  # 10 if the block is dropped
+    # the traces are about 1e15: float64 leaves one digit behind the point
+    assert frechet_distance(np.zeros(40), s1, np.zeros(40), s2) == pytest.approx(expected, abs=0.6)
+
+
 @given(shift=st.floats(-5, 5), scale=st.floats(0.1, 10), rows=st.sampled_from([6, 40]))
 @settings(max_examples=25, deadline=None)
 def test_rotation_keeps_the_distance_and_scale_squares_into_it(shift, scale, rows):
