@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.10 or newer: everything else goes into .venv.
+# `make demo` and `make test` need nothing but Python 3.11 or newer: everything else goes into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= digits
@@ -32,7 +32,7 @@ bench: $(VENV)/.installed
 # was made has no pip and is completed.
 define make-venv
 	@$(PYTHON) -c 'import sys; v = sys.version_info; \
-	    sys.exit(0 if v >= (3, 10) else "$(PYTHON) is Python %d.%d: set PYTHON to 3.10 or newer" % v[:2])'
+	    sys.exit(0 if v >= (3, 11) else "$(PYTHON) is Python %d.%d: set PYTHON to 3.11 or newer" % v[:2])'
 	@$(RUN) -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' 2> /dev/null || $(PYTHON) -m venv $(VENV)
 endef
 

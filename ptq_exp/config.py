@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
 from ptq_exp.calibration import SOURCES
+from ptq_exp.diffusion.time_grid import SPACINGS
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import METRICS
 from ptq_exp.quantization.rules import SOFTMAX_BITS, check_bits
@@ -34,6 +35,7 @@ class ModelConfig:
 class SamplerConfig:
     name: str = ""
     steps: int = 0
+    spacing: str = ""
     eta: float = 0.0
 
 
@@ -181,6 +183,7 @@ def _check(config: ExperimentConfig) -> None:
     _one_of("cache", config.cache, CACHE_MODES)
     _one_of("logger.mode", config.logger.mode, LOGGER_MODES)
     _at_least("sampler.steps", config.sampler.steps, 1)
+    _one_of("sampler.spacing", config.sampler.spacing, SPACINGS)
     _between("sampler.eta", config.sampler.eta, 0, 1)
     _at_least("evaluation.n_samples", config.evaluation.n_samples, 2)
     _at_least("evaluation.batch_size", config.evaluation.batch_size, 1)

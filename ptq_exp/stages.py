@@ -60,7 +60,7 @@ class Setup:
         model = build(config.model.build, "model.build", name=config.model.name)
         extractor = build(config.evaluation.extractor, "evaluation.extractor")
         cache = ArtifactCache(config.cache_dir, config.cache)
-        return cls(config, model, model.time_grid(config.sampler.steps), extractor, cache)
+        return cls(config, model, model.time_grid(config.sampler.steps, config.sampler.spacing), extractor, cache)
 
     def trainer(self, title: str):
         """A Lightning Trainer whose progress bar is called `title`."""
@@ -75,6 +75,7 @@ class Setup:
             "model": self.model.digest,
             "sampler": sampler.name,
             "steps": sampler.steps,
+            "spacing": sampler.spacing,
             "eta": sampler.eta,
             "seed": self.config.seed,
         }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def export(module: EMATraining, name: str, card: dict, folder: Path) -> None:
 def losses_by_tenth(history: list[float]) -> list[float]:
     """Mean training loss of each tenth of the training."""
     tenth = max(1, len(history) // 10)
-    return [round(sum(history[i : i + tenth]) / tenth, 5) for i in range(0, tenth * 10, tenth)]
+    starts = range(0, min(tenth * 10, len(history)), tenth)
+    return [round(sum(history[i : i + tenth]) / tenth, 5) for i in starts]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,9 +82,13 @@ def main(argv: list[str] | None = None) -> None:
 
     module, train_batches, held_out = training_module(args.network, steps, args.seed)
     folder = args.work / args.network
-    checkpoint = ModelCheckpoint(folder, filename="latest", save_last=True, every_n_epochs=2, save_on_train_epoch_end=True)
+    checkpoint = ModelCheckpoint(
+        folder, filename="latest", save_last=True, every_n_epochs=2, save_on_train_epoch_end=True
+    )
+    # counted in epochs (the module stops at the last step): with max_steps, Lightning repeats a batch on resuming
+    max_epochs = math.ceil(steps / len(train_batches))
     trainer = pl.Trainer(
-        accelerator="auto", devices=1, max_steps=steps, max_epochs=-1, default_root_dir=folder, logger=False,
+        accelerator="auto", devices=1, max_epochs=max_epochs, default_root_dir=folder, logger=False,
         callbacks=[checkpoint, TQDMProgressBar(refresh_rate=20)], gradient_clip_val=1.0,
         check_val_every_n_epoch=10, num_sanity_val_steps=0,
     )  # fmt: skip

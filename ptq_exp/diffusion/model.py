@@ -47,9 +47,9 @@ class DiffusionModel:
     clip_sample: bool
     digest: str
 
-    def time_grid(self, steps: int) -> TimeGrid:
-        """The grid of `steps` sampling steps; ConfigError unless 1 <= steps <= T."""
-        return TimeGrid.from_alphas_cumprod(self.alphas_cumprod, steps)
+    def time_grid(self, steps: int, spacing: str = "leading") -> TimeGrid:
+        """The grid of `steps` sampling steps; see `TimeGrid.from_alphas_cumprod`."""
+        return TimeGrid.from_alphas_cumprod(self.alphas_cumprod, steps, spacing)
 
     def twin(self) -> nn.Module:
         """An independent copy of the denoiser, to be quantized while the original stays full precision."""

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 EVALUATION, CALIBRATION = 0, 1
 """Streams: a calibration trajectory never shares its noise with an image that is scored."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -84,8 +84,3 @@ def padded_batches(n: int, batch_size: int) -> list[range]:
     A constant batch shape makes image i bitwise independent of how many images are asked for.
     """
     return [range(start, start + batch_size) for start in range(0, n, batch_size)]
-
-
-def first(indices: Sequence[int], n: int) -> int:
-    """How many of `indices` (ascending) lie below `n`."""
-    return sum(1 for i in indices if i < n)

@@ -37,6 +37,8 @@ def _load_weights(network: nn.Module, path: Path) -> str:
         network.load_state_dict(load_file(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"model.checkpoint={path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"model.checkpoint={path}: not a readable file ({error})") from error
     except SafetensorError as error:
         raise CheckpointError(f"model.checkpoint={path}: not a complete safetensors file ({error})") from error
     except RuntimeError as error:

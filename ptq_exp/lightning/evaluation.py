@@ -80,11 +80,12 @@ def _read_parts(folder: Path, batches: Sequence[range]) -> np.ndarray | None:
     for batch in batches:
         path = part_path(folder, batch.start)
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 parts.append(archive["images"])
         except FileNotFoundError:
             return None
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        # RuntimeError: a damaged directory of the archive claims encryption or an unknown version
+        except (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile):
             path.unlink(missing_ok=True)
             return None
     return np.concatenate(parts)

@@ -8,7 +8,6 @@ import warnings
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
-
 _HARMLESS = (
     ".*does not have many workers.*",  # an item is a sample index: loader processes would have nothing to do
     ".*infer the batch indices.*",  # the writer reads the sample indices from the batch itself

@@ -10,10 +10,14 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
+def _seed_of(*key: int) -> int:
+    """A seed that depends on `key`, (seed, step), alone: a resumed training repeats an uninterrupted one."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
 def _generator(seed: int, step: int) -> torch.Generator:
-    """A generator that depends on (seed, step) alone, so that a resumed training repeats an uninterrupted one."""
-    state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> 1))
+    """The generator of one training step."""
+    return torch.Generator().manual_seed(_seed_of(seed, step))
 
 
 def warmup_stable_decay(step: int, *, warmup: int, total: int, decay_share: float = 0.3) -> float:
@@ -44,6 +48,14 @@ class EMATraining(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        # dropout draws from the global generator, which no checkpoint restores
+        torch.manual_seed(_seed_of(self.seed, self.global_step, 1))
+
+    def on_train_batch_end(self, outputs: object, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        if self.global_step >= self.total_steps:
+            self.trainer.should_stop = True
+
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
         self.ema.update_parameters(self.network)
@@ -72,7 +84,8 @@ class DenoiserTraining(EMATraining):
         generator = _generator(self.seed, self.global_step)
         n, total = len(x0), len(self.alphas_cumprod)
         # one draw per n-th of the schedule: the loss varies much less between batches than with n free draws
-        t = ((torch.arange(n) + torch.rand(n, generator=generator)) * total / n).long().to(self.device)
+        t = ((torch.arange(n) + torch.rand(n, generator=generator)) * total / n).long()
+        t = t.clamp(max=total - 1).to(self.device)  # float32 rounds n - 1 + 0.9999999 to n
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps

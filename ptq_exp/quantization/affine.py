@@ -22,9 +22,9 @@ SCALE_FLOOR = 1e-12
 class QRange(NamedTuple):
     """Parameters of one affine quantizer; `fake_quantize(x, *qrange)` applies it.
 
-    All four are float32 tensors of one shape that broadcasts against the tensor they belong to: 0-d per tensor,
-    or with every dimension but the channel axis kept at size 1. `zero_point`, `qmin` and `qmax` hold integers and
-    qmin <= zero_point <= qmax.
+    All four are float32 tensors of one shape that broadcasts against the tensor they belong to: 0-d per
+    tensor, or with every dimension but the channel axis kept at size 1. `zero_point`, `qmin` and `qmax` hold
+    integers, qmin <= zero_point <= qmax.
     """
 
     scale: Tensor
@@ -39,7 +39,7 @@ def integer_range(bits: int, signed: bool) -> tuple[int, int]:
     Raises ConfigError if `bits` is not an integer from 2 to 16.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ConfigError(f"bits={bits!r} is not a bit-width: expected an integer from {MIN_BITS} to {MAX_BITS}")
+        raise ConfigError(f"bits={bits!r}: expected an integer from {MIN_BITS} to {MAX_BITS}")
     return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
 
 
@@ -47,8 +47,8 @@ def choose_qparams(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> QRange
     """Quantizer whose grid just covers [lo, hi], widened to include zero.
 
     Asymmetric: unsigned grid, scale = (hi - lo) / (2^b - 1), zero point -lo / scale rounded inside the grid.
-    Symmetric: zero point 0; signed grid with the smallest scale that clips neither end, or, where the range is
-    one-sided, all 2^b levels on that side: [0, 2^b-1] for lo >= 0, else [-(2^b-1), 0] for hi <= 0.
+    Symmetric: zero point 0; signed grid with the smallest scale that clips neither end, or, where the range
+    is one-sided, all 2^b levels on that side: [0, 2^b-1] for lo >= 0, else [-(2^b-1), 0] for hi <= 0.
 
     Args:
         lo, hi: range ends, any common shape (one element per quantizer); the result has that shape.
@@ -96,10 +96,10 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor) -> Tensor:
     """`dequantize(quantize(x))` in one step, differentiable in `x` and `scale`.
 
-    Backward is the straight-through estimator: d/dx is 1 where the rounded level is inside the grid, else 0;
-    d/dscale is (level - x / scale) inside and the clamped level outside, levels counted from the zero point
-    (Esser et al. 2020, "Learned Step Size Quantization", equation 3, without its gradient scale; QDrop trains
-    activation scales so). The zero point is a constant.
+    Backward is the straight-through estimator: inside, d/dx = 1 and d/dscale = level - x / scale; outside,
+    d/dx = 0 and d/dscale is the clamped level; levels count from the zero point, which is a constant (Esser et
+    al. 2020, "Learned Step Size Quantization", equation 3, without its gradient scale). "Inside" is judged
+    after rounding, as in Wei et al. 2022, "QDrop".
 
     Args:
         x: float32 (or float64) tensor of any shape.

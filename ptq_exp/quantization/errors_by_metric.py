@@ -1,12 +1,12 @@
 """Quantization error of many candidate quantizers at once, by metric, on values or on a histogram.
 
 Notation: u = x / scale, v = clamp(round(u), qmin - zero_point, qmax - zero_point) the level, d = u - v. Then
-x - q(x) = scale * d, so every metric is a sum of one function of (u, d) over the data times a power of the scale.
+x - q(x) = scale * d, and every metric is made of sums of functions of (u, d) and a power of the scale.
 
-On a histogram the data is taken to be uniform inside each bin, and the sum over a bin is the difference of an
-antiderivative G of that function at the bin's two edges. With G's mean slope c taken out (it gives the
-constant c per value: the familiar scale^2/12 for mse) what is left is bounded inside the range, so float32 is
-enough, and the formula holds at every ratio of bin width to scale: no aliasing where bins are wider than steps.
+On a histogram the data counts as uniform inside each bin, and the sum over a bin is the difference of an
+antiderivative G of such a function between the bin's two edges. G's mean slope is taken out and added again
+as a constant per value (for mse the familiar scale^2 / 12): what is left is bounded inside the range, so
+float32 is enough. This holds at any ratio of bin width to scale; bins wider than a step do not alias.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def power_(d: Tensor, p: float) -> Tensor:
 
 
 def value_summands(metric: str) -> Summands:
-    """f(u, d) whose sums over the values make the metric: |d|^p; for cosine d^2 and -u d. May overwrite d."""
+    """f(u, d) whose sums over the values make the metric: |d|^p; for cosine -u d and d^2. May overwrite d."""
     if metric == "cosine":
         return lambda u, d: ((u * d).neg_(), d.square_())
     p = EXPONENTS[metric]
@@ -76,8 +76,13 @@ def mean_slopes(metric: str) -> tuple[float, ...]:
     return (0.5**p / (p + 1),)
 
 
-def block_sums(points: Tensor, weights: Tensor | None, candidates: QRange, summands: Summands) -> list[Tensor]:
-    """Sum of weight * f(u, d) over `points` [cells, n] for candidates [cells, k]; one [cells, k] per summand."""
+def block_sums(
+    points: Tensor, weights: Tensor | None, candidates: QRange, summands: Summands
+) -> list[Tensor]:
+    """Sums of weight * f(u, d) over `points` [cells, n], one tensor [cells, k] for each f.
+
+    `weights` is [cells, n], or None for ones; `candidates` is [cells, k].
+    """
     inverse = candidates.scale.reciprocal().unsqueeze(-1)
     lowest = (candidates.qmin - candidates.zero_point).unsqueeze(-1)
     highest = (candidates.qmax - candidates.zero_point).unsqueeze(-1)
@@ -110,24 +115,24 @@ def _blocks(cells: int, candidates: int, points: int):
 def combine(metric: str, sums: list[Tensor], unit: Tensor, energy: Tensor) -> Tensor:
     """Metric from the sums of its summands.
 
-    p-norms: unit^p * sum |d|^p (`unit` is overwritten). Cosine: 1 - <x, q> / (|x| |q|), written with a = <x, q - x> / |x|^2 and
-    b = |q - x|^2 / |x|^2 as (b - a^2) / (r (r + 1 + a)), r = |q| / |x| = sqrt(1 + 2a + b): no cancellation.
+    p-norms: unit^p * sum |d|^p. Cosine: 1 - <x, q> / (|x| |q|), which with a = <x, q - x> / |x|^2 and
+    b = |q - x|^2 / |x|^2 is (b - a^2) / (r (r + 1 + a)), r = |q| / |x| = sqrt(1 + 2a + b): nothing cancels.
 
     Args:
-        unit: scale over the cell's reference scale, [cells, k] (the reference keeps powers inside float32).
+        unit: scale over the cell's reference scale, [cells, k] (a reference keeps the powers inside float32).
         energy: sum of x^2 in units of the reference scale, [cells, 1].
     """
     if metric != "cosine":
-        return power_(unit, EXPONENTS[metric]).mul_(sums[0])
+        return power_(unit.clone(), EXPONENTS[metric]).mul_(sums[0])
     energy = energy.clamp(min=torch.finfo(energy.dtype).tiny)
     a, b = (unit.square() * total / energy for total in sums)
     r = (1 + 2 * a + b).clamp_(min=0).sqrt_()
-    return (b - a.square()).clamp_(min=0) / (r * (r + 1 + a)).clamp_(min=1e-12)
+    return torch.where(r > 1e-6, (b - a.square()).clamp_(min=0) / (r * (r + 1 + a)), 1.0)
 
 
 @dataclass
 class ValueErrors:
-    """Errors on the values themselves, `rows` [cells, n] float32; `reference` [cells, 1] any scale of each cell."""
+    """Errors on the values themselves: `rows` [cells, n]; `reference` [cells, 1], any scale of each cell."""
 
     rows: Tensor
     metric: str
@@ -146,7 +151,7 @@ class ValueErrors:
 
 @dataclass
 class HistogramErrors:
-    """Errors on a histogram: `edges` [cells, bins + 1] equally spaced, `counts` [cells, bins] of any number type."""
+    """Errors on a histogram: `edges` [cells, bins + 1], equally spaced; `counts` [cells, bins]."""
 
     edges: Tensor
     counts: Tensor
@@ -155,18 +160,19 @@ class HistogramErrors:
 
     def __post_init__(self) -> None:
         self.cost, self.convex = self.edges.numel(), True
-        total = self.counts.sum(1, keepdim=True).clamp(min=1)
-        density = (self.counts.double() / total).float()
-        # Abel summation: sum w_j (G_{j+1} - G_j) = sum_j (w_{j-1} - w_j) G_j, one weight per edge.
+        density = (self.counts.double() / self.counts.sum(1, keepdim=True).clamp(min=1)).float()
+        self._total = density.sum(1, keepdim=True)  # 1, or 0 for a cell without counts
+        # Abel summation: sum w_j (G_{j+1} - G_j) = sum (w_{j-1} - w_j) G_j, one weight per edge.
         self._weights = -torch.nn.functional.pad(density, (1, 1)).diff(dim=1)
         self._width = self.edges[:, 1:2] - self.edges[:, :1]
-        centers = (self.edges[:, 1:] + self.edges[:, :-1]) / (2 * self.reference)
-        self._energy = (density * centers.square()).sum(1, keepdim=True)
+        centers = (self.edges[:, 1:] + self.edges[:, :-1]) / 2
+        squares = (centers.square() + self._width.square() / 12) / self.reference.square()
+        self._energy = (density * squares).sum(1, keepdim=True)
 
     def errors(self, candidates: QRange) -> Tensor:
         sums = block_sums(self.edges, self._weights, candidates, edge_summands(self.metric))
-        steps_per_bin = candidates.scale / self._width
-        sums = [slope + total * steps_per_bin
+        bins_per_step = candidates.scale / self._width
+        sums = [slope * self._total + total * bins_per_step
                 for slope, total in zip(mean_slopes(self.metric), sums, strict=True)]
         return combine(self.metric, sums, candidates.scale / self.reference, self._energy)
 
@@ -175,10 +181,10 @@ class HistogramErrors:
 class CodeDivergence:
     """KL(P || Q) between the histogram P of x and the one a reader of the codes alone would reconstruct.
 
-    Q spreads the mass of each code evenly over the non-empty bins that round to it. This is the calibration of
-    Migacz 2017, "8-bit Inference with TensorRT", but for the clipped bins: they count to the outermost code
-    instead of being folded onto the outermost bin, which keeps the divergence finite and both ends searchable.
-    Codes are runs of bins, so prefix sums give a candidate in O(codes).
+    Q spreads the mass of each code evenly over the non-empty bins that round to it. This is the calibration
+    of Migacz 2017, "8-bit Inference with TensorRT", but for the clipped bins: they belong to the outermost
+    code instead of being folded onto the outermost bin, which keeps the divergence finite. Exact zeros are
+    not counted, as every candidate reproduces them. A code is a run of bins: two prefix sums give its share.
 
     Args:
         width: [cells, 1] of the bins. first: signed number of the first bin; bin j covers [j, j + 1) * width.
@@ -216,4 +222,4 @@ class CodeDivergence:
         mass = self._mass.gather(1, boundary).view(cells, -1, codes + 1).diff(dim=-1)
         occupied = self._occupied.gather(1, boundary).view(cells, -1, codes + 1).diff(dim=-1)
         divergence = self._negative_entropy - torch.xlogy(mass, mass / occupied.clamp_(min=1)).sum(-1)
-        return divergence.mul_(2.0**40).round_()  # to 1e-12, so that rounding noise decides between no candidates
+        return divergence.mul_(2.0**40).round_()  # rounding noise must not decide between equal candidates

@@ -149,4 +149,6 @@ def _build(
             f"{name}: segments {spec.segments} sum to {sum(spec.segments)}, but there are {channels} channels"
         )
     settings = {"symmetric": spec.symmetric, "segments": spec.segments, "metric": spec.metric}
+    if quantizer is ActivationQuantizer:
+        settings["headroom"] = spec.headroom
     return quantizer(spec.bits, rows=rows, axis=axis, name=name, **settings)

@@ -12,7 +12,7 @@ The simulated integer is ``clamp(round(x / scale) + zero_point, qmin, qmax)``, s
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ptq_exp.quantization.affine import QRange, fake_quantize
 from ptq_exp.quantization.ranges import RangeSketch, search_range
 
 
-class Mode(str, Enum):
+class Mode(StrEnum):
     """What a quantizer does to the tensor that passes it; the tensor is unchanged in the first two."""
 
     OFF = "off"
@@ -119,11 +119,15 @@ class Quantizer(nn.Module):
 class ActivationQuantizer(Quantizer):
     """Quantizer of activations: observes any number of batches, then searches its ranges once.
 
-    Buffers ``[1, segments]``: one static range per segment. A sketch of bounded size stands for the observed
+    Buffers ``[1, segments]``: one static range per segment, `headroom` times as wide as the search found. A sketch of bounded size stands for the observed
     data; it is no part of the state dict and is dropped by `finish`.
     """
 
     sketches: list[RangeSketch] | None = None
+
+    def __init__(self, bits: int, *, headroom: float = 1.0, **settings) -> None:
+        super().__init__(bits, **settings)
+        self.headroom = headroom
 
     def forward(self, x: Tensor) -> Tensor:
         """As `Quantizer.forward`; in mode ``observe`` the sketches are fed and `x` is returned unchanged."""
@@ -158,6 +162,7 @@ class ActivationQuantizer(Quantizer):
         if not self.saw_data:
             raise QuantizationError(f"{self.name}: saw no data during calibration")
         found = [sketch.search(self.bits, self.symmetric, self.metric or metric) for sketch in self.sketches]
+        found = [qrange._replace(scale=qrange.scale * self.headroom) for qrange in found]
         self.set_range(_columns(found, rows=1))
         self.forget()
 

@@ -1,8 +1,9 @@
 """Range search: the quantizer of given bits that minimises a metric between data and its quantized self.
 
 Metrics, x the data and q its quantized self: `mse` mean (x - q)^2; `l1` mean |x - q|; `lp` mean |x - q|^2.4;
-`cosine` 1 - <x, q> / (|x| |q|); `kl` divergence of the histograms (see `CodeDivergence`); `minmax` the range of
-the data, nothing clipped; `percentile` the range that holds 99.99 % of the values on either side.
+`cosine` 1 - <x, q> / (|x| |q|); `kl` divergence of two histograms, see `CodeDivergence` (with few values per
+quantizer and many bits it is zero for any range and leaves the data's own); `minmax` the range of the data,
+nothing clipped; `percentile` the range that holds 99.99 % of the values on either side.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ptq_exp.errors import ConfigError, QuantizationError
 from ptq_exp.quantization.affine import QRange, choose_qparams, integer_range
 from ptq_exp.quantization.errors_by_metric import CodeDivergence, ErrorSource, HistogramErrors, ValueErrors
 from ptq_exp.quantization.search import EndSpace, search_ends
-from ptq_exp.quantization.sketch import Histogram, finite_ends
+from ptq_exp.quantization.sketch import Histogram, describe, finite_ends
 
 METRICS = ("mse", "l1", "cosine", "kl", "lp", "minmax", "percentile")
 PERCENTILE = 0.9999
@@ -47,7 +48,7 @@ def search_range(
         name: layer to name in an error.
 
     Returns:
-        QRange of 0-d tensors, or with all dimensions but `channel_axis` of size 1: `fake_quantize(x, *qrange)`.
+        QRange of 0-d tensors, or with every dimension but `channel_axis` of size 1; fits `fake_quantize`.
 
     Raises:
         ConfigError: unknown metric, bits or axis. QuantizationError: `x` is empty or holds NaN or infinity.
@@ -55,7 +56,7 @@ def search_range(
     _check(bits, metric)
     rows, shape = _rows(x, channel_axis)
     if rows.numel() == 0:
-        raise QuantizationError(f"{name or 'range search'}: found an empty tensor, shape {list(x.shape)}")
+        raise QuantizationError(f"{describe(name)}: found an empty tensor of shape {list(x.shape)}")
     low, high = finite_ends(rows, name)
     if metric == "percentile":
         low, high = -_nearest_rank(-rows), _nearest_rank(rows)
@@ -68,10 +69,10 @@ def search_range(
 
 
 class RangeSketch(Histogram):
-    """Range search for data that arrives in batches: counts them in bounded memory, then searches on the counts.
+    """Range search for data that arrives in batches: counts in bounded memory, then searches on the counts.
 
-    64 KiB per cell. The result depends on the multiset of all values only, not on the order or the split of the
-    batches. Usage: `update(x)` with x [cells, n] for each batch, then `search`.
+    Usage: `update(x)` with x [cells, n] for each batch, then `search`. Takes 64 KiB per cell. The result
+    depends on the multiset of all values only, not on the order or the split of the batches.
     """
 
     def __init__(self, cells: int, name: str | None = None) -> None:
@@ -85,14 +86,14 @@ class RangeSketch(Histogram):
         """
         _check(bits, metric)
         if not bool((self.count > 0).all()):
-            raise QuantizationError(f"{self.where}: its quantizer saw no data; run calibration through this layer")
+            raise QuantizationError(f"{self.where}: its quantizer saw no data; calibrate through this layer")
         low, high = self.percentile(PERCENTILE) if metric == "percentile" else (self.min, self.max)
         if metric in ("minmax", "percentile"):
             return choose_qparams(low, high, bits, symmetric)
         space = EndSpace(low, high, bits, symmetric)
         smooth = _histogram_source(self, metric, space)
         found = search_ends(space, smooth, smooth, samples=int(self.count.min()))
-        # All values alike lie in one bin, whose inside a histogram cannot see; their own range holds them exactly.
+        # A histogram cannot see inside the one bin of equal values; their own range holds them exactly.
         alike = self.min == self.max
         return QRange(*(torch.where(alike, plain.squeeze(1), part)
                         for plain, part in zip(space.minmax, found, strict=True)))
@@ -117,7 +118,7 @@ def _rows(x: Tensor, channel_axis: int | None) -> tuple[Tensor, list[int]]:
 
 
 def _sources(rows: Tensor, metric: str, space: EndSpace) -> tuple[ErrorSource, ErrorSource]:
-    """A cheap stand-in for the coarse stages, and the values themselves (none for `kl`, a histogram by definition)."""
+    """Errors for the coarse and the last stages: on a histogram, and on the values (never so for `kl`)."""
     cells, n = rows.shape
     if metric == "kl":
         histogram = Histogram(cells, MOST_KL_BINS)
@@ -150,5 +151,5 @@ def _power_of_two(x: int) -> int:
 
 
 def _nearest_rank(rows: Tensor) -> Tensor:
-    """Smallest value of each row that at least the fraction PERCENTILE of the row does not exceed, [cells]."""
+    """Smallest value of each row that at least the fraction PERCENTILE of it does not exceed, [cells]."""
     return rows.kthvalue(math.ceil(PERCENTILE * rows.shape[1]), dim=1).values

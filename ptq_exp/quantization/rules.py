@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -17,6 +17,7 @@ from ptq_exp.quantization.ranges import METRICS
 
 LAYER_BITS = (2, 8)
 SOFTMAX_BITS = (2, 16)
+STATE_HEADROOM = 2.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class TensorSpec:
         granularity: one range per ``"tensor"`` or, for weights, per output ``"channel"``.
         segments: input-channel counts of groups that get a range each; None = one group.
         metric: error measure of the range search; None = the one of the run.
+        headroom: factor >= 1 by which an activation's range is widened after the search.
 
     Raises:
         ConfigError: a value is outside the above.
@@ -39,6 +41,7 @@ class TensorSpec:
     granularity: Literal["tensor", "channel"] = "tensor"
     segments: tuple[int, ...] | None = None
     metric: str | None = None
+    headroom: float = 1.0
 
     def __post_init__(self) -> None:
         check_bits("TensorSpec.bits", self.bits, SOFTMAX_BITS)
@@ -46,6 +49,8 @@ class TensorSpec:
             raise ConfigError(f"TensorSpec.granularity={self.granularity!r}: choose 'tensor' or 'channel'")
         if self.segments is not None and (not self.segments or min(self.segments) < 1):
             raise ConfigError(f"TensorSpec.segments={self.segments}: give positive channel counts, or None")
+        if not self.headroom >= 1:
+            raise ConfigError(f"TensorSpec.headroom={self.headroom}: choose 1 or more")
         if self.metric is not None and self.metric not in METRICS:
             raise ConfigError(f"TensorSpec.metric={self.metric!r}: choose one of {', '.join(METRICS)}")
 
@@ -151,7 +156,9 @@ def default_rules(
         last: globs of the layers that make the noise estimate; may be empty.
         state_bits: 2 to 16, width of x_t where the layers of `first` read it. x_t is the sampler's state rather
             than an activation: its rounding error passes into the noise estimate divided by the noise level, so
-            that 8 bits there cost more than all other activations together, for under 0.1 % of the MACs.
+            that 8 bits there cost more than all other activations together, for under 0.1 % of the MACs. Wider
+            than 8 bits, its range is that of the calibration data times `STATE_HEADROOM`, without search: Gaussian
+            tails beyond those that calibration saw are clipped otherwise, which costs as much as the rounding.
         attention: quantize the attention products; set False for a model without attention.
         weight_symmetric: signed weights with zero point 0; otherwise each range has a zero point.
         weight_granularity: one weight range per output ``"channel"`` or per ``"tensor"``.
@@ -166,11 +173,14 @@ def default_rules(
     check_bits("bits.softmax", softmax_bits, SOFTMAX_BITS)
     check_bits("bits.state", state_bits, SOFTMAX_BITS)
 
-    def layer(least: int = 0, input_bits: int = activation_bits, **other: TensorSpec) -> QuantSpec:
+    def layer(least: int = 0, input: TensorSpec | None = None, **other: TensorSpec) -> QuantSpec:
         weight = TensorSpec(max(weight_bits, least), weight_symmetric, weight_granularity)
-        return QuantSpec(weight, TensorSpec(max(input_bits, least), activation_symmetric), **other)
+        return QuantSpec(weight, input or TensorSpec(max(activation_bits, least), activation_symmetric), **other)
 
-    rules = [Rule(pattern, layer(first_last_bits, state_bits)) for pattern in first]
+    state = TensorSpec(max(state_bits, activation_bits, first_last_bits), activation_symmetric)
+    if state.bits > LAYER_BITS[1]:
+        state = replace(state, metric="minmax", headroom=STATE_HEADROOM)
+    rules = [Rule(pattern, layer(first_last_bits, state)) for pattern in first]
     rules += [Rule(pattern, layer(first_last_bits)) for pattern in last]
     if not attention:
         return [*rules, Rule("*", layer())]

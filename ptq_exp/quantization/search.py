@@ -1,13 +1,13 @@
 """Coarse-to-fine search for the ends of quantization ranges, vectorised over cells and candidates.
 
-A cell is one quantizer's share of a tensor (the tensor, a channel, a segment). A candidate is a pair (a, b) of
-fractions of its two range ends; an asymmetric search moves both, a symmetric one moves them together.
+A cell is one quantizer's share of a tensor (the tensor, a channel, a segment). A candidate is a pair (a, b)
+of fractions of its two range ends; an asymmetric search moves both, a symmetric one moves them together.
 
 On smooth data the error is nearly convex in the ends: the clipped part is a convex function of each end, the
-rounding part grows with their distance. So a geometric grid and ever smaller moves from its best candidate find
-the optimum, and they may run on a cheap stand-in for the data (a histogram). The error of n actual values
-scatters around the smooth one by about 1/sqrt(n) between neighbouring candidates, so the last stages scan a
-window of that size on the data themselves, as densely as a budget of element evaluations allows.
+rounding part grows with their distance. So a geometric grid and ever smaller moves from its best candidate
+find the optimum, and they may run on a cheap stand-in for the data (a histogram). The error of n actual
+values scatters around the smooth one by about 1/sqrt(n) between neighbouring candidates, so the last stages
+scan a window of that size on the data themselves, as densely as a budget of element evaluations allows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from torch import Tensor
 from ptq_exp.quantization.affine import QRange, choose_qparams
 from ptq_exp.quantization.errors_by_metric import ErrorSource
 
-# The first grid goes down to this fraction of each end, in so many steps where the error is convex, or is not.
-SMALLEST_END, CONVEX_GRID, ROUGH_GRID = 0.04, 5, 25
+# The first grid spans this factor of each end, in few steps where the error is convex, in more where it is
+# not (as many as that budget of element evaluations allows); it is repeated further down while that helps.
+GRID_SPAN, SMALLEST_END = 0.04, 1e-4
+CONVEX_GRID, ROUGH_GRID, ROUGH_BUDGET = 5, 25, 100_000_000
 # Finest move, relative to an end, that the smooth stages resolve.
 SMOOTH_MOVE = 0.02
 # Element evaluations of the last stages, and their bounds in candidates: at least a few, whatever the tensor.
@@ -34,7 +36,7 @@ BEAM_WIDTH, FINEST_MOVE = 8, 1e-5
 
 @dataclass
 class EndSpace:
-    """Range ends as fractions of the cells' reach; `low`, `high` [cells] are the smallest and largest values."""
+    """Range ends as fractions of the cells' reach; `low`, `high` [cells]: smallest and largest values."""
 
     low: Tensor
     high: Tensor
@@ -67,7 +69,7 @@ class EndSpace:
         return moves.repeat_interleave(len(moves)), moves.repeat(len(moves))
 
     def steps(self, size: float) -> list[tuple[Tensor, Tensor]]:
-        """Moves of (a, b) by `size` to either side: both ends alike, then, with two axes, one against the other.
+        """Moves of (a, b) by `size` to either side: both ends alike; with two axes also against each other.
 
         The first changes the scale and keeps the zero point, the second shifts the range. Moving one end at a
         time instead is stopped early by the rounding of the zero point.
@@ -77,14 +79,14 @@ class EndSpace:
 
 
 class Beam:
-    """The best candidates found so far, best first: a, b, errors [cells, width], errors measured by `source`."""
+    """The best candidates found so far, best first: a, b and their errors by `source`, [cells, width]."""
 
     def __init__(self, space: EndSpace, source: ErrorSource, a: Tensor, b: Tensor, width: int = 1) -> None:
         self.space, self.source, self.width = space, source, width
         self.a, self.b, self.errors = a, b, source.errors(space.candidates(a, b))
 
     def move(self, on_a: Tensor, on_b: Tensor, start: Beam | None = None) -> None:
-        """Tries (a, b) times (exp(on_a), exp(on_b)), [k] each, for each (a, b) held by `start` (default: by self).
+        """Tries (a, b) times (exp(on_a), exp(on_b)), [k] each, for every (a, b) held by `start` (or by self).
 
         Keeps the best of what is held and what is new.
         """
@@ -99,22 +101,32 @@ class Beam:
 
 
 def search_ends(space: EndSpace, smooth: ErrorSource, exact: ErrorSource, samples: int) -> QRange:
-    """Best quantizer per cell, [cells], by `exact` never worse than the data's own ends.
+    """Best quantizer per cell, [cells]; by `exact` never worse than the data's own ends.
 
     Args:
         smooth: errors for the coarse stages; exact: for the last stages (may be the same).
         samples: values per cell.
     """
     step = 2.0**-space.bits
-    count, width = (CONVEX_GRID, 1) if smooth.convex else (ROUGH_GRID, BEAM_WIDTH)
-    size = -math.log(SMALLEST_END) / (count - 1)
-    beam = Beam(space, smooth, *space.plain(), width=width)
-    beam.move(*space.grid(-size * torch.arange(count, device=space.low.device)))
+    beam, size = _coarse(space, smooth)
     while size > min(2 * step, SMOOTH_MOVE):
         size /= 2
         for moves in space.steps(size):
             beam.move(*moves)
     return _scan(space, exact, beam, min(4 / math.sqrt(samples), 0.5) + step / 2)
+
+
+def _coarse(space: EndSpace, smooth: ErrorSource) -> tuple[Beam, float]:
+    """Best of a geometric grid, and its spacing; it goes on where a cell's best lies at the grid's low end."""
+    count = CONVEX_GRID
+    if not smooth.convex:
+        count = min(max(int((ROUGH_BUDGET / smooth.cost) ** (1 / space.axes)), CONVEX_GRID), ROUGH_GRID)
+    beam = Beam(space, smooth, *space.plain(), width=1 if smooth.convex else BEAM_WIDTH)
+    size, lowest = -math.log(GRID_SPAN) / (count - 1), 1.0
+    while lowest > SMALLEST_END and min(float(beam.a.min()), float(beam.b.min())) < 1.01 * lowest:
+        beam.move(*space.grid(-size * torch.arange(count, device=space.low.device)))
+        lowest *= GRID_SPAN
+    return beam, size
 
 
 def _scan(space: EndSpace, source: ErrorSource, center: Beam, half_width: float) -> QRange:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ptq_exp.errors import QuantizationError
 
-# Largest values below 2^-60 share one bin width: they lie under the smallest scale anyway.
+# Data that stays below 2^-60 shares one bin width: it lies under the smallest scale anyway.
 MIN_EXPONENT = -60
+# Elements counted at once; bounds the temporaries.
 CHUNK = 1 << 18
 
 
 class Histogram:
-    """Counts over bins aligned at zero, per cell: bin j of cell c covers [j, j + 1) * 2^exponent[c] * 2 / bins.
+    """Counts over bins aligned at zero: bin j of cell c covers [j, j + 1) * 2^exponent[c] * 2 / bins.
 
     j runs from -bins/2 to bins/2 - 1. Where a batch exceeds the covered range, bins merge in pairs (or 2^k at
-    once). Since bin widths are powers of two and zero is always an edge, merging old counts gives exactly what
+    once). As bin widths are powers of two and zero is always an edge, merging old counts gives exactly what
     counting with the wider bins from the start would have given: the state depends on the multiset of values
     seen, never on their order or on the split into batches.
 
     Exact zeros are counted apart (`zeros`): every quantizer here reproduces them, so they carry no error.
 
-    Attributes: min, max [cells] float32; counts [cells, bins], zeros, count [cells] int64 (count: all values).
+    Args:
+        cells: number of histograms. bins: a power of two. name: layer to name in an error.
+
+    Attributes:
+        min, max: [cells] float32. counts: [cells, bins] int64. zeros: [cells] int64.
+        count: [cells] int64, all values seen. exponent: [cells] int64, |x| < 2^exponent for all of them.
     """
 
     def __init__(self, cells: int, bins: int, name: str | None = None) -> None:
@@ -56,7 +64,7 @@ class Histogram:
     @property
     def width(self) -> Tensor:
         """Bin width per cell, [cells, 1] float32."""
-        return torch.ldexp(torch.full_like(self.min, 2.0 / self.bins), self.exponent)[:, None]
+        return torch.ldexp(torch.ones_like(self.min), self.exponent + 1 - int(math.log2(self.bins)))[:, None]
 
     def occupied(self) -> tuple[int, Tensor]:
         """Signed number of the first bin any cell uses, and the counts [cells, used bins] from there on."""
@@ -73,14 +81,14 @@ class Histogram:
         return coarse
 
     def percentile(self, fraction: float) -> tuple[Tensor, Tensor]:
-        """Ends [cells] such that at least `fraction` of the values do not exceed the upper one, nor fall below the lower.
+        """Ends [cells]: at least `fraction` of the values is not above the upper, nor below the lower one.
 
-        Exact up to a bin: the outer edge of the bin that holds the value of nearest rank, or the extreme value.
+        Exact up to a bin: the outer edge of the bin that holds the value of that rank, or the extreme value.
         """
         half = self.bins // 2
         whole = self.counts.clone()
         whole[:, half] += self.zeros
-        rank = torch.ceil(self.count * fraction).long()[:, None]
+        rank = torch.ceil(self.count.double() * fraction).long()[:, None]
         above = torch.searchsorted(whole.cumsum(1), rank).squeeze(1) + 1 - half
         below = half - 1 - torch.searchsorted(whole.flip(1).cumsum(1), rank).squeeze(1)
         width = self.width.squeeze(1)
@@ -122,10 +130,12 @@ class Histogram:
 def finite_ends(x: Tensor, name: str | None) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each row of `x` [cells, n]; QuantizationError on NaN or infinity."""
     low, high = x.amin(1), x.amax(1)  # an order of magnitude faster than aminmax(dim=1)
-    if not (torch.isfinite(low) & torch.isfinite(high)).all():
+    if not torch.isfinite(high - low).all():
         nan, infinite = int(x.isnan().sum()), int(x.isinf().sum())
-        raise QuantizationError(f"{describe(name)}: found {nan} NaN and {infinite} infinite values among "
-                                f"{x.numel()}, expected finite ones; check the checkpoint and the calibration data")
+        raise QuantizationError(
+            f"{describe(name)}: found {nan} NaN and {infinite} infinite values among {x.numel()}, expected a "
+            "finite range; check the checkpoint and the calibration data"
+        )
     return low, high
 
 

@@ -1,4 +1,4 @@
-"""A denoiser in closed form: elementwise, so that states do not depend on the batch, and it records its calls."""
+"""A model in closed form: elementwise, so that a state does not depend on the batch it is computed in."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from ptq_exp.diffusion import DiffusionModel
 
 
 class ClosedForm(nn.Module):
-    """eps(x, t) = 0.8 x + 0.3 sin(0.7 x + 0.05 t), the network of the golden trajectories."""
+    """eps(x, t) = 0.8 x + 0.3 sin(0.7 x + 0.05 t), as in the golden trajectories; records its calls."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
 """The sampler against trajectories of the original code, `diffusers`, the DDPM posterior and exact solutions.
 
-golden/sampler_iddpm_*.npz: improved-diffusion's spaced sampler (cosine schedule of 4000 steps, DDIM with eta 0
-or 1) on the closed-form network; of 30 stored states, every third and the last.
+golden/sampler_iddpm_*.npz: improved-diffusion's spaced sampler (cosine schedule of 4000 steps, DDIM with eta
+0 or 1) on the closed-form network; of 30 stored states, every third and the last.
 """
 
 import math
@@ -83,8 +83,8 @@ def test_one_step_agrees_with_diffusers_where_its_constant_stride_is_exact(steps
         x_prev, x0 = ddim_step(x, eps, float(levels[t]), alpha_bar_prev, eta, z, clip_sample=clip)
         scale = float(expected.pred_original_sample.abs().max())
         torch.testing.assert_close(x0, expected.pred_original_sample, rtol=0, atol=2e-5 * max(scale, 1))
-        # without clipping x0 reaches 1e4 at the noisiest step, whose float32 schedule is good to three digits
-        torch.testing.assert_close(x_prev, expected.prev_sample, rtol=2e-4, atol=2e-5 * max(scale, 1))
+        # at the noisiest step x0 reaches 1e4, and 1 - alpha_bar of the float32 schedule is good to three digits
+        torch.testing.assert_close(x_prev, expected.prev_sample, rtol=1e-3, atol=2e-5 * max(scale, 1))
 
 
 @given(st.floats(1e-8, 0.999), st.floats(1e-4, 1), st.integers(0, 99))
@@ -138,8 +138,8 @@ def test_records_hold_the_state_that_enters_the_step(toy):
     for record, following in zip(records, records[1:], strict=False):
         assert torch.equal(record.x_prev, following.x)
     assert torch.equal(last, records[-1].x_prev) and torch.equal(last, records[-1].x0)
-    times = toy.time_grid(6).timesteps.tolist()
-    for record, (x, t, label), time in zip(records, toy.denoiser.calls, times, strict=True):
+    times, calls = toy.time_grid(6).timesteps.tolist(), list(toy.denoiser.calls)
+    for record, (x, t, label), time in zip(records, calls, times, strict=True):
         assert torch.equal(x, record.x) and t.tolist() == [time, time] and label is y
         assert torch.equal(record.eps, toy.denoiser(record.x, t))
 

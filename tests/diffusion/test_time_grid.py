@@ -55,6 +55,32 @@ def test_times_halfway_between_two_integers_round_to_even(steps):
     assert TimeGrid.from_alphas_cumprod(schedule(1000), steps).timesteps.tolist() == exact
 
 
+@pytest.mark.parametrize("steps, first, stride", [(20, 951, 50), (50, 981, 20), (200, 996, 5), (250, 997, 4)])
+def test_leading_times_are_those_of_latent_diffusion(steps, first, stride):
+    """1, 51, ..., 951 for 20 steps: both the index into the schedule and the time that is fed."""
+    levels = schedule(1000)
+    grid = TimeGrid.from_alphas_cumprod(levels, steps, "leading")
+    assert grid.timesteps.tolist() == list(range(first, 0, -stride)) and grid.timesteps[-1] == 1
+    assert torch.equal(grid.alphas_cumprod, levels[grid.timesteps.long()])
+    assert torch.equal(grid.alphas_cumprod_prev[:-1], grid.alphas_cumprod[1:])
+    assert grid.alphas_cumprod_prev[-1] == 1
+
+
+@given(st.integers(1, 1000).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, total))))
+def test_leading_times_are_as_many_as_asked_for_and_lie_in_the_schedule(total_and_steps):
+    total, steps = total_and_steps
+    times = TimeGrid.from_alphas_cumprod(schedule(total), steps, "leading").timesteps
+    assert len(times) == steps and set((-times.diff()).tolist()) <= {total // steps}
+    assert times[-1] in (0, 1) and times[0] <= total - 1
+    # one step earlier only where the last time would not fit
+    assert times[-1] == 1 or times[0] == total - 1
+
+
+def test_an_unknown_spacing_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"sampler\.spacing=trailing: choose one of leading, linspace"):
+        TimeGrid.from_alphas_cumprod(schedule(10), 4, "trailing")
+
+
 @pytest.mark.parametrize("steps", [0, -3, 11])
 def test_impossible_numbers_of_steps_name_the_setting_and_the_limits(steps):
     with pytest.raises(ConfigError, match=rf"sampler\.steps={steps}: choose 1\.\.10"):
@@ -69,3 +95,15 @@ def test_network_time_is_float32_and_may_be_fractional():
     assert grid.network_time(0).tolist() == [2.25]
     many = grid.network_time(torch.tensor([3, 0, 0, 2]))
     assert many.dtype == torch.float32 and many.tolist() == [0, 2.25, 2.25, 0.75]
+
+
+def test_leading_spacing_is_that_of_latent_diffusion():
+    grid = TimeGrid.from_alphas_cumprod(schedule(1000), 20, "leading")
+    assert grid.timesteps.tolist() == list(range(951, 0, -50))
+    assert TimeGrid.from_alphas_cumprod(schedule(1000), 1000, "leading").timesteps.tolist() == list(range(999, -1, -1))
+    assert TimeGrid.from_alphas_cumprod(schedule(10), 3, "leading").timesteps.tolist() == [7, 4, 1]
+
+
+def test_unknown_spacing_is_an_error():
+    with pytest.raises(ConfigError, match="sampler.spacing=trailing: choose one of leading, linspace"):
+        TimeGrid.from_alphas_cumprod(schedule(10), 3, "trailing")

@@ -1,0 +1,352 @@
+"""Range search: golden bounds, brute force for every metric, edge cases; the streaming sketch and its order."""
+
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ptq_exp.errors import ConfigError, QuantizationError
+from ptq_exp.quantization.affine import QRange, choose_qparams, fake_quantize
+from ptq_exp.quantization.ranges import METRICS, RangeSketch, search_range
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+POWERS = {"mse": 2.0, "l1": 1.0, "lp": 2.4}
+SEARCHED = ("mse", "l1", "lp", "cosine", "kl")
+
+
+@cache
+def golden() -> tuple[dict, list[dict]]:
+    """Input tensors, and the deployable asymmetric reference results on them (zero point inside the grid)."""
+    inputs, table = np.load(GOLDEN / "search_inputs.npz"), np.load(GOLDEN / "search_references.npz")
+    rows = [dict(zip(table.files, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    deployable = [r for r in rows if r["zero_point_min"] >= 0 and r["zero_point_max"] <= 2.0 ** r["bits"] - 1]
+    return {name: torch.from_numpy(inputs[name]) for name in inputs.files}, deployable
+
+
+ACTIVATIONS = ["gauss", "skew", "silu", "heavy", "pos", "neg", "softmax", "bimodal", "offset"]
+CASES = [(f"act_{name}", "pt") for name in ACTIVATIONS]
+CASES += [(f"w_{name}", granularity) for name in ("conv", "linear", "conv1d", "edge") for granularity in ("pt", "ch")]
+
+
+def mean_error(x: torch.Tensor, found: QRange, p: float = 2.4) -> float:
+    return float((x.double() - fake_quantize(x, *found).double()).abs().pow(p).mean())
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize(("name", "granularity"), CASES)
+def test_asymmetric_search_is_no_worse_than_the_best_deployable_reference(name, granularity, bits):
+    inputs, references = golden()
+    ours = search_range(inputs[name], bits, symmetric=False, channel_axis={"pt": None, "ch": 0}[granularity])
+    achieved = mean_error(inputs[name], ours)
+    key = (name, granularity, bits)
+    best = min((r["l24"] for r in references if (r["tensor"], r["granularity"], r["bits"]) == key), default=None)
+    assert (best is None) == (name == "w_edge" and granularity == "pt")  # no reference has that case
+    assert best is None or achieved <= best * 1.001
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize(("name", "granularity"), CASES)
+def test_symmetric_search_is_no_worse_than_a_scan_of_1000_scales(name, granularity, bits):
+    x = golden()[0][name]
+    ours = search_range(x, bits, symmetric=True, channel_axis={"pt": None, "ch": 0}[granularity])
+    rows = x.reshape(1, -1) if granularity == "pt" else x.flatten(1)
+    plain = choose_qparams(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), bits, symmetric=True)
+    low, high = plain.qmin / plain.qmax.clamp(min=1), plain.qmax
+    assert ((plain.qmax - plain.qmin) == 2**bits - 1).all() and (low <= 0).all() and (high >= 0).all()
+    least = torch.full_like(plain.scale, torch.inf)
+    for fraction in torch.arange(1, 1001).div(1000).split(50):
+        scale = plain.scale[..., None] * fraction
+        level = (rows[:, :, None] / scale).round().clamp(plain.qmin[..., None], plain.qmax[..., None])
+        error = (rows[:, :, None] - level * scale).abs().pow(2.4).mean(1)
+        least = torch.minimum(least, error.amin(1, keepdim=True))
+    assert torch.equal(ours.zero_point, torch.zeros_like(ours.zero_point))
+    assert mean_error(x, ours) <= float(least.double().mean()) * 1.001
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    normal = torch.randn(1500, generator=generator)
+    rare = torch.rand(1500, generator=generator) < 0.01
+    return {
+        "normal": normal,
+        "silu": torch.nn.functional.silu(1.6 * normal + 0.2),
+        "relu": normal.relu(),
+        "negative": -normal.abs(),
+        "offset": 5 + torch.rand(1500, generator=generator),
+        "skewed": torch.exp(normal) - 0.5,
+        "softmax": torch.softmax(3 * normal.view(30, 50), 1).flatten(),
+        "outliers": torch.where(rare, 20 * normal, normal),
+        "few": normal[:20],
+    }
+
+
+TENSORS = tensors()
+
+
+def divergence(x: np.ndarray, found: QRange) -> float:
+    """KL of the histogram (zero-aligned bins, a power of two of them up to 4 sqrt(n)) from its code-wise mean."""
+    bins = min(2048, 2 ** math.floor(math.log2(4 * math.isqrt(len(x)))))
+    width = 2.0 ** np.frexp(np.abs(x).max())[1] / (bins / 2)
+    number, counts = np.unique(np.floor(x[x != 0] / width), return_counts=True)
+    low, high = float(found.qmin - found.zero_point), float(found.qmax - found.zero_point)
+    code = np.clip(np.floor((number + 0.5) * width / float(found.scale) + 0.5), low, high)
+    total = 0.0
+    for value in np.unique(code):
+        share = counts[code == value] / counts.sum()
+        total += (share * np.log(share / share.mean())).sum()
+    return total
+
+
+def achieved(x: torch.Tensor, found: QRange, metric: str) -> float:
+    """The metric by its definition, in float64."""
+    if metric == "kl":
+        return divergence(x.double().numpy(), found)
+    x, q = x.double(), fake_quantize(x, *found).double()
+    if metric == "cosine":
+        return float(1 - (x @ q) / (x.norm() * q.norm()))
+    return float((x - q).abs().pow(POWERS[metric]).mean())
+
+
+def brute_force(x: torch.Tensor, bits: int, symmetric: bool, metric: str) -> float:
+    low, high = x.min(), x.max()
+    if symmetric:
+        ends = [(low * r, high * r) for r in np.linspace(0.01, 1, 150)]
+    else:
+        steps = np.linspace(0.04, 1, 16)
+        ends = [(low * a, high * b) for a in (steps if low < 0 else [1]) for b in (steps if high > 0 else [1])]
+    return min(achieved(x, choose_qparams(*pair, bits, symmetric), metric) for pair in ends)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("metric", SEARCHED)
+def test_every_metric_is_minimised(metric, bits, symmetric):
+    for name, x in TENSORS.items():
+        found = search_range(x, bits, symmetric=symmetric, metric=metric)
+        assert achieved(x, found, metric) <= brute_force(x, bits, symmetric, metric) * 1.002 + 1e-9, name
+
+
+@pytest.mark.parametrize("metric", SEARCHED)
+def test_each_metric_beats_the_others_on_its_own_terms(metric):
+    """... by a margin that a search blind to the metric would not have."""
+    x = TENSORS["outliers"]
+    errors = {m: achieved(x, search_range(x, 3, symmetric=False, metric=m), metric) for m in METRICS}
+    own = errors.pop(metric)
+    assert own <= min(errors.values()) * (1 + 1e-6)
+    assert own < 0.99 * errors["minmax"]
+    assert sum(own < 0.999 * error for error in errors.values()) >= 3
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_minmax_and_percentile_by_definition(symmetric):
+    x = torch.randn(30000, generator=torch.Generator().manual_seed(0)).reshape(2, -1)
+    for name, row in (("all", x), ("channels", None)):
+        axis = None if name == "all" else 0
+        rows = x.reshape(1, -1) if axis is None else x
+        plain = choose_qparams(rows.amin(1), rows.amax(1), 6, symmetric)
+        found = search_range(x, 6, symmetric=symmetric, channel_axis=axis, metric="minmax")
+        assert torch.equal(found.scale.flatten(), plain.scale)
+        ends = [np.quantile(sign * rows.numpy(), 0.9999, axis=1, method="inverted_cdf") for sign in (-1, 1)]
+        expected = choose_qparams(-torch.from_numpy(ends[0]), torch.from_numpy(ends[1]), 6, symmetric)
+        found = search_range(x, 6, symmetric=symmetric, channel_axis=axis, metric="percentile")
+        torch.testing.assert_close(found.scale.flatten(), expected.scale)
+        assert (found.scale.flatten() < plain.scale).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("value", [3.7, -0.02, 0.0, 1e-20, -3e20])
+def test_constant_tensors_are_reproduced(metric, symmetric, value):
+    x = torch.full((4, 50), value)
+    sketch = RangeSketch(4)
+    sketch.update(x)
+    for found in (search_range(x, 4, symmetric=symmetric, metric=metric),
+                  QRange(*(part[:, None] for part in sketch.search(4, symmetric, metric)))):
+        assert all(torch.isfinite(part).all() for part in found)
+        out = fake_quantize(x, *found)
+        torch.testing.assert_close(out, x, rtol=1e-5 if metric != "kl" else 0.4, atol=1e-12)
+        assert fake_quantize(torch.zeros(1), *(part.flatten()[0] for part in found)) == 0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_channels_without_data_spread_do_not_disturb_the_others(metric):
+    """An all-zero, an all-positive and an all-negative channel beside an ordinary one; 0.5 keeps its own scale."""
+    normal = torch.randn(200, generator=torch.Generator().manual_seed(1))
+    x = torch.stack([torch.zeros(200), normal.abs(), -normal.abs(), normal])
+    found = search_range(x, 4, symmetric=True, channel_axis=0, metric=metric)
+    assert all(torch.isfinite(part).all() for part in found)
+    assert torch.equal(fake_quantize(x, *found)[0], x[0])
+    assert found.qmin.flatten()[1:].tolist() == [0, -15, -8]
+    assert found.qmax.flatten()[1:].tolist() == [15, 0, 7]
+    torch.testing.assert_close(found.scale[1], found.scale[2])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_offset_data_keeps_zero_exact_and_uses_the_levels_it_has(bits):
+    x = TENSORS["offset"]
+    found = search_range(x, bits, symmetric=False)
+    assert fake_quantize(torch.zeros(1), *found) == 0
+    assert found.zero_point == 0
+    assert (x - fake_quantize(x, *found)).abs().max() <= 6.0 / (2**bits - 1)
+
+
+def test_shapes_fit_the_tensor_and_negative_axes_count_from_the_end():
+    x = torch.randn(4, 3, 5, 2, generator=torch.Generator().manual_seed(0))
+    assert all(part.shape == () for part in search_range(x, 8, symmetric=True))
+    for axis, shape in ((0, (4, 1, 1, 1)), (1, (1, 3, 1, 1)), (-1, (1, 1, 1, 2))):
+        found = search_range(x, 8, symmetric=False, channel_axis=axis)
+        assert all(part.shape == shape and part.dtype == torch.float32 for part in found)
+        assert fake_quantize(x, *found).shape == x.shape
+        first = search_range(x.movedim(axis, 0), 8, symmetric=False, channel_axis=0)
+        assert torch.equal(found.scale.flatten(), first.scale.flatten())
+
+
+def test_parameters_need_no_gradient_and_stay_as_they_are():
+    weight = torch.nn.Parameter(torch.randn(8, 20, generator=torch.Generator().manual_seed(0)))
+    before = weight.detach().clone()
+    assert not any(part.requires_grad for part in search_range(weight, 4, symmetric=True, channel_axis=0))
+    assert torch.equal(weight, before)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(-20, 20), st.sampled_from(METRICS), st.booleans())
+def test_scaling_by_a_power_of_two_scales_the_result_exactly(exponent, metric, symmetric):
+    x = TENSORS["silu"][:600]
+    one = search_range(x, 5, symmetric=symmetric, metric=metric)
+    other = search_range(x * 2.0**exponent, 5, symmetric=symmetric, metric=metric)
+    assert torch.equal(other.scale, one.scale * 2.0**exponent)
+    assert torch.equal(other.zero_point, one.zero_point)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.floats(-1e30, 1e30, width=32), min_size=1, max_size=40).map(torch.tensor),
+    st.sampled_from(METRICS),
+    st.sampled_from([2, 5, 8, 16]),
+    st.booleans(),
+)
+def test_any_finite_tensor_gives_a_usable_quantizer(x, metric, bits, symmetric):
+    sketch = RangeSketch(1)
+    sketch.update(x[None])
+    streamed = QRange(*(part[0] for part in sketch.search(bits, symmetric, metric)))
+    for found in (search_range(x, bits, symmetric=symmetric, metric=metric), streamed):
+        assert all(torch.isfinite(part) for part in found)
+        assert found.scale > 0 and found.qmin <= found.zero_point <= found.qmax
+        assert found.qmax - found.qmin == 2**bits - 1
+        assert fake_quantize(torch.zeros(1), *found) == 0
+        assert torch.isfinite(fake_quantize(x, *found)).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinity_name_the_layer(bad):
+    x = torch.zeros(3, 10)
+    x[1, 4] = bad
+    with pytest.raises(QuantizationError, match=r"down\.0\.conv1.*1 (NaN|infinite)"):
+        search_range(x, 8, symmetric=True, channel_axis=0, name="down.0.conv1")
+    with pytest.raises(QuantizationError, match=r"down\.0\.conv1"):
+        RangeSketch(3, name="down.0.conv1").update(x)
+
+
+def test_impossible_settings_name_the_valid_ones():
+    x = torch.ones(2, 3)
+    with pytest.raises(ConfigError, match="mse, l1, cosine, kl, lp, minmax, percentile"):
+        search_range(x, 8, symmetric=True, metric="mes")
+    with pytest.raises(ConfigError, match="from 2 to 16"):
+        search_range(x, 1, symmetric=True)
+    with pytest.raises(ConfigError, match="channel_axis=2"):
+        search_range(x, 8, symmetric=True, channel_axis=2)
+    with pytest.raises(QuantizationError, match="empty"):
+        search_range(x[:0], 8, symmetric=True)
+
+
+def states_equal(one: RangeSketch, other: RangeSketch) -> bool:
+    keys = ("min", "max", "counts", "zeros", "count", "exponent")
+    return all(torch.equal(getattr(one, key), getattr(other, key)) for key in keys)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_sketch_depends_on_the_multiset_of_values_alone(data):
+    """Any permutation, split differently into batches, gives the same state and result, bit for bit."""
+    values = st.one_of(st.floats(-1e3, 1e3, width=32), st.floats(-1e-6, 1e-6, width=32), st.just(0.0))
+    rows = data.draw(st.lists(st.tuples(values, values), min_size=2, max_size=60))
+    shuffled = data.draw(st.permutations(rows))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=5)))
+    once, pieces = RangeSketch(2), RangeSketch(2)
+    once.update(torch.tensor(rows).T)
+    for batch in np.split(np.array(shuffled, dtype=np.float32), cuts):
+        pieces.update(torch.from_numpy(batch).T)
+    assert states_equal(once, pieces)
+    for metric in ("lp", "kl", "percentile"):
+        results = [sketch.search(4, False, metric) for sketch in (once, pieces)]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_sketch_counts_what_it_saw():
+    x = torch.tensor([[-1.0, 0.0, 0.25, 3.0], [0.0, 0.0, -7.0, -0.5]])
+    sketch = RangeSketch(2)
+    sketch.update(x)
+    sketch.update(x[:, :0])
+    sketch.update(1000 * x[:, 3:])
+    assert sketch.min.tolist() == [-1, -7 if -500 > -7 else -500] and sketch.max.tolist() == [3000, 0]
+    assert sketch.count.tolist() == [5, 5]
+    assert sketch.zeros.tolist() == [1, 2]
+    assert (sketch.counts.sum(1) + sketch.zeros).tolist() == [5, 5]
+    bins = sketch.counts.shape[1]
+    width = 2 * 4096 / bins  # 3000 < 4096 = 2^12
+    assert float(sketch.width[0]) == width
+    assert sketch.counts[0, bins // 2 + int(3000 // width)] == 1
+    assert sketch.counts[0, bins // 2 - 1] == 1  # -1
+    assert sketch.counts[0, bins // 2] == 1 + (3 < width)  # 0.25, and 3 if the bins are that wide
+
+
+def test_sketch_memory_stays_bounded():
+    sketch = RangeSketch(2)
+    generator = torch.Generator().manual_seed(0)
+    sizes = []
+    for k in range(5):
+        sketch.update(10.0**k * torch.randn(2, 3000, generator=generator))
+        sizes.append(sum(v.numel() * v.element_size() for v in vars(sketch).values() if isinstance(v, torch.Tensor)))
+    assert len(set(sizes)) == 1
+    assert sizes[0] <= 2 * 70_000
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("metric", SEARCHED)
+def test_sketch_search_is_close_to_the_search_on_all_values(metric, bits, symmetric):
+    for name, x in TENSORS.items():
+        sketch = RangeSketch(1)
+        for batch in x.split(400):
+            sketch.update(batch[None])
+        streamed = QRange(*(part[0] for part in sketch.search(bits, symmetric, metric)))
+        exact = search_range(x, bits, symmetric=symmetric, metric=metric)
+        error = achieved(x, exact, metric)
+        assert achieved(x, streamed, metric) <= error * 1.03 + 1e-9, name
+
+
+def test_sketch_percentile_is_exact_to_a_bin():
+    x = torch.randn(1, 40000, generator=torch.Generator().manual_seed(0))
+    sketch = RangeSketch(1)
+    sketch.update(x)
+    low, high = sketch.percentile(0.999)
+    expected = [np.quantile(x.numpy(), q, method="inverted_cdf") for q in (0.001, 0.999)]
+    assert abs(float(low) - expected[0]) <= 2 * float(sketch.width)
+    assert abs(float(high) - expected[1]) <= 2 * float(sketch.width)
+    assert [float(end) for end in sketch.percentile(1.0)] == [float(x.min()), float(x.max())]
+
+
+def test_sketch_refuses_what_it_cannot_use():
+    with pytest.raises(QuantizationError, match=r"mid\.attn.*no data"):
+        RangeSketch(1, name="mid.attn").search(8, True, "lp")
+    with pytest.raises(QuantizationError, match=r"expected \[2, n\]"):
+        RangeSketch(2).update(torch.zeros(3, 4))
+    sketch = RangeSketch(1)
+    sketch.update(torch.ones(1, 1))
+    with pytest.raises(ConfigError, match="percentile"):
+        sketch.search(8, True, "entropy")
