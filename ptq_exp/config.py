@@ -60,7 +60,7 @@ class BitsConfig:
     activation: int | None = None
     softmax: int | None = None
     first_last: int | None = None
-    state: int | None = None
+    boundary: int | None = None
 
 
 @dataclass
@@ -216,7 +216,7 @@ def _check_quantization(config: ExperimentConfig) -> None:
     check_bits("bits.activation", bits.activation)
     check_bits("bits.softmax", bits.softmax, SOFTMAX_BITS)
     check_bits("bits.first_last", bits.first_last)
-    check_bits("bits.state", bits.state, SOFTMAX_BITS)
+    check_bits("bits.boundary", bits.boundary, SOFTMAX_BITS)
     _one_of("metric.name", config.metric.name, METRICS)
     _one_of("quantization.weight_granularity", config.quantization.weight_granularity, ("channel", "tensor"))
     if calibration.source is None:

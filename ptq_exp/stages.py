@@ -127,7 +127,7 @@ def policy(config: ExperimentConfig) -> list[Rule]:
     rules = [Rule(pattern, None, "quantization.keep_fp") for pattern in quantization.keep_fp]
     return rules + default_rules(
         bits.weight, bits.activation, softmax_bits=bits.softmax, first_last_bits=bits.first_last,
-        state_bits=bits.state, first=quantization.first, last=quantization.last, attention=quantization.attention,
+        boundary_bits=bits.boundary, first=quantization.first, last=quantization.last, attention=quantization.attention,
         weight_symmetric=quantization.weight_symmetric, weight_granularity=quantization.weight_granularity,
         activation_symmetric=quantization.activation_symmetric,
     )  # fmt: skip

@@ -42,7 +42,9 @@ def ddim_step(
         x0 = x0.clamp(-1.0, 1.0)
         eps = (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
     sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) ** 0.5
-    x_prev = alpha_bar_prev**0.5 * x0 + (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps
+    # for eta = 1 rounding can leave -1e-17, whose root would be complex
+    direction = max(1 - alpha_bar_prev - sigma**2, 0.0) ** 0.5
+    x_prev = alpha_bar_prev**0.5 * x0 + direction * eps
     if sigma > 0:
         x_prev = x_prev + sigma * noise
     return x_prev, x0

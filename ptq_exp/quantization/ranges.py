@@ -91,12 +91,8 @@ class RangeSketch(Histogram):
         if metric in ("minmax", "percentile"):
             return choose_qparams(low, high, bits, symmetric)
         space = EndSpace(low, high, bits, symmetric)
-        smooth = _histogram_source(self, metric, space)
-        found = search_ends(space, smooth, smooth, samples=int(self.count.min()))
-        # A histogram cannot see inside the one bin of equal values; their own range holds them exactly.
-        alike = self.min == self.max
-        return QRange(*(torch.where(alike, plain.squeeze(1), part)
-                        for plain, part in zip(space.minmax, found, strict=True)))
+        source = _histogram_source(self, metric, space)
+        return search_ends(space, source, source, samples=int(self.count.min()))
 
 
 def _check(bits: int, metric: str) -> None:

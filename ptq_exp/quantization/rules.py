@@ -17,7 +17,7 @@ from ptq_exp.quantization.ranges import METRICS
 
 LAYER_BITS = (2, 8)
 SOFTMAX_BITS = (2, 16)
-STATE_HEADROOM = 2.0
+BOUNDARY_HEADROOM = 2.0
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def default_rules(
     first_last_bits: int = 8,
     first: Sequence[str] = ("*conv_in",),
     last: Sequence[str] = ("*conv_out",),
-    state_bits: int = 16,
+    boundary_bits: int = 16,
     attention: bool = True,
     weight_symmetric: bool = False,
     weight_granularity: Literal["tensor", "channel"] = "channel",
@@ -151,14 +151,17 @@ def default_rules(
         weight_bits: 2 to 8.
         activation_bits: 2 to 8, layer inputs and the q, k, v of attention.
         softmax_bits: 2 to 16, the attention map (zero point 0, unsigned).
-        first_last_bits: 2 to 8, least width of weights and inputs in the layers of `first` and `last`.
+        first_last_bits: 2 to 8, least width of weights and inputs in the layers of `first` and `last`. At 8 bits
+            these weights keep their whole range: the last layer's inputs are nowhere negative but for SiLU's dip, so
+            that what a clipped weight loses adds up over all of them and shifts the noise estimate.
         first: globs of the layers that read the sampler's state x_t; may be empty.
         last: globs of the layers that make the noise estimate; may be empty.
-        state_bits: 2 to 16, width of x_t where the layers of `first` read it. x_t is the sampler's state rather
-            than an activation: its rounding error passes into the noise estimate divided by the noise level, so
-            that 8 bits there cost more than all other activations together, for under 0.1 % of the MACs. Wider
-            than 8 bits, its range is that of the calibration data times `STATE_HEADROOM`, without search: Gaussian
-            tails beyond those that calibration saw are clipped otherwise, which costs as much as the rounding.
+        boundary_bits: 2 to 16, width of the activations that enter the layers of `first` and `last`. x_t is the
+            sampler's state rather than an activation: its rounding error passes into the noise estimate divided by
+            the noise level, and that of the last layer's input directly; 8 bits there cost more than all other
+            activations together, for under 0.2 % of the MACs. Wider than 8 bits, the range is that of the
+            calibration data times `BOUNDARY_HEADROOM`, without search: Gaussian tails beyond those that calibration
+            saw are clipped otherwise, which costs as much as the rounding.
         attention: quantize the attention products; set False for a model without attention.
         weight_symmetric: signed weights with zero point 0; otherwise each range has a zero point.
         weight_granularity: one weight range per output ``"channel"`` or per ``"tensor"``.
@@ -171,20 +174,23 @@ def default_rules(
     check_bits("bits.activation", activation_bits)
     check_bits("bits.first_last", first_last_bits)
     check_bits("bits.softmax", softmax_bits, SOFTMAX_BITS)
-    check_bits("bits.state", state_bits, SOFTMAX_BITS)
+    check_bits("bits.boundary", boundary_bits, SOFTMAX_BITS)
 
-    def layer(least: int = 0, input: TensorSpec | None = None, **other: TensorSpec) -> QuantSpec:
-        weight = TensorSpec(max(weight_bits, least), weight_symmetric, weight_granularity)
-        return QuantSpec(weight, input or TensorSpec(max(activation_bits, least), activation_symmetric), **other)
+    weight = TensorSpec(weight_bits, weight_symmetric, weight_granularity)
+    operand = TensorSpec(activation_bits, activation_symmetric)
 
-    state = TensorSpec(max(state_bits, activation_bits, first_last_bits), activation_symmetric)
-    if state.bits > LAYER_BITS[1]:
-        state = replace(state, metric="minmax", headroom=STATE_HEADROOM)
-    rules = [Rule(pattern, layer(first_last_bits, state)) for pattern in first]
-    rules += [Rule(pattern, layer(first_last_bits)) for pattern in last]
+    def layer(**other: TensorSpec) -> QuantSpec:
+        return QuantSpec(weight, operand, **other)
+
+    edge_weight = replace(weight, bits=max(weight_bits, first_last_bits))
+    if edge_weight.bits >= LAYER_BITS[1]:
+        edge_weight = replace(edge_weight, metric="minmax")
+    edge_input = replace(operand, bits=max(boundary_bits, activation_bits, first_last_bits))
+    if edge_input.bits > LAYER_BITS[1]:
+        edge_input = replace(edge_input, metric="minmax", headroom=BOUNDARY_HEADROOM)
+    rules = [Rule(pattern, QuantSpec(edge_weight, edge_input)) for pattern in (*first, *last)]
     if not attention:
         return [*rules, Rule("*", layer())]
-    operand = TensorSpec(activation_bits, activation_symmetric)
     softmax = TensorSpec(softmax_bits, symmetric=True)
     return [*rules, Rule("*to_[qkv]", layer(output=operand)), Rule("*", layer(softmax=softmax))]
 

@@ -28,8 +28,8 @@ CONVEX_GRID, ROUGH_GRID, ROUGH_BUDGET = 5, 25, 100_000_000
 # Finest move, relative to an end, that the smooth stages resolve.
 SMOOTH_MOVE = 0.02
 # Element evaluations of the last stages, and their bounds in candidates: at least a few, whatever the tensor.
-BUDGET = 7_000_000
-FEWEST, MOST = 10, 4096
+BUDGET = 4_000_000
+FEWEST, MOST = 11, 4096
 # The last moves follow at most so many candidates, down to relative moves of this size.
 BEAM_WIDTH, FINEST_MOVE = 8, 1e-5
 
@@ -44,6 +44,7 @@ class EndSpace:
     symmetric: bool
 
     def __post_init__(self) -> None:
+        self.constant = self.low == self.high
         self.low, self.high = self.low.clamp(max=0)[:, None], self.high.clamp(min=0)[:, None]
         self.minmax = choose_qparams(self.low, self.high, self.bits, self.symmetric)
         two_sided = (self.low < 0) & (self.high > 0)
@@ -103,34 +104,42 @@ class Beam:
 def search_ends(space: EndSpace, smooth: ErrorSource, exact: ErrorSource, samples: int) -> QRange:
     """Best quantizer per cell, [cells]; by `exact` never worse than the data's own ends.
 
+    Equal values get their own range, which holds them exactly; a histogram or a scale-free metric cannot tell.
+
     Args:
         smooth: errors for the coarse stages; exact: for the last stages (may be the same).
         samples: values per cell.
     """
+    plain = QRange(*(part.squeeze(1) for part in space.minmax))
+    beam = Beam(space, smooth, *space.plain(), width=1 if smooth.convex else BEAM_WIDTH)
+    if not bool((beam.errors > 0).any()):
+        return plain
+    size = _coarse(beam)
     step = 2.0**-space.bits
-    beam, size = _coarse(space, smooth)
     while size > min(2 * step, SMOOTH_MOVE):
         size /= 2
         for moves in space.steps(size):
             beam.move(*moves)
-    return _scan(space, exact, beam, min(4 / math.sqrt(samples), 0.5) + step / 2)
+    a, b = _scan(space, exact, beam, min(4 / math.sqrt(samples), 0.5) + step / 2)
+    found = (part.squeeze(1) for part in space.candidates(a, b))
+    return QRange(*(torch.where(space.constant, *pair) for pair in zip(plain, found, strict=True)))
 
 
-def _coarse(space: EndSpace, smooth: ErrorSource) -> tuple[Beam, float]:
-    """Best of a geometric grid, and its spacing; it goes on where a cell's best lies at the grid's low end."""
+def _coarse(beam: Beam) -> float:
+    """Tries a geometric grid, going on where a cell's best lies at the grid's low end; returns its spacing."""
+    space, source = beam.space, beam.source
     count = CONVEX_GRID
-    if not smooth.convex:
-        count = min(max(int((ROUGH_BUDGET / smooth.cost) ** (1 / space.axes)), CONVEX_GRID), ROUGH_GRID)
-    beam = Beam(space, smooth, *space.plain(), width=1 if smooth.convex else BEAM_WIDTH)
+    if not source.convex:
+        count = min(max(int((ROUGH_BUDGET / source.cost) ** (1 / space.axes)), CONVEX_GRID), ROUGH_GRID)
     size, lowest = -math.log(GRID_SPAN) / (count - 1), 1.0
     while lowest > SMALLEST_END and min(float(beam.a.min()), float(beam.b.min())) < 1.01 * lowest:
         beam.move(*space.grid(-size * torch.arange(count, device=space.low.device)))
         lowest *= GRID_SPAN
-    return beam, size
+    return size
 
 
-def _scan(space: EndSpace, source: ErrorSource, center: Beam, half_width: float) -> QRange:
-    """Dense grid of +-`half_width` around `center`, then ever smaller moves from its best candidates."""
+def _scan(space: EndSpace, source: ErrorSource, center: Beam, half_width: float) -> tuple[Tensor, Tensor]:
+    """Fractions [cells, 1] that are best on a grid of +-`half_width` around `center`, then refined."""
     budget = min(max(BUDGET // source.cost, FEWEST), MOST)
     width = min(max(budget // 64, 1), BEAM_WIDTH)
     per_axis = int((2 * budget / 3) ** (1 / space.axes))
@@ -145,4 +154,4 @@ def _scan(space: EndSpace, source: ErrorSource, center: Beam, half_width: float)
             break
         for moves in space.steps(size):
             beam.move(*moves)
-    return QRange(*(part.squeeze(1) for part in space.candidates(beam.a[:, :1], beam.b[:, :1])))
+    return beam.a[:, :1], beam.b[:, :1]

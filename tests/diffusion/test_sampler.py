@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ptq_exp.diffusion import SampleNoise, TimeGrid, ddim_step, padded_batches, sample
@@ -87,6 +87,7 @@ def test_one_step_agrees_with_diffusers_where_its_constant_stride_is_exact(steps
         torch.testing.assert_close(x_prev, expected.prev_sample, rtol=1e-3, atol=2e-5 * max(scale, 1))
 
 
+@example(0.25, 0.9999999999999999, 0)
 @given(st.floats(1e-8, 0.999), st.floats(1e-4, 1), st.integers(0, 99))
 def test_eta_one_is_the_ddpm_posterior(alpha_bar, share, seed):
     """Ho et al. 2020, eq. 7: mean and variance of q(x_prev | x_t, x_0)."""

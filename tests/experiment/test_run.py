@@ -63,7 +63,7 @@ def test_experiment_runs_and_leaves_its_results(name, command):
     assert len(results["eps_error_per_step"]) == 3 and min(results["eps_error_per_step"]) > 0
     layers = json.loads((folder / "quantization.json").read_text())
     first_and_last = [row for row in layers["layers"] if row["name"].endswith(("conv_in", "conv_out"))]
-    assert [(row["weight_bits"], row["activation_bits"]) for row in first_and_last] == [(8, 16), (8, 8)]
+    assert [(row["weight_bits"], row["activation_bits"]) for row in first_and_last] == [(8, 16), (8, 16)]
     assert all(len(q["scale"]) >= 1 for q in layers["quantizers"].values())
 
 

@@ -102,6 +102,18 @@ def test_segments_are_observed_apart():
     assert small < 1 / 255 * 1.001 < 50 / 255 < large
 
 
+def test_headroom_widens_the_range_about_zero():
+    data = torch.tensor([[-1.0, 3.0]])
+    plain, wide = (ActivationQuantizer(8, symmetric=False, headroom=factor) for factor in (1.0, 2.0))
+    for quantizer in (plain, wide):
+        quantizer.observe(data)
+        quantizer.finish("minmax")
+    assert torch.equal(wide.scale, 2 * plain.scale) and torch.equal(wide.zero_point, plain.zero_point)
+    beyond = torch.tensor([[-1.9, 5.9]])
+    torch.testing.assert_close(wide(beyond), beyond, rtol=0, atol=float(wide.scale) / 2 + 1e-6)
+    assert float(plain(beyond).max()) < 3.1
+
+
 def test_its_own_metric_goes_before_that_of_the_run():
     data = torch.cat([torch.randn(4000, generator=torch.Generator().manual_seed(0)), torch.tensor([40.0])])
     scales = {}

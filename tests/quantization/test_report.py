@@ -97,7 +97,7 @@ def test_macs_and_bops_of_a_published_network():
             attention_head_dim=1,
         )
         example = torch.empty(1, 3, 64, 64), torch.empty(1), torch.empty(1, 1, 512)
-    report = quantize_(ldm, default_rules(8, 8, state_bits=8), example)
+    report = quantize_(ldm, default_rules(8, 8, boundary_bits=8), example)
     assert sum(row.scope == "conv_linear" for row in report.rows) == 283
     assert report.totals["macs"] == {"conv_linear": 99_769_810_944, "everything": 104_227_160_064}
     assert report.totals["bops_fp32"]["conv_linear"] == pytest.approx(102.16e12, rel=1e-4)
@@ -187,7 +187,7 @@ def test_multihead_attention_is_listed_and_its_products_are_counted():
 
 
 def test_the_default_policy_covers_the_unet(unet, example):
-    report = quantize_(unet, default_rules(8, 8, state_bits=8), example)
+    report = quantize_(unet, default_rules(8, 8, boundary_bits=8), example)
     assert report.totals["coverage"]["conv_linear"] >= 0.99
     assert report.totals["coverage"]["everything"] >= 0.99
     assert report.totals["bops_reduction"]["conv_linear"] == pytest.approx(16)
@@ -247,7 +247,7 @@ def test_reports_are_plain_data_and_tables(unet, example):
 
 
 def test_the_summary_groups_operations_and_reasons(unet, example):
-    rules = [Rule("mid_block.*", None, "for comparison"), *default_rules(4, 8, state_bits=8)]
+    rules = [Rule("mid_block.*", None, "for comparison"), *default_rules(4, 8, boundary_bits=8)]
     lines = quantize_(unet, rules, example).summary().splitlines()
     # 2 of 25 convolutions are the first and the last, and the middle block has 4
     assert [line.split()[:2] for line in lines if line.startswith("Conv2d")] == [

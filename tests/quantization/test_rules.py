@@ -46,7 +46,7 @@ def test_a_rule_for_modules_that_cannot_be_quantized_says_so():
         ({"weight_bits": True}, "bits.weight=True: choose 2..8"),
         ({"softmax_bits": 17}, "bits.softmax=17: choose 2..16"),
         ({"first_last_bits": 16}, "bits.first_last=16: choose 2..8"),
-        ({"state_bits": 1}, "bits.state=1: choose 2..16"),
+        ({"boundary_bits": 1}, "bits.boundary=1: choose 2..16"),
     ],
 )
 def test_impossible_bits_name_the_setting(settings, message):
@@ -92,8 +92,7 @@ def _bits(rules, name):
 def test_default_policy():
     rules = default_rules(4, 6, softmax_bits=16)
     check_rules(rules, NAMES, [])
-    assert _bits(rules, "conv_in") == {"weight": 8, "input": 16}
-    assert _bits(rules, "conv_out") == {"weight": 8, "input": 8}
+    assert _bits(rules, "conv_in") == _bits(rules, "conv_out") == {"weight": 8, "input": 16}
     assert _bits(rules, "mid.attn.to_q") == {"weight": 4, "input": 6, "output": 6}
     assert _bits(rules, "mid.conv1") == {"weight": 4, "input": 6, "softmax": 16}
     assert first_match(rules, "mid.attn").spec.softmax == TensorSpec(16, symmetric=True)
@@ -102,8 +101,20 @@ def test_default_policy():
 
 
 def test_first_and_last_layer_never_get_fewer_bits_than_the_rest():
-    rules = default_rules(8, 3, first_last_bits=4, state_bits=2)
+    rules = default_rules(8, 3, first_last_bits=4, boundary_bits=2)
     assert _bits(rules, "conv_in") == _bits(rules, "conv_out") == {"weight": 8, "input": 4}
+
+
+def test_the_sampler_state_keeps_its_whole_range_with_headroom():
+    state = first_match(default_rules(4, 4), "conv_in").spec.input
+    assert (state.bits, state.metric, state.headroom) == (16, "minmax", 2.0)
+    narrow = first_match(default_rules(4, 4, boundary_bits=8), "conv_in").spec.input
+    assert (narrow.bits, narrow.metric, narrow.headroom) == (8, None, 1.0)
+
+
+def test_headroom_below_one_is_an_error():
+    with pytest.raises(ConfigError, match="headroom=0.5: choose 1 or more"):
+        TensorSpec(8, headroom=0.5)
 
 
 def test_switches_of_the_default_policy():
