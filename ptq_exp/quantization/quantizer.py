@@ -119,8 +119,9 @@ class Quantizer(nn.Module):
 class ActivationQuantizer(Quantizer):
     """Quantizer of activations: observes any number of batches, then searches its ranges once.
 
-    Buffers ``[1, segments]``: one static range per segment, `headroom` times as wide as the search found. A sketch of bounded size stands for the observed
-    data; it is no part of the state dict and is dropped by `finish`.
+    Buffers ``[1, segments]``: one static range per segment, `headroom` times as wide as the search found. A
+    sketch of bounded size stands for the observed data; it is no part of the state dict and is dropped by
+    `finish`.
     """
 
     sketches: list[RangeSketch] | None = None
