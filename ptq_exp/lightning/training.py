@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-
-def _seed_of(*key: int) -> int:
-    """A seed that depends on `key`, (seed, step), alone: a resumed training repeats an uninterrupted one."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _generator(seed: int, step: int) -> torch.Generator:
-    """The generator of one training step."""
-    return torch.Generator().manual_seed(_seed_of(seed, step))
+from ptq_exp.diffusion.noise import sample_generator
 
 
 def warmup_stable_decay(step: int, *, warmup: int, total: int, decay_share: float = 0.3) -> float:
@@ -50,7 +41,7 @@ class EMATraining(pl.LightningModule):
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         # dropout draws from the global generator, which no checkpoint restores
-        torch.manual_seed(_seed_of(self.seed, self.global_step, 1))
+        torch.manual_seed(sample_generator(self.seed, self.global_step, 1).initial_seed())
 
     def on_train_batch_end(self, outputs: object, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         if self.global_step >= self.total_steps:
@@ -81,7 +72,7 @@ class DenoiserTraining(EMATraining):
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x0, _ = batch
-        generator = _generator(self.seed, self.global_step)
+        generator = sample_generator(self.seed, self.global_step)
         n, total = len(x0), len(self.alphas_cumprod)
         # one draw per n-th of the schedule: the loss varies much less between batches than with n free draws
         t = ((torch.arange(n) + torch.rand(n, generator=generator)) * total / n).long()
@@ -97,7 +88,7 @@ class ClassifierTraining(EMATraining):
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        images = _random_affine(images, _generator(self.seed, self.global_step))
+        images = _random_affine(images, sample_generator(self.seed, self.global_step))
         return self.report_loss(F.cross_entropy(self.network(images).logits, labels))
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
