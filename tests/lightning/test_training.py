@@ -47,7 +47,7 @@ def test_ema_follows_the_weights_by_its_decay():
 
     class Record(pl.Callback):
         def on_train_batch_end(self, *args):
-            seen.append(float(network.weight))
+            seen.append(network.weight.item())
 
     trainer = pl.Trainer(
         max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
