@@ -129,6 +129,16 @@ def test_every_metric_is_minimised(metric, bits, symmetric):
         assert achieved(x, found, metric) <= brute_force(x, bits, symmetric, metric) * 1.002 + 1e-9, name
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_one_value_far_out_does_not_hide_the_others(symmetric):
+    """A value 3000 times as large as the rest: the least l1 error gives it up, far below the first grid's end."""
+    x = torch.cat((torch.randn(2000, generator=torch.Generator().manual_seed(0)), torch.tensor([3000.0])))
+    found = search_range(x, 8, symmetric=symmetric, metric="l1")
+    ends = [choose_qparams(x.min(), torch.tensor(high), 8, symmetric) for high in np.geomspace(1, 3000, 300)]
+    assert achieved(x, found, "l1") <= min(achieved(x, grid, "l1") for grid in ends) * 1.001
+    assert float(found.scale * (found.qmax - found.zero_point)) < 10
+
+
 @pytest.mark.parametrize("metric", SEARCHED)
 def test_each_metric_beats_the_others_on_its_own_terms(metric):
     """... by a margin that a search blind to the metric would not have."""
