@@ -25,7 +25,7 @@ from ptq_exp.quantization.calibrate import (
     set_mode,
 )
 from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
-from ptq_exp.quantization.quantize import quantize_
+from ptq_exp.quantization.placement import quantize_
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from ptq_exp.quantization.ranges import METRICS, RangeSketch, search_range
 from ptq_exp.quantization.report import Report, Row, describe, ranges

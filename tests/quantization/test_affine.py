@@ -186,3 +186,9 @@ def test_error_of_every_deployable_reference_quantizer():
         grid = qrange(table["scale"][i], table["zero_point_min"][i], 0, 2 ** table["bits"][i] - 1)
         error = (x.double() - fake_quantize(x, *grid).double()).abs().pow(2.4).mean().item()
         assert error == pytest.approx(table["l24"][i], rel=1e-5), (table["impl"][i], table["tensor"][i])
+
+
+def test_the_package_exports_the_function_and_not_a_module_of_its_name():
+    import ptq_exp.quantization
+
+    assert ptq_exp.quantization.quantize is quantize
