@@ -26,6 +26,8 @@ FULL_PRECISION = "fp32"
 
 @dataclass
 class ModelConfig:
+    """`build` makes the `DiffusionModel`, `images` its real images (uint8 [N, H, W, C]) or None."""
+
     name: str = ""
     build: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] | None = None
@@ -33,6 +35,8 @@ class ModelConfig:
 
 @dataclass
 class SamplerConfig:
+    """Number of steps, their spacing, and eta of DDIM."""
+
     name: str = ""
     steps: int = 0
     spacing: str = ""
@@ -41,6 +45,8 @@ class SamplerConfig:
 
 @dataclass
 class CalibrationConfig:
+    """Source of states, distribution over time steps, how many."""
+
     name: str = ""
     source: str | None = None
     distribution: dict[str, Any] | None = None
@@ -50,11 +56,15 @@ class CalibrationConfig:
 
 @dataclass
 class MetricConfig:
+    """Error measure of the range search."""
+
     name: str = ""
 
 
 @dataclass
 class BitsConfig:
+    """Bit-widths; all None for full precision."""
+
     name: str = ""
     weight: int | None = None
     activation: int | None = None
@@ -65,6 +75,8 @@ class BitsConfig:
 
 @dataclass
 class QuantizationConfig:
+    """Which operations are quantized, granularity and symmetry; `first`, `last`, `keep_fp` are globs."""
+
     name: str = ""
     attention: bool = True
     weight_symmetric: bool = False
@@ -77,6 +89,8 @@ class QuantizationConfig:
 
 @dataclass
 class EvaluationConfig:
+    """Extractor, reference images, and how many images are scored, compared and shown."""
+
     name: str = ""
     n_samples: int = 0
     batch_size: int = 0
@@ -88,6 +102,8 @@ class EvaluationConfig:
 
 @dataclass
 class LoggerConfig:
+    """Weights & Biases."""
+
     mode: str = ""
     project: str = ""
     entity: str | None = None
@@ -97,6 +113,8 @@ class LoggerConfig:
 
 @dataclass
 class TrainerConfig:
+    """Device, strategy, progress bar, CPU threads."""
+
     accelerator: str = "auto"
     devices: int = 1
     strategy: str = "auto"

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,13 +14,18 @@ from ptq_exp.errors import PTQError
 from ptq_exp.files import atomic_path, write_npz
 
 
-@pytest.fixture
+@contextmanager
 def small_file_limit():
-    """No file of this process may grow beyond 4 KiB: a real write error in the middle of a file."""
+    """No file of this process may grow beyond 4 KiB: a real write error in the middle of a file.
+
+    Not a fixture: pytest would write its own log under the limit, and stop if that is a file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_new_file_replaces_the_old_one_and_makes_its_folder(tmp_path):
@@ -42,10 +48,10 @@ def test_an_exception_keeps_the_old_file_and_leaves_no_trace(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.txt"]
 
 
-def test_a_disk_that_takes_no_more_is_an_error_that_names_the_path(tmp_path, small_file_limit):
+def test_a_disk_that_takes_no_more_is_an_error_that_names_the_path(tmp_path):
     path = tmp_path / "samples.npz"
     path.write_text("old")
-    with pytest.raises(PTQError, match="cannot write .*samples.npz: File too large"):
+    with pytest.raises(PTQError, match="cannot write .*samples.npz: File too large"), small_file_limit():
         write_npz(path, a=np.zeros(10_000))
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["samples.npz"]

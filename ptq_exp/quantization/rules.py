@@ -158,10 +158,8 @@ def default_rules(
         last: globs of the layers that make the noise estimate; may be empty.
         boundary_bits: 2 to 16, width of the activations that enter the layers of `first` and `last`. x_t is the
             sampler's state rather than an activation: its rounding error passes into the noise estimate divided by
-            the noise level, and that of the last layer's input directly; 8 bits there cost more than all other
-            activations together, for under 0.2 % of the MACs. Wider than 8 bits, the range is that of the
-            calibration data times `BOUNDARY_HEADROOM`, without search: Gaussian tails beyond those that calibration
-            saw are clipped otherwise, which costs as much as the rounding.
+            the noise level. Wider than 8 bits, the range is that of the calibration data times `BOUNDARY_HEADROOM`,
+            without search: Gaussian tails beyond those that calibration saw are clipped otherwise.
         attention: quantize the attention products; set False for a model without attention.
         weight_symmetric: signed weights with zero point 0; otherwise each range has a zero point.
         weight_granularity: one weight range per output ``"channel"`` or per ``"tensor"``.
