@@ -1,12 +1,15 @@
 """Diffusion models as denoisers, their time convention, and one sampler."""
 
 from ptq_exp.diffusion.compare import relative_eps_error
-from ptq_exp.diffusion.model import DiffusionModel, UNetDenoiser
+from ptq_exp.diffusion.denoisers import ClassConditionalUNet, DiTDenoiser, FirstStage, UNetDenoiser
+from ptq_exp.diffusion.guidance import Guided, both_halves
+from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.noise import SampleNoise
 from ptq_exp.diffusion.sampler import StepRecord, ddim_step, padded_batches, sample
-from ptq_exp.diffusion.time_grid import TimeGrid
+from ptq_exp.diffusion.time_grid import NoiseSchedule, TimeGrid
 
 __all__ = [
-    "DiffusionModel", "SampleNoise", "StepRecord", "TimeGrid", "UNetDenoiser", "ddim_step", "padded_batches",
+    "ClassConditionalUNet", "DiTDenoiser", "DiffusionModel", "FirstStage", "Guided", "NoiseSchedule", "SampleNoise",
+    "SamplerDefaults", "StepRecord", "TimeGrid", "UNetDenoiser", "both_halves", "ddim_step", "padded_batches",
     "relative_eps_error", "sample",
 ]  # fmt: skip

@@ -52,8 +52,8 @@ def ddim_step(
 
 @torch.no_grad()
 def sample(
-    denoiser: Denoiser, grid: TimeGrid, noise: SampleNoise, *, y: Tensor | None = None, eta: float = 0.0,
-    clip_sample: bool = False, device: torch.device | str = "cpu", steps: int | None = None,
+    denoiser: Denoiser, grid: TimeGrid, noise: SampleNoise, *, y: Tensor | None = None, clip_sample: bool = False,
+    device: torch.device | str = "cpu", steps: int | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Run `denoiser` from pure noise through the first `steps` steps of `grid` (all by default).
@@ -69,9 +69,9 @@ def sample(
     x = noise.draw().to(device)
     for step in range(len(grid) if steps is None else steps):
         eps = denoiser(x, grid.network_time(step, len(x)).to(device), y)
-        z = noise.draw().to(device) if eta > 0 else None
+        z = noise.draw().to(device) if grid.eta > 0 else None
         x_prev, x0 = ddim_step(
-            x, eps, float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step]), eta, z,
+            x, eps, float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step]), grid.eta, z,
             clip_sample=clip_sample,
         )  # fmt: skip
         if on_step is not None:

@@ -14,19 +14,49 @@ from torch import Tensor
 
 from ptq_exp.errors import ConfigError
 
-SPACINGS = ("leading", "linspace")
+SPACINGS = ("leading", "linspace", "quad")
+_QUAD_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The training schedule of a model, and how its published samplers read it.
+
+    Attributes:
+        alphas_cumprod: float64 [T], decreasing.
+        time_scale: network time per index of the schedule (improved-diffusion feeds index * 1000 / T).
+        steps_offset: the first index of `leading` spacing (1 in latent diffusion's DDIM, 0 in the others).
+        final_alpha_cumprod: noise level after the last step: 1, or alphas_cumprod[0] in latent diffusion.
+    """
+
+    alphas_cumprod: Tensor
+    time_scale: float = 1.0
+    steps_offset: int = 1
+    final_alpha_cumprod: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @classmethod
+    def latent_diffusion(cls, beta_start: float = 0.0015, beta_end: float = 0.0195, total: int = 1000) -> NoiseSchedule:
+        """Rombach et al. 2022: square roots of the betas evenly spaced; the last step ends at alphas_cumprod[0]."""
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, total, dtype=torch.float64) ** 2
+        alphas_cumprod = (1 - betas).cumprod(0)
+        return cls(alphas_cumprod, final_alpha_cumprod=float(alphas_cumprod[0]))
 
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """`timesteps`, `alphas_cumprod`, `alphas_cumprod_prev`: float64 [S], noisiest step first.
+    """`timesteps`, `alphas_cumprod`, `alphas_cumprod_prev`: float64 [S], noisiest step first; `eta` of DDIM.
 
-    `timesteps` holds what the network receives and may be fractional (respaced and rescaled schedules).
+    `timesteps` holds what the network receives and may be fractional (respaced and rescaled schedules). `eta` in
+    [0, 1] is the share of DDPM's noise that each step adds (Song et al. 2021, eq. 16).
     """
 
     timesteps: Tensor
     alphas_cumprod: Tensor
     alphas_cumprod_prev: Tensor
+    eta: float = 0.0
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -38,33 +68,40 @@ class TimeGrid:
         return self.timesteps[step].float().expand(n)
 
     @classmethod
-    def from_alphas_cumprod(
-        cls, alphas_cumprod: Tensor, steps: int, spacing: str = "linspace", *, final_alpha_cumprod: float = 1.0
+    def from_schedule(
+        cls, schedule: NoiseSchedule, steps: int, spacing: str = "linspace", *, eta: float = 0.0
     ) -> TimeGrid:
-        """Respace a training schedule [T] to `steps` evenly spaced times.
-
-        `alphas_cumprod_prev` comes from the next time of the grid, never from a constant stride.
+        """Respace a training schedule of T times to `steps`; the next level is that of the next time of the grid.
 
         Args:
-            spacing: `linspace`, both ends included: round(i (T - 1) / (steps - 1)) (Nichol and Dhariwal 2021, section
-                4; one step uses T - 1); `leading`: 1 + i floor(T / steps), as latent diffusion runs DDIM (0 for the
-                first time where 1 does not fit).
+            spacing: `linspace`, evenly spaced, both ends included: round(i (T - 1) / (steps - 1)) (Nichol and Dhariwal
+                2021, section 4; one step uses T - 1); `leading`: offset + i floor(T / steps), as latent diffusion and
+                DDIM's `uniform` run (the offset is lowered where it does not fit); `quad`:
+                floor((i sqrt(0.8 T) / (steps - 1))^2), DDIM's CIFAR-10 spacing, whose first times repeat.
 
         Raises:
-            ConfigError: `steps` is not in 1..T, or an unknown spacing.
+            ConfigError: `steps` is not in 1..T, eta is not in [0, 1], or an unknown spacing.
         """
-        total = len(alphas_cumprod)
+        total = len(schedule)
         if not 1 <= steps <= total:
             raise ConfigError(f"sampler.steps={steps}: choose 1..{total}, the length of the model's training schedule")
         if spacing not in SPACINGS:
             raise ConfigError(f"sampler.spacing={spacing}: choose one of {', '.join(SPACINGS)}")
-        positions = torch.arange(steps).double()
-        if spacing == "leading":
-            stride = total // steps
-            spaced = (positions * stride + min(1, total - 1 - (steps - 1) * stride)).flip(0)
-        else:
-            # one division per time, so that halves are exact; a running stride misses them
-            spaced = (total - 1 - positions * (total - 1) / max(steps - 1, 1)).round()
-        levels = alphas_cumprod.double()[spaced.long()]
-        previous = torch.cat([levels[1:], levels.new_tensor([final_alpha_cumprod])])
-        return cls(spaced, levels, previous)
+        if not 0 <= eta <= 1:
+            raise ConfigError(f"sampler.eta={eta}: choose 0..1")
+        index = _spaced(total, steps, spacing, schedule.steps_offset).flip(0)
+        levels = schedule.alphas_cumprod.double()[index.long()]
+        previous = torch.cat([levels[1:], levels.new_tensor([schedule.final_alpha_cumprod])])
+        return cls(index * schedule.time_scale, levels, previous, eta)
+
+
+def _spaced(total: int, steps: int, spacing: str, offset: int) -> Tensor:
+    """Indices of the schedule, float64 [steps], cleanest first; see `TimeGrid.from_schedule`."""
+    positions = torch.arange(steps).double()
+    if spacing == "leading":
+        stride = total // steps
+        return positions * stride + min(offset, total - 1 - (steps - 1) * stride)
+    if spacing == "quad":
+        return (torch.linspace(0, (_QUAD_SHARE * total) ** 0.5, steps, dtype=torch.float64) ** 2).floor()
+    # one division per time, so that halves are exact; a running stride misses them
+    return (total - 1 - positions * (total - 1) / max(steps - 1, 1)).round().flip(0)
