@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
-from ptq_exp.evaluation.reference import FeatureStatistics
-
-SPATIAL_CHANNELS = 7
-"""sFID uses the first seven channels of a mid-level feature map, as the ADM evaluator does."""
+from ptq_exp.errors import DataError
+from ptq_exp.evaluation.image_source import ImageSource
+from ptq_exp.evaluation.statistics import SPATIAL_CHANNELS, FeatureStatistics
 
 
 class FeatureExtractor(Protocol):
@@ -17,6 +17,9 @@ class FeatureExtractor(Protocol):
 
     `name` and `preprocessing` are part of every metric's specification. Calling it with images uint8 [N, H, W, C]
     gives (pooled [N, D], map [N, K, H', W'] with K >= 7, logits [N, classes]), float32 arrays.
+
+    An extractor may also declare `feature_sizes`: D and 7 H' W'. Stored statistics of another size are
+    then refused when they are loaded, otherwise when they are first compared.
     """
 
     name: str
@@ -26,13 +29,40 @@ class FeatureExtractor(Protocol):
 
 
 def extract_features(
-    extractor: FeatureExtractor, images: np.ndarray, *, name: str = "", batch_size: int = 256
+    extractor: FeatureExtractor,
+    images: np.ndarray | ImageSource,
+    *,
+    name: str = "",
+    batch_size: int = 256,
+    progress: Callable[[int], object] | None = None,
 ) -> FeatureStatistics:
-    """Features of `images` (uint8 [N, H, W, C]): pooled, flattened first channels of the map, class probabilities."""
-    batches = [extractor(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
-    pooled, maps, logits = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    spatial = maps[:, :SPATIAL_CHANNELS].reshape(len(maps), -1)
-    return FeatureStatistics(pooled, spatial, _softmax(logits), name=name)
+    """Features of `images`: pooled, flattened first channels of the map, class probabilities.
+
+    Args:
+        extractor: gives the features.
+        images: uint8 [N, H, W, C], an array or anything with a length whose slices are such arrays; one batch at a
+            time is read.
+        name: which images these are.
+        batch_size: images per call of the extractor.
+        progress: called after each batch with the number of its images.
+
+    Returns:
+        Features whose `spatial` [N, 7 H' W'] runs through the channels of the map first, then its rows.
+
+    Raises:
+        DataError: no images.
+    """
+    if len(images) == 0:
+        raise DataError(f"no images to extract features from {name}".rstrip())
+    batches = []
+    for start in range(0, len(images), batch_size):
+        pooled, maps, logits = extractor(images[start : start + batch_size])
+        spatial = np.ascontiguousarray(maps[:, :SPATIAL_CHANNELS]).reshape(len(maps), -1)  # the rest may go
+        batches.append((pooled, spatial, _softmax(logits)))
+        if progress is not None:
+            progress(len(pooled))
+    arrays = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return FeatureStatistics(*arrays, name=name, extractor=getattr(extractor, "name", ""))
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -116,6 +116,17 @@ def frechet_distance_from_features(a: Array, b: Array) -> float:
     return _combine(mu_a - mu_b, np.sum(factor_a**2), np.sum(factor_b**2), cross)
 
 
+def mean_and_covariance(features: Array) -> tuple[np.ndarray, np.ndarray]:
+    """The Gaussian of features [N, D], N >= 2: mean [D] and covariance [D, D] (ddof=1), float64.
+
+    Raises:
+        DataError: not two-dimensional, fewer than two rows, NaN or infinity.
+    """
+    x = _as_features(features, "features")
+    mu = x.mean(axis=0)
+    return mu, _covariance(x, mu)
+
+
 def _covariance(x: np.ndarray, mu: np.ndarray) -> np.ndarray:
     """Unbiased covariance [D, D] of x [N, D]."""
     centred = x - mu

@@ -1,81 +1,72 @@
-"""Features of a set of images as one artefact, their scores, and the unit of the paired increase."""
+"""Scores of generated images against a reference, and the unit of the paired increase."""
 
 from __future__ import annotations
 
-import os
-import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
 from ptq_exp.errors import DataError
-from ptq_exp.evaluation.metrics import frechet_distance_from_features, inception_score
-from ptq_exp.files import write_npz
+from ptq_exp.evaluation.manifold import precision_recall
+from ptq_exp.evaluation.metrics import (
+    frechet_distance,
+    frechet_distance_from_features,
+    inception_score,
+    mean_and_covariance,
+)
+from ptq_exp.evaluation.statistics import FeatureStatistics, GaussianStatistics, require_same_features
 
-_ARRAYS = ("pooled", "spatial", "probabilities")
+__all__ = ["FeatureStatistics", "GaussianStatistics", "half_split_fid", "score"]
 
-
-@dataclass(frozen=True, eq=False)
-class FeatureStatistics:
-    """Everything that IS, FID and sFID need of N images under one feature extractor.
-
-    Attributes:
-        pooled: [N, D] features of the last pooling layer (FID).
-        spatial: [N, K] flattened first channels of a mid-level feature map (sFID).
-        probabilities: [N, C] softmax outputs (IS).
-        name: which images and which extractor, for tables and captions.
-
-    Raises:
-        DataError: an array is not two-dimensional, or the three disagree about N.
-    """
-
-    pooled: np.ndarray
-    spatial: np.ndarray
-    probabilities: np.ndarray
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        shapes = {field: np.shape(getattr(self, field)) for field in _ARRAYS}
-        two_dimensional = all(len(shape) == 2 for shape in shapes.values())
-        if not two_dimensional or len({shape[0] for shape in shapes.values()}) != 1:
-            raise DataError(f"features {self.name!r} must be three arrays [N, ...] of one N, found {shapes}")
-
-    def __len__(self) -> int:
-        return len(self.pooled)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write to an `.npz` file, atomically."""
-        write_npz(path, name=np.array(self.name), **{field: getattr(self, field) for field in _ARRAYS})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> FeatureStatistics:
-        """Read what `save` wrote.
-
-        Raises:
-            DataError: the file is missing, truncated, or holds something else.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                return cls(*(archive[field] for field in _ARRAYS), name=str(archive["name"]))
-        except (OSError, KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} is no readable file of feature statistics: {error}") from error
+_NEIGHBOUR = 3
 
 
-def score(generated: FeatureStatistics, reference: FeatureStatistics) -> dict[str, float]:
-    """FID, sFID (lower is better) and IS (higher is better) of generated images.
+def score(
+    generated: FeatureStatistics,
+    reference: FeatureStatistics | GaussianStatistics,
+    *,
+    with_precision_recall: bool = True,
+) -> dict[str, float]:
+    """FID, sFID (lower is better), IS, precision and recall (higher is better) of generated images.
+
+    Stored Gaussians are used for FID and sFID where the reference has them, its features for precision and recall,
+    as the evaluator of guided diffusion does.
+
+    Args:
+        generated: features of the generated images.
+        reference: features or Gaussians of the real images, from the same extractor.
+        with_precision_recall: False saves their time, which grows with the product of the numbers of images.
 
     Returns:
-        {"fid": ..., "sfid": ..., "is": ...}; IS does not depend on the reference.
+        {"fid", "is"} and, where the reference has what they need, {"sfid"} and {"precision", "recall"}; these two need
+        more than 3 images on either side. IS does not depend on the reference.
 
     Raises:
-        DataError: the two come from extractors of different feature sizes, or hold NaN or infinity.
+        DataError: the two come from different extractors, or hold NaN or infinity.
     """
-    return {
-        "fid": frechet_distance_from_features(generated.pooled, reference.pooled),
-        "sfid": frechet_distance_from_features(generated.spatial, reference.spatial),
-        "is": inception_score(generated.probabilities),
-    }
+    require_same_features(generated, reference)
+    values = _frechet_distances(generated, reference) | {"is": inception_score(generated.probabilities)}
+    real = reference if isinstance(reference, FeatureStatistics) else reference.features
+    if with_precision_recall and real is not None and min(len(real), len(generated)) > _NEIGHBOUR:
+        precision, recall = precision_recall(real.pooled, generated.pooled, _NEIGHBOUR)
+        values |= {"precision": precision, "recall": recall}
+    return values
+
+
+def _frechet_distances(
+    generated: FeatureStatistics, reference: FeatureStatistics | GaussianStatistics
+) -> dict[str, float]:
+    if isinstance(reference, FeatureStatistics):
+        return {
+            "fid": frechet_distance_from_features(generated.pooled, reference.pooled),
+            "sfid": frechet_distance_from_features(generated.spatial, reference.spatial),
+        }
+    # the reference first: the route through its Cholesky factor needs it to be of full rank, which it usually is
+    distances = {"fid": frechet_distance(reference.mu, reference.sigma, *mean_and_covariance(generated.pooled))}
+    if reference.mu_s is not None:
+        gaussian = mean_and_covariance(generated.spatial)
+        distances["sfid"] = frechet_distance(reference.mu_s, reference.sigma_s, *gaussian)
+    return distances
 
 
 def half_split_fid(features: np.ndarray, seeds: Iterable[int] = range(10)) -> float:

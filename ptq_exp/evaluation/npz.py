@@ -1,0 +1,81 @@
+"""Foreign `.npz` files: their names, their arrays, and large arrays without loading them."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.lib import format as npy
+
+from ptq_exp.errors import DataError, PTQError
+
+# RuntimeError: a damaged directory of the archive claims encryption or an unknown version
+_UNREADABLE = (OSError, KeyError, EOFError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
+_HEADER_READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_LOCAL_HEADER = 30  # bytes before the member's name; its last two fields are the lengths of the name and of the rest
+
+
+@contextmanager
+def open_npz(path: str | os.PathLike, what: str = ".npz file") -> Iterator[np.lib.npyio.NpzFile]:
+    """The archive at `path`, never unpickled; `what` names the expected content in the message.
+
+    Raises:
+        DataError: missing, damaged or not an archive, or the block reads an array that is not there.
+    """
+    try:
+        with open(path, "rb") as stream:
+            archive = np.load(stream, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} is no {what}: it holds one array without a name")
+            with archive:
+                yield archive
+    except PTQError:  # also a ValueError, and clear already
+        raise
+    except _UNREADABLE as error:
+        raise DataError(f"{path} is no readable {what}: {' '.join(str(error).split())[:200]}") from error
+
+
+def npz_keys(path: str | os.PathLike) -> list[str]:
+    """Names of the arrays in an `.npz` file.
+
+    Raises:
+        DataError: as `open_npz`.
+    """
+    with open_npz(path) as archive:
+        return list(archive.files)
+
+
+def npz_array(path: str | os.PathLike, key: str) -> np.ndarray:
+    """One array; mapped read-only from the file where it is stored uncompressed (as `numpy.savez` does), else loaded.
+
+    Raises:
+        DataError: as `open_npz`, or no such array; the message names those that were found.
+    """
+    with open_npz(path) as archive:
+        if key not in archive.files:
+            raise DataError(f"{path}: found the arrays {', '.join(archive.files) or '(none)'}; expected {key}")
+        mapped = _map(path, archive.zip, f"{key}.npy")
+        return archive[key] if mapped is None else mapped
+
+
+def _map(path: str | os.PathLike, archive: zipfile.ZipFile, member: str) -> np.ndarray | None:
+    """Memory map of an uncompressed array of numbers, or None where there is no such thing."""
+    info = archive.NameToInfo.get(member)
+    if info is None or info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        return None
+    with open(path, "rb") as stream:
+        stream.seek(info.header_offset)
+        name, extra = struct.unpack("<26xHH", stream.read(_LOCAL_HEADER))
+        stream.seek(name + extra, os.SEEK_CUR)
+        read_header = _HEADER_READERS.get(npy.read_magic(stream))
+        if read_header is None:
+            return None
+        shape, fortran_order, dtype = read_header(stream)
+        if dtype.hasobject or 0 in shape:  # an empty file region cannot be mapped
+            return None
+        return np.memmap(path, dtype, "r", stream.tell(), shape, "F" if fortran_order else "C")
