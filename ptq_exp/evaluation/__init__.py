@@ -4,6 +4,7 @@ from ptq_exp.evaluation.data import content_digest, open_images
 from ptq_exp.evaluation.features import FeatureExtractor, extract_features
 from ptq_exp.evaluation.image_source import ImageSource
 from ptq_exp.evaluation.images import from_uint8, image_grid, mean_psnr, psnr, to_uint8
+from ptq_exp.evaluation.inception import InceptionExtractor
 from ptq_exp.evaluation.manifold import precision_recall
 from ptq_exp.evaluation.metrics import frechet_distance, frechet_distance_from_features, inception_score
 from ptq_exp.evaluation.reference import half_split_fid, score
@@ -15,6 +16,7 @@ __all__ = [
     "FeatureStatistics",
     "GaussianStatistics",
     "ImageSource",
+    "InceptionExtractor",
     "content_digest",
     "extract_features",
     "frechet_distance",
