@@ -1,0 +1,142 @@
+"""Checkpoint files as flat state dicts, read without running anything that is written in them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ptq_exp.diffusion.checkpoints.inert import STAND_INS
+from ptq_exp.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)|function <[\w-]+ ?(?:function |method |class )?'?([\w.]+)")
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, on the CPU, memory-mapped where the format allows it.
+
+    Understood are safetensors, and PyTorch files that hold a dict of tensors, `{"state_dict": ...}` (latent diffusion,
+    Lightning), or the training list of the PyTorch DDIM port (its averaged weights are taken). `module.` before every
+    name (a data-parallel run) is removed. Pickles are unpickled by `torch.load(weights_only=True)`.
+
+    Raises:
+        CheckpointError: one line that starts with `model.checkpoint=PATH:`; the file is missing, empty, truncated, a
+            web page, a Git LFS pointer, a folder, wants to run code, or holds no tensors.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    if kind == "safetensors":
+        loaded = _read_safetensors(path)
+    elif kind in ("zip", "pickle"):
+        loaded = _read_torch(path, mmap=kind == "zip")
+    else:
+        raise _error(path, kind)
+    return _flat(path, loaded)
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _error(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"model.checkpoint={path}: {reason}")
+
+
+def _kind(path: Path) -> str:
+    """`safetensors`, `zip`, `pickle`, or a sentence about what the file is instead."""
+    if path.is_dir():
+        return "this is a folder; give the checkpoint file itself"
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            head = stream.read(512)
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if size == 0:
+        return "the file is empty; download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the file; run `git lfs pull` or download it again"
+    if head.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "this is a web page, not a checkpoint; download the file again (an error or log-in page was saved)"
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return "safetensors"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    return "neither a PyTorch nor a safetensors file"
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _error(path, f"not a complete safetensors file ({_line(error)}); download it again") from error
+
+
+def _read_torch(path: Path, mmap: bool) -> object:
+    try:
+        with torch.serialization.safe_globals(STAND_INS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        found = _GLOBAL.search(str(error))
+        if found:
+            raise _error(
+                path, f"the pickle in it wants {found[1] or found[2]}, which is not needed for tensors; nothing of it "
+                "was executed. If you trust the file, convert its tensors to safetensors"
+            ) from error  # fmt: skip
+        raise _error(path, f"not a complete PyTorch file ({_line(error)}); download it again") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise _error(path, f"not a complete PyTorch file ({_line(error)}); download it again") from error
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message, shortened: libraries append advice and addresses."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:160]
+
+
+def _flat(path: Path, loaded: object) -> dict[str, Tensor]:
+    """The state dict inside one of the known containers."""
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    elif isinstance(loaded, (list, tuple)):
+        loaded = _training_list(path, loaded)
+    if not isinstance(loaded, dict):
+        raise _error(path, f"no tensors inside (a {type(loaded).__name__} instead of a dict of tensors)")
+    tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise _error(path, "no tensors inside")
+    if len(tensors) < len(loaded):
+        others = [str(key) for key in loaded if key not in tensors]
+        log.info("%s: entries that are no tensors are left aside: %s", path, ", ".join(others[:5]))
+    if all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
+def _training_list(path: Path, loaded: list | tuple) -> object:
+    """The last dict of tensors of [model, optimizer, epoch, step, averaged model]; optimizer states are nested."""
+    states = [item for item in loaded if _is_state_dict(item)]
+    if not states:
+        raise _error(path, "no tensors inside the list")
+    which = "the averaged (EMA) weights, its last entry" if len(states) > 1 else "its only state dict"
+    log.info("%s: a training list; took %s", path, which)
+    return states[-1]
+
+
+def _is_state_dict(item: object) -> bool:
+    return isinstance(item, dict) and bool(item) and all(isinstance(value, Tensor) for value in item.values())
