@@ -1,3 +1,18 @@
 """Post-training quantization of diffusion models: experiments that can be composed, repeated and compared."""
 
 __version__ = "0.1.0"
+
+_LAZY = {"load_model": "ptq_exp.models", "MODELS": "ptq_exp.models", "sample": "ptq_exp.api"}
+
+
+def __getattr__(name: str):
+    """The Python interface, imported at its first use: the command says what is misspelt without waiting for torch."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

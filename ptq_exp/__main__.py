@@ -21,12 +21,12 @@ _failures: list[str] = []
 
 
 def _job(composed: DictConfig) -> float | None:
-    """One composed experiment; in a sweep, a failure is said and the next job goes on. Returns its FID."""
+    """One composed experiment; in a sweep, a failure is said and the next job goes on. Returns its FID, if any."""
     try:
         config = validated(composed)
         from ptq_exp.experiment import run_experiment  # a misspelt setting is told before torch is loaded
 
-        return run_experiment(config, Path(HydraConfig.get().runtime.output_dir))["metrics"]["fid"]
+        return run_experiment(config, Path(HydraConfig.get().runtime.output_dir))["metrics"].get("fid")
     except PTQError as error:
         if _traceback_wanted:
             raise

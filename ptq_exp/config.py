@@ -25,22 +25,43 @@ FULL_PRECISION = "fp32"
 
 
 @dataclass
-class ModelConfig:
-    """`build` makes the `DiffusionModel`, `images` its real images (uint8 [N, H, W, C]) or None."""
-
-    name: str = ""
-    build: dict[str, Any] = field(default_factory=dict)
-    images: dict[str, Any] | None = None
-
-
-@dataclass
 class SamplerConfig:
-    """Number of steps, their spacing, and eta of DDIM."""
+    """Number of steps, their spacing, eta of DDIM, scale of classifier-free guidance (1 = none)."""
 
     name: str = ""
     steps: int = 0
     spacing: str = ""
     eta: float = 0.0
+    guidance_scale: float = 1.0
+
+
+@dataclass
+class PublishedSampler:
+    """Sampler settings of a model's publication, which `conf/sampler/ddim.yaml` takes over."""
+
+    steps: int = 20
+    spacing: str = "leading"
+    eta: float = 0.0
+    guidance_scale: float = 1.0
+
+
+@dataclass
+class ModelConfig:
+    """`build` makes the `DiffusionModel`, `images` its real images (uint8 [N, H, W, C]) or None.
+
+    `ema` chooses between the averaged weights and those of the last step, where a checkpoint holds both;
+    `channels_last` and `compile` are how denoisers are run, full-precision and quantized alike.
+    """
+
+    name: str = ""
+    checkpoint: str | None = None
+    dtype: str = "float32"
+    ema: bool | None = None
+    channels_last: bool = False
+    compile: bool = False
+    build: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] | None = None
+    sampler: PublishedSampler = field(default_factory=PublishedSampler)
 
 
 @dataclass
@@ -75,27 +96,35 @@ class BitsConfig:
 
 @dataclass
 class QuantizationConfig:
-    """Which operations are quantized, granularity and symmetry; `first`, `last`, `keep_fp` are globs."""
+    """Which operations are quantized, granularity and symmetry.
+
+    `first`, `last` and `keep_fp` are globs; None = the first and last layers that the model names.
+    """
 
     name: str = ""
     attention: bool = True
     weight_symmetric: bool = False
     weight_granularity: str = "channel"
     activation_symmetric: bool = False
-    first: list[str] = field(default_factory=list)
-    last: list[str] = field(default_factory=list)
+    first: list[str] | None = None
+    last: list[str] | None = None
     keep_fp: list[str] = field(default_factory=list)
 
 
 @dataclass
 class EvaluationConfig:
-    """Extractor, reference images, and how many images are scored, compared and shown."""
+    """Extractor, reference, and how many images are scored, compared and shown.
+
+    `extractor` None: images are only compared with their full-precision twins. `reference` is a constructor of images
+    or a path; `weights` belong to the extractor.
+    """
 
     name: str = ""
     n_samples: int = 0
     batch_size: int = 0
-    extractor: dict[str, Any] = field(default_factory=dict)
-    reference: dict[str, Any] = field(default_factory=dict)
+    extractor: dict[str, Any] | None = None
+    weights: str | None = None
+    reference: Any = None
     eps_error_samples: int = 0
     grid_images: int = 0
 
@@ -203,6 +232,7 @@ def _check(config: ExperimentConfig) -> None:
     _at_least("sampler.steps", config.sampler.steps, 1)
     _one_of("sampler.spacing", config.sampler.spacing, SPACINGS)
     _between("sampler.eta", config.sampler.eta, 0, 1)
+    _at_least("sampler.guidance_scale", config.sampler.guidance_scale, 0)
     _at_least("evaluation.n_samples", config.evaluation.n_samples, 2)
     _at_least("evaluation.batch_size", config.evaluation.batch_size, 1)
     _at_least("evaluation.eps_error_samples", config.evaluation.eps_error_samples, 1)
@@ -210,6 +240,13 @@ def _check(config: ExperimentConfig) -> None:
     _at_least("trainer.devices", config.trainer.devices, 1)
     if config.trainer.threads is not None:
         _at_least("trainer.threads", config.trainer.threads, 1)
+    if config.model.ema is not None and "ema" not in config.model.build:
+        raise ConfigError(f"model.ema: a checkpoint of model={config.model.name} has one set of weights, not two")
+    if config.evaluation.extractor is not None and config.evaluation.reference is None:
+        raise ConfigError(
+            f"evaluation.reference is not set, but evaluation={config.evaluation.name} compares with real images: give "
+            "an ADM .npz file, a folder of images, a folder of CIFAR-10's python files, or saved statistics"
+        )
     if config.bits.name == FULL_PRECISION:
         _check_full_precision(config)
     else:
@@ -271,8 +308,10 @@ def build(node: dict[str, Any], setting: str, **extra: Any) -> Any:
         target = get_object(node["_target_"])
     except (KeyError, ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{setting}._target_={node.get('_target_')}: no such function or class ({error})") from error
-    valid = list(inspect.signature(target).parameters)
+    parameters = inspect.signature(target).parameters
+    valid = list(parameters)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in arguments:
-        if key not in valid:
+        if key not in valid and not open_ended:
             raise ConfigError(f"{setting}.{key}: {node['_target_']} has no such argument; {nearest(key, valid)}")
     return target(**arguments)

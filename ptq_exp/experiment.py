@@ -13,11 +13,11 @@ import pandas as pd
 
 from ptq_exp import stages
 from ptq_exp.config import FULL_PRECISION, ExperimentConfig
-from ptq_exp.evaluation.features import extract_features
+from ptq_exp.evaluation import half_split_fid, inception_score, score
 from ptq_exp.evaluation.images import mean_psnr
-from ptq_exp.evaluation.reference import FeatureStatistics, half_split_fid, score
 from ptq_exp.quantization import Report, ranges
 from ptq_exp.tracking import wandb_run
+from ptq_exp.tracking.cache import file_digest
 from ptq_exp.tracking.pictures import save_grid
 from ptq_exp.tracking.results import Results, write_json, write_samples
 
@@ -42,23 +42,29 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
     ):
         clock = _Clock(results)
         setup = stages.Setup.of(config)
-        reference = clock("reference", stages.reference_features, setup)
+        reference = clock("reference", stages.reference_features, setup) if setup.extractor else None
+        scorer = _Scorer(setup, reference)
         fp_images = images = clock("fp32_images", stages.full_precision_images, setup)
-        fp_scores = _score(setup, fp_images, reference)
-        results.update("fp32", fp32=fp_scores, real=_real_data(reference), metric_spec=_metric_spec(setup, reference))
-        metrics, report = fp_scores, None
-        if config.bits.name != FULL_PRECISION:
+        fp_scores = clock("fp32_scores", scorer, fp_images, "FP32 features", setup.images_spec())
+        results.update("fp32", fp32=fp_scores, real=scorer.real_data(), metric_spec=scorer.metric_spec())
+        metrics, report = dict(fp_scores), None
+        samples = folder / "samples.npz"
+        if config.bits.name == FULL_PRECISION:
+            labels = setup.model.labels(range(len(images)), config.seed)
+            write_samples(samples, images, None if labels is None else labels.numpy())
+        else:
             calibration_set = clock("calibration_set", stages.make_calibration_set, setup)
             quantized, report = clock("quantize", stages.quantize_model, setup, calibration_set)
             write_json(folder / "quantization.json", report.to_dict() | {"quantizers": ranges(quantized)})
-            results.update("quantize", quantization=_account(report), evaluations=calibration_set.evaluations)
+            evaluations = int(calibration_set.evaluations.sum())
+            results.update("quantize", quantization=_account(report), evaluations=evaluations)
             eps_error = clock("eps_error", stages.eps_error, setup, quantized)
-            images = clock("quantized_images", stages.quantized_images, setup, quantized)
-            metrics = _score(setup, images, reference)
-            metrics |= _paired(metrics, fp_scores, results.values["real"]["half_split_fid"])
+            images = clock("quantized_images", stages.quantized_images, setup, quantized, samples)
+            spec = {"images": file_digest(samples)}
+            metrics = clock("scores", scorer, images, f"{config.bits.name.upper()} features", spec)
+            metrics |= scorer.paired(metrics, fp_scores)
             metrics |= {"psnr": mean_psnr(fp_images, images), "eps_error": float(np.mean(eps_error))}
             results.update("eps_error", eps_error_per_step=eps_error)
-        write_samples(folder / "samples.npz", images)
         _picture(config, folder, fp_images, images)
         results.finish(metrics=metrics)
         _log_to_wandb(logger, folder, results.values, report)
@@ -97,30 +103,46 @@ class _Clock:
         return value
 
 
-def _score(setup: stages.Setup, images: np.ndarray, reference: FeatureStatistics) -> dict[str, float]:
-    return score(extract_features(setup.extractor, images), reference)
+class _Scorer:
+    """IS, FID, sFID, precision and recall against one reference; no scores at all without an extractor."""
 
+    def __init__(self, setup: stages.Setup, reference: stages.Reference | None) -> None:
+        self.setup, self.reference = setup, reference
+        if reference is None:
+            log.info("no IS, FID, sFID: evaluation=%s compares images with their full-precision twins alone; add "
+                     "evaluation=adm evaluation.reference=PATH for scores", setup.config.evaluation.name)  # fmt: skip
 
-def _real_data(reference: FeatureStatistics) -> dict[str, float]:
-    """What the real images score, and the unit of the paired increase."""
-    return {"is": score(reference, reference)["is"], "half_split_fid": half_split_fid(reference.pooled)}
+    def __call__(self, images: np.ndarray, title: str, spec: dict) -> dict[str, float]:
+        """Scores of `images`; `spec` says which they are."""
+        if self.reference is None:
+            return {}
+        return score(stages.image_features(self.setup, images, title, spec), self.reference)
 
+    def real_data(self) -> dict[str, float]:
+        """What the real images score, and the unit of the paired increase; empty where only moments are stored."""
+        features = getattr(self.reference, "features", self.reference)
+        if features is None:
+            return {}
+        return {"is": inception_score(features.probabilities), "half_split_fid": half_split_fid(features.pooled)}
 
-def _paired(metrics: dict[str, float], fp_scores: dict[str, float], unit: float) -> dict[str, float]:
-    """FID increase over the full-precision twin of the same seeds, absolute and in units of `unit`."""
-    increase = metrics["fid"] - fp_scores["fid"]
-    return {"fid_increase": increase, "fid_increase_units": increase / unit}
+    def paired(self, metrics: dict[str, float], fp_scores: dict[str, float]) -> dict[str, float]:
+        """FID increase over the full-precision twin of the same seeds, absolute and in half-split units."""
+        if self.reference is None:
+            return {}
+        increase = metrics["fid"] - fp_scores["fid"]
+        unit = self.real_data().get("half_split_fid")
+        return {"fid_increase": increase} | ({"fid_increase_units": increase / unit} if unit else {})
 
-
-def _metric_spec(setup: stages.Setup, reference: FeatureStatistics) -> dict:
-    """The five things that identify a number."""
-    return {
-        "extractor": setup.extractor.name,
-        "preprocessing": setup.extractor.preprocessing,
-        "reference": reference.name,
-        "n_samples": setup.config.evaluation.n_samples,
-        "seed": setup.config.seed,
-    }
+    def metric_spec(self) -> dict:
+        """The five things that identify a number."""
+        extractor = self.setup.extractor
+        return {
+            "extractor": extractor.name if extractor else "none",
+            "preprocessing": extractor.preprocessing if extractor else "none",
+            "reference": self.reference.name if self.reference else "none",
+            "n_samples": self.setup.config.evaluation.n_samples,
+            "seed": self.setup.config.seed,
+        }
 
 
 def _account(report: Report) -> dict:
@@ -153,23 +175,32 @@ def _log_to_wandb(logger, folder: Path, values: dict, report: Report | None) -> 
 
 def summary(values: dict, report: Report | None) -> str:
     """The table that ends a run: real data, full precision, quantized."""
-    spec, unit = values["metric_spec"], values["real"]["half_split_fid"]
-    rows = {"real data": {"IS": values["real"]["is"]}, "FP32": _columns(values["fp32"])}
+    spec, real = values["metric_spec"], values["real"]
+    rows = {"real data": _columns(real), "FP32": _columns(values["fp32"])}
     lines = []
     if report is not None:
         rows[values["config"]["bits"]["name"].upper()] = _columns(values["metrics"])
         lines += [report.summary(), ""]
-    table = pd.DataFrame(rows).T.reindex(columns=["IS", "FID", "sFID", "FID increase", "PSNR dB", "eps error"])
-    lines.append(table.dropna(axis=1, how="all").to_string(float_format="{:.4g}".format, na_rep="-"))
+    table = pd.DataFrame({title: row for title, row in rows.items() if row}).T.reindex(columns=list(_TITLES.values()))
+    if not table.empty:
+        lines.append(table.dropna(axis=1, how="all").to_string(float_format="{:.4g}".format, na_rep="-"))
     lines.append(
         f"{spec['n_samples']} images, seed {spec['seed']}, extractor {spec['extractor']} ({spec['preprocessing']}), "
-        f"reference {spec['reference']};\nFID increase over FP32 of the same seeds in units of the FID between two "
-        f"random halves of the real data ({unit:.4g})"
+        f"reference {spec['reference']}"
     )
+    if "half_split_fid" in real:
+        lines[-1] += (
+            ";\nFID increase over FP32 of the same seeds in units of the FID between two random halves of the real "
+            f"data ({real['half_split_fid']:.4g})"
+        )
     return "\n".join(lines)
 
 
+_TITLES = {
+    "is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall",
+    "fid_increase_units": "FID increase", "psnr": "PSNR dB", "eps_error": "eps error",
+}  # fmt: skip
+
+
 def _columns(scores: dict[str, float]) -> dict[str, float]:
-    titles = {"is": "IS", "fid": "FID", "sfid": "sFID", "fid_increase_units": "FID increase", "psnr": "PSNR dB",
-              "eps_error": "eps error"}  # fmt: skip
-    return {title: scores[key] for key, title in titles.items() if key in scores}
+    return {title: scores[key] for key, title in _TITLES.items() if key in scores}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +18,15 @@ import ptq_exp
 from ptq_exp.calibration import CalibrationSet, positions
 from ptq_exp.config import ExperimentConfig, build
 from ptq_exp.diffusion import DiffusionModel, TimeGrid, relative_eps_error
-from ptq_exp.evaluation.features import FeatureExtractor, extract_features
-from ptq_exp.evaluation.images import from_uint8
-from ptq_exp.evaluation.reference import FeatureStatistics
+from ptq_exp.evaluation import (
+    FeatureExtractor,
+    FeatureStatistics,
+    GaussianStatistics,
+    content_digest,
+    extract_features,
+    load_reference,
+    load_statistics,
+)
 from ptq_exp.lightning import (
     CalibrationModule,
     EvaluationModule,
@@ -27,6 +34,7 @@ from ptq_exp.lightning import (
     draw_images,
     make_trainer,
 )
+from ptq_exp.parts import Parts, slices
 from ptq_exp.quantization import (
     Report,
     Rule,
@@ -42,15 +50,20 @@ from ptq_exp.tracking.results import read_samples, write_samples
 log = logging.getLogger("ptq_exp")
 
 
+Reference = FeatureStatistics | GaussianStatistics
+FEATURE_BATCH = 64
+
+
 @dataclass
 class Setup:
-    """What all stages share: the settings, the model on its time grid, the extractor and the artefact cache."""
+    """What all stages share: settings, the model on its time grid, the extractor (or None) and the artefact cache."""
 
     config: ExperimentConfig
     model: DiffusionModel
     grid: TimeGrid
-    extractor: FeatureExtractor
+    extractor: FeatureExtractor | None
     cache: ArtifactCache
+    device: torch.device
 
     @classmethod
     def of(cls, config: ExperimentConfig) -> Setup:
@@ -58,36 +71,66 @@ class Setup:
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
         model = build(config.model.build, "model.build", name=config.model.name)
-        extractor = build(config.evaluation.extractor, "evaluation.extractor")
-        cache = ArtifactCache(config.cache_dir, config.cache)
-        return cls(config, model, model.time_grid(config.sampler.steps, config.sampler.spacing), extractor, cache)
+        if config.model.channels_last:
+            model.denoiser.to(memory_format=torch.channels_last)
+        device = make_trainer("", **_trainer_settings(config)).strategy.root_device
+        extractor = None
+        if config.evaluation.extractor is not None:
+            node = config.evaluation.extractor
+            node = {key: str(device) if key == "device" and value is None else value for key, value in node.items()}
+            extractor = build(node, "evaluation.extractor")
+        sampler = config.sampler
+        grid = model.time_grid(sampler.steps, sampler.spacing, eta=sampler.eta)
+        return cls(config, model, grid, extractor, ArtifactCache(config.cache_dir, config.cache), device)
 
     def trainer(self, title: str):
         """A Lightning Trainer whose progress bar is called `title`."""
-        settings = {key: value for key, value in asdict(self.config.trainer).items() if key != "threads"}
-        return make_trainer(title, **settings)
+        return make_trainer(title, **_trainer_settings(self.config))
+
+    def guided(self, denoiser: nn.Module) -> nn.Module:
+        """`denoiser` as the sampler calls it: compiled and guided where the settings say so."""
+        if self.config.model.compile:
+            denoiser.compile()
+        return self.model.guided(denoiser, self.config.sampler.guidance_scale)
+
+    def progress(self, total: int, title: str) -> tqdm:
+        """A progress bar, unless they are switched off."""
+        return tqdm(total=total, desc=title, disable=not self.config.trainer.progress_bar)
 
     def sampling_spec(self) -> dict[str, Any]:
         """All that decides a full-precision trajectory of a given sample index."""
-        sampler = self.config.sampler
+        model = self.config.model
         return {
             "version": ptq_exp.__version__,
             "model": self.model.digest,
-            "sampler": sampler.name,
-            "steps": sampler.steps,
-            "spacing": sampler.spacing,
-            "eta": sampler.eta,
+            "dtype": model.dtype,
+            "layout": [model.channels_last, model.compile],
+            "sampler": asdict(self.config.sampler),
             "seed": self.config.seed,
         }
 
     def calibration_spec(self) -> dict[str, Any]:
         """All that decides the calibration set."""
-        return self.sampling_spec() | {"calibration": asdict(self.config.calibration)}
+        spec = self.sampling_spec() | {"calibration": asdict(self.config.calibration)}
+        return spec | ({"images": self.config.model.images} if self.needs_images else {})
 
     def images_spec(self) -> dict[str, Any]:
         """All that decides the full-precision images."""
         evaluation = self.config.evaluation
         return self.sampling_spec() | {"n_samples": evaluation.n_samples, "batch_size": evaluation.batch_size}
+
+    def working_folder(self, kind: str, spec: dict[str, Any]) -> Path:
+        """Where a killed run finds its pieces again."""
+        return Path(self.config.cache_dir) / "parts" / digest(kind, spec)
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether calibration starts from real images."""
+        return self.config.calibration.source in ("raw", "diffuse")
+
+
+def _trainer_settings(config: ExperimentConfig) -> dict[str, Any]:
+    return {key: value for key, value in asdict(config.trainer).items() if key != "threads"}
 
 
 def _said(what: str, value_and_reused: tuple[Any, bool], detail: Callable[[Any], str] = lambda value: "") -> Any:
@@ -99,104 +142,153 @@ def _said(what: str, value_and_reused: tuple[Any, bool], detail: Callable[[Any],
 
 def make_calibration_set(setup: Setup) -> CalibrationSet:
     """Collect (or reuse) the calibration set that `calibration` describes."""
-    config = setup.config.calibration
+    config, spec = setup.config.calibration, setup.calibration_spec()
+    folder = setup.working_folder("calibration", spec)
 
     def make() -> CalibrationSet:
         distribution = build(config.distribution, "calibration.distribution")
         steps = positions(distribution, config.n_samples, len(setup.grid), setup.config.seed)
         images = None
-        if setup.config.model.images is not None:
-            images = from_uint8(build(setup.config.model.images, "model.images"))
+        if setup.needs_images and setup.config.model.images is not None:
+            images = build(setup.config.model.images, "model.images")
         module = CalibrationModule(
-            setup.model, setup.grid, config.source, seed=setup.config.seed, eta=setup.config.sampler.eta, images=images
+            setup.model, setup.grid, config.source, seed=setup.config.seed, images=images,
+            denoiser=setup.guided(setup.model.denoiser),
+        )  # fmt: skip
+        null_label = None if setup.config.sampler.guidance_scale == 1 else setup.model.null_label
+        joined = folder / "joined.npz"
+        collect_calibration_set(
+            module, setup.trainer("calibration set"), steps, config.batch_size, folder, joined, null_label
         )
-        return collect_calibration_set(module, setup.trainer("calibration set"), steps, config.batch_size)
+        return CalibrationSet.load(joined)
 
     found = setup.cache.get_or_make(
-        "calibration", setup.calibration_spec(), make=make, save=CalibrationSet.save, load=CalibrationSet.load,
-        suffix=".safetensors",
-    )  # fmt: skip
-    return _said(
-        f"calibration set {config.name}", found, lambda s: f", {len(s)} states, {s.evaluations} network evaluations"
+        "calibration", spec, make=make, save=CalibrationSet.save, load=CalibrationSet.load
     )
+    shutil.rmtree(folder, ignore_errors=True)
+    return _said(
+        f"calibration set {config.name}", found,
+        lambda s: f", {len(s)} states, {int(s.evaluations.sum())} network evaluations",
+    )  # fmt: skip
 
 
-def policy(config: ExperimentConfig) -> list[Rule]:
-    """The ordered rules that `quantization` and `bits` describe."""
+def policy(config: ExperimentConfig, model: DiffusionModel) -> list[Rule]:
+    """The ordered rules that `quantization` and `bits` describe, with the model's own first and last layers."""
     quantization, bits = config.quantization, config.bits
     rules = [Rule(pattern, None, "quantization.keep_fp") for pattern in quantization.keep_fp]
     return rules + default_rules(
         bits.weight, bits.activation, softmax_bits=bits.softmax, first_last_bits=bits.first_last,
-        boundary_bits=bits.boundary, first=quantization.first, last=quantization.last, attention=quantization.attention,
+        boundary_bits=bits.boundary, attention=quantization.attention,
+        first=model.first_layers if quantization.first is None else quantization.first,
+        last=model.last_layers if quantization.last is None else quantization.last,
         weight_symmetric=quantization.weight_symmetric, weight_granularity=quantization.weight_granularity,
         activation_symmetric=quantization.activation_symmetric,
     )  # fmt: skip
 
 
 def quantize_model(setup: Setup, calibration_set: CalibrationSet) -> tuple[nn.Module, Report]:
-    """Return a quantized twin of the model's denoiser, calibrated, and the account of its layers."""
+    """Return a quantized twin of the model's denoiser, calibrated, and the account of its layers.
+
+    The twin's weights hold their quantized values: sampling does not quantize them again at every step.
+    """
     config = setup.config
-    quantized = setup.model.twin()
-    report = quantize_(quantized, policy(config), setup.model.example_inputs())
+    quantized = setup.model.twin().to(setup.device)
+    example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
+    report = quantize_(quantized, policy(config, setup.model), example)
     calibrate_weights_(quantized, config.metric.name)
-    batches = list(calibration_set.batches(config.calibration.batch_size))
-    with calibrating(quantized), torch.no_grad():
-        for x, t in tqdm(batches, desc="calibration forward", disable=not config.trainer.progress_bar):
-            quantized(x, t)
+    with calibrating(quantized), torch.no_grad(), setup.progress(len(calibration_set), "calibration forward") as bar:
+        for x, t, y in calibration_set.batches(config.calibration.batch_size):
+            quantized(x.to(setup.device), t.to(setup.device), None if y is None else y.to(setup.device))
+            bar.update(min(config.calibration.batch_size, bar.total - bar.n))
     finish_calibration(quantized, config.metric.name)
     return quantized, report
 
 
-def draw(setup: Setup, denoiser: nn.Module, title: str, folder: Path) -> np.ndarray:
-    """Images uint8 [N, H, W, C] of samples 0..N-1, drawn with `denoiser`; resumes from the batches in `folder`."""
-    config = setup.config
-    module = EvaluationModule(setup.model, denoiser, setup.grid, seed=config.seed, eta=config.sampler.eta)
-    return draw_images(
-        module, setup.trainer(title), config.evaluation.n_samples, config.evaluation.batch_size, folder
-    )
+def draw(setup: Setup, denoiser: nn.Module, title: str, folder: Path, path: Path) -> np.ndarray:
+    """Images uint8 [N, H, W, C] of samples 0..N-1 drawn with `denoiser` into the file `path`, memory-mapped.
+
+    Batches already in `folder` are not drawn again.
+    """
+    evaluation = setup.config.evaluation
+    module = EvaluationModule(setup.model, setup.guided(denoiser), setup.grid, seed=setup.config.seed)
+    draw_images(module, setup.trainer(title), evaluation.n_samples, evaluation.batch_size, folder, path)
+    return read_samples(path)[0]
 
 
 def full_precision_images(setup: Setup) -> np.ndarray:
     """Draw (or reuse) the images of the full-precision twin."""
     spec = setup.images_spec()
-    parts = Path(setup.config.cache_dir) / "parts" / digest("images", spec)
+    folder = setup.working_folder("images", spec)
     found = setup.cache.get_or_make(
-        "images", spec, make=lambda: draw(setup, setup.model.denoiser, "FP32 images", parts),
-        save=lambda images, path: write_samples(path, images), load=lambda path: read_samples(path)[0],
+        "images", spec, save=lambda images, path: write_samples(path, images), load=lambda path: read_samples(path)[0],
+        make=lambda: draw(setup, setup.model.denoiser, "FP32 images", folder, folder / "joined.npz"),
     )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
     return _said("FP32 images", found, lambda images: f", {len(images)}")
 
 
-def quantized_images(setup: Setup, quantized: nn.Module) -> np.ndarray:
-    """Draw the images of the quantized model; a killed run with the same settings is continued."""
+def quantized_images(setup: Setup, quantized: nn.Module, path: Path) -> np.ndarray:
+    """Draw the images of the quantized model into `path`; a killed run with the same settings is continued."""
     config = setup.config
     spec = setup.images_spec() | setup.calibration_spec() | {
         "metric": config.metric.name, "bits": asdict(config.bits), "quantization": asdict(config.quantization),
     }  # fmt: skip
-    parts = Path(config.cache_dir) / "parts" / digest("images", spec)
-    return draw(setup, quantized, f"{config.bits.name.upper()} images", parts)
+    folder = setup.working_folder("quantized images", spec)
+    images = draw(setup, quantized, f"{config.bits.name.upper()} images", folder, path)
+    shutil.rmtree(folder, ignore_errors=True)
+    return images
 
 
-def reference_features(setup: Setup) -> FeatureStatistics:
-    """Features of the real images that all scores refer to, computed or reused."""
-    node = setup.config.evaluation.reference
-    spec = {"version": ptq_exp.__version__, "reference": node, "extractor": setup.extractor.name}
+def image_features(setup: Setup, images: np.ndarray, title: str, spec: dict[str, Any]) -> FeatureStatistics:
+    """Features of `images`, batch by batch on disk: a killed run with the same `spec` goes on where it stopped."""
+    spec = spec | {"extractor": setup.extractor.name}
+    folder = setup.working_folder("features", spec)
+    batches = {rows.start: rows for rows in slices(len(images), FEATURE_BATCH)}
+    parts = Parts(folder, list(batches), len(images), ("pooled", "spatial", "probabilities"))
+    joined = folder / "joined.npz"
+    with setup.progress(len(images), title) as bar:
+        while not parts.join(joined, name=np.array(title), extractor=np.array(setup.extractor.name)):
+            missing = parts.missing()
+            bar.n = len(images) - sum(len(range(*batches[start].indices(len(images)))) for start in missing)
+            for start in missing:
+                found = extract_features(setup.extractor, images[batches[start]])
+                parts.write(
+                    start, pooled=found.pooled, spatial=found.spatial, probabilities=found.probabilities
+                )
+                bar.update(len(found))
+    features = FeatureStatistics.load(joined)
+    parts.remove()
+    return features
 
-    def make() -> FeatureStatistics:
+
+def reference_features(setup: Setup) -> Reference:
+    """What the scores refer to, computed or reused: features of real images, or stored means and covariances."""
+    node, extractor = setup.config.evaluation.reference, setup.extractor
+    spec = {"version": ptq_exp.__version__, "reference": node, "extractor": extractor.name}
+
+    def make() -> Reference:
+        if isinstance(node, str):
+            with tqdm(desc="reference", unit=" images", disable=not setup.config.trainer.progress_bar) as bar:
+                return load_reference(node, extractor, progress=bar.update)
         images = build(node, "evaluation.reference")
-        return extract_features(setup.extractor, images, name=f"{setup.config.evaluation.name}, {len(images)} real")
+        name = f"{setup.config.evaluation.name}, {len(images)} real"
+        return extract_features(extractor, images, name=name, batch_size=FEATURE_BATCH)
 
+    if isinstance(node, str):
+        spec["content"] = content_digest(node)
     found = setup.cache.get_or_make(
-        "reference", spec, make=make, save=FeatureStatistics.save, load=FeatureStatistics.load
+        "reference", spec, make=make, save=lambda value, path: value.save(path), load=load_statistics
     )
-    return _said("reference features", found, lambda features: f", {len(features)} images")
+    return _said("reference features", found, lambda reference: f", {reference.name}")
 
 
 def eps_error(setup: Setup, quantized: nn.Module) -> list[float]:
     """Relative eps error of each sampling step, on full-precision trajectories of the first few samples."""
-    n, config = setup.config.evaluation.eps_error_samples, setup.config
-    with tqdm(total=len(setup.grid), desc="eps error", disable=not config.trainer.progress_bar) as bar:
+    config = setup.config
+    denoisers = [setup.guided(network.to(setup.device)) for network in (setup.model.denoiser, quantized)]
+    with setup.progress(len(setup.grid), "eps error") as bar:
         errors = relative_eps_error(
-            setup.model, quantized, setup.grid, range(n), config.seed, eta=config.sampler.eta, on_step=bar.update
-        )
+            setup.model, *denoisers, setup.grid, range(config.evaluation.eps_error_samples), config.seed,
+            device=setup.device, on_step=bar.update,
+        )  # fmt: skip
     return errors.tolist()

@@ -1,4 +1,4 @@
-"""Train an embedded network: `python -m ptq_exp.train_embedded {unet,classifier}`.
+"""Train an embedded network: `python -m ptq_exp.train_embedded {unet,classifier,autoencoder,latent_unet}`.
 
 Checkpoints go to `runs/train/<network>/`; the same command resumes from the last one. At the end the EMA weights
 and a JSON card (how trained, seed, losses, accuracy) are written into the package.
@@ -21,31 +21,81 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from ptq_exp.embedded.digits import digits
-from ptq_exp.embedded.networks import BETA_SCHEDULE, TRAIN_STEPS, DigitsClassifier, build_unet
+from ptq_exp.diffusion import NoiseSchedule
+from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, digits
+from ptq_exp.embedded.latent import first_stage
+from ptq_exp.embedded.networks import (
+    BETA_SCHEDULE,
+    TRAIN_STEPS,
+    DigitsClassifier,
+    build_autoencoder,
+    build_latent_unet,
+    build_unet,
+)
 from ptq_exp.lightning.training import ClassifierTraining, DenoiserTraining, EMATraining
+from ptq_exp.lightning.training_latent import (
+    AutoencoderTraining,
+    LatentDenoiserTraining,
+    codes_used,
+    encode_all,
+    reconstruction_psnr,
+)
 
 WEIGHTS = Path(__file__).parent / "embedded" / "weights"
 
 
-def loader(split: str, batch_size: int, seed: int) -> DataLoader:
-    """Batches of the digits, shuffled by (seed, epoch) alone so that a resumed training sees the same order."""
-    data = TensorDataset(*digits(split))
+NETWORKS = {"unet": 5000, "classifier": 2500, "autoencoder": 1500, "latent_unet": 6000}
+"""Default number of optimizer steps of each."""
+FILES = {"autoencoder": "digits_vq"}
+DATA = {
+    "unet": "16x16, all 1,797", "classifier": "16x16, four fifths", "autoencoder": "32x32, four fifths",
+    "latent_unet": "latents of the autoencoder at 32x32, all 1,797",
+}  # fmt: skip
+
+
+def loader(data: TensorDataset, batch_size: int, seed: int) -> DataLoader:
+    """Batches, shuffled by (seed, epoch) alone so that a resumed training sees the same order."""
     sampler = DistributedSampler(data, num_replicas=1, rank=0, shuffle=True, seed=seed)
     return DataLoader(data, batch_size=batch_size, sampler=sampler, drop_last=True)
 
 
-def training_module(network: str, steps: int, seed: int) -> tuple[EMATraining, DataLoader, DataLoader | None]:
-    """The Lightning module of `network` with its training and validation batches."""
+def training_module(
+    network: str, steps: int, seed: int, weights: Path
+) -> tuple[EMATraining, DataLoader, DataLoader | None]:
+    """The Lightning module of `network` with its training and validation batches; `weights`: folder of the others'."""
+    settings = {"seed": seed, "total_steps": steps}
     if network == "unet":
         alphas_cumprod = DDIMScheduler(TRAIN_STEPS, beta_schedule=BETA_SCHEDULE).alphas_cumprod
-        module = DenoiserTraining(
-            build_unet(), alphas_cumprod, seed=seed, lr=1e-3, total_steps=steps, ema_decay=0.999
-        )
-        return module, loader("all", 64, seed), None
-    module = ClassifierTraining(DigitsClassifier(), seed=seed, lr=2e-3, total_steps=steps, ema_decay=0.995)
+        module = DenoiserTraining(build_unet(), alphas_cumprod, lr=1e-3, ema_decay=0.999, **settings)
+        return module, loader(TensorDataset(*digits()), 64, seed), None
+    if network == "autoencoder":
+        images, labels = digits("train", LATENT_IMAGE_SIZE)
+        module = AutoencoderTraining(build_autoencoder(), images, lr=2e-3, ema_decay=0.995, **settings)
+        return module, loader(TensorDataset(images, labels), 64, seed), None
+    if network == "latent_unet":
+        images, labels = digits("all", LATENT_IMAGE_SIZE)
+        latents = first_stage(weights).encode(images)
+        alphas_cumprod = NoiseSchedule.latent_diffusion(total=TRAIN_STEPS).alphas_cumprod.float()
+        module = LatentDenoiserTraining(build_latent_unet(), alphas_cumprod, lr=1e-3, ema_decay=0.999, **settings)
+        return module, loader(TensorDataset(latents, labels), 64, seed), None
+    module = ClassifierTraining(DigitsClassifier(), lr=2e-3, ema_decay=0.995, **settings)
     held_out = DataLoader(TensorDataset(*digits("held_out")), batch_size=512)
-    return module, loader("train", 64, seed), held_out
+    return module, loader(TensorDataset(*digits("train")), 64, seed), held_out
+
+
+def measured(network: str, module: EMATraining, trainer: pl.Trainer, held_out: DataLoader | None) -> dict:
+    """What the card says about the quality of the trained network."""
+    if held_out is not None:
+        return {"held_out_accuracy": float(trainer.validate(module, held_out, verbose=False)[0]["accuracy"])}
+    if network != "autoencoder":
+        return {}
+    autoencoder = module.ema.module.eval()
+    latents = encode_all(autoencoder, digits("train", LATENT_IMAGE_SIZE).images)
+    return {
+        "scaling_factor": float(1 / latents.std()),
+        "held_out_psnr_db": reconstruction_psnr(autoencoder, digits("held_out", LATENT_IMAGE_SIZE).images),
+        "codes_used": codes_used(autoencoder, digits("train", LATENT_IMAGE_SIZE).images),
+    }
 
 
 def export(module: EMATraining, name: str, card: dict, folder: Path) -> None:
@@ -69,18 +119,18 @@ def losses_by_tenth(history: list[float]) -> list[float]:
 def main(argv: list[str] | None = None) -> None:
     """Train, resume or only export one network; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m ptq_exp.train_embedded", description=__doc__)
-    parser.add_argument("network", choices=["unet", "classifier"])
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: 5000 for unet, 2500 for classifier)")
+    parser.add_argument("network", choices=list(NETWORKS))
+    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {NETWORKS})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; leave 1 if anything else runs")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="folder of the checkpoints")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the exported weights and card")
     args = parser.parse_args(argv)
-    steps = args.steps or {"unet": 5000, "classifier": 2500}[args.network]
+    steps = args.steps or NETWORKS[args.network]
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed)
 
-    module, train_batches, held_out = training_module(args.network, steps, args.seed)
+    module, train_batches, held_out = training_module(args.network, steps, args.seed, args.out)
     folder = args.work / args.network
     checkpoint = ModelCheckpoint(
         folder, filename="latest", save_last=True, every_n_epochs=2, save_on_train_epoch_end=True
@@ -97,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.fit(module, train_batches, held_out, ckpt_path=last if last.exists() else None, weights_only=False)
     card = {
         "network": f"digits {args.network}",
-        "data": "sklearn.datasets.load_digits, 16x16, " + ("all 1,797" if held_out is None else "four fifths"),
+        "data": f"sklearn.datasets.load_digits, {DATA[args.network]}",
         "command": f"python -m ptq_exp.train_embedded {args.network} --steps {steps} --seed {args.seed}",
         "seed": args.seed,
         "steps": module.global_step,
@@ -106,9 +156,8 @@ def main(argv: list[str] | None = None) -> None:
         "minutes_of_last_session": round((time.time() - started) / 60, 1),
         "loss_by_tenth": losses_by_tenth(module.loss_history),
     }
-    if held_out is not None:
-        card["held_out_accuracy"] = float(trainer.validate(module, held_out, verbose=False)[0]["accuracy"])
-    export(module, f"digits_{args.network}", card, args.out)
+    card |= measured(args.network, module, trainer, held_out)
+    export(module, FILES.get(args.network, f"digits_{args.network}"), card, args.out)
     print(json.dumps(card, indent=2))
 
 

@@ -1,4 +1,4 @@
-"""`CalibrationSet`: paired states and times on which quantizer ranges are chosen."""
+"""`CalibrationSet`: paired states, times and labels on which quantizer ranges are chosen."""
 
 from __future__ import annotations
 
@@ -6,53 +6,75 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ptq_exp.diffusion.guidance import both_halves
 from ptq_exp.errors import DataError
+from ptq_exp.files import write_npz
+from ptq_exp.npz import npz_arrays
+from ptq_exp.parts import slices
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Calibration samples in the order of their sample index.
+    """Calibration samples in the order of their sample index; arrays may be memory-mapped.
 
     Attributes:
         x: float32 [N, C, H, W], the state that enters the step.
         step: int64 [N], the position in the `TimeGrid` (0 = noisiest).
         t: float32 [N], the network time of that step.
-        evaluations: network evaluations spent on making it.
+        evaluations: int64 [N], network evaluations spent on each.
+        y: int64 [N] labels, or None for an unconditional model.
+        null_label: with guidance, the label of "no class": each state is then seen with its own label and without.
     """
 
-    x: Tensor
-    step: Tensor
-    t: Tensor
-    evaluations: int
+    x: np.ndarray
+    step: np.ndarray
+    t: np.ndarray
+    evaluations: np.ndarray
+    y: np.ndarray | None = None
+    null_label: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.x) == 0:
             raise DataError("the calibration set is empty: calibration.n_samples must be at least 1")
-        if not len(self.x) == len(self.step) == len(self.t):
-            raise DataError(f"calibration set: {len(self.x)} states, {len(self.step)} steps, {len(self.t)} times")
-        if not torch.isfinite(self.x).all():
+        lengths = {key: len(value) for key, value in self._arrays().items()}
+        if len(set(lengths.values())) != 1:
+            raise DataError(f"calibration set: {', '.join(f'{n} {key}' for key, n in lengths.items())}")
+        if not all(np.isfinite(self.x[rows]).all() for rows in slices(len(self.x), 64)):
             raise DataError("the calibration set holds NaN or infinity: check model.checkpoint and the sampler")
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, t) in batches of at most `batch_size`; every sample once."""
-        yield from zip(self.x.split(batch_size), self.t.split(batch_size), strict=True)
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """(x, t, y) of at most `batch_size` states, every state once; with guidance, both halves of each batch."""
+        for rows in slices(len(self), batch_size):
+            x, t = (torch.from_numpy(np.array(part[rows])) for part in (self.x, self.t))
+            y = None if self.y is None else torch.from_numpy(np.array(self.y[rows]))
+            yield (x, t, y) if self.null_label is None else both_halves(x, t, y, self.null_label)
 
     def save(self, path: Path) -> None:
-        """Write as safetensors."""
-        tensors = {"x": self.x.contiguous(), "step": self.step.contiguous(), "t": self.t.contiguous()}
-        save_file(tensors, path, metadata={"evaluations": str(self.evaluations)})
+        """Write as an uncompressed `.npz` file, atomically."""
+        extra = {} if self.null_label is None else {"null_label": np.array(self.null_label)}
+        write_npz(path, **self._arrays(), **extra)
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
-        """Read what `save` wrote."""
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in ("x", "step", "t")}
-            return cls(**tensors, evaluations=int(file.metadata()["evaluations"]))
+        """Read what `save` wrote; states stay on disk until they are used.
+
+        Raises:
+            DataError: the file is missing, truncated, or holds something else.
+        """
+        arrays = npz_arrays(path)
+        null_label = arrays.pop("null_label", None)
+        try:
+            return cls(**arrays, null_label=None if null_label is None else int(null_label))
+        except TypeError as error:
+            raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}") from error
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        arrays = {"x": self.x, "step": self.step, "t": self.t, "evaluations": self.evaluations, "y": self.y}
+        return {key: value for key, value in arrays.items() if value is not None}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq_exp.diffusion.model import DiffusionModel
 from ptq_exp.diffusion.noise import CALIBRATION, SampleNoise, sample_generator
@@ -15,38 +17,57 @@ from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import ConfigError, DataError
 
 
+class ImageSource(Protocol):
+    """Real images, uint8 [M, H, W, C], read when they are asked for: a numpy array is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class StateRequest:
     """Which states are wanted: sample `indices` [N] of `seed`, sample i as it enters step `steps[i]` of `grid`.
 
-    `images` float [M, C, H, W] in [-1, 1] are the real images that `diffuse` and `raw` start from.
+    `denoiser` (the model's own where None) makes the trajectories of `denoise`, guided if guidance is wanted; `images`
+    are the real images that `diffuse` and `raw` start from.
     """
 
     grid: TimeGrid
     indices: Sequence[int]
     steps: Tensor
     seed: int
-    eta: float = 0.0
-    images: Tensor | None = None
+    denoiser: nn.Module | None = None
+    images: ImageSource | None = None
     device: torch.device | str = "cpu"
 
     def noise(self, shape: Sequence[int]) -> SampleNoise:
         """The noise streams of these samples, apart from those of evaluation."""
         return SampleNoise(self.seed, self.indices, shape, stream=CALIBRATION)
 
-    def drawn_images(self) -> Tensor:
-        """One real image per sample, [N, C, H, W], chosen by (seed, index) alone."""
+    def drawn_states(self, model: DiffusionModel) -> Tensor:
+        """One real image per sample, encoded where the model has a first stage: float32 [N, *model.sample_shape].
+
+        Which one is chosen by (seed, index) alone.
+
+        Raises:
+            DataError: there are no images, or they do not fit the model.
+        """
         if self.images is None:
-            raise DataError("calibration.source=raw and =diffuse need real images, and this model comes with none")
+            raise DataError(
+                "calibration.source=raw and =diffuse need real images: set model.images.path to a folder of images, an "
+                ".npz file (arr_0 uint8 [N, H, W, C]) or a folder of CIFAR-10's python files"
+            )
         chosen = [
             int(torch.randint(len(self.images), (), generator=sample_generator(self.seed, int(i), CALIBRATION + 1)))
             for i in self.indices
         ]
-        return self.images[chosen]
+        images = torch.tensor(np.asarray(self.images[np.array(chosen)])).permute(0, 3, 1, 2)
+        return model.encode((images.float() / 127.5 - 1).to(self.device)).cpu().contiguous()
 
 
 @torch.no_grad()
-def denoise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, int]:
+def denoise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tensor]:
     """States of full-precision denoising runs from pure noise.
 
     A trajectory stops at its sample's step and leaves the batch, so that the cost is the sum of the steps needed.
@@ -54,9 +75,10 @@ def denoise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, int]:
     grid, steps = request.grid, request.steps
     noise = request.noise(model.sample_shape)
     x = noise.draw()
+    denoiser = request.denoiser or model.denoiser
+    labels = model.labels(request.indices, request.seed, CALIBRATION)
     states = torch.empty_like(x)
     active = torch.arange(len(x))
-    evaluations = 0
     for step in range(int(steps.max()) + 1):
         arrived = steps[active] == step
         states[active[arrived]] = x[arrived]
@@ -65,41 +87,45 @@ def denoise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, int]:
         if len(active) == 0:
             break
         x = x.to(request.device)
-        eps = model.denoiser(x, grid.network_time(step, len(x)).to(x.device))
-        z = noise.draw().to(x.device) if request.eta > 0 else None
+        y = None if labels is None else labels[active].to(x.device)
+        eps = denoiser(x, grid.network_time(step, len(x)).to(x.device), y)
+        z = noise.draw().to(x.device) if grid.eta > 0 else None
         alphas = float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step])
-        x = ddim_step(x, eps, *alphas, request.eta, z, clip_sample=model.clip_sample)[0].cpu()
-        evaluations += len(active)
-    return states, evaluations
+        x = ddim_step(x, eps, *alphas, grid.eta, z, clip_sample=model.clip_sample)[0].cpu()
+    return states, steps.clone()
 
 
-def diffuse(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, int]:
+def diffuse(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tensor]:
     """Real images diffused to the noise level of their step, q(x_t | x_0) ("training-mimic")."""
     alpha_bar = request.grid.alphas_cumprod[request.steps].view(-1, 1, 1, 1).float()
     eps = request.noise(model.sample_shape).draw()
-    return alpha_bar.sqrt() * request.drawn_images() + (1 - alpha_bar).sqrt() * eps, 0
+    return alpha_bar.sqrt() * request.drawn_states(model) + (1 - alpha_bar).sqrt() * eps, _free(request)
 
 
-def raw(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, int]:
+def raw(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tensor]:
     """Real images as they are, whatever their step."""
-    return request.drawn_images(), 0
+    return request.drawn_states(model), _free(request)
 
 
-def noise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, int]:
+def noise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tensor]:
     """Gaussian noise, whatever its step."""
-    return request.noise(model.sample_shape).draw(), 0
+    return request.noise(model.sample_shape).draw(), _free(request)
 
 
-SOURCES: dict[str, Callable[[DiffusionModel, StateRequest], tuple[Tensor, int]]] = {
+def _free(request: StateRequest) -> Tensor:
+    return torch.zeros_like(request.steps)
+
+
+SOURCES: dict[str, Callable[[DiffusionModel, StateRequest], tuple[Tensor, Tensor]]] = {
     "denoise": denoise,
     "diffuse": diffuse,
     "raw": raw,
     "noise": noise,
 }
-"""Each: (model, request) -> (states float32 [N, C, H, W] on the CPU, network evaluations spent)."""
+"""Each: (model, request) -> (states float32 [N, C, H, W] on the CPU, network evaluations spent on each, int64 [N])."""
 
 
-def source(name: str) -> Callable[[DiffusionModel, StateRequest], tuple[Tensor, int]]:
+def source(name: str) -> Callable[[DiffusionModel, StateRequest], tuple[Tensor, Tensor]]:
     """The source called `name`; ConfigError with the valid names otherwise."""
     if name not in SOURCES:
         raise ConfigError(f"calibration.source={name}: choose one of {', '.join(SOURCES)}")

@@ -92,7 +92,7 @@ class DiffusionModel:
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """(x [1, C, H, W], t [1]) and, with classes, y [1]: for shape tracing."""
-        device = next(self.denoiser.parameters()).device
+        device = next(self.denoiser.parameters(), torch.empty(0)).device
         inputs = torch.zeros(1, *self.sample_shape, device=device), torch.zeros(1, device=device)
         return inputs if self.n_classes is None else (*inputs, torch.zeros(1, dtype=torch.long, device=device))
 

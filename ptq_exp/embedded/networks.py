@@ -1,16 +1,19 @@
-"""The two embedded networks: the `digits` U-Net (a small CIFAR-10 network) and the `digits` classifier."""
+"""The embedded networks: the `digits` U-Net (a small CIFAR-10 network), autoencoder and U-Net of `digits_ldm` (a small
+LDM-4), and the `digits` classifier."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel, VQModel
 from torch import Tensor, nn
 
-from ptq_exp.embedded.digits import IMAGE_SIZE, N_CLASSES
+from ptq_exp.diffusion import ClassConditionalUNet
+from ptq_exp.embedded.digits import IMAGE_SIZE, LATENT_IMAGE_SIZE, N_CLASSES
 
 TRAIN_STEPS = 1000
 BETA_SCHEDULE = "squaredcos_cap_v2"
+LATENT_CHANNELS = 3
 
 
 def build_unet() -> UNet2DModel:
@@ -33,6 +36,47 @@ def build_unet() -> UNet2DModel:
         resnet_time_scale_shift="scale_shift",
         norm_eps=1e-5,
     )
+
+
+def build_autoencoder() -> VQModel:
+    """The first stage of `digits_ldm`, random weights: 32x32x1 images -> 8x8x3 latents, 256 codes.
+
+    A small VQ-f4 (Rombach et al. 2022): three levels, attention in the middle, a codebook of three-dimensional vectors.
+    """
+    return VQModel(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 48),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        sample_size=LATENT_IMAGE_SIZE,
+        num_vq_embeddings=256,
+        vq_embed_dim=LATENT_CHANNELS,
+        norm_num_groups=8,
+    )
+
+
+def build_latent_unet() -> ClassConditionalUNet:
+    """The noise predictor of `digits_ldm`, random weights: 8x8x3 latents, ten classes and "no class".
+
+    As in LDM-4, a learned vector per class is the context of cross-attention in transformer blocks at every level.
+    """
+    context = 32
+    unet = UNet2DConditionModel(
+        sample_size=LATENT_IMAGE_SIZE // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(48, 96),
+        layers_per_block=1,
+        cross_attention_dim=context,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    return ClassConditionalUNet(unet, nn.Embedding(N_CLASSES + 1, context))
 
 
 class Features(NamedTuple):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptq_exp.errors import DataError
-from ptq_exp.evaluation.npz import open_npz
+from ptq_exp.npz import open_npz
 from ptq_exp.files import write_npz
 
 SPATIAL_CHANNELS = 7

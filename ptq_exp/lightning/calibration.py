@@ -2,58 +2,62 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
 
-from ptq_exp.calibration import CalibrationSet, StateRequest, source
+from ptq_exp.calibration import StateRequest, source
+from ptq_exp.calibration.sources import ImageSource
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
-
-
-class States(NamedTuple):
-    """States of one batch on the CPU, the sample indices and steps they belong to, and what they cost."""
-
-    x: Tensor
-    index: Tensor
-    step: Tensor
-    evaluations: int
+from ptq_exp.diffusion.noise import CALIBRATION
+from ptq_exp.lightning.writer import predict_to_file, sample_indices
+from ptq_exp.parts import Parts
 
 
 class CalibrationModule(pl.LightningModule):
-    """`predict` on batches (index [B], step [B]) -> `States`; see `ptq_exp.calibration.sources`."""
+    """`predict` on (index [B], step [B]) -> {"x": states, "evaluations": [B]}; see `ptq_exp.calibration.sources`.
+
+    `denoiser` (the model's own by default) is guided where guidance is wanted.
+    """
 
     def __init__(
-        self, model: DiffusionModel, grid: TimeGrid, source_name: str, *, seed: int, eta: float = 0.0,
-        images: Tensor | None = None,
+        self, model: DiffusionModel, grid: TimeGrid, source_name: str, *, seed: int, denoiser: nn.Module | None = None,
+        images: ImageSource | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.denoiser = model.denoiser
+        self.denoiser, self.first_stage = denoiser or model.denoiser, model.first_stage
         self.model, self.grid, self.source = model, grid, source(source_name)
-        self.sample_seed, self.eta, self.images = seed, eta, images
+        self.sample_seed, self.images = seed, images
 
-    def predict_step(self, batch: tuple[Tensor, Tensor]) -> States:
+    def predict_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, np.ndarray]:
         index, step = (part.cpu() for part in batch)
         request = StateRequest(
-            self.grid, index.tolist(), step, self.sample_seed, eta=self.eta, images=self.images, device=self.device
-        )
+            self.grid, index.tolist(), step, self.sample_seed, denoiser=self.denoiser, images=self.images,
+            device=self.device,
+        )  # fmt: skip
         x, evaluations = self.source(self.model, request)
-        return States(x, index, step, evaluations)
+        return {"x": x.numpy(), "evaluations": evaluations.numpy()}
 
 
 def collect_calibration_set(
-    module: CalibrationModule, trainer: pl.Trainer, steps: Tensor, batch_size: int
-) -> CalibrationSet:
-    """Run `module` for samples 0..N-1, sample i as it enters `steps[i]` ([N] positions in the grid)."""
-    batches = DataLoader(TensorDataset(torch.arange(len(steps)), steps), batch_size=batch_size)
-    parts: list[States] = trainer.predict(module, batches)
-    index = torch.cat([part.index for part in parts])
-    order = index.argsort()
-    return CalibrationSet(
-        x=torch.cat([part.x for part in parts])[order],
-        step=steps,
-        t=module.grid.network_time(steps),
-        evaluations=sum(part.evaluations for part in parts),
-    )
+    module: CalibrationModule, trainer: pl.Trainer, steps: Tensor, batch_size: int, folder: Path, path: Path,
+    null_label: int | None = None,
+) -> None:  # fmt: skip
+    """Write the calibration set of samples 0..N-1, sample i as it enters `steps[i]` ([N] positions), to `path`.
+
+    Batches already in `folder` are not computed again. `null_label`: see `CalibrationSet`.
+    """
+    parts = Parts(folder, range(0, len(steps), batch_size), len(steps), ("x", "evaluations"))
+    labels = module.model.labels(range(len(steps)), module.sample_seed, CALIBRATION)
+    extra = {"step": steps.numpy(), "t": module.grid.network_time(steps).numpy()}
+    if labels is not None:
+        extra |= {"y": labels.numpy()}
+        extra |= {} if null_label is None else {"null_label": np.array(null_label)}
+
+    def batch_of(start: int) -> tuple[Tensor, Tensor]:
+        index = sample_indices(start, min(batch_size, len(steps) - start))
+        return index, steps[index]
+
+    predict_to_file(module, trainer, parts, batch_of, path, **extra)

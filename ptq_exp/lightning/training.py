@@ -71,7 +71,7 @@ class DenoiserTraining(EMATraining):
         self.register_buffer("alphas_cumprod", alphas_cumprod)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x0, _ = batch
+        x0, labels = batch
         generator = sample_generator(self.seed, self.global_step)
         n, total = len(x0), len(self.alphas_cumprod)
         # one draw per n-th of the schedule: the loss varies much less between batches than with n free draws
@@ -80,7 +80,11 @@ class DenoiserTraining(EMATraining):
         eps = torch.randn(x0.shape, generator=generator).to(x0)
         alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
-        return self.report_loss(F.mse_loss(self.network(x_t, t).sample, eps))
+        return self.report_loss(F.mse_loss(self.estimate(x_t, t, labels, generator), eps))
+
+    def estimate(self, x_t: Tensor, t: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """The network's estimate of the noise, [N, C, H, W]; draws of a subclass come from `generator`."""
+        return self.network(x_t, t).sample
 
 
 class ClassifierTraining(EMATraining):

@@ -7,7 +7,6 @@ import enum
 import json
 import math
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from ptq_exp.errors import DataError, PTQError
 from ptq_exp.files import atomic_path, write_npz
+from ptq_exp.npz import npz_arrays
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -165,13 +165,12 @@ def write_samples(path: str | os.PathLike, images: np.ndarray, labels: np.ndarra
 
 
 def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images uint8 [N, H, W, C] and labels [N] or None of a samples.npz.
+    """Images uint8 [N, H, W, C] (memory-mapped where the file allows) and labels [N] or None of a samples.npz.
 
     Raises:
         DataError: the file is missing, truncated, or holds no arr_0.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return archive["arr_0"], archive["arr_1"] if "arr_1" in archive else None
-    except (OSError, KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is no readable samples file: {error}") from error
+    arrays = npz_arrays(path)
+    if "arr_0" not in arrays:
+        raise DataError(f"{path} is no readable samples file: it holds {', '.join(arrays) or 'nothing'}, but no arr_0")
+    return arrays["arr_0"], arrays.get("arr_1")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ptq_exp.diffusion import DiffusionModel
+from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
 
 
 class ClosedForm(nn.Module):
@@ -23,5 +23,5 @@ class ClosedForm(nn.Module):
 def toy() -> DiffusionModel:
     """States [N, 1, 4, 4], a linear schedule of 40 steps."""
     betas = torch.linspace(1e-3, 0.2, 40, dtype=torch.float64)
-    schedule = (1 - betas).cumprod(0)
+    schedule = NoiseSchedule((1 - betas).cumprod(0))
     return DiffusionModel("toy", ClosedForm(), schedule, (1, 4, 4), clip_sample=False, digest="0")

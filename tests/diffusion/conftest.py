@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from ptq_exp.diffusion import DiffusionModel
+from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
 
 
 class ClosedForm(nn.Module):
-    """eps(x, t) = 0.8 x + 0.3 sin(0.7 x + 0.05 t), as in the golden trajectories; records its calls."""
+    """eps(x, t, y) = 0.8 x + 0.3 sin(0.7 x + 0.05 t + 0.01 y), as in the golden trajectories; records its calls."""
 
     def __init__(self):
         super().__init__()
@@ -16,12 +16,13 @@ class ClosedForm(nn.Module):
 
     def forward(self, x, t, y=None):
         self.calls.append((x, t, y))
-        return 0.8 * x + 0.3 * torch.sin(0.7 * x + 0.05 * t.view(-1, 1, 1, 1))
+        label = 0 if y is None else 0.01 * y.view(-1, 1, 1, 1)
+        return 0.8 * x + 0.3 * torch.sin(0.7 * x + 0.05 * t.view(-1, 1, 1, 1) + label)
 
 
 @pytest.fixture
 def toy() -> DiffusionModel:
     """States [N, 1, 2, 2], a linear schedule of 40 steps."""
     betas = torch.linspace(1e-3, 0.2, 40, dtype=torch.float64)
-    schedule = (1 - betas).cumprod(0)
+    schedule = NoiseSchedule((1 - betas).cumprod(0))
     return DiffusionModel("toy", ClosedForm(), schedule, (1, 2, 2), clip_sample=False, digest="0")

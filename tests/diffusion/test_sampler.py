@@ -1,11 +1,10 @@
 """The sampler against trajectories of the original code, `diffusers`, the DDPM posterior and exact solutions.
 
-golden/sampler_iddpm_*.npz: improved-diffusion's spaced sampler (cosine schedule of 4000 steps, DDIM with eta
-0 or 1) on the closed-form network; of 30 stored states, every third and the last.
+golden/sampler_*.npz: the samplers of improved-diffusion (`iddpm`), DDIM (`generalized`) and latent diffusion with
+guidance (`ldm`) on the closed-form network; of the stored states, every third and the last.
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from diffusers import DDIMScheduler
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ptq_exp.diffusion import SampleNoise, TimeGrid, ddim_step, padded_batches, sample
+from ptq_exp.diffusion import Guided, NoiseSchedule, SampleNoise, TimeGrid, ddim_step, padded_batches, sample
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -40,27 +39,55 @@ def cosine_alphas_cumprod(total):
     return (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
 
 
-@pytest.mark.parametrize("case", ["100_eta0", "250_eta0", "250_eta1"])
-def test_trajectory_of_improved_diffusion(case, toy):
-    golden = np.load(GOLDEN / f"sampler_iddpm_cosine4000_{case}.npz")
-    steps, eta = len(golden["timestep_map"]), float(golden["eta"])
-    grid = TimeGrid.from_alphas_cumprod(cosine_alphas_cumprod(4000), steps)
-    assert grid.timesteps.tolist() == golden["timestep_map"][::-1].tolist()
-    np.testing.assert_allclose(grid.alphas_cumprod, golden["alphas_cumprod"][::-1], rtol=1e-9)
+def alphas_of_betas(betas):
+    return (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
 
-    grid = replace(grid, timesteps=grid.timesteps * 1000 / 4000)
+
+LATENT = NoiseSchedule.latent_diffusion()
+LINEAR = NoiseSchedule(alphas_of_betas(np.linspace(1e-4, 0.02, 1000).astype(np.float32)), steps_offset=0)
+COSINE = NoiseSchedule(cosine_alphas_cumprod(4000), time_scale=1000 / 4000, steps_offset=0)
+TRAJECTORIES = {
+    "iddpm_cosine4000_100_eta0": (COSINE, "linspace"),
+    "iddpm_cosine4000_250_eta0": (COSINE, "linspace"),
+    "iddpm_cosine4000_250_eta1": (COSINE, "linspace"),
+    "iddpm_cosine4000_ddim250_eta0": (COSINE, "leading"),
+    "generalized_uniform_100_eta0": (LINEAR, "leading"),
+    "generalized_uniform_100_eta1": (LINEAR, "leading"),
+    "generalized_quad_100_eta0": (LINEAR, "quad"),
+    "generalized_quad_100_eta0.5": (LINEAR, "quad"),
+    "ldm_S20_eta0_scale1.5": (LATENT, "leading"),
+    "ldm_S20_eta0_scale3": (LATENT, "leading"),
+    "ldm_S20_eta1_scale1.5": (LATENT, "leading"),
+    "ldm_S20_eta1_scale3": (LATENT, "leading"),
+    "ldm_S200_eta1_scale1": (LATENT, "leading"),
+    "ldm_S250_eta0_scale1.5": (LATENT, "leading"),
+    "ldm_S250_eta1_scale1.5": (LATENT, "leading"),
+}
+
+
+@pytest.mark.parametrize("case", list(TRAJECTORIES))
+def test_trajectories_of_the_original_samplers(case, toy):
+    golden = np.load(GOLDEN / f"sampler_{case}.npz")
+    schedule, spacing = TRAJECTORIES[case]
+    in_order = golden["fed_timesteps" if "fed_timesteps" in golden else "ddim_timesteps"]
+    steps, eta = len(in_order), float(golden["eta"])
+    grid = TimeGrid.from_schedule(schedule, steps, spacing, eta=eta)
+    assert np.array_equal(grid.network_time(torch.arange(steps)).numpy(), np.sort(in_order)[::-1].astype(np.float32))
+
     shape = tuple(golden["x_shape"])
     start = np.random.default_rng(int(golden["x_T_seed"])).standard_normal(shape)
     rows = [start]
     if eta > 0:
         rows += list(np.random.default_rng(int(golden["noise_seed"])).standard_normal((steps, *shape)))
+    denoiser, y = toy.denoiser, None
+    if "labels" in golden:
+        y = torch.from_numpy(golden["labels"]).long()
+        denoiser = Guided(toy.denoiser, float(golden["guidance_scale"]), int(golden["uncond_label"]))
     states = [torch.from_numpy(start.astype(np.float32))]
     last = sample(
-        toy.denoiser, grid, Rows(rows), eta=eta, clip_sample=True, on_step=lambda r: states.append(r.x_prev)
+        denoiser, grid, Rows(rows), y=y, clip_sample=schedule is COSINE, on_step=lambda r: states.append(r.x_prev)
     )
     assert torch.equal(last, states[-1]) and len(states) == steps + 1
-    fed = torch.stack([t[0] for _, t, _ in toy.denoiser.calls])
-    assert np.array_equal(fed.numpy(), np.sort(golden["fed_timesteps"])[::-1])
     for index, expected in zip(golden["traj_index"], golden["traj"], strict=True):
         np.testing.assert_allclose(states[index], expected, atol=5e-5, rtol=0, err_msg=f"step {index}")
 
@@ -114,14 +141,14 @@ def test_clipping_bounds_x0_and_stays_consistent_with_the_state():
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_exact_denoiser_of_one_image_leads_to_that_image(toy, steps, eta):
     target = torch.tensor([[[0.5, -0.25], [1.0, -1.0]]])
-    grid = toy.time_grid(steps)
+    grid = toy.time_grid(steps, eta=eta)
     levels = dict(zip(grid.timesteps.tolist(), grid.alphas_cumprod.tolist(), strict=True))
 
     def exact(x, t, y):
         alpha_bar = levels[float(t[0])]
         return (x - alpha_bar**0.5 * target) / (1 - alpha_bar) ** 0.5
 
-    x = sample(exact, grid, SampleNoise(0, range(3), (1, 2, 2)), eta=eta)
+    x = sample(exact, grid, SampleNoise(0, range(3), (1, 2, 2)))
     torch.testing.assert_close(x, target.expand(3, 1, 2, 2), rtol=0, atol=1e-5)
     # part of the way, eta 0: the straight mixture of the image and the initial estimate of the noise
     if eta == 0 and steps > 1:
@@ -142,7 +169,7 @@ def test_records_hold_the_state_that_enters_the_step(toy):
     times, calls = toy.time_grid(6).timesteps.tolist(), list(toy.denoiser.calls)
     for record, (x, t, label), time in zip(records, calls, times, strict=True):
         assert torch.equal(x, record.x) and t.tolist() == [time, time] and label is y
-        assert torch.equal(record.eps, toy.denoiser(record.x, t))
+        assert torch.equal(record.eps, toy.denoiser(record.x, t, y))
 
 
 @given(st.integers(1, 50), st.integers(1, 12))

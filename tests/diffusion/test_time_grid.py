@@ -8,29 +8,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq_exp.diffusion import TimeGrid
+from ptq_exp.diffusion import NoiseSchedule, TimeGrid
 from ptq_exp.errors import ConfigError
 
 
 def schedule(total):
     """A decreasing schedule whose level tells its time: alphas_cumprod[t] = 1 - (t + 1) / (T + 1)."""
-    return 1 - torch.arange(1, total + 1, dtype=torch.float64) / (total + 1)
+    return NoiseSchedule(1 - torch.arange(1, total + 1, dtype=torch.float64) / (total + 1))
 
 
 def test_four_of_ten_steps_by_hand():
-    grid = TimeGrid.from_alphas_cumprod(schedule(10), 4)
+    grid = TimeGrid.from_schedule(schedule(10), 4)
     assert len(grid) == 4
     assert grid.timesteps.tolist() == [9, 6, 3, 0]
     expected = torch.tensor([1, 4, 7, 10], dtype=torch.float64) / 11
     torch.testing.assert_close(grid.alphas_cumprod, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(grid.alphas_cumprod_prev[:3], expected[1:], rtol=1e-12, atol=0)
     assert grid.alphas_cumprod_prev[3] == 1
-    ldm = TimeGrid.from_alphas_cumprod(schedule(10), 4, final_alpha_cumprod=0.99)
+    ldm = TimeGrid.from_schedule(replace(schedule(10), final_alpha_cumprod=0.99), 4)
     assert ldm.alphas_cumprod_prev[3] == 0.99
 
 
 def test_one_step_starts_from_the_noisiest_level():
-    grid = TimeGrid.from_alphas_cumprod(schedule(10), 1)
+    grid = TimeGrid.from_schedule(schedule(10), 1)
     assert grid.timesteps.tolist() == [9] and grid.alphas_cumprod_prev.tolist() == [1]
 
 
@@ -38,11 +38,11 @@ def test_one_step_starts_from_the_noisiest_level():
 def test_times_are_the_rounded_even_spacing_and_levels_follow_them(total_and_steps):
     total, steps = total_and_steps
     levels = schedule(total)
-    grid = TimeGrid.from_alphas_cumprod(levels, steps)
+    grid = TimeGrid.from_schedule(levels, steps)
     # exact rational arithmetic, halves to even
     exact = [round(Fraction((total - 1) * i, max(steps - 1, 1))) for i in range(steps)][::-1]
     assert grid.timesteps.tolist() == (exact if steps > 1 else [total - 1])
-    assert torch.equal(grid.alphas_cumprod, levels[grid.timesteps.long()])
+    assert torch.equal(grid.alphas_cumprod, levels.alphas_cumprod[grid.timesteps.long()])
     assert torch.equal(grid.alphas_cumprod_prev[:-1], grid.alphas_cumprod[1:])
     assert grid.alphas_cumprod_prev[-1] == 1
     assert (grid.alphas_cumprod_prev > grid.alphas_cumprod).all()
@@ -52,16 +52,16 @@ def test_times_are_the_rounded_even_spacing_and_levels_follow_them(total_and_ste
 def test_times_halfway_between_two_integers_round_to_even(steps):
     """13 * 999 / 26 = 499.5 and the like, where repeated addition of the stride falls short of the half."""
     exact = [round(Fraction(999 * i, steps - 1)) for i in range(steps)][::-1]
-    assert TimeGrid.from_alphas_cumprod(schedule(1000), steps).timesteps.tolist() == exact
+    assert TimeGrid.from_schedule(schedule(1000), steps).timesteps.tolist() == exact
 
 
 @pytest.mark.parametrize("steps, first, stride", [(20, 951, 50), (50, 981, 20), (200, 996, 5), (250, 997, 4)])
 def test_leading_times_are_those_of_latent_diffusion(steps, first, stride):
     """1, 51, ..., 951 for 20 steps: both the index into the schedule and the time that is fed."""
     levels = schedule(1000)
-    grid = TimeGrid.from_alphas_cumprod(levels, steps, "leading")
+    grid = TimeGrid.from_schedule(levels, steps, "leading")
     assert grid.timesteps.tolist() == list(range(first, 0, -stride)) and grid.timesteps[-1] == 1
-    assert torch.equal(grid.alphas_cumprod, levels[grid.timesteps.long()])
+    assert torch.equal(grid.alphas_cumprod, levels.alphas_cumprod[grid.timesteps.long()])
     assert torch.equal(grid.alphas_cumprod_prev[:-1], grid.alphas_cumprod[1:])
     assert grid.alphas_cumprod_prev[-1] == 1
 
@@ -69,7 +69,7 @@ def test_leading_times_are_those_of_latent_diffusion(steps, first, stride):
 @given(st.integers(1, 1000).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, total))))
 def test_leading_times_are_as_many_as_asked_for_and_lie_in_the_schedule(total_and_steps):
     total, steps = total_and_steps
-    times = TimeGrid.from_alphas_cumprod(schedule(total), steps, "leading").timesteps
+    times = TimeGrid.from_schedule(schedule(total), steps, "leading").timesteps
     assert len(times) == steps and set((-times.diff()).tolist()) <= {total // steps}
     assert times[-1] in (0, 1) and times[0] <= total - 1
     # one step earlier only where the last time would not fit
@@ -77,19 +77,18 @@ def test_leading_times_are_as_many_as_asked_for_and_lie_in_the_schedule(total_an
 
 
 def test_an_unknown_spacing_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"sampler\.spacing=trailing: choose one of leading, linspace"):
-        TimeGrid.from_alphas_cumprod(schedule(10), 4, "trailing")
+    with pytest.raises(ConfigError, match=r"sampler\.spacing=trailing: choose one of leading, linspace, quad"):
+        TimeGrid.from_schedule(schedule(10), 4, "trailing")
 
 
 @pytest.mark.parametrize("steps", [0, -3, 11])
 def test_impossible_numbers_of_steps_name_the_setting_and_the_limits(steps):
     with pytest.raises(ConfigError, match=rf"sampler\.steps={steps}: choose 1\.\.10"):
-        TimeGrid.from_alphas_cumprod(schedule(10), steps)
+        TimeGrid.from_schedule(schedule(10), steps)
 
 
 def test_network_time_is_float32_and_may_be_fractional():
-    grid = TimeGrid.from_alphas_cumprod(schedule(10), 4)
-    grid = replace(grid, timesteps=grid.timesteps / 4)
+    grid = TimeGrid.from_schedule(replace(schedule(10), time_scale=0.25), 4)
     one = grid.network_time(1, 3)
     assert one.dtype == torch.float32 and one.tolist() == [1.5, 1.5, 1.5]
     assert grid.network_time(0).tolist() == [2.25]
@@ -98,12 +97,12 @@ def test_network_time_is_float32_and_may_be_fractional():
 
 
 def test_leading_spacing_is_that_of_latent_diffusion():
-    grid = TimeGrid.from_alphas_cumprod(schedule(1000), 20, "leading")
+    grid = TimeGrid.from_schedule(schedule(1000), 20, "leading")
     assert grid.timesteps.tolist() == list(range(951, 0, -50))
-    assert TimeGrid.from_alphas_cumprod(schedule(1000), 1000, "leading").timesteps.tolist() == list(range(999, -1, -1))
-    assert TimeGrid.from_alphas_cumprod(schedule(10), 3, "leading").timesteps.tolist() == [7, 4, 1]
+    assert TimeGrid.from_schedule(schedule(1000), 1000, "leading").timesteps.tolist() == list(range(999, -1, -1))
+    assert TimeGrid.from_schedule(schedule(10), 3, "leading").timesteps.tolist() == [7, 4, 1]
 
 
 def test_unknown_spacing_is_an_error():
-    with pytest.raises(ConfigError, match="sampler.spacing=trailing: choose one of leading, linspace"):
-        TimeGrid.from_alphas_cumprod(schedule(10), 3, "trailing")
+    with pytest.raises(ConfigError, match="sampler.spacing=trailing: choose one of leading, linspace, quad"):
+        TimeGrid.from_schedule(schedule(10), 3, "trailing")

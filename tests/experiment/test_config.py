@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from ptq_exp.config import build, config_folder, run_name, validated
 from ptq_exp.errors import ConfigError
+from ptq_exp.models import MODELS
 from ptq_exp.quantization import METRICS
 
 CONF = config_folder()
@@ -37,7 +38,10 @@ def test_the_promised_experiments_are_there():
 
 @pytest.mark.parametrize(("group", "choice"), GROUPS)
 def test_every_group_choice_composes(group, choice):
-    extra = {("bits", "fp32"): ["calibration=none"], ("calibration", "none"): ["bits=fp32"]}
+    extra = {
+        ("bits", "fp32"): ["calibration=none"], ("calibration", "none"): ["bits=fp32"],
+        ("evaluation", "adm"): ["evaluation.reference=r.npz"], ("evaluation", "clean"): ["evaluation.reference=r.npz"],
+    }  # fmt: skip
     config = composed(f"{group}={choice}", *extra.get((group, choice), []))
     assert getattr(getattr(config, group), "name", choice) == choice
 
@@ -70,6 +74,9 @@ def test_every_experiment_file_says_what_it_follows():
         ("seed=-1", "seed=-1: choose 0 or more"),
         ("+bits.weigth=4", "weigth"),
         ("+quantization.extra=1", "extra"),
+        ("sampler.guidance_scale=-1", "sampler.guidance_scale=-1.0: choose 0 or more"),
+        ("+model.ema=false", "model.ema: a checkpoint of model=digits has one set of weights, not two"),
+        ("evaluation=adm", "evaluation.reference is not set, but evaluation=adm compares with real images: give an ADM"),
         ("bits=fp32", "calibration=ndtc contradicts bits=fp32"),
         ("calibration=none", "calibration=none has no samples"),
     ],
@@ -79,6 +86,20 @@ def test_impossible_settings_name_the_setting_and_the_fix(override, message):
         composed(override)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+def test_every_model_composes_with_an_experiment_and_its_own_sampler_and_evaluation(model):
+    config = composed("+experiment=ndtc_w8a8", f"model={model}")
+    published = {key: getattr(config.sampler, key) for key in ("steps", "spacing", "eta", "guidance_scale")}
+    assert published == vars(config.model.sampler)
+    assert config.evaluation.name == ("digits" if model.startswith("digits") else "paired")
+    scored = composed(f"model={model}", "evaluation=adm", "evaluation.reference=r.npz", "sampler.steps=3")
+    assert (scored.evaluation.name, scored.sampler.steps) == ("adm", 3)
+
+
+def test_every_model_of_the_registry_has_a_configuration_with_its_sampler():
+    assert {path.stem for path in (CONF / "model").glob("*.yaml")} == set(MODELS)
 
 
 def test_full_precision_refuses_bits():

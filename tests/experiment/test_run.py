@@ -51,7 +51,7 @@ def test_experiment_runs_and_leaves_its_results(name, command):
     folder = command(f"+experiment={name}", "metric=minmax", "logger=none")
     results = read_json(folder / "results.json")
     assert (results["status"], results["name"]) == ("finished", name)
-    assert set(results["metrics"]) >= {"is", "fid", "sfid"}
+    assert set(results["metrics"]) >= {"is", "fid", "sfid", "precision", "recall"}
     assert set(results["metric_spec"]) == {"extractor", "preprocessing", "reference", "n_samples", "seed"}
     images, labels = read_samples(folder / "samples.npz")
     assert images.shape == (10, 16, 16, 1) and images.dtype == np.uint8 and labels is None
@@ -116,7 +116,8 @@ def test_wandb_offline_run_holds_config_metrics_and_tags(command):
         (["bits.weight=eight"], "error: bits.weight"),
         (["+experiment=ndtc_w9"], "error: experiment=ndtc_w9: choose one of "),
         (["sampler.steps=5000"], "error: sampler.steps=5000: choose 1..1000"),
-        (["model.build.checkpoint=no.safetensors"], "error: model.checkpoint=no.safetensors: no such file"),
+        (["model.dtype=int8"], "error: model.dtype=int8: choose one of float32, bfloat16, float16"),
+        (["model.checkpoint=no.safetensors"], "error: model.checkpoint=no.safetensors: no such file"),
         (["quantization.keep_fp=['*nothing*']"], "error: rule '*nothing*' matches no"),
     ],
 )  # fmt: skip

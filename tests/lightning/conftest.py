@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ptq_exp.diffusion import DiffusionModel
+from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
 from ptq_exp.embedded import digits_model
 from ptq_exp.lightning import make_trainer
 from ptq_exp.quantization import calibrate_weights_, calibrating, default_rules, finish_calibration, quantize_
@@ -56,7 +56,7 @@ def twin(digits) -> nn.Module:
 def toy() -> DiffusionModel:
     """States [N, 1, 4, 4], a linear schedule of 40 steps; a state does not depend on the batch around it."""
     betas = torch.linspace(1e-3, 0.2, 40, dtype=torch.float64)
-    schedule = (1 - betas).cumprod(0)
+    schedule = NoiseSchedule((1 - betas).cumprod(0))
     return DiffusionModel("toy", ClosedForm(), schedule, (1, 4, 4), clip_sample=True, digest="0")
 
 

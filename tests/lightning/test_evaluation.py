@@ -11,14 +11,20 @@ from ptq_exp.diffusion import padded_batches
 from ptq_exp.evaluation.images import to_uint8
 from ptq_exp.files import write_npz
 from ptq_exp.lightning import EvaluationModule, draw_images, make_trainer
-from ptq_exp.lightning.evaluation import part_path
+from ptq_exp.parts import Parts
+from ptq_exp.tracking.results import read_samples
 
 N, BATCH, STEPS, SEED = 10, 4, 3, 11
 
 
 def draw(model, denoiser, trainer, folder, n=N):
     module = EvaluationModule(model, denoiser, model.time_grid(STEPS), seed=SEED)
-    return draw_images(module, trainer, n, BATCH, folder)
+    draw_images(module, trainer, n, BATCH, folder, folder.parent / "samples.npz")
+    return np.array(read_samples(folder.parent / "samples.npz")[0])
+
+
+def part_path(folder, start):
+    return Parts(folder, [], N, ()).path(start)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +39,15 @@ def test_images_are_those_of_the_sampler_in_the_order_of_their_index(toy, traine
     assert images.shape == (N, 4, 4, 1) and images.dtype == np.uint8
     expected = toy.sample(toy.denoiser, toy.time_grid(STEPS), range(N), SEED)
     assert np.array_equal(images, to_uint8(expected))
-    assert not (tmp_path / "parts").exists()
     assert trainer.callbacks == []
 
 
 def test_eta_and_seed_reach_the_sampler(toy, trainer, tmp_path):
-    module = EvaluationModule(toy, toy.denoiser, toy.time_grid(STEPS), seed=3, eta=1.0)
-    images = draw_images(module, trainer, 4, 4, tmp_path / "parts")
-    expected = toy.sample(toy.denoiser, toy.time_grid(STEPS), range(4), 3, eta=1.0)
+    grid = toy.time_grid(STEPS, eta=1.0)
+    draw_images(EvaluationModule(toy, toy.denoiser, grid, seed=3), trainer, 4, 4, tmp_path / "p", tmp_path / "s.npz")
+    images, labels = read_samples(tmp_path / "s.npz")
+    expected = toy.sample(toy.denoiser, grid, range(4), 3)
+    assert labels is None
     assert np.array_equal(images, to_uint8(expected))
 
 
@@ -129,7 +136,7 @@ def test_damaged_batches_are_drawn_again_and_no_others(toy, trainer, counting, t
     folder = tmp_path / "parts"
     expected = to_uint8(toy.sample(toy.denoiser, module.grid, range(12), SEED))
     for start in (0, 4, 8):
-        write_npz(part_path(folder, start), images=expected[start : start + 4])
+        write_npz(part_path(folder, start), arr_0=expected[start : start + 4])
     for start in (0, 8):
         damage(part_path(folder, start), how)
     denoiser = counting(toy.denoiser)
@@ -140,7 +147,7 @@ def test_damaged_batches_are_drawn_again_and_no_others(toy, trainer, counting, t
 def test_whole_batches_are_trusted(toy, trainer, counting, tmp_path):
     marked = np.full((4, 4, 4, 1), 77, np.uint8)
     for start in (0, 4, 8):
-        write_npz(part_path(tmp_path / "parts", start), images=marked)
+        write_npz(part_path(tmp_path / "parts", start), arr_0=marked)
     denoiser = counting(toy.denoiser)
     images = draw(toy, denoiser, trainer, tmp_path / "parts")
     assert denoiser.calls == 0 and images.shape == (N, 4, 4, 1) and set(images.flat) == {77}

@@ -1,4 +1,4 @@
-"""Foreign `.npz` files: their names, their arrays, and large arrays without loading them."""
+"""Reading `.npz` files, foreign ones too: their names, their arrays, and large arrays without loading them."""
 
 from __future__ import annotations
 
@@ -61,6 +61,15 @@ def npz_array(path: str | os.PathLike, key: str) -> np.ndarray:
             raise DataError(f"{path}: found the arrays {', '.join(archive.files) or '(none)'}; expected {key}")
         mapped = _map(path, archive.zip, f"{key}.npy")
         return archive[key] if mapped is None else mapped
+
+
+def npz_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """All arrays, each as `npz_array` gives it.
+
+    Raises:
+        DataError: as `open_npz`.
+    """
+    return {key: npz_array(path, key) for key in npz_keys(path)}
 
 
 def _map(path: str | os.PathLike, archive: zipfile.ZipFile, member: str) -> np.ndarray | None:

@@ -1,0 +1,44 @@
+"""Sampling in one call, for scripts and notebooks; experiments stream their images to disk instead."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ptq_exp.diffusion import DiffusionModel, padded_batches
+from ptq_exp.evaluation.images import to_uint8
+
+
+def sample(
+    model: DiffusionModel, n: int, seed: int = 0, *, steps: int | None = None, spacing: str | None = None,
+    eta: float | None = None, guidance_scale: float | None = None, denoiser: nn.Module | None = None,
+    batch_size: int = 8, device: torch.device | str = "cpu", progress: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """Draw images 0..n-1 of `seed`, uint8 [n, H, W, C]; the published sampler where nothing else is said.
+
+    Image i depends on (seed, i) and the sampler alone: batches are padded to `batch_size`. Class-conditional models
+    draw every class equally often (`DiffusionModel.labels`).
+
+    Args:
+        model: see `load_model`.
+        steps, spacing, eta: see `DiffusionModel.time_grid`.
+        guidance_scale: classifier-free guidance, 1 = none.
+        denoiser: a quantized twin in place of the model's own denoiser.
+        batch_size: images per network evaluation (twice as many with guidance).
+        device: where to compute; the model is moved there.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: a sampler setting does not fit the model.
+        DataError: the images hold NaN or infinity.
+    """
+    grid = model.time_grid(steps, spacing, eta=eta)
+    scale = model.sampler.guidance_scale if guidance_scale is None else guidance_scale
+    guided = model.guided((denoiser or model.denoiser).to(device), scale)
+    if model.first_stage is not None:
+        model.first_stage.to(device)
+    batches = tqdm(padded_batches(n, batch_size), desc=f"{model.name} images", disable=not progress)
+    images = [to_uint8(model.sample(guided, grid, batch, seed, device=device)) for batch in batches]
+    return np.concatenate(images)[:n]

@@ -1,0 +1,41 @@
+"""The weights inside the package, and their cards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ptq_exp.errors import CheckpointError
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def card(name: str) -> dict:
+    """How weights were trained and how good they are: digits_unet, digits_classifier, digits_vq, digits_latent_unet."""
+    return json.loads((WEIGHTS / f"{name}.json").read_text())
+
+
+def load_weights(network: nn.Module, path: Path) -> str:
+    """Fill `network` strictly from a safetensors file; returns the file's SHA-256.
+
+    Raises:
+        CheckpointError: the file is missing, is no safetensors file, or has other keys or shapes than the network.
+    """
+    try:
+        network.load_state_dict(load_file(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"model.checkpoint={path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"model.checkpoint={path}: not a readable file ({error})") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"model.checkpoint={path}: not a complete safetensors file ({error})") from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()[:200]
+        raise CheckpointError(f"model.checkpoint={path}: weights of another network ({reason})") from error
+    network.eval().requires_grad_(False)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
