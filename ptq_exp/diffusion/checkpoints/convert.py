@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -70,7 +71,7 @@ def fill(
         if not _place(key, tensor, parts, targets) and not any(fnmatchcase(key, pattern) for pattern in unused):
             findings.unexpected.append(key)
     for part, target in zip(parts, targets, strict=True):
-        _compare(part, target, findings)
+        _compare(part, target, state, findings)
     if sentence := findings.sentence():
         raise CheckpointError(
             f"model.checkpoint={path}: not the weights of this network: {sentence}. The file looks like "
@@ -91,15 +92,19 @@ def _place(key: str, tensor: Tensor, parts: Sequence[Part], targets: list[dict[s
     return False
 
 
-def _compare(part: Part, target: dict[str, tuple[str, Tensor]], findings: _Findings) -> None:
+def _compare(
+    part: Part, target: dict[str, tuple[str, Tensor]], state: Mapping[str, Tensor], findings: _Findings
+) -> None:
     expected = {name: tuple(value.shape) for name, value in part.module.state_dict().items()}
     of = f" of {part.prefix.rstrip('.')}" if part.prefix else ""
     findings.missing += [name + of for name in expected if name not in target]
+    parts = Counter(key for key, _ in target.values())  # a fused weight becomes several
     for name, (key, tensor) in target.items():
         if name not in expected:
             findings.unexpected.append(key)
         elif tuple(tensor.shape) != expected[name]:
-            findings.misshaped.append(f"{key} {list(tensor.shape)} instead of {list(expected[name])}")
+            times = f"{parts[key]} x " if parts[key] > 1 else ""
+            findings.misshaped.append(f"{key} {list(state[key].shape)} instead of {times}{list(expected[name])}")
 
 
 def _own(tensor: Tensor) -> Tensor:
