@@ -149,7 +149,7 @@ def make_calibration_set(setup: Setup) -> CalibrationSet:
         distribution = build(config.distribution, "calibration.distribution")
         steps = positions(distribution, config.n_samples, len(setup.grid), setup.config.seed)
         images = None
-        if setup.needs_images and setup.config.model.images is not None:
+        if setup.needs_images and (setup.config.model.images or {}).get("path", "shipped") is not None:
             images = build(setup.config.model.images, "model.images")
         module = CalibrationModule(
             setup.model, setup.grid, config.source, seed=setup.config.seed, images=images,

@@ -44,7 +44,7 @@ from ptq_exp.lightning.training_latent import (
 WEIGHTS = Path(__file__).parent / "embedded" / "weights"
 
 
-NETWORKS = {"unet": 5000, "classifier": 2500, "autoencoder": 1500, "latent_unet": 6000}
+NETWORKS = {"unet": 5000, "classifier": 2500, "autoencoder": 1500, "latent_unet": 5000}
 """Default number of optimizer steps of each."""
 FILES = {"autoencoder": "digits_vq"}
 DATA = {

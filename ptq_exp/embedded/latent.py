@@ -34,8 +34,8 @@ def digits_ldm_model(
 
     Args:
         name: what tables call it.
-        checkpoint: a safetensors file of `ptq_exp.train_embedded latent_unet`, made with the shipped autoencoder; None =
-            the weights inside the package.
+        checkpoint: a safetensors file of `ptq_exp.train_embedded latent_unet`, made with the shipped autoencoder;
+            None = the weights inside the package.
         dtype: of the denoiser.
 
     Raises:

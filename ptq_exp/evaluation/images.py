@@ -8,6 +8,7 @@ import torch
 from ptq_exp.errors import DataError
 
 _WHITE = 255
+_PSNR_BATCH = 256  # images that are in memory as float64 at a time
 
 
 def to_uint8(x: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -70,9 +71,11 @@ def mean_psnr(a: np.ndarray, b: np.ndarray) -> float:
     Raises:
         DataError: as `psnr`, or no images.
     """
-    values = psnr(a, b)
-    if len(values) == 0:
+    if np.shape(a) != np.shape(b) or len(a) == 0:
+        psnr(a, b)  # says what is wrong with the shapes
         raise DataError("mean_psnr needs at least one pair of images, found none")
+    batches = [slice(start, start + _PSNR_BATCH) for start in range(0, len(a), _PSNR_BATCH)]
+    values = np.concatenate([psnr(a[rows], b[rows]) for rows in batches])
     cap = 10 * np.log10(255.0**2 * np.prod(np.shape(a)[1:]))
     return float(np.minimum(values, cap).mean())
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ptq_exp.errors import DataError
-from ptq_exp.npz import open_npz
 from ptq_exp.files import write_npz
+from ptq_exp.npz import open_npz
 
 SPATIAL_CHANNELS = 7
 """sFID uses the first seven channels of a mid-level feature map, as the ADM evaluator does."""

@@ -1,41 +1,10 @@
-"""InceptionV3 with random weights, and small image sets of every kind with a cheap extractor for them."""
+"""Small image sets of every kind with a cheap extractor for them."""
 
-import io
 import pickle
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-
-class RandomInception(FeatureExtractorInceptionV3):
-    """The library's constructor without weights to load."""
-
-    def load_state_dict(self, state):
-        pass
-
-
-@pytest.fixture(scope="session")
-def inception_weights(tmp_path_factory):
-    """A file as the published one, but random: scaled so that signals neither vanish nor explode."""
-    empty = io.BytesIO()
-    torch.save({}, empty)
-    empty.seek(0)
-    torch.manual_seed(0)
-    network = RandomInception("random", ["2048"], feature_extractor_weights_path=empty)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.bias, std=0.1)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.2)
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(network.state_dict(), path)
-    return path
 
 
 class ToyExtractor:

@@ -76,7 +76,7 @@ def test_every_experiment_file_says_what_it_follows():
         ("+quantization.extra=1", "extra"),
         ("sampler.guidance_scale=-1", "sampler.guidance_scale=-1.0: choose 0 or more"),
         ("+model.ema=false", "model.ema: a checkpoint of model=digits has one set of weights, not two"),
-        ("evaluation=adm", "evaluation.reference is not set, but evaluation=adm compares with real images: give an ADM"),
+        ("evaluation=adm", "evaluation.reference is not set, but evaluation=adm compares with real images: give"),
         ("bits=fp32", "calibration=ndtc contradicts bits=fp32"),
         ("calibration=none", "calibration=none has no samples"),
     ],

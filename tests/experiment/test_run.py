@@ -1,49 +1,18 @@
 """Every experiment file runs end to end in small, and leaves what it promises."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ptq_exp.__main__ import main
 from ptq_exp.config import config_folder
 from ptq_exp.tracking.results import read_json, read_samples
 
 EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
-SMALL = [
-    "sampler.steps=3", "evaluation.n_samples=10", "evaluation.batch_size=5", "evaluation.eps_error_samples=2",
-    "evaluation.grid_images=4", "calibration.n_samples=6", "calibration.batch_size=4", "trainer.progress_bar=false",
-    "trainer.accelerator=cpu",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path, cache):
-    """Run the command in this process; returns the run folder."""
-
-    def run(*overrides: str) -> Path:
-        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        argv = ["ptq_exp", *SMALL, f"cache_dir={cache}", f"hydra.run.dir={folder}", *overrides]
-        monkeypatch.setattr(sys, "argv", argv)
-        main()
-        return folder
-
-    yield run
-    for handler in list(logging.root.handlers):  # hydra's file handlers point into tmp_path
-        if isinstance(handler, logging.FileHandler):
-            logging.root.removeHandler(handler)
-            handler.close()
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -82,7 +82,7 @@ def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Modul
             folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
         )
     except Exception as error:  # whatever a damaged folder makes the library stumble over
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"model.checkpoint={folder}: not a complete {cls.__name__} ({reason})") from error
     found = {what.removesuffix("_keys"): keys for what, keys in info.items() if keys}
     if found:

@@ -1,0 +1,106 @@
+"""One sampling step in full precision and fake-quantized (W8A8), eager and compiled, on random weights.
+
+    python benchmarks/sampling.py [--models ddim_cifar10 ldm4_imagenet256] [--batch 4] [--repeats 5] [--compile]
+                                  [--device cuda] [--dtype bfloat16] [--channels-last]
+
+Prints milliseconds per step, the ratio of the fake-quantized network to its full-precision twin, and peak memory. The
+two are timed in turns and the ratio is the median over turns, so that other load on the machine hits both alike. A
+step of a guided model is one evaluation of both halves: twice the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+import warnings
+
+import torch
+from torch import nn
+
+from ptq_exp import load_model
+from ptq_exp.diffusion import DiffusionModel
+from ptq_exp.quantization import calibrate_weights_, calibrating, default_rules, finish_calibration, quantize_
+
+
+def quantized_twin(model: DiffusionModel, inputs: tuple, device: str) -> nn.Module:
+    """W8A8 with ranges of one noise batch: speed does not depend on their values."""
+    twin = model.twin()
+    rules = default_rules(8, 8, first=model.first_layers, last=model.last_layers)
+    quantize_(twin, rules, tuple(part.to(device) for part in model.example_inputs()))
+    calibrate_weights_(twin, "minmax")
+    with calibrating(twin):
+        twin(*(part[:1] for part in inputs))
+    finish_calibration(twin, "minmax")
+    return twin
+
+
+def milliseconds(denoiser: nn.Module, inputs: tuple, device: str) -> float:
+    """Wall time of one evaluation."""
+    started = time.perf_counter()
+    denoiser(*inputs)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - started)
+
+
+def compare(full: nn.Module, twin: nn.Module, inputs: tuple, repeats: int, device: str) -> tuple[float, float, float]:
+    """(ms in full precision, ms fake-quantized, ratio), medians over turns, after one warm-up of each."""
+    milliseconds(full, inputs, device), milliseconds(twin, inputs, device)
+    turns = [(milliseconds(full, inputs, device), milliseconds(twin, inputs, device)) for _ in range(repeats)]
+    ms_full, ms_twin = (statistics.median(side) for side in zip(*turns, strict=True))
+    return ms_full, ms_twin, statistics.median(b / a for a, b in turns)
+
+
+def peak_memory(device: str) -> float:
+    """GB since the start, of the device (on a CPU: of the process)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+@torch.no_grad()
+def bench(name: str, args: argparse.Namespace) -> None:
+    """Print the rows of one model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random weights are what is wanted
+        model = load_model(name, dtype=args.dtype)
+    model.denoiser.to(args.device)
+    if args.channels_last:
+        model.denoiser.to(memory_format=torch.channels_last)
+    halves = 2 if model.sampler.guidance_scale != 1 else 1
+    n = args.batch * halves
+    inputs = (torch.randn(n, *model.sample_shape, device=args.device), torch.full((n,), 500.0, device=args.device))
+    if model.n_classes is not None:
+        inputs += (torch.arange(n, device=args.device),)
+    twin = quantized_twin(model, inputs, args.device)
+    for mode in ("eager", "compiled") if args.compile else ("eager",):
+        if mode == "compiled":
+            model.denoiser.compile()
+            twin.compile()
+        ms_full, ms_twin, ratio = compare(model.denoiser, twin, inputs, args.repeats, args.device)
+        print(f"{name:<22} {mode:<9} {args.batch:>5} {halves:>6} {ms_full:>10.1f} {ms_twin:>10.1f} {ratio:>7.2f} "
+              f"{peak_memory(args.device):>8.2f}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """Parse the command line and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["ddim_cifar10", "ldm4_imagenet256"])
+    parser.add_argument("--batch", type=int, default=1, help="images per step")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also compiled (minutes on a CPU)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--channels-last", action="store_true")
+    args = parser.parse_args()
+    print(f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}")
+    header = ("model", "mode", "batch", "halves", "FP ms", "W8A8 ms", "ratio", "peak GB")
+    print("{:<22} {:<9} {:>5} {:>6} {:>10} {:>10} {:>7} {:>8}".format(*header))
+    for name in args.models:
+        bench(name, args)
+
+
+if __name__ == "__main__":
+    main()
