@@ -33,7 +33,9 @@ _IMAGENET64 = {
 }  # fmt: skip
 
 
-def ddim_cifar10(checkpoint: str | None = None, *, name: str = "ddim_cifar10", dtype: str = "float32"):
+def ddim_cifar10(
+    checkpoint: str | None = None, *, name: str = "ddim_cifar10", dtype: str = "float32"
+) -> DiffusionModel:
     """CIFAR-10, 52.5 M parameters, states [3, 32, 32]; sampled by DDIM, 250 of 4000 steps, x0 clipped.
 
     Args:
@@ -48,7 +50,9 @@ def ddim_cifar10(checkpoint: str | None = None, *, name: str = "ddim_cifar10", d
     return _build(_CIFAR10, checkpoint, name, dtype, "cifar10_uncond_50M_500K.pt of improved-diffusion")
 
 
-def ddim_imagenet64(checkpoint: str | None = None, *, name: str = "ddim_imagenet64", dtype: str = "float32"):
+def ddim_imagenet64(
+    checkpoint: str | None = None, *, name: str = "ddim_imagenet64", dtype: str = "float32"
+) -> DiffusionModel:
     """ImageNet 64x64 unconditional, 121 M parameters, states [3, 64, 64]; otherwise as `ddim_cifar10`.
 
     `checkpoint` is `imagenet64_uncond_100M_1500K.pt`.
