@@ -195,7 +195,9 @@ def quantize_model(setup: Setup, calibration_set: CalibrationSet) -> tuple[nn.Mo
     quantized = setup.model.twin().to(setup.device)
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
     report = quantize_(quantized, policy(config, setup.model), example)
-    calibrate_weights_(quantized, config.metric.name)
+    layers = sum(row.weight_bits is not None for row in report.rows if row.scope == "conv_linear")
+    with setup.progress(layers, "weight ranges") as bar:
+        calibrate_weights_(quantized, config.metric.name, bar.update)
     with calibrating(quantized), torch.no_grad(), setup.progress(len(calibration_set), "calibration forward") as bar:
         for x, t, y in calibration_set.batches(config.calibration.batch_size):
             quantized(x.to(setup.device), t.to(setup.device), None if y is None else y.to(setup.device))

@@ -9,7 +9,7 @@ finish_calibration(model, metric)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -68,8 +68,10 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def calibrate_weights_(model: nn.Module, metric: str) -> None:
+def calibrate_weights_(model: nn.Module, metric: str, on_layer: Callable[[], object] = lambda: None) -> None:
     """Search the range of every weight by `metric` and freeze: each weight now holds its quantized values.
+
+    `on_layer` is called after each weight (a progress bar).
 
     Raises:
         QuantizationError: a weight is frozen already.
@@ -78,6 +80,7 @@ def calibrate_weights_(model: nn.Module, metric: str) -> None:
     layers = _quantized_weights(model)
     for layer in layers:
         layer.weight_quantizer.search(layer.weight, metric)
+        on_layer()
     freeze_weights_(model)
 
 
