@@ -75,8 +75,8 @@ def test_the_unet_has_every_kind_of_layer(model):
 def test_the_model_is_ready_to_be_sampled(model):
     assert not model.denoiser.training
     assert not any(p.requires_grad for p in model.denoiser.parameters())
-    assert len(model.alphas_cumprod) == 1000 and model.alphas_cumprod.dtype == torch.float64
-    assert (model.alphas_cumprod.diff() < 0).all() and float(model.alphas_cumprod[-1]) < 1e-4
+    assert len(model.schedule.alphas_cumprod) == 1000 and model.alphas_cumprod.dtype == torch.float64
+    assert (model.schedule.alphas_cumprod.diff() < 0).all() and float(model.alphas_cumprod[-1]) < 1e-4
     assert model.digest == card("digits_unet")["sha256"] and model.name == "digits"
 
 
@@ -86,7 +86,7 @@ def test_the_denoiser_explains_the_noise_of_real_digits(model):
     generator = torch.Generator().manual_seed(0)
     t = torch.linspace(5, 995, 64).long()
     eps = torch.randn(images.shape, generator=generator)
-    level = model.alphas_cumprod[t].float().view(-1, 1, 1, 1)
+    level = model.schedule.alphas_cumprod[t].float().view(-1, 1, 1, 1)
     found = model.denoiser(level.sqrt() * images + (1 - level).sqrt() * eps, t.float())
     assert float((found - eps).square().mean()) < 0.08
 

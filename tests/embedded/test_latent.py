@@ -1,0 +1,99 @@
+"""The embedded latent model: its data, its autoencoder, and samples of the class that was asked for."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import ptq_exp
+from ptq_exp.embedded import DigitsExtractor, card, digits, digits_ldm_model, digits_reference
+from ptq_exp.embedded.networks import DigitsClassifier
+from ptq_exp.embedded.weights_file import WEIGHTS, load_weights
+from ptq_exp.errors import CheckpointError, ConfigError, DataError
+from ptq_exp.evaluation.images import from_uint8
+from ptq_exp.lightning.training_latent import codes_used, encode_all, reconstruction_psnr
+
+
+@pytest.fixture(scope="module")
+def model():
+    return digits_ldm_model()
+
+
+@pytest.fixture(scope="module")
+def autoencoder(model):
+    return model.first_stage.autoencoder
+
+
+def test_larger_digits_are_the_same_scans():
+    small, large = digits("held_out"), digits("held_out", 32)
+    assert large.images.shape == (len(small.images), 1, 32, 32) and torch.equal(small.labels, large.labels)
+    assert float(large.images.min()) == -1 and float(large.images.max()) == 1
+    averaged = F.interpolate(large.images, size=16, mode="area")
+    assert float((averaged - small.images).square().mean()) < 0.002
+    assert digits_reference(32).shape == (1797, 32, 32, 1)
+
+
+def test_the_classifier_reads_averaged_digits_as_well_as_small_ones():
+    classifier, labels = DigitsClassifier(), digits("held_out").labels
+    load_weights(classifier, WEIGHTS / "digits_classifier.safetensors")
+    averaged = F.interpolate(digits("held_out", 32).images, size=16, mode="area")
+    with torch.no_grad():
+        wrong = [int((classifier(x).logits.argmax(1) != labels).sum()) for x in (digits("held_out").images, averaged)]
+    assert abs(wrong[0] - wrong[1]) <= 1 and wrong[1] <= 3
+
+
+def test_the_extractor_averages_large_digits_and_refuses_other_sizes():
+    extractor, images = DigitsExtractor(), digits_reference()[:4]
+    doubled = images.repeat(2, axis=1).repeat(2, axis=2)
+    for small, large in zip(extractor(images), extractor(doubled), strict=True):
+        assert np.array_equal(small, large)
+    for shape in [(4, 64, 64, 1), (4, 16, 16, 3)]:
+        with pytest.raises(DataError, match="evaluation=digits scores digits of 16x16x1 or 32x32x1"):
+            extractor(np.zeros(shape, np.uint8))
+
+
+def test_held_out_digits_pass_the_autoencoder(model, autoencoder):
+    images = digits("held_out", 32).images
+    assert reconstruction_psnr(autoencoder, images) == pytest.approx(card("digits_vq")["held_out_psnr_db"], abs=0.05)
+    assert reconstruction_psnr(autoencoder, images) > 35
+    assert codes_used(autoencoder, images) > 150
+    z = model.encode(images)
+    assert z.shape[1:] == model.sample_shape and float(z.std()) == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(z, encode_all(autoencoder, images) * model.first_stage.scaling_factor)
+    # decoding picks codes: a latent beside a code gives the image of that code
+    assert torch.equal(model.decode(z[:2]), model.decode(z[:2] + 1e-6))
+
+
+def test_guided_samples_are_of_their_class(model):
+    images, labels = ptq_exp.sample(model, 40, 1, steps=10, batch_size=40), model.labels(range(40), 1)
+    assert images.shape == (40, 32, 32, 1) and labels.bincount().tolist() == [4] * 10
+    read = torch.from_numpy(DigitsExtractor()(images)[2]).argmax(1)
+    assert int((read == labels).sum()) >= 36
+    assert len(np.unique(images.reshape(40, -1), axis=0)) == 40
+
+
+def test_a_label_out_of_ten_is_what_the_null_label_means(model):
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([400.0, 400.0])
+    null = model.denoiser(x, t, torch.tensor([10, 10]))
+    assert torch.equal(model.denoiser(x, t), null)
+    assert not torch.equal(model.denoiser(x, t, torch.tensor([3, 3])), null)
+
+
+def test_all_weights_of_the_package_are_under_20_mb():
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) < 20e6
+
+
+def test_wrong_files_and_types_are_one_clear_line():
+    with pytest.raises(CheckpointError, match="weights of another network"):
+        digits_ldm_model(checkpoint=str(WEIGHTS / "digits_unet.safetensors"))
+    with pytest.raises(ConfigError, match="model.dtype=int8: choose one of float32"):
+        digits_ldm_model(dtype="int8")
+
+
+def test_dtype_is_that_of_the_denoiser_alone():
+    half = digits_ldm_model(dtype="bfloat16")
+    assert {p.dtype for p in half.denoiser.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.first_stage.parameters()} == {torch.float32}
+    eps = half.denoiser(*half.example_inputs())
+    assert eps.dtype == torch.float32 and torch.isfinite(eps).all()
+    assert from_uint8(ptq_exp.sample(half, 2, steps=2, batch_size=2)).shape == (2, 1, 32, 32)
