@@ -26,13 +26,16 @@ FULL_PRECISION = "fp32"
 
 @dataclass
 class SamplerConfig:
-    """Number of steps, their spacing, eta of DDIM, scale of classifier-free guidance (1 = none)."""
+    """Number of steps, their spacing, eta of DDIM, scale of classifier-free guidance (1 = none).
+
+    None: what the model itself says.
+    """
 
     name: str = ""
     steps: int = 0
-    spacing: str = ""
+    spacing: str | None = None
     eta: float = 0.0
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
 
 
 @dataclass
@@ -40,9 +43,9 @@ class PublishedSampler:
     """Sampler settings of a model's publication, which `conf/sampler/ddim.yaml` takes over."""
 
     steps: int = 20
-    spacing: str = "leading"
+    spacing: str | None = None
     eta: float = 0.0
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
 
 
 @dataclass
@@ -230,9 +233,11 @@ def _check(config: ExperimentConfig) -> None:
     _one_of("cache", config.cache, CACHE_MODES)
     _one_of("logger.mode", config.logger.mode, LOGGER_MODES)
     _at_least("sampler.steps", config.sampler.steps, 1)
-    _one_of("sampler.spacing", config.sampler.spacing, SPACINGS)
+    if config.sampler.spacing is not None:
+        _one_of("sampler.spacing", config.sampler.spacing, SPACINGS)
     _between("sampler.eta", config.sampler.eta, 0, 1)
-    _at_least("sampler.guidance_scale", config.sampler.guidance_scale, 0)
+    if config.sampler.guidance_scale is not None:
+        _at_least("sampler.guidance_scale", config.sampler.guidance_scale, 0)
     _at_least("evaluation.n_samples", config.evaluation.n_samples, 2)
     _at_least("evaluation.batch_size", config.evaluation.batch_size, 1)
     _at_least("evaluation.eps_error_samples", config.evaluation.eps_error_samples, 1)

@@ -91,7 +91,13 @@ class Setup:
         """`denoiser` as the sampler calls it: compiled and guided where the settings say so."""
         if self.config.model.compile:
             denoiser.compile()
-        return self.model.guided(denoiser, self.config.sampler.guidance_scale)
+        return self.model.guided(denoiser, self.guidance_scale)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of classifier-free guidance; the model's own where the settings leave it open."""
+        asked = self.config.sampler.guidance_scale
+        return self.model.sampler.guidance_scale if asked is None else asked
 
     def progress(self, total: int, title: str) -> tqdm:
         """A progress bar, unless they are switched off."""
@@ -105,7 +111,9 @@ class Setup:
             "model": self.model.digest,
             "dtype": model.dtype,
             "layout": [model.channels_last, model.compile],
-            "sampler": asdict(self.config.sampler),
+            "sampler": self.config.sampler.name,
+            "grid": [self.grid.timesteps.tolist(), self.grid.alphas_cumprod.tolist(), self.grid.eta],
+            "guidance_scale": self.guidance_scale,
             "seed": self.config.seed,
         }
 
@@ -155,7 +163,7 @@ def make_calibration_set(setup: Setup) -> CalibrationSet:
             setup.model, setup.grid, config.source, seed=setup.config.seed, images=images,
             denoiser=setup.guided(setup.model.denoiser),
         )  # fmt: skip
-        null_label = None if setup.config.sampler.guidance_scale == 1 else setup.model.null_label
+        null_label = None if setup.guidance_scale == 1 else setup.model.null_label
         joined = folder / "joined.npz"
         collect_calibration_set(
             module, setup.trainer("calibration set"), steps, config.batch_size, folder, joined, null_label

@@ -75,8 +75,8 @@ def test_the_unet_has_every_kind_of_layer(model):
 def test_the_model_is_ready_to_be_sampled(model):
     assert not model.denoiser.training
     assert not any(p.requires_grad for p in model.denoiser.parameters())
-    assert len(model.schedule.alphas_cumprod) == 1000 and model.alphas_cumprod.dtype == torch.float64
-    assert (model.schedule.alphas_cumprod.diff() < 0).all() and float(model.alphas_cumprod[-1]) < 1e-4
+    assert len(model.schedule.alphas_cumprod) == 1000 and model.schedule.alphas_cumprod.dtype == torch.float64
+    assert (model.schedule.alphas_cumprod.diff() < 0).all() and float(model.schedule.alphas_cumprod[-1]) < 1e-4
     assert model.digest == card("digits_unet")["sha256"] and model.name == "digits"
 
 

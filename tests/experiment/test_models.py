@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from hydra import compose, initialize_config_dir
 
 from ptq_exp.calibration import CalibrationSet
+from ptq_exp.config import config_folder, validated
 from ptq_exp.embedded import digits_reference
+from ptq_exp.models import MODELS, load_model
 from ptq_exp.tracking.results import read_json, read_samples
 
 
@@ -116,3 +119,23 @@ def test_channels_last_denoisers_give_the_same_account(command):
     other = read_json(other / "results.json")
     assert other["quantization"] == plain["quantization"]
     assert other["metrics"]["psnr"] == pytest.approx(plain["metrics"]["psnr"], abs=3)
+
+
+LARGE = ("ddim_imagenet64", "ldm4_imagenet256", "ldm4_lsun_bedrooms256")
+
+
+@pytest.mark.filterwarnings("ignore:model .*random weights")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.large) if n in LARGE else n for n in sorted(set(MODELS) - {"diffusers"})],
+)
+def test_the_command_and_python_sample_alike_and_images_have_the_size_of_the_data(name):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = validated(compose("config", overrides=[f"model={name}"])).model
+    model = load_model(name)
+    assert vars(config.sampler) == vars(model.sampler)
+    assert config.images.get("size", 16) == model.image_shape[1] == model.image_shape[2]
+    assert config.images.get("channels", 1) == model.image_shape[0]
+    # on the meta device: shapes without arithmetic
+    x, t, *y = (part.to("meta") for part in model.example_inputs())
+    assert model.denoiser.to("meta")(x, t, *y).shape == (1, *model.sample_shape)
