@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ptq_exp.diffusion.guidance import Guided
 from ptq_exp.diffusion.model import DiffusionModel
 from ptq_exp.diffusion.noise import CALIBRATION, SampleNoise, sample_generator
 from ptq_exp.diffusion.sampler import ddim_step
@@ -92,7 +93,7 @@ def denoise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tenso
         z = noise.draw().to(x.device) if grid.eta > 0 else None
         alphas = float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step])
         x = ddim_step(x, eps, *alphas, grid.eta, z, clip_sample=model.clip_sample)[0].cpu()
-    return states, steps.clone()
+    return states, steps * (2 if isinstance(denoiser, Guided) else 1)
 
 
 def diffuse(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
 
 
 class ClosedForm(nn.Module):
-    """eps(x, t) = 0.8 x + 0.3 sin(0.7 x + 0.05 t); `batches` lists the batch size of each call."""
+    """eps(x, t, y) = 0.8 x + 0.3 sin(0.7 x + 0.05 t + 0.2 y); `batches` lists the batch size of each call."""
 
     def __init__(self):
         super().__init__()
@@ -16,7 +16,8 @@ class ClosedForm(nn.Module):
 
     def forward(self, x, t, y=None):
         self.batches.append(len(x))
-        return 0.8 * x + 0.3 * torch.sin(0.7 * x + 0.05 * t.view(-1, 1, 1, 1))
+        label = 0 if y is None else 0.2 * y.view(-1, 1, 1, 1)
+        return 0.8 * x + 0.3 * torch.sin(0.7 * x + 0.05 * t.view(-1, 1, 1, 1) + label)
 
 
 @pytest.fixture

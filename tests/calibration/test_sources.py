@@ -1,5 +1,7 @@
 """Where states come from: how they pair with times, what they cost, and the statistics of diffused images."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,19 @@ def test_trajectories_leave_the_batch_when_they_arrive(toy):
     _, evaluations = source("denoise")(toy, StateRequest(toy.time_grid(9), range(6), steps, seed=0))
     assert toy.denoiser.batches == [4, 4, 2, 2, 1]
     assert evaluations.tolist() == steps.tolist()
+
+
+def test_guided_trajectories_follow_their_labels_and_cost_both_halves(toy):
+    model = replace(toy, n_classes=4, null_label=7)
+    guided, steps = model.guided(model.denoiser, 2.0), torch.tensor([4, 0, 2])
+    x, evaluations = source("denoise")(model, StateRequest(model.time_grid(9), range(3), steps, 0, denoiser=guided))
+    assert evaluations.tolist() == [8, 0, 4]
+    y = model.labels(range(3), 0, CALIBRATION)
+    noise = SampleNoise(0, range(3), model.sample_shape, stream=CALIBRATION)
+    records = []
+    sample(guided, model.time_grid(9), noise, y=y, on_step=records.append)
+    for i, step in enumerate(steps.tolist()):
+        torch.testing.assert_close(x[i], records[step].x[i])
 
 
 def test_pure_noise_costs_nothing(toy):
