@@ -34,7 +34,7 @@ def digits_model(name: str = "digits", checkpoint: str | None = None, dtype: str
     schedule = DDIMScheduler(TRAIN_STEPS, beta_schedule=BETA_SCHEDULE).alphas_cumprod
     return DiffusionModel(
         name=name,
-        denoiser=UNetDenoiser(unet.to(torch_dtype(dtype))).eval(),
+        denoiser=UNetDenoiser(unet).to(torch_dtype(dtype)).eval(),
         schedule=NoiseSchedule(schedule.double()),
         sample_shape=(1, IMAGE_SIZE, IMAGE_SIZE),
         clip_sample=True,
