@@ -21,9 +21,11 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from ptq_exp.diffusion import NoiseSchedule
+from ptq_exp.api import sample
+from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
+from ptq_exp.embedded import DigitsExtractor
 from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, digits
-from ptq_exp.embedded.latent import first_stage
+from ptq_exp.embedded.latent import first_stage, latent_model
 from ptq_exp.embedded.networks import (
     BETA_SCHEDULE,
     TRAIN_STEPS,
@@ -32,6 +34,7 @@ from ptq_exp.embedded.networks import (
     build_latent_unet,
     build_unet,
 )
+from ptq_exp.evaluation import extract_features, inception_score
 from ptq_exp.lightning.training import ClassifierTraining, DenoiserTraining, EMATraining
 from ptq_exp.lightning.training_latent import (
     AutoencoderTraining,
@@ -83,10 +86,15 @@ def training_module(
     return module, loader(TensorDataset(*digits("train")), 64, seed), held_out
 
 
-def measured(network: str, module: EMATraining, trainer: pl.Trainer, held_out: DataLoader | None) -> dict:
-    """What the card says about the quality of the trained network."""
+def measured(
+    network: str, module: EMATraining, trainer: pl.Trainer, held_out: DataLoader | None, weights: Path, samples: int
+) -> dict:
+    """What the card says about the quality of the trained network; `weights`: folder of the autoencoder."""
     if held_out is not None:
         return {"held_out_accuracy": float(trainer.validate(module, held_out, verbose=False)[0]["accuracy"])}
+    if network == "latent_unet":
+        model = latent_model(module.ema.module, first_stage(weights), name="digits_ldm", digest="")
+        return sample_quality(model, samples)
     if network != "autoencoder":
         return {}
     autoencoder = module.ema.module.eval()
@@ -95,6 +103,18 @@ def measured(network: str, module: EMATraining, trainer: pl.Trainer, held_out: D
         "scaling_factor": float(1 / latents.std()),
         "held_out_psnr_db": reconstruction_psnr(autoencoder, digits("held_out", LATENT_IMAGE_SIZE).images),
         "codes_used": codes_used(autoencoder, digits("train", LATENT_IMAGE_SIZE).images),
+    }
+
+
+def sample_quality(model: DiffusionModel, n: int, seed: int = 0) -> dict:
+    """Inception score, and how often the embedded classifier sees the class asked for, in `n` published samples."""
+    probabilities = extract_features(DigitsExtractor(), sample(model, n, seed, batch_size=min(n, 100))).probabilities
+    agreement = (probabilities.argmax(1) == model.labels(range(n), seed).numpy()).mean()
+    return {
+        "samples": n,
+        "sampler": f"{model.sampler.steps} DDIM steps, guidance scale {model.sampler.guidance_scale}, seed {seed}",
+        "label_agreement": round(float(agreement), 4),
+        "inception_score": round(float(inception_score(probabilities)), 3),
     }
 
 
@@ -125,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; leave 1 if anything else runs")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="folder of the checkpoints")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the exported weights and card")
+    parser.add_argument("--samples", type=int, default=1000, help="images that the card of latent_unet is measured on")
     args = parser.parse_args(argv)
     steps = args.steps or NETWORKS[args.network]
     torch.set_num_threads(args.threads)
@@ -156,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
         "minutes_of_last_session": round((time.time() - started) / 60, 1),
         "loss_by_tenth": losses_by_tenth(module.loss_history),
     }
-    card |= measured(args.network, module, trainer, held_out)
+    card |= measured(args.network, module, trainer, held_out, args.out, args.samples)
     export(module, FILES.get(args.network, f"digits_{args.network}"), card, args.out)
     print(json.dumps(card, indent=2))
 

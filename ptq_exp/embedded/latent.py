@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ptq_exp.diffusion import DiffusionModel, FirstStage, NoiseSchedule, SamplerDefaults
+from ptq_exp.diffusion import ClassConditionalUNet, DiffusionModel, FirstStage, NoiseSchedule, SamplerDefaults
 from ptq_exp.diffusion.zoo.build import torch_dtype
 from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, N_CLASSES
 from ptq_exp.embedded.networks import LATENT_CHANNELS, TRAIN_STEPS, build_autoencoder, build_latent_unet
@@ -24,6 +24,7 @@ def first_stage(folder: Path = WEIGHTS) -> FirstStage:
     autoencoder = build_autoencoder()
     load_weights(autoencoder, folder / "digits_vq.safetensors")
     scaling_factor = json.loads((folder / "digits_vq.json").read_text())["scaling_factor"]
+    autoencoder.register_to_config(scaling_factor=scaling_factor)
     return FirstStage(autoencoder, scaling_factor).eval()
 
 
@@ -46,15 +47,21 @@ def digits_ldm_model(
     path = Path(checkpoint) if checkpoint else WEIGHTS / "digits_latent_unet.safetensors"
     unet_digest = load_weights(denoiser, path)
     vq_digest = hashlib.sha256((WEIGHTS / "digits_vq.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256((unet_digest + vq_digest).encode()).hexdigest()
+    return latent_model(denoiser.to(torch_dtype(dtype)), first_stage(), name=name, digest=digest)
+
+
+def latent_model(denoiser: ClassConditionalUNet, autoencoder: FirstStage, *, name: str, digest: str) -> DiffusionModel:
+    """The model of a denoiser of `build_latent_unet`, being trained or loaded, on the latents of `autoencoder`."""
     side = LATENT_IMAGE_SIZE // 4
     return DiffusionModel(
         name=name,
-        denoiser=denoiser.to(torch_dtype(dtype)).eval(),
+        denoiser=denoiser.eval(),
         schedule=NoiseSchedule.latent_diffusion(total=TRAIN_STEPS),
         sample_shape=(LATENT_CHANNELS, side, side),
         clip_sample=False,
-        digest=hashlib.sha256((unet_digest + vq_digest).encode()).hexdigest(),
-        first_stage=first_stage(),
+        digest=digest,
+        first_stage=autoencoder,
         n_classes=N_CLASSES,
         null_label=N_CLASSES,
         sampler=SamplerDefaults(20, "leading", 0.0, GUIDANCE_SCALE),

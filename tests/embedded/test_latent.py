@@ -3,6 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import ptq_exp
@@ -10,7 +15,7 @@ from ptq_exp.embedded import DigitsExtractor, card, digits, digits_ldm_model, di
 from ptq_exp.embedded.networks import DigitsClassifier
 from ptq_exp.embedded.weights_file import WEIGHTS, load_weights
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
-from ptq_exp.evaluation.images import from_uint8
+from ptq_exp.evaluation.images import from_uint8, to_uint8
 from ptq_exp.lightning.training_latent import codes_used, encode_all, reconstruction_psnr
 
 
@@ -62,6 +67,75 @@ def test_held_out_digits_pass_the_autoencoder(model, autoencoder):
     torch.testing.assert_close(z, encode_all(autoencoder, images) * model.first_stage.scaling_factor)
     # decoding picks codes: a latent beside a code gives the image of that code
     assert torch.equal(model.decode(z[:2]), model.decode(z[:2] + 1e-6))
+
+
+def test_scaled_latents_have_unit_deviation(model, autoencoder):
+    factor = model.first_stage.scaling_factor
+    assert factor == autoencoder.config.scaling_factor == card("digits_vq")["scaling_factor"]
+    assert float(model.encode(digits("train", 32).images).std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_autoencoder_is_a_small_vq_f4(autoencoder):
+    assert len(autoencoder.encoder.down_blocks) == len(autoencoder.decoder.up_blocks) == 3
+    assert autoencoder.quantize.embedding.weight.shape == (256, 3)
+    for part in (autoencoder.encoder, autoencoder.decoder):
+        assert sum(isinstance(m, Attention) for m in part.mid_block.modules()) == 1
+
+
+def test_the_unet_has_every_kind_of_layer_of_ldm4(model):
+    unet, embedding = model.denoiser.unet, model.denoiser.class_embedding
+    transformers = [m for m in unet.modules() if isinstance(m, BasicTransformerBlock)]
+    assert len(transformers) >= 4 and embedding.num_embeddings == 11
+    for block in transformers:
+        assert isinstance(block.ff.net[0], GEGLU) and block.attn1.heads == 2
+        assert block.attn2.to_k.in_features == embedding.embedding_dim  # reads the class
+    up = [m for m in unet.up_blocks.modules() if isinstance(m, ResnetBlock2D)]
+    assert len(up) == 4 and all(m.conv_shortcut.kernel_size == (1, 1) for m in up)
+
+
+def test_parameters_are_as_many_as_the_cards_say(model, autoencoder):
+    for name, network in (("digits_latent_unet", model.denoiser), ("digits_vq", autoencoder)):
+        assert sum(p.numel() for p in network.parameters()) == card(name)["parameters"]
+
+
+def test_the_model_is_ready_to_be_sampled(model):
+    modules = [m for part in (model.denoiser, model.first_stage) for m in part.modules()]
+    assert not any(m.training for m in modules)
+    assert not any(p.requires_grad for m in modules for p in m.parameters())
+    assert model.sample_shape == (3, 8, 8) and model.image_shape == (1, 32, 32) and not model.clip_sample
+    assert (model.n_classes, model.null_label) == (10, 10)
+    # latent diffusion's schedule: betas from 0.0015 to 0.0195, the last step ends at the first level
+    levels = model.schedule.alphas_cumprod
+    assert len(levels) == 1000 and float(1 - levels[0]) == pytest.approx(0.0015)
+    assert float(1 - levels[-1] / levels[-2]) == pytest.approx(0.0195)
+    assert model.schedule.steps_offset == 1 and model.schedule.final_alpha_cumprod == float(levels[0])
+
+
+def test_guidance_and_sampler_written_out_give_the_digits_that_were_asked_for(model):
+    """Twenty DDIM steps at eta 0, and guidance of 1.5; chance would be 10 %."""
+    labels = torch.arange(10).repeat(4)
+    z = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    levels = model.schedule.alphas_cumprod.float()
+    for t in range(951, 0, -50):
+        time = torch.full((40,), float(t))
+        uncond, cond = model.denoiser(z, time, None), model.denoiser(z, time, labels)
+        eps = uncond + 1.5 * (cond - uncond)
+        level, after = levels[t], levels[max(t - 50, 0)]
+        z = after.sqrt() * (z - (1 - level).sqrt() * eps) / level.sqrt() + (1 - after).sqrt() * eps
+    read = torch.from_numpy(DigitsExtractor()(to_uint8(model.decode(z)))[2]).argmax(1)
+    assert int((read == labels).sum()) >= 38
+    facts = card("digits_latent_unet")
+    assert facts["label_agreement"] > 0.95 and facts["inception_score"] > 9.9
+
+
+def test_the_digest_covers_unet_and_autoencoder(model, tmp_path):
+    tensors = load_file(WEIGHTS / "digits_latent_unet.safetensors")
+    path = tmp_path / "mine.safetensors"
+    save_file(tensors | {"class_embedding.weight": tensors["class_embedding.weight"] + 1}, path)
+    other = digits_ldm_model(name="mine", checkpoint=str(path))
+    assert other.name == "mine" and len(other.digest) == 64 and other.digest != model.digest
+    # the card's hash is that of the U-Net's file alone
+    assert model.digest not in {card(name)["sha256"] for name in ("digits_vq", "digits_latent_unet")}
 
 
 def test_guided_samples_are_of_their_class(model):
