@@ -15,9 +15,10 @@ from ptq_exp import stages
 from ptq_exp.config import FULL_PRECISION, ExperimentConfig
 from ptq_exp.evaluation import half_split_fid, inception_score, score
 from ptq_exp.evaluation.images import mean_psnr
+from ptq_exp.files import file_digest
 from ptq_exp.quantization import Report, ranges
+from ptq_exp.setup import Setup
 from ptq_exp.tracking import wandb_run
-from ptq_exp.tracking.cache import file_digest
 from ptq_exp.tracking.pictures import save_grid
 from ptq_exp.tracking.results import Results, write_json, write_samples
 
@@ -41,7 +42,7 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
         _tracked(config, folder) as logger,
     ):
         clock = _Clock(results)
-        setup = stages.Setup.of(config)
+        setup = Setup.of(config)
         reference = clock("reference", stages.reference_features, setup) if setup.extractor else None
         scorer = _Scorer(setup, reference)
         fp_images = images = clock("fp32_images", stages.full_precision_images, setup)
@@ -106,7 +107,7 @@ class _Clock:
 class _Scorer:
     """IS, FID, sFID, precision and recall against one reference; no scores at all without an extractor."""
 
-    def __init__(self, setup: stages.Setup, reference: stages.Reference | None) -> None:
+    def __init__(self, setup: Setup, reference: stages.Reference | None) -> None:
         self.setup, self.reference = setup, reference
         if reference is None:
             log.info("no IS, FID, sFID: evaluation=%s compares images with their full-precision twins alone; add "

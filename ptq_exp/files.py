@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ptq_exp.errors import PTQError
+from ptq_exp.errors import DataError, PTQError
 
 
 @contextmanager
@@ -38,6 +39,23 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def file_digest(*paths: str | os.PathLike) -> str:
+    """SHA-256 (hexadecimal) of the bytes of one file, or of several one after the other: the identity of a checkpoint.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    state = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    state.update(block)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    return state.hexdigest()
 
 
 def _flush_to_disk(path: Path) -> None:

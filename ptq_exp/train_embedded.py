@@ -7,7 +7,6 @@ and a JSON card (how trained, seed, losses, accuracy) are written into the packa
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import time
@@ -35,6 +34,7 @@ from ptq_exp.embedded.networks import (
     build_unet,
 )
 from ptq_exp.evaluation import extract_features, inception_score
+from ptq_exp.files import file_digest
 from ptq_exp.lightning.training import ClassifierTraining, DenoiserTraining, EMATraining
 from ptq_exp.lightning.training_latent import (
     AutoencoderTraining,
@@ -125,7 +125,7 @@ def export(module: EMATraining, name: str, card: dict, folder: Path) -> None:
     state = module.ema.module.state_dict()
     save_file({key: value.contiguous() for key, value in state.items()}, weights)
     card["parameters"] = sum(p.numel() for p in module.network.parameters())
-    card["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    card["sha256"] = file_digest(weights)
     (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
 
 

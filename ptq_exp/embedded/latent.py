@@ -11,6 +11,7 @@ from ptq_exp.diffusion.zoo.build import torch_dtype
 from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, N_CLASSES
 from ptq_exp.embedded.networks import LATENT_CHANNELS, TRAIN_STEPS, build_autoencoder, build_latent_unet
 from ptq_exp.embedded.weights_file import WEIGHTS, load_weights
+from ptq_exp.files import file_digest
 
 GUIDANCE_SCALE = 1.5
 
@@ -46,7 +47,7 @@ def digits_ldm_model(
     denoiser = build_latent_unet()
     path = Path(checkpoint) if checkpoint else WEIGHTS / "digits_latent_unet.safetensors"
     unet_digest = load_weights(denoiser, path)
-    vq_digest = hashlib.sha256((WEIGHTS / "digits_vq.safetensors").read_bytes()).hexdigest()
+    vq_digest = file_digest(WEIGHTS / "digits_vq.safetensors")
     digest = hashlib.sha256((unet_digest + vq_digest).encode()).hexdigest()
     return latent_model(denoiser.to(torch_dtype(dtype)), first_stage(), name=name, digest=digest)
 

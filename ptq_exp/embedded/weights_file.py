@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ptq_exp.errors import CheckpointError
+from ptq_exp.files import file_digest
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -38,4 +38,4 @@ def load_weights(network: nn.Module, path: Path) -> str:
         reason = str(error).splitlines()[1].strip()[:200]
         raise CheckpointError(f"model.checkpoint={path}: weights of another network ({reason})") from error
     network.eval().requires_grad_(False)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return file_digest(path)

@@ -9,7 +9,8 @@ import numpy as np
 
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation.cifar import cifar10_files, cifar10_folder, read_cifar10
-from ptq_exp.evaluation.image_source import ArrayImages, FolderImages, ImageSource, file_digest
+from ptq_exp.evaluation.image_source import ArrayImages, FolderImages, ImageSource
+from ptq_exp.files import file_digest
 from ptq_exp.npz import npz_array
 
 NPZ_IMAGES = "arr_0"

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ptq_exp.errors import DataError
+from ptq_exp.files import file_digest
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
@@ -155,16 +156,6 @@ class FolderImages(ImageSource):
         if not opaque:
             raise DataError(f"{file} has transparent pixels; flatten it onto a background first")
         return pixels.reshape(self.shape[1:])
-
-
-def file_digest(*paths: Path) -> str:
-    """SHA-256 of the bytes of one file, or of several one after the other."""
-    content = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                content.update(block)
-    return content.hexdigest()
 
 
 def _image_files(folder: Path) -> Sequence[Path]:

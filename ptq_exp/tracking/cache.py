@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ptq_exp.errors import ConfigError, DataError, PTQError
+from ptq_exp.files import file_digest
 from ptq_exp.tracking.results import read_json, to_plain, write_json
 
 T = TypeVar("T")
@@ -29,22 +30,6 @@ def digest(kind: str, spec: Mapping[str, Any]) -> str:
     plain = [kind, to_plain(spec, kind)]
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """sha256 (hex) of a file's bytes, read in pieces: the identity of a checkpoint in a spec.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    state = hashlib.sha256()
-    try:
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                state.update(block)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    return state.hexdigest()
 
 
 class ArtifactCache:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ptq_exp.errors import ConfigError, DataError, PTQError
-from ptq_exp.tracking.cache import ArtifactCache, digest, file_digest
+from ptq_exp.files import file_digest
+from ptq_exp.tracking.cache import ArtifactCache, digest
 
 SPEC = {"strategy": "ndtc", "samples": 8, "bits": (8, 8), "nested": {"b": None, "a": 0.4}}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pickle
@@ -40,12 +39,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     else:
         raise _error(path, kind)
     return _flat(path, loaded)
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _error(path: Path, reason: str) -> CheckpointError:

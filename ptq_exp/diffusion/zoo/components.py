@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ptq_exp.errors import CheckpointError
+from ptq_exp.files import file_digest
 
 _WEIGHTS = "diffusion_pytorch_model"
 _SETTINGS = ("config.json", "scheduler_config.json", "*/config.json", "*/scheduler_config.json", "model_index.json")
@@ -103,6 +104,5 @@ def component_digest(root: Path, components: Sequence[str]) -> str:
         folder = component_folder(root, component)
         for path in sorted([*folder.glob(f"{_WEIGHTS}*"), *folder.glob("*config.json")]):
             digest.update(f"{component}/{path.name}".encode())
-            with open(path, "rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(file_digest(path).encode())
     return digest.hexdigest()

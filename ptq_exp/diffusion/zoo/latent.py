@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from diffusers import UNet2DConditionModel, UNet2DModel, VQModel
 from torch import nn
 
-from ptq_exp.diffusion.checkpoints import Part, check_schedule, compvis, file_digest, fill, read_checkpoint
+from ptq_exp.diffusion.checkpoints import Part, check_schedule, compvis, fill, read_checkpoint
 from ptq_exp.diffusion.denoisers import ClassConditionalUNet, FirstStage, UNetDenoiser
 from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.time_grid import NoiseSchedule
 from ptq_exp.diffusion.zoo.build import empty_or_random, frozen, random_digest, torch_dtype
 from ptq_exp.errors import CheckpointError
+from ptq_exp.files import file_digest
 
 _CLASSES, _CONTEXT = 1000, 512
 _LATENT, _IMAGE = (3, 64, 64), (3, 256, 256)
