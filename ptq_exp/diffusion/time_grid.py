@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptq_exp.errors import ConfigError
 
-SPACINGS = ("leading", "linspace", "quad")
+SPACINGS = ("leading", "linspace", "quad", "trailing")
 _QUAD_SHARE = 0.8
 
 
@@ -77,7 +77,8 @@ class TimeGrid:
             spacing: `linspace`, evenly spaced, both ends included: round(i (T - 1) / (steps - 1)) (Nichol and Dhariwal
                 2021, section 4; one step uses T - 1); `leading`: offset + i floor(T / steps), as latent diffusion and
                 DDIM's `uniform` run (the offset is lowered where it does not fit); `quad`:
-                floor((i sqrt(0.8 T) / (steps - 1))^2), DDIM's CIFAR-10 spacing, whose first times repeat.
+                floor((i sqrt(0.8 T) / (steps - 1))^2), DDIM's CIFAR-10 spacing, whose first times repeat; `trailing`:
+                round(T - i T / steps) - 1, which starts at T - 1 (Lin et al. 2024, table 2).
 
         Raises:
             ConfigError: `steps` is not in 1..T, eta is not in [0, 1], or an unknown spacing.
@@ -103,5 +104,7 @@ def _spaced(total: int, steps: int, spacing: str, offset: int) -> Tensor:
         return positions * stride + min(offset, total - 1 - (steps - 1) * stride)
     if spacing == "quad":
         return (torch.linspace(0, (_QUAD_SHARE * total) ** 0.5, steps, dtype=torch.float64) ** 2).floor()
+    if spacing == "trailing":
+        return (total - positions * total / steps).round().flip(0) - 1
     # one division per time, so that halves are exact; a running stride misses them
     return (total - 1 - positions * (total - 1) / max(steps - 1, 1)).round().flip(0)

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,8 +78,8 @@ def test_leading_times_are_as_many_as_asked_for_and_lie_in_the_schedule(total_an
 
 
 def test_an_unknown_spacing_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"sampler\.spacing=trailing: choose one of leading, linspace, quad"):
-        TimeGrid.from_schedule(schedule(10), 4, "trailing")
+    with pytest.raises(ConfigError, match=r"sampler\.spacing=karras: choose one of leading, linspace, quad, trailing"):
+        TimeGrid.from_schedule(schedule(10), 4, "karras")
 
 
 @pytest.mark.parametrize("steps", [0, -3, 11])
@@ -103,6 +104,9 @@ def test_leading_spacing_is_that_of_latent_diffusion():
     assert TimeGrid.from_schedule(schedule(10), 3, "leading").timesteps.tolist() == [7, 4, 1]
 
 
-def test_unknown_spacing_is_an_error():
-    with pytest.raises(ConfigError, match="sampler.spacing=trailing: choose one of leading, linspace, quad"):
-        TimeGrid.from_schedule(schedule(10), 3, "trailing")
+@pytest.mark.parametrize("steps", [1, 3, 7, 20, 50, 250, 1000])
+def test_trailing_times_are_those_of_diffusers(steps):
+    scheduler = DDIMScheduler(1000, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    grid = TimeGrid.from_schedule(schedule(1000), steps, "trailing")
+    assert grid.timesteps.tolist() == scheduler.timesteps.tolist() and grid.timesteps[0] == 999

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from diffusers import DDIMScheduler
 
-from ptq_exp.diffusion.time_grid import SPACINGS, NoiseSchedule
+from ptq_exp.diffusion.time_grid import NoiseSchedule
 from ptq_exp.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ def read_scheduler(config: Mapping | None, path: object) -> Scheduler:
         raise ConfigError(f"model.checkpoint={path}: unknown beta_schedule={config.get('beta_schedule')}") from error
     final = 1.0 if config.get("set_alpha_to_one", True) else float(alphas_cumprod[0])
     schedule = NoiseSchedule(alphas_cumprod, steps_offset=config.get("steps_offset", 0), final_alpha_cumprod=final)
-    spacing = config.get("timestep_spacing", "leading")
-    return Scheduler(schedule, bool(config.get("clip_sample", True)), spacing if spacing in SPACINGS else "leading")
+    return Scheduler(schedule, bool(config.get("clip_sample", True)), config.get("timestep_spacing", "leading"))
 
 
 def _refuse_the_unknown(config: Mapping, path: object) -> None:
