@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
         scorer = _Scorer(setup, reference)
         fp_images = images = clock("fp32_images", stages.full_precision_images, setup)
         fp_scores = clock("fp32_scores", scorer, fp_images, "FP32 features", setup.images_spec())
-        results.update("fp32", fp32=fp_scores, real=scorer.real_data(), metric_spec=scorer.metric_spec())
+        results.update("fp32", fp32=fp_scores, real=scorer.real_data, metric_spec=scorer.metric_spec())
         metrics, report = dict(fp_scores), None
         samples = folder / "samples.npz"
         if config.bits.name == FULL_PRECISION:
@@ -119,6 +120,7 @@ class _Scorer:
             return {}
         return score(stages.image_features(self.setup, images, title, spec), self.reference)
 
+    @cached_property
     def real_data(self) -> dict[str, float]:
         """What the real images score, and the unit of the paired increase; empty where only moments are stored."""
         features = getattr(self.reference, "features", self.reference)
@@ -131,7 +133,7 @@ class _Scorer:
         if self.reference is None:
             return {}
         increase = metrics["fid"] - fp_scores["fid"]
-        unit = self.real_data().get("half_split_fid")
+        unit = self.real_data.get("half_split_fid")
         return {"fid_increase": increase} | ({"fid_increase_units": increase / unit} if unit else {})
 
     def metric_spec(self) -> dict:

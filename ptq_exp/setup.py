@@ -13,7 +13,7 @@ from tqdm import tqdm
 import ptq_exp
 from ptq_exp.config import ExperimentConfig, build
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
-from ptq_exp.evaluation import FeatureExtractor
+from ptq_exp.evaluation import FeatureExtractor, content_digest
 from ptq_exp.lightning import make_trainer
 from ptq_exp.tracking.cache import ArtifactCache, digest
 
@@ -84,7 +84,12 @@ class Setup:
     def calibration_spec(self) -> dict[str, Any]:
         """All that decides the calibration set."""
         spec = self.sampling_spec() | {"calibration": asdict(self.config.calibration)}
-        return spec | ({"images": self.config.model.images} if self.needs_images else {})
+        if not self.needs_images:
+            return spec
+        images = self.config.model.images or {}
+        # a folder may hold other images tomorrow: its content decides, not its name
+        content = content_digest(images["path"]) if images.get("path") else None
+        return spec | {"images": images, "content": content}
 
     def images_spec(self) -> dict[str, Any]:
         """All that decides the full-precision images."""

@@ -102,6 +102,21 @@ def test_any_diffusers_folder_is_a_model_and_any_image_folder_its_data(command, 
     assert json.loads((folder / "quantization.json").read_text())["layers"]
 
 
+def test_other_images_under_the_same_path_make_another_calibration_set(command, cache, pipeline_folder, tmp_path):
+    def made() -> int:
+        command(
+            "model=diffusers", f"model.checkpoint={pipeline_folder}", "calibration=raw", "metric=minmax",
+            "logger=none", f"model.images.path={tmp_path / 'images.npz'}", "model.images.size=8",
+        )  # fmt: skip
+        return len(list((cache / "calibration").iterdir()))
+
+    np.savez(tmp_path / "images.npz", arr_0=np.full((2, 8, 8, 3), 50, np.uint8))
+    first = made()
+    assert made() == first
+    np.savez(tmp_path / "images.npz", arr_0=np.full((2, 8, 8, 3), 60, np.uint8))
+    assert made() == first + 1
+
+
 @pytest.mark.parametrize("path, message", [("null", "need real images: set model.images.path"), ("nowhere", "nowhere")])
 def test_calibration_on_images_that_are_not_there_is_one_clear_line(command, pipeline_folder, capsys, path, message):
     with pytest.raises(SystemExit):
