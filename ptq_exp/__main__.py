@@ -13,8 +13,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ptq_exp.config import ExperimentConfig, config_folder, nearest, validated
+from ptq_exp.config import config_folder, nearest, validated
 from ptq_exp.errors import PTQError
+from ptq_exp.schema import ExperimentConfig
 
 TRACEBACK = "HYDRA_FULL_ERROR"
 _failures: list[str] = []
@@ -76,12 +77,26 @@ def _known_settings() -> list[str]:
     return list(walk(container, ""))
 
 
+def _spelt_out(arguments: list[str]) -> list[str]:
+    """`bits=[8]*100+[4]*150`, a bit schedule in place of a choice, in the words of Hydra's grammar."""
+    found = []
+    for argument in arguments:
+        widths = re.fullmatch(r"(\+*)bits(\.schedule)?=(\[[^'\"]*)", argument)
+        if widths is None:
+            found.append(argument)
+            continue
+        found += [] if widths[2] else [f"{widths[1]}bits=step_list"]
+        found.append(f"bits.schedule='{widths[3]}'")
+    return found
+
+
 _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 
 
 def main() -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     _failures.clear()
+    sys.argv[1:] = _spelt_out(sys.argv[1:])
     before = os.environ.get(TRACEBACK)
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
     try:

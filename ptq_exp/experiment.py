@@ -10,18 +10,19 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from ptq_exp import stages
-from ptq_exp.config import FULL_PRECISION, ExperimentConfig
+from ptq_exp import noise_stages, stages
 from ptq_exp.evaluation import half_split_fid, inception_score, score
 from ptq_exp.evaluation.images import mean_psnr
 from ptq_exp.files import file_digest
-from ptq_exp.quantization import Report, ranges
+from ptq_exp.noise_account import eps_errors, noise_account, write_account
+from ptq_exp.quantization import Report
+from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.setup import Setup
+from ptq_exp.summary import summary
 from ptq_exp.tracking import wandb_run
 from ptq_exp.tracking.pictures import save_grid
-from ptq_exp.tracking.results import Results, write_json, write_samples
+from ptq_exp.tracking.results import Results, write_samples
 
 log = stages.log
 
@@ -29,7 +30,8 @@ log = stages.log
 def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
     """Run one experiment and leave its results in `folder`.
 
-    Writes results.json (after every stage), samples.npz, grid.png, quantization.json and the W&B run.
+    Writes results.json (after every stage), samples.npz, grid.png, quantization.json, the W&B run and, where there is
+    a bit schedule or a correction, their files and pictures.
 
     Returns:
         The content of results.json.
@@ -49,29 +51,31 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
         fp_images = images = clock("fp32_images", stages.full_precision_images, setup)
         fp_scores = clock("fp32_scores", scorer, fp_images, "FP32 features", setup.images_spec())
         results.update("fp32", fp32=fp_scores, real=scorer.real_data, metric_spec=scorer.metric_spec())
-        metrics, report = dict(fp_scores), None
+        metrics, report, pictures = dict(fp_scores), None, []
         samples = folder / "samples.npz"
         if config.bits.name == FULL_PRECISION:
             labels = setup.model.labels(range(len(images)), config.seed)
             write_samples(samples, images, None if labels is None else labels.numpy())
         else:
             calibration_set = clock("calibration_set", stages.make_calibration_set, setup)
-            quantized, report = clock("quantize", stages.quantize_model, setup, calibration_set)
-            write_json(folder / "quantization.json", report.to_dict() | {"quantizers": ranges(quantized)})
+            twin = clock("quantize", stages.quantize_model, setup, calibration_set)
+            twin = clock("bit_schedule", noise_stages.schedule_bits, setup, twin)
+            twin = clock("noise_statistics", noise_stages.fit_correction, setup, twin)
+            report = twin.report
+            error = clock("eps_error", noise_stages.eps_error, setup, twin)
             evaluations = int(calibration_set.evaluations.sum())
             results.update("quantize", quantization=_account(report), evaluations=evaluations)
-            eps_error = clock("eps_error", stages.eps_error, setup, quantized)
-            images = clock("quantized_images", stages.quantized_images, setup, quantized, samples)
+            results.update("noise_statistics", **noise_account(setup, twin, error))
+            pictures = write_account(setup, twin, error, folder)
+            images = clock("quantized_images", stages.quantized_images, setup, twin, samples)
             spec = {"images": file_digest(samples)}
             metrics = clock("scores", scorer, images, f"{config.bits.name.upper()} features", spec)
-            metrics |= scorer.paired(metrics, fp_scores)
-            metrics |= {"psnr": mean_psnr(fp_images, images), "eps_error": float(np.mean(eps_error))}
-            results.update("eps_error", eps_error_per_step=eps_error)
+            metrics |= scorer.paired(metrics, fp_scores) | {"psnr": mean_psnr(fp_images, images)} | eps_errors(error)
         _picture(config, folder, fp_images, images)
         results.finish(metrics=metrics)
-        _log_to_wandb(logger, folder, results.values, report)
+        _log_to_wandb(logger, folder, results.values, report, pictures)
     log.info("\n%s", summary(results.values, report))
-    log.info("\nresults.json, samples.npz, grid.png%s in %s", ", quantization.json" if report else "", folder)
+    log.info("\n%s in %s", ", ".join(_left_in(folder)), folder)
     return results.values
 
 
@@ -163,9 +167,11 @@ def _picture(config: ExperimentConfig, folder: Path, fp_images: np.ndarray, imag
     save_grid(folder / "grid.png", fp_images[:n], images[:n], labels=("FP32", config.bits.name.upper()))
 
 
-def _log_to_wandb(logger, folder: Path, values: dict, report: Report | None) -> None:
+def _log_to_wandb(logger, folder: Path, values: dict, report: Report | None, pictures: list[str]) -> None:
     for step, error in enumerate(values.get("eps_error_per_step", [])):
-        wandb_run.log_metrics(logger, {"eps_error_of_step": error, "sampling_step": step})
+        before = values["eps_error_uncorrected_per_step"][step]
+        row = {"eps_error_of_step": error, "eps_error_uncorrected_of_step": before, "sampling_step": step}
+        wandb_run.log_metrics(logger, row)
     numbers = dict(values["metrics"]) | {"calibration/evaluations": values.get("evaluations", 0)}
     numbers |= {f"fp32/{key}": value for key, value in values["fp32"].items()}
     if report is not None:
@@ -174,36 +180,11 @@ def _log_to_wandb(logger, folder: Path, values: dict, report: Report | None) -> 
         wandb_run.log_table(logger, "layers", report.table())
     wandb_run.log_metrics(logger, numbers)
     wandb_run.log_image(logger, "grid", folder / "grid.png", caption="full precision over quantized, same seeds")
+    for name in pictures:
+        wandb_run.log_image(logger, Path(name).stem, folder / name)
 
 
-def summary(values: dict, report: Report | None) -> str:
-    """The table that ends a run: real data, full precision, quantized."""
-    spec, real = values["metric_spec"], values["real"]
-    rows = {"real data": _columns(real), "FP32": _columns(values["fp32"])}
-    lines = []
-    if report is not None:
-        rows[values["config"]["bits"]["name"].upper()] = _columns(values["metrics"])
-        lines += [report.summary(), ""]
-    table = pd.DataFrame({title: row for title, row in rows.items() if row}).T.reindex(columns=list(_TITLES.values()))
-    if not table.empty:
-        lines.append(table.dropna(axis=1, how="all").to_string(float_format="{:.4g}".format, na_rep="-"))
-    lines.append(
-        f"{spec['n_samples']} images, seed {spec['seed']}, extractor {spec['extractor']} ({spec['preprocessing']}), "
-        f"reference {spec['reference']}"
-    )
-    if "half_split_fid" in real:
-        lines[-1] += (
-            ";\nFID increase over FP32 of the same seeds in units of the FID between two random halves of the real "
-            f"data ({real['half_split_fid']:.4g})"
-        )
-    return "\n".join(lines)
-
-
-_TITLES = {
-    "is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall",
-    "fid_increase_units": "FID increase", "psnr": "PSNR dB", "eps_error": "eps error",
-}  # fmt: skip
-
-
-def _columns(scores: dict[str, float]) -> dict[str, float]:
-    return {title: scores[key] for key, title in _TITLES.items() if key in scores}
+def _left_in(folder: Path) -> list[str]:
+    """The files of a finished run, the ones that people look for first."""
+    names = [path.name for path in folder.iterdir() if path.suffix in (".json", ".npz", ".png")]
+    return sorted(names, key=lambda name: (name != "results.json", name))

@@ -11,10 +11,13 @@ from torch import nn
 from tqdm import tqdm
 
 import ptq_exp
-from ptq_exp.config import ExperimentConfig, build
+from ptq_exp.config import build
+from ptq_exp.correction import BitSchedule, parse_widths
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
+from ptq_exp.errors import ConfigError
 from ptq_exp.evaluation import FeatureExtractor, content_digest
 from ptq_exp.lightning import make_trainer
+from ptq_exp.schema import BitsConfig, ExperimentConfig
 from ptq_exp.tracking.cache import ArtifactCache, digest
 
 
@@ -44,7 +47,7 @@ class Setup:
             node = {key: str(device) if key == "device" and value is None else value for key, value in node.items()}
             extractor = build(node, "evaluation.extractor")
         sampler = config.sampler
-        grid = model.time_grid(sampler.steps, sampler.spacing, eta=sampler.eta)
+        grid = model.time_grid(sampler.steps, sampler.spacing, eta=sampler.eta, solver=sampler.solver)
         return cls(config, model, grid, extractor, ArtifactCache(config.cache_dir, config.cache), device)
 
     def trainer(self, title: str):
@@ -75,7 +78,7 @@ class Setup:
             "model": self.model.digest,
             "dtype": model.dtype,
             "layout": [model.channels_last, model.compile],
-            "sampler": self.config.sampler.name,
+            "sampler": self.grid.solver,
             "grid": [self.grid.timesteps.tolist(), self.grid.alphas_cumprod.tolist(), self.grid.eta],
             "guidance_scale": self.guidance_scale,
             "seed": self.config.seed,
@@ -91,6 +94,24 @@ class Setup:
         content = content_digest(images["path"]) if images.get("path") else None
         return spec | {"images": images, "content": content}
 
+    def quantization_spec(self) -> dict[str, Any]:
+        """All that decides the quantized network, with all activation widths that it can run at."""
+        bits = asdict(self.config.bits)
+        widths = {key: bits[key] for key in ("weight", "softmax", "first_last", "boundary")}
+        return self.calibration_spec() | {
+            "metric": self.config.metric.name,
+            "bits": widths | {"activation": self.activation_widths},
+            "quantization": asdict(self.config.quantization),
+        }
+
+    @property
+    def activation_widths(self) -> list[int]:
+        """The widths that activations are calibrated for, ascending; one, unless they differ between steps."""
+        bits = self.config.bits
+        if bits.schedule is None:
+            return [bits.activation]
+        return sorted(set(bits.candidates or given_schedule(bits, self.grid).widths))
+
     def images_spec(self) -> dict[str, Any]:
         """All that decides the full-precision images."""
         evaluation = self.config.evaluation
@@ -104,6 +125,24 @@ class Setup:
     def needs_images(self) -> bool:
         """Whether calibration starts from real images."""
         return self.config.calibration.source in ("raw", "diffuse")
+
+
+def given_schedule(bits: BitsConfig, grid: TimeGrid) -> BitSchedule:
+    """The bit schedule that `bits.schedule` spells out or names the file of, for `grid`.
+
+    Raises:
+        ConfigError: it does not fit the grid, or its file has another weight width.
+        DataError: no such file.
+    """
+    if isinstance(bits.schedule, str) and bits.schedule.endswith(".json"):
+        schedule = BitSchedule.load(bits.schedule)
+        schedule.check(grid)
+        if schedule.weight != bits.weight:
+            raise ConfigError(
+                f"{bits.schedule} is for {schedule.weight}-bit weights: set bits.weight={schedule.weight}"
+            )
+        return schedule
+    return BitSchedule(bits.weight, tuple(parse_widths(bits.schedule)), tuple(grid.timesteps.tolist()))
 
 
 def _trainer_settings(config: ExperimentConfig) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from tqdm import tqdm
 
 import ptq_exp
 from ptq_exp.calibration import CalibrationSet, positions
-from ptq_exp.config import ExperimentConfig, build
-from ptq_exp.diffusion import DiffusionModel, relative_eps_error
+from ptq_exp.config import build
+from ptq_exp.diffusion import DiffusionModel
 from ptq_exp.evaluation import (
     FeatureStatistics,
     GaussianStatistics,
@@ -26,15 +25,17 @@ from ptq_exp.evaluation import (
     load_reference,
     load_statistics,
 )
+from ptq_exp.files import write_npz
 from ptq_exp.lightning import (
     CalibrationModule,
     EvaluationModule,
     collect_calibration_set,
     draw_images,
 )
+from ptq_exp.noise_stages import twin_spec
+from ptq_exp.npz import npz_arrays
 from ptq_exp.parts import Parts, slices
 from ptq_exp.quantization import (
-    Report,
     Rule,
     calibrate_weights_,
     calibrating,
@@ -42,8 +43,11 @@ from ptq_exp.quantization import (
     finish_calibration,
     quantize_,
 )
+from ptq_exp.quantization.stored import range_arrays, restore_ranges_
+from ptq_exp.schema import ExperimentConfig
 from ptq_exp.setup import Setup
 from ptq_exp.tracking.results import read_samples, write_samples
+from ptq_exp.twin import Twin
 
 log = logging.getLogger("ptq_exp")
 
@@ -91,12 +95,12 @@ def make_calibration_set(setup: Setup) -> CalibrationSet:
     )  # fmt: skip
 
 
-def policy(config: ExperimentConfig, model: DiffusionModel) -> list[Rule]:
+def policy(config: ExperimentConfig, model: DiffusionModel, activation_widths: Sequence[int]) -> list[Rule]:
     """The ordered rules that `quantization` and `bits` describe, with the model's own first and last layers."""
     quantization, bits = config.quantization, config.bits
     rules = [Rule(pattern, None, "quantization.keep_fp") for pattern in quantization.keep_fp]
     return rules + default_rules(
-        bits.weight, bits.activation, softmax_bits=bits.softmax, first_last_bits=bits.first_last,
+        bits.weight, activation_widths, softmax_bits=bits.softmax, first_last_bits=bits.first_last,
         boundary_bits=bits.boundary, attention=quantization.attention,
         first=model.first_layers if quantization.first is None else quantization.first,
         last=model.last_layers if quantization.last is None else quantization.last,
@@ -105,16 +109,34 @@ def policy(config: ExperimentConfig, model: DiffusionModel) -> list[Rule]:
     )  # fmt: skip
 
 
-def quantize_model(setup: Setup, calibration_set: CalibrationSet) -> tuple[nn.Module, Report]:
-    """Return a quantized twin of the model's denoiser, calibrated, and the account of its layers.
+def quantize_model(setup: Setup, calibration_set: CalibrationSet) -> Twin:
+    """A quantized twin of the model's denoiser, calibrated (or with the ranges of an earlier run), and its account.
 
     The twin's weights hold their quantized values: sampling does not quantize them again at every step.
     """
-    config = setup.config
     quantized = setup.model.twin().to(setup.device)
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
-    report = quantize_(quantized, policy(config, setup.model), example)
-    layers = sum(row.weight_bits is not None for row in report.rows if row.scope == "conv_linear")
+    report = quantize_(quantized, policy(setup.config, setup.model, setup.activation_widths), example)
+    twin = Twin(quantized, report)
+
+    def make() -> dict[str, np.ndarray]:
+        _calibrate(setup, twin, calibration_set)
+        return range_arrays(quantized)
+
+    arrays, reused = setup.cache.get_or_make(
+        "ranges", setup.quantization_spec(), make=make, load=npz_arrays,
+        save=lambda arrays, path: write_npz(path, **arrays),
+    )
+    if reused:
+        restore_ranges_(quantized, arrays)
+    _said("ranges", (arrays, reused))
+    return twin
+
+
+def _calibrate(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> None:
+    """Search the weight ranges, then those of the activations of the weight-quantized network."""
+    config, quantized = setup.config, twin.network
+    layers = sum(row.weight_bits is not None for row in twin.report.rows if row.scope == "conv_linear")
     with setup.progress(layers, "weight ranges") as bar:
         calibrate_weights_(quantized, config.metric.name, bar.update)
     with calibrating(quantized), torch.no_grad(), setup.progress(len(calibration_set), "calibration forward") as bar:
@@ -122,16 +144,16 @@ def quantize_model(setup: Setup, calibration_set: CalibrationSet) -> tuple[nn.Mo
             quantized(x.to(setup.device), t.to(setup.device), None if y is None else y.to(setup.device))
             bar.update(min(config.calibration.batch_size, bar.total - bar.n))
     finish_calibration(quantized, config.metric.name)
-    return quantized, report
 
 
-def draw(setup: Setup, denoiser: nn.Module, title: str, folder: Path, path: Path) -> np.ndarray:
+def draw(setup: Setup, denoiser: nn.Module, title: str, folder: Path, path: Path, **noise_in_eps: Any) -> np.ndarray:
     """Images uint8 [N, H, W, C] of samples 0..N-1 drawn with `denoiser` into the file `path`, memory-mapped.
 
-    Batches already in `folder` are not drawn again.
+    `denoiser` is guided already. Batches already in `folder` are not drawn again. `noise_in_eps`: see
+    `EvaluationModule`.
     """
     evaluation = setup.config.evaluation
-    module = EvaluationModule(setup.model, setup.guided(denoiser), setup.grid, seed=setup.config.seed)
+    module = EvaluationModule(setup.model, denoiser, setup.grid, seed=setup.config.seed, **noise_in_eps)
     draw_images(module, setup.trainer(title), evaluation.n_samples, evaluation.batch_size, folder, path)
     return read_samples(path)[0]
 
@@ -142,20 +164,21 @@ def full_precision_images(setup: Setup) -> np.ndarray:
     folder = setup.working_folder("images", spec)
     found = setup.cache.get_or_make(
         "images", spec, save=lambda images, path: write_samples(path, images), load=lambda path: read_samples(path)[0],
-        make=lambda: draw(setup, setup.model.denoiser, "FP32 images", folder, folder / "joined.npz"),
+        make=lambda: draw(setup, setup.guided(setup.model.denoiser), "FP32 images", folder, folder / "joined.npz"),
     )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     return _said("FP32 images", found, lambda images: f", {len(images)}")
 
 
-def quantized_images(setup: Setup, quantized: nn.Module, path: Path) -> np.ndarray:
+def quantized_images(setup: Setup, twin: Twin, path: Path) -> np.ndarray:
     """Draw the images of the quantized model into `path`; a killed run with the same settings is continued."""
     config = setup.config
-    spec = setup.images_spec() | setup.calibration_spec() | {
-        "metric": config.metric.name, "bits": asdict(config.bits), "quantization": asdict(config.quantization),
-    }  # fmt: skip
-    folder = setup.working_folder("quantized images", spec)
-    images = draw(setup, quantized, f"{config.bits.name.upper()} images", folder, path)
+    folder = setup.working_folder("quantized images", setup.images_spec() | twin_spec(setup, twin))
+    images = draw(
+        setup, twin.corrected(setup), f"{config.bits.name.upper()} images", folder, path,
+        eps_noise_std=twin.eps_noise_std(setup),
+        convention="code" if config.correction.convention == "code" else "exact",
+    )  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     return images
 
@@ -201,15 +224,3 @@ def reference_features(setup: Setup) -> Reference:
         "reference", spec, make=make, save=lambda value, path: value.save(path), load=load_statistics
     )
     return _said("reference features", found, lambda reference: f", {reference.name}")
-
-
-def eps_error(setup: Setup, quantized: nn.Module) -> list[float]:
-    """Relative eps error of each sampling step, on full-precision trajectories of the first few samples."""
-    config = setup.config
-    denoisers = [setup.guided(network.to(setup.device)) for network in (setup.model.denoiser, quantized)]
-    with setup.progress(len(setup.grid), "eps error") as bar:
-        errors = relative_eps_error(
-            setup.model, *denoisers, setup.grid, range(config.evaluation.eps_error_samples), config.seed,
-            device=setup.device, on_step=bar.update,
-        )  # fmt: skip
-    return errors.tolist()

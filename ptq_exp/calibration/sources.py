@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ptq_exp.diffusion.guidance import Guided
 from ptq_exp.diffusion.model import DiffusionModel
 from ptq_exp.diffusion.noise import CALIBRATION, SampleNoise, sample_generator
-from ptq_exp.diffusion.sampler import ddim_step
+from ptq_exp.diffusion.sampler import StepRecord, ddim_step, sample
 from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import ConfigError, DataError
 
@@ -71,9 +71,12 @@ class StateRequest:
 def denoise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tensor]:
     """States of full-precision denoising runs from pure noise.
 
-    A trajectory stops at its sample's step and leaves the batch, so that the cost is the sum of the steps needed.
+    A trajectory stops at its sample's step and leaves the batch, so that the cost is the sum of the steps needed. The
+    solvers of diffusers keep the batch together, up to its last step.
     """
     grid, steps = request.grid, request.steps
+    if grid.make_scheduler is not None:
+        return _denoise_together(model, request)
     noise = request.noise(model.sample_shape)
     x = noise.draw()
     denoiser = request.denoiser or model.denoiser
@@ -94,6 +97,25 @@ def denoise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tenso
         alphas = float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step])
         x = ddim_step(x, eps, *alphas, grid.eta, z, clip_sample=model.clip_sample)[0].cpu()
     return states, steps * (2 if isinstance(denoiser, Guided) else 1)
+
+
+def _denoise_together(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tensor]:
+    """`denoise` for schedulers that keep the estimates of their batch: no sample can leave, all pay for the last."""
+    denoiser, steps = request.denoiser or model.denoiser, request.steps
+    last = int(steps.max())
+    labels = model.labels(request.indices, request.seed, CALIBRATION)
+    states = torch.empty(len(steps), *model.sample_shape)
+
+    def record(r: StepRecord) -> None:
+        arrived = steps == r.step
+        states[arrived] = r.x.cpu()[arrived]
+
+    end = sample(
+        denoiser, request.grid, request.noise(model.sample_shape),
+        y=None if labels is None else labels.to(request.device), device=request.device, steps=last, on_step=record,
+    )  # fmt: skip
+    states[steps == last] = end.cpu()[steps == last]
+    return states, torch.full_like(steps, last * (2 if isinstance(denoiser, Guided) else 1))
 
 
 def diffuse(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tensor]:

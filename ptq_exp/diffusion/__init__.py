@@ -5,11 +5,19 @@ from ptq_exp.diffusion.denoisers import ClassConditionalUNet, DiTDenoiser, First
 from ptq_exp.diffusion.guidance import Guided, both_halves
 from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.noise import SampleNoise
-from ptq_exp.diffusion.sampler import StepRecord, ddim_step, padded_batches, sample
+from ptq_exp.diffusion.sampler import (
+    StepCoefficients,
+    StepRecord,
+    ddim_step,
+    padded_batches,
+    sample,
+    step_coefficients,
+)
+from ptq_exp.diffusion.solvers import SOLVERS, solver_grid
 from ptq_exp.diffusion.time_grid import NoiseSchedule, TimeGrid
 
 __all__ = [
-    "ClassConditionalUNet", "DiTDenoiser", "DiffusionModel", "FirstStage", "Guided", "NoiseSchedule", "SampleNoise",
-    "SamplerDefaults", "StepRecord", "TimeGrid", "UNetDenoiser", "both_halves", "ddim_step", "padded_batches",
-    "relative_eps_error", "sample",
+    "ClassConditionalUNet", "DiTDenoiser", "DiffusionModel", "FirstStage", "Guided", "NoiseSchedule", "SOLVERS",
+    "SampleNoise", "SamplerDefaults", "StepCoefficients", "StepRecord", "TimeGrid", "UNetDenoiser", "both_halves",
+    "ddim_step", "padded_batches", "relative_eps_error", "sample", "solver_grid", "step_coefficients",
 ]  # fmt: skip

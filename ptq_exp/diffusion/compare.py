@@ -1,37 +1,73 @@
-"""How far a quantized denoiser is from its full-precision twin, step by step on the same states."""
+"""Noise estimates of a full-precision denoiser and of quantized ones, step by step on the same states."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptq_exp.diffusion.model import DiffusionModel
-from ptq_exp.diffusion.sampler import StepRecord
+from ptq_exp.diffusion.noise import EVALUATION, SampleNoise
+from ptq_exp.diffusion.sampler import Denoiser, StepRecord, sample
 from ptq_exp.diffusion.time_grid import TimeGrid
+from ptq_exp.errors import ConfigError
+
+FOLLOW = ("fp32", "quantized")
+
+OnPair = Callable[[int, Tensor, list[Tensor]], None]
+"""(step, eps [N, C, H, W] of full precision, one eps_q of the same shape for each quantized denoiser)."""
 
 
 @torch.no_grad()
+def paired_estimates(
+    model: DiffusionModel, denoiser: Denoiser, quantized: Sequence[Denoiser], grid: TimeGrid, indices: Sequence[int],
+    seed: int, on_pair: OnPair, *, stream: int = EVALUATION, follow: str = "fp32", device: torch.device | str = "cpu",
+) -> None:  # fmt: skip
+    """Call `on_pair` at each step of the trajectories of sample `indices`, with all estimates of the same states.
+
+    Args:
+        denoiser: full precision, guided as the `quantized` ones are.
+        stream: of noise and labels; see `ptq_exp.diffusion.noise`.
+        follow: whose trajectory gives the states: "fp32", so that errors do not accumulate over steps, or "quantized",
+            the first of the quantized denoisers, where it really runs.
+
+    Raises:
+        ConfigError: `follow` is neither.
+    """
+    if follow not in FOLLOW:
+        raise ConfigError(f"correction.follow={follow}: choose one of {', '.join(FOLLOW)}")
+    y = model.labels(indices, seed, stream)
+    y = None if y is None else y.to(device)
+
+    def record(r: StepRecord) -> None:
+        t = grid.network_time(r.step, len(r.x)).to(r.x.device)
+        if follow == "fp32":
+            on_pair(r.step, r.eps, [other(r.x, t, y) for other in quantized])
+        else:
+            on_pair(r.step, denoiser(r.x, t, y), [r.eps, *(other(r.x, t, y) for other in quantized[1:])])
+
+    sample(
+        denoiser if follow == "fp32" else quantized[0], grid, SampleNoise(seed, indices, model.sample_shape, stream),
+        y=y, clip_sample=model.clip_sample, device=device, on_step=record,
+    )  # fmt: skip
+
+
 def relative_eps_error(
-    model: DiffusionModel, denoiser: nn.Module, quantized: nn.Module, grid: TimeGrid, indices: Sequence[int],
+    model: DiffusionModel, denoiser: Denoiser, quantized: Denoiser, grid: TimeGrid, indices: Sequence[int],
     seed: int, *, device: torch.device | str = "cpu", on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:  # fmt: skip
     """||eps_q - eps|| / ||eps|| for each step, float64 [S], over all `indices`, on the full-precision trajectories.
 
-    `denoiser` (full precision) and `quantized` are guided alike, and both see the state of the full-precision run, so
-    that errors do not accumulate over steps. `on_step` is called after each step (a progress bar).
+    `denoiser` (full precision) and `quantized` are guided alike. `on_step` is called after each step (a progress bar).
     """
     error = torch.zeros(len(grid), dtype=torch.float64)
     norm = torch.zeros_like(error)
-    y = model.labels(indices, seed)
-    y = None if y is None else y.to(device)
 
-    def record(r: StepRecord) -> None:
-        eps_q = quantized(r.x, grid.network_time(r.step, len(r.x)).to(r.x.device), y)
-        error[r.step] += float((eps_q - r.eps).double().square().sum())
-        norm[r.step] += float(r.eps.double().square().sum())
+    def add(step: int, eps: Tensor, estimates: list[Tensor]) -> None:
+        error[step] += float((estimates[0] - eps).double().square().sum())
+        norm[step] += float(eps.double().square().sum())
         on_step()
 
-    model.run(denoiser, grid, indices, seed, device=device, on_step=record)
+    paired_estimates(model, denoiser, [quantized], grid, indices, seed, add, device=device)
     return (error / norm).sqrt()

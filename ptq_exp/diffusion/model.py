@@ -13,6 +13,7 @@ from ptq_exp.diffusion.denoisers import FirstStage
 from ptq_exp.diffusion.guidance import Guided
 from ptq_exp.diffusion.noise import EVALUATION, SampleNoise, sample_generator
 from ptq_exp.diffusion.sampler import sample
+from ptq_exp.diffusion.solvers import solver_grid
 from ptq_exp.diffusion.time_grid import NoiseSchedule, TimeGrid
 from ptq_exp.errors import ConfigError, DataError
 
@@ -63,13 +64,18 @@ class DiffusionModel:
         self.image_shape = self.image_shape or self.sample_shape
 
     def time_grid(
-        self, steps: int | None = None, spacing: str | None = None, *, eta: float | None = None
+        self, steps: int | None = None, spacing: str | None = None, *, eta: float | None = None, solver: str = "ddim"
     ) -> TimeGrid:
-        """The grid of `steps` sampling steps, published values where None; see `TimeGrid.from_schedule`."""
+        """The grid of `steps` sampling steps, published values where None; see `ptq_exp.diffusion.solvers.solver_grid`.
+
+        The published `eta` is one of DDIM: the other solvers take 0 where nothing is said.
+        """
         published = self.sampler
-        return TimeGrid.from_schedule(
-            self.schedule, published.steps if steps is None else steps, spacing or published.spacing,
-            eta=published.eta if eta is None else eta,
+        if eta is None:
+            eta = published.eta if solver == "ddim" else 0.0
+        return solver_grid(
+            self.schedule, published.steps if steps is None else steps, spacing or published.spacing, eta=eta,
+            solver=solver,
         )  # fmt: skip
 
     def twin(self) -> nn.Module:

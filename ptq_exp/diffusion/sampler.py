@@ -1,4 +1,4 @@
-"""DDIM(eta) sampling over a `TimeGrid` (Song, Meng and Ermon 2021)."""
+"""DDIM(eta) sampling over a `TimeGrid` (Song, Meng and Ermon 2021), and grids that a scheduler of diffusers walks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from torch import Tensor
 
 from ptq_exp.diffusion.noise import SampleNoise
 from ptq_exp.diffusion.time_grid import TimeGrid
+from ptq_exp.errors import ConfigError
 
 Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+CONVENTIONS = ("exact", "code")
 
 
 class StepRecord(NamedTuple):
-    """What `on_step` sees: the position in the grid, the state that entered it, the estimates, the state after it."""
+    """What `on_step` sees: the position in the grid, the state that entered it, the estimates, the state after it.
+
+    States are those that the network receives, sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, whatever the scale that a
+    solver keeps its own states in.
+    """
 
     step: int
     x: Tensor
@@ -24,29 +30,83 @@ class StepRecord(NamedTuple):
     x_prev: Tensor
 
 
+class StepCoefficients(NamedTuple):
+    """Of one DDIM step, x_prev = sqrt(alpha_bar_prev / alpha_bar) x + `eps` eps + `sigma` z.
+
+    `direction` is the coefficient of eps beside x0, x_prev = sqrt(alpha_bar_prev) x0 + `direction` eps + `sigma` z.
+    """
+
+    sigma: float
+    direction: float
+    eps: float
+
+
+def step_coefficients(alpha_bar: float, alpha_bar_prev: float, eta: float) -> StepCoefficients:
+    """Coefficients of the step from noise level `alpha_bar` to `alpha_bar_prev` (Song et al. 2021, eq. 12 and 16).
+
+    sigma = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) sqrt(1 - alpha_bar / alpha_bar_prev),
+    direction = sqrt(1 - alpha_bar_prev - sigma^2),
+    eps = direction - sqrt(alpha_bar_prev (1 - alpha_bar) / alpha_bar). Levels may be tensors of one shape: so are the
+    coefficients then.
+    """
+    sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) ** 0.5
+    direction = _positive(1 - alpha_bar_prev - sigma**2) ** 0.5
+    return StepCoefficients(sigma, direction, direction - (alpha_bar_prev * (1 - alpha_bar) / alpha_bar) ** 0.5)
+
+
+def _positive(value: float | Tensor) -> float | Tensor:
+    """`value`, or 0 where rounding left -1e-17 (eta = 1), whose root would be complex."""
+    return value.clamp(min=0.0) if isinstance(value, Tensor) else max(value, 0.0)
+
+
 def ddim_step(
-    x: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_prev: float, eta: float = 0.0,
-    noise: Tensor | None = None, *, clip_sample: bool = False,
+    x: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_prev: float, eta: float = 0.0, noise: Tensor | None = None,
+    eps_noise_std: float = 0.0, convention: str = "exact", *, clip_sample: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One DDIM step from noise level `alpha_bar` to `alpha_bar_prev`.
 
-    Symbols of Song et al. 2021, eq. 12 and 16: `x` is x_t, `eps` is epsilon_theta(x_t, t), `alpha_bar` their alpha_t,
-    sigma = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) sqrt(1 - alpha_bar / alpha_bar_prev). With `clip_sample`
-    the predicted x0 is clamped to [-1, 1] and eps derived from it again, as ADM and improved-diffusion do.
+    `x` is x_t, `eps` is epsilon_theta(x_t, t), `noise` z ~ N(0, 1) where eta > 0; the formulas are those of
+    `step_coefficients`. With `clip_sample` the predicted x0 is clamped to [-1, 1] and eps derived from it again, as ADM
+    and improved-diffusion do.
+
+    Quantization leaves noise in eps, of standard deviation q = `eps_noise_std` once its mean is corrected. It reaches
+    x_prev through c, the coefficient of eps, and takes the place of a part of the step's own noise (PTQD, section 4.2):
+
+    Args:
+        eps_noise_std: q >= 0.
+        convention: "exact": sigma'^2 = max(0, sigma^2 - c^2 q^2), all else unchanged, so that mean and variance of the
+            full-precision step are met exactly wherever c^2 q^2 <= sigma^2. Elements whose x0 was clamped carry no
+            noise from eps: they keep sigma. "code", as published: the direction term becomes
+            sqrt(1 - alpha_bar_prev - sigma'^2) too, which moves the mean and leaves the variance short.
 
     Returns:
         (x_prev, x0), both of the shape of `x`.
+
+    Raises:
+        ConfigError: an unknown convention, or q is negative or not finite.
     """
+    if convention not in CONVENTIONS:
+        raise ConfigError(f"correction.convention={convention}: choose one of {', '.join(CONVENTIONS)}")
+    if not 0 <= eps_noise_std < float("inf"):
+        raise ConfigError(f"eps_noise_std={eps_noise_std}: a standard deviation is a finite number of 0 or more")
     x0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+    clamped = None
     if clip_sample:
+        clamped = x0.abs() > 1 if eps_noise_std > 0 else None
         x0 = x0.clamp(-1.0, 1.0)
         eps = (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
-    sigma = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) ** 0.5
-    # for eta = 1 rounding can leave -1e-17, whose root would be complex
-    direction = max(1 - alpha_bar_prev - sigma**2, 0.0) ** 0.5
+    sigma, direction, c = step_coefficients(alpha_bar, alpha_bar_prev, eta)
+    own = sigma
+    # not by way of the formula where q = 0: the root of the square can differ in the last bit
+    if eps_noise_std > 0:
+        own = max(sigma**2 - (c * eps_noise_std) ** 2, 0.0) ** 0.5
+        if convention == "code":
+            direction = _positive(1 - alpha_bar_prev - own**2) ** 0.5
+        elif clamped is not None:
+            own = torch.full_like(x, own).masked_fill_(clamped, sigma)
     x_prev = alpha_bar_prev**0.5 * x0 + direction * eps
     if sigma > 0:
-        x_prev = x_prev + sigma * noise
+        x_prev = x_prev + own * noise
     return x_prev, x0
 
 
@@ -55,27 +115,68 @@ def sample(
     denoiser: Denoiser, grid: TimeGrid, noise: SampleNoise, *, y: Tensor | None = None, clip_sample: bool = False,
     device: torch.device | str = "cpu", steps: int | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
+    eps_noise_std: Tensor | None = None, convention: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Run `denoiser` from pure noise through the first `steps` steps of `grid` (all by default).
 
     Args:
         denoiser: (x [N, C, H, W], t [N] network time, y [N] labels or None) -> eps [N, C, H, W].
         noise: one stream per sample; its first draw is the initial state.
+        clip_sample: clamp the predicted x0 to [-1, 1]. The solvers of diffusers do not: there only the x0 that
+            `on_step` sees is clamped.
         on_step: called after each step with a `StepRecord`; how states and estimates are recorded.
+        eps_noise_std, convention: float [S], noise in the estimates of each step; None = none. See `ddim_step`.
 
     Returns:
         The state after the last step [N, C, H, W] on `device`.
+
+    Raises:
+        ConfigError: `eps_noise_std` is not one number per step, or the grid is walked by a solver, whose steps add no
+            noise that could make room for it.
     """
     x = noise.draw().to(device)
-    for step in range(len(grid) if steps is None else steps):
+    steps = len(grid) if steps is None else steps
+    if grid.make_scheduler is not None:
+        if eps_noise_std is not None:
+            raise ConfigError(
+                f"sampler={grid.solver} adds no noise of its own that the noise in eps could take the place of: leave "
+                "eps_noise_std out (correct the mean alone), or choose sampler=ddim with eta > 0"
+            )
+        return _solve(denoiser, grid, x, y, clip_sample, steps, on_step)
+    if eps_noise_std is not None and len(eps_noise_std) != len(grid):
+        raise ConfigError(f"eps_noise_std has {len(eps_noise_std)} values, but the grid has {len(grid)} steps")
+    stds = [0.0] * len(grid) if eps_noise_std is None else eps_noise_std.tolist()
+    for step in range(steps):
         eps = denoiser(x, grid.network_time(step, len(x)).to(device), y)
         z = noise.draw().to(device) if grid.eta > 0 else None
         x_prev, x0 = ddim_step(
             x, eps, float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step]), grid.eta, z,
-            clip_sample=clip_sample,
+            stds[step], convention, clip_sample=clip_sample,
         )  # fmt: skip
         if on_step is not None:
             on_step(StepRecord(step, x, eps, x0, x_prev))
+        x = x_prev
+    return x
+
+
+def _solve(
+    denoiser: Denoiser, grid: TimeGrid, noise: Tensor, y: Tensor | None, clip_sample: bool, steps: int,
+    on_step: Callable[[StepRecord], None] | None,
+) -> Tensor:  # fmt: skip
+    """The first `steps` evaluations of a scheduler of diffusers, see `sample`; its state may have another scale."""
+    # a multistep scheduler keeps the estimates of its batch: a used one would carry those of another
+    scheduler = grid.make_scheduler()
+    times = scheduler.timesteps
+    state = noise * float(scheduler.init_noise_sigma)
+    x = scheduler.scale_model_input(state, times[0])
+    for step in range(steps):
+        eps = denoiser(x, grid.network_time(step, len(x)).to(x.device), y)
+        state = scheduler.step(eps, times[step], state).prev_sample
+        x_prev = scheduler.scale_model_input(state, times[step + 1]) if step + 1 < len(grid) else state
+        if on_step is not None:
+            level = float(grid.alphas_cumprod[step])
+            x0 = (x - (1 - level) ** 0.5 * eps) / level**0.5
+            on_step(StepRecord(step, x, eps, x0.clamp(-1.0, 1.0) if clip_sample else x0, x_prev))
         x = x_prev
     return x
 

@@ -7,7 +7,10 @@ labels, statistics and schedules are all indexed by the position s.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +52,19 @@ class NoiseSchedule:
 class TimeGrid:
     """`timesteps`, `alphas_cumprod`, `alphas_cumprod_prev`: float64 [S], noisiest step first; `eta` of DDIM.
 
-    `timesteps` holds what the network receives and may be fractional (respaced and rescaled schedules). `eta` in
-    [0, 1] is the share of DDPM's noise that each step adds (Song et al. 2021, eq. 16).
+    `timesteps` holds what the network receives and may be fractional (respaced and rescaled schedules); times may
+    repeat. `eta` in [0, 1] is the share of DDPM's noise that each step adds (Song et al. 2021, eq. 16).
+
+    `solver` names what walks the grid, one step per network evaluation: "ddim", or a scheduler of diffusers, of which
+    `make_scheduler` builds a fresh one; see `ptq_exp.diffusion.solvers`.
     """
 
     timesteps: Tensor
     alphas_cumprod: Tensor
     alphas_cumprod_prev: Tensor
     eta: float = 0.0
+    solver: str = "ddim"
+    make_scheduler: Callable[[], Any] | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -66,6 +74,29 @@ class TimeGrid:
         if isinstance(step, Tensor):
             return self.timesteps[step].float()
         return self.timesteps[step].float().expand(n)
+
+    @cached_property
+    def first_with_time(self) -> Tensor:
+        """For each position the first one with the same float32 network time, int64 [S]."""
+        return self.step_of(self.timesteps)
+
+    def step_of(self, t: Tensor) -> Tensor:
+        """Positions of the network times `t` [N] (float32, any device): int64 [N] there, the first where times repeat.
+
+        Raises:
+            ConfigError: a time that is not on the grid.
+        """
+        # looked up on the CPU: fetching the times is the only wait for the device
+        wanted = t.detach().cpu().float()
+        equal = wanted.view(-1, 1) == self.timesteps.float()
+        missing = ~equal.any(1)
+        if bool(missing.any()):
+            raise ConfigError(
+                f"the network time {float(wanted[missing][0]):g} is not on the grid of {len(self)} steps from "
+                f"{float(self.timesteps[0]):g} to {float(self.timesteps[-1]):g}: the statistics or schedule belong to "
+                "another grid; sample with the sampler.steps and sampler.spacing that they were made with"
+            )
+        return equal.int().argmax(1).to(t.device, non_blocking=True)
 
     @classmethod
     def from_schedule(

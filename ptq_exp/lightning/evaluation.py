@@ -18,17 +18,22 @@ from ptq_exp.parts import Parts
 class EvaluationModule(pl.LightningModule):
     """`predict` on sample indices [B] -> {"arr_0": images uint8 [B, H, W, C]}.
 
-    `denoiser` is the full-precision one or a quantized twin, guided where guidance is wanted.
+    `denoiser` is the full-precision one or a quantized twin, guided where guidance is wanted. `eps_noise_std` [S] and
+    `convention` tell the sampler of noise in its estimates; see `ptq_exp.diffusion.sample`.
     """
 
-    def __init__(self, model: DiffusionModel, denoiser: nn.Module, grid: TimeGrid, *, seed: int) -> None:
+    def __init__(
+        self, model: DiffusionModel, denoiser: nn.Module, grid: TimeGrid, *, seed: int,
+        eps_noise_std: torch.Tensor | None = None, convention: str = "exact",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.denoiser, self.first_stage = denoiser, model.first_stage
         self.model, self.grid, self.sample_seed = model, grid, seed
+        self.noise_in_eps = {"eps_noise_std": eps_noise_std, "convention": convention}
 
     def predict_step(self, indices: torch.Tensor) -> dict[str, np.ndarray]:
         images = self.model.sample(
-            self.denoiser, self.grid, indices.tolist(), self.sample_seed, device=self.device
+            self.denoiser, self.grid, indices.tolist(), self.sample_seed, device=self.device, **self.noise_in_eps
         )
         return {"arr_0": to_uint8(images)}
 

@@ -5,8 +5,12 @@ calibrate_weights_(model, "lp")
 with calibrating(model):
     ...  # forwards over the calibration set
 finish_calibration(model, "lp")
+
+Activations may have several candidate widths, ``default_rules(8, (4, 8))``, of which ``select_row(model, row)``
+puts one in force from one sampling step to the next.
 """
 
+from ptq_exp.quantization.account import describe, ranges
 from ptq_exp.quantization.affine import (
     QRange,
     choose_qparams,
@@ -28,8 +32,9 @@ from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d
 from ptq_exp.quantization.placement import quantize_
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from ptq_exp.quantization.ranges import METRICS, RangeSketch, search_range
-from ptq_exp.quantization.report import Report, Row, describe, ranges
+from ptq_exp.quantization.report import Report, Row
 from ptq_exp.quantization.rules import QuantSpec, Rule, TensorSpec, default_rules
+from ptq_exp.quantization.step import Step, select_row, step_of
 
 __all__ = [
     "METRICS",
@@ -46,6 +51,7 @@ __all__ = [
     "Report",
     "Row",
     "Rule",
+    "Step",
     "TensorSpec",
     "WeightQuantizer",
     "calibrate_weights_",
@@ -64,5 +70,7 @@ __all__ = [
     "quantizers",
     "ranges",
     "search_range",
+    "select_row",
     "set_mode",
+    "step_of",
 ]

@@ -128,8 +128,8 @@ def attention_obstacle(attention: Attention) -> str | None:
     return None
 
 
-def bits_of(quantizer: nn.Module | None) -> int | None:
-    """Return the bit-width of a quantizer, None for a missing one or for the identity in its place."""
+def bits_of(quantizer: nn.Module | None) -> int | tuple[int, ...] | None:
+    """Return the bit-width of a quantizer, or its candidates; None for a missing one or the identity in its place."""
     return getattr(quantizer, "bits", None)
 
 
@@ -149,6 +149,6 @@ def _build(
             f"{name}: segments {spec.segments} sum to {sum(spec.segments)}, but there are {channels} channels"
         )
     settings = {"symmetric": spec.symmetric, "segments": spec.segments, "metric": spec.metric}
-    if quantizer is ActivationQuantizer:
-        settings["headroom"] = spec.headroom
-    return quantizer(spec.bits, rows=rows, axis=axis, name=name, **settings)
+    # an activation's rows follow from its widths
+    settings |= {"headroom": spec.headroom} if quantizer is ActivationQuantizer else {"rows": rows}
+    return quantizer(spec.bits, axis=axis, name=name, **settings)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
-from ptq_exp.errors import QuantizationError
+from ptq_exp.errors import ConfigError, QuantizationError
+from ptq_exp.quantization.account import build_report, parameter_holders
 from ptq_exp.quantization.calibrate import quantizers
 from ptq_exp.quantization.layers import (
     QUANTIZED,
@@ -17,8 +18,9 @@ from ptq_exp.quantization.layers import (
     retype_,
 )
 from ptq_exp.quantization.operations import trace
-from ptq_exp.quantization.report import Report, build_report, parameter_holders
+from ptq_exp.quantization.report import Report
 from ptq_exp.quantization.rules import Rule, check_rules, first_match
+from ptq_exp.quantization.step import Step
 
 
 def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) -> Report:
@@ -26,7 +28,7 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
 
     Exact `nn.Conv1d`, `nn.Conv2d`, `nn.Linear` and `diffusers` `Attention` are retyped; subclasses of them
     and other modules with weights are left alone and named in the report. If anything is wrong, the model is
-    left unchanged.
+    left unchanged. Activations with candidate widths share one `Step`, which says which width is in force.
 
     Args:
         model: full-precision network.
@@ -35,7 +37,7 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
 
     Raises:
         QuantizationError: the model is quantized already, or segments do not fit a layer.
-        ConfigError: a rule matches nothing.
+        ConfigError: a rule matches nothing, or activations have different numbers of candidate widths.
     """
     if next(quantizers(model), None) is not None:
         raise QuantizationError("the model is quantized already: quantize_ wants a full-precision model")
@@ -48,6 +50,7 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
         if placed:
             plan.append((module, placed))
     reasons |= _kept_by_rule(model, rules, names)
+    _share_step([quantizer for _, placed in plan for quantizer in placed.values()])
     counted = trace(model, example_inputs)
     for module, placed in plan:
         retype_(module, placed)
@@ -72,6 +75,26 @@ def _plan(module: nn.Module, rule: Rule | None, name: str) -> tuple[dict[str, nn
     return (
         ({}, f"left alone: {obstacle}") if obstacle else (attention_quantizers(module, rule.spec, name), "")
     )
+
+
+def _share_step(placed: Sequence[nn.Module]) -> None:
+    """Let those of the quantizers `placed` that have candidate widths choose among them by one `Step`.
+
+    Raises:
+        ConfigError: they have different numbers of candidates.
+    """
+    switched = [quantizer for quantizer in placed if getattr(quantizer, "step", None) is not None]
+    counts = {len(quantizer.widths): quantizer for quantizer in switched}
+    if len(counts) > 1:
+        one, other = list(counts.values())[:2]
+        raise ConfigError(
+            f"{one.name} has the candidate widths {one.bits} and {other.name} {other.bits}: they are chosen by one "
+            "number per sampling step, so give all activations that have candidates equally many"
+        )
+    for rows in counts:
+        step = Step(rows)
+        for quantizer in switched:
+            quantizer.step = step
 
 
 def _kept_by_rule(

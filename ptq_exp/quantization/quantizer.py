@@ -3,7 +3,8 @@
 A quantizer holds four buffers, ``scale``, ``zero_point``, ``qmin`` and ``qmax``, of shape ``[rows,
 segments]``:
 
-* rows: time-step bins for an activation (1 = static), output channels for a weight (1 = per tensor);
+* rows: candidate widths of an activation, of which each sampling step uses one (1 = one width for all steps);
+  output channels of a weight (1 = per tensor);
 * segments: contiguous groups of input channels with a range of their own (1 = all channels together).
 
 The simulated integer is ``clamp(round(x / scale) + zero_point, qmin, qmax)``, see
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.affine import QRange, fake_quantize
 from ptq_exp.quantization.ranges import RangeSketch, search_range
+from ptq_exp.quantization.step import Step
 
 
 class Mode(StrEnum):
@@ -34,7 +36,7 @@ class Quantizer(nn.Module):
     """Fake-quantizes a tensor with ranges kept as buffers, so that they travel with the state dict.
 
     Args:
-        bits: width of the integer.
+        bits: width of the integer (several for an `ActivationQuantizer`).
         symmetric: zero point 0 (signed integers, or unsigned ones for a tensor that is nowhere negative).
         rows: number of ranges along the first dimension of the buffers.
         axis: channel dimension of the tensor, negative (-1 for ``[..., C]``, -3 for ``[..., C, H, W]``).
@@ -45,7 +47,7 @@ class Quantizer(nn.Module):
 
     def __init__(
         self,
-        bits: int,
+        bits: int | tuple[int, ...],
         *,
         symmetric: bool,
         rows: int = 1,
@@ -67,8 +69,13 @@ class Quantizer(nn.Module):
             owner = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))
             self.register_buffer("segment_of_channel", owner, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, row: Tensor | None = None) -> Tensor:
         """Return `x` on the integer grid (same shape, multiples of ``scale``), or `x` itself when off.
+
+        Args:
+            x: floating point, with the channels on `axis`.
+            row: index, int64 [1], of the row of the buffers to use; None = the only one, or one for each index of the
+                first axis of `x`.
 
         Raises:
             QuantizationError: the ranges were neither calibrated nor loaded.
@@ -79,7 +86,7 @@ class Quantizer(nn.Module):
             raise QuantizationError(
                 f"{self.name}: not calibrated, it cannot quantize; calibrate the model or load its state dict"
             )
-        return fake_quantize(x, *(self._aligned(getattr(self, field), x) for field in QRange._fields))
+        return fake_quantize(x, *(self._aligned(getattr(self, field), x, row) for field in QRange._fields))
 
     def set_range(self, qrange: QRange) -> None:
         """Copy a range into the buffers; each field broadcasts to ``[rows, segments]``."""
@@ -100,8 +107,10 @@ class Quantizer(nn.Module):
             f"mode={self.mode.value}, calibrated={self.ready}"
         )
 
-    def _aligned(self, cells: Tensor, x: Tensor) -> Tensor:
-        """Reshape a ``[rows, segments]`` buffer so that it broadcasts against `x`."""
+    def _aligned(self, cells: Tensor, x: Tensor, row: Tensor | None) -> Tensor:
+        """Reshape a ``[rows, segments]`` buffer, or one `row` of it, so that it broadcasts against `x`."""
+        if row is not None:
+            cells = cells.index_select(0, row)
         if cells.numel() == 1:
             return cells.reshape(())  # 0-d: the cheapest broadcast, and it leaves the dtype of x alone
         if self.segments:
@@ -119,23 +128,46 @@ class Quantizer(nn.Module):
 class ActivationQuantizer(Quantizer):
     """Quantizer of activations: observes any number of batches, then searches its ranges once.
 
-    Buffers ``[1, segments]``: one static range per segment, `headroom` times as wide as the search found. A
-    sketch of bounded size stands for the observed data; it is no part of the state dict and is dropped by
-    `finish`.
+    Buffers ``[widths, segments]``: per candidate width one static range for each segment, `headroom` times as wide as
+    the search found. With several widths `step`, which the quantizers of a model share, says which one is in force.
+    A sketch of bounded size stands for the observed data; it is no part of the state dict and is dropped by `finish`.
+
+    Args:
+        bits: width of the integer, or a tuple of candidate widths, one per row.
+        headroom: factor by which the ranges are widened after the search.
+        settings: as for `Quantizer`, without `rows`.
     """
 
     sketches: list[RangeSketch] | None = None
 
-    def __init__(self, bits: int, *, headroom: float = 1.0, **settings) -> None:
-        super().__init__(bits, **settings)
+    def __init__(self, bits: int | tuple[int, ...], *, headroom: float = 1.0, **settings) -> None:
+        widths = bits if isinstance(bits, tuple) else (bits,)
+        super().__init__(bits if len(widths) > 1 else widths[0], rows=len(widths), **settings)
         self.headroom = headroom
+        self.step = Step(len(widths)) if len(widths) > 1 else None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The candidate widths, one per row of the buffers."""
+        return self.bits if isinstance(self.bits, tuple) else (self.bits,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `Quantizer.forward`; in mode ``observe`` the sketches are fed and `x` is returned unchanged."""
+        """As `Quantizer.forward`; in mode ``observe`` the sketches are fed and `x` is returned unchanged.
+
+        Raises:
+            QuantizationError: also if there are several widths and none was chosen.
+        """
         if self.mode == Mode.OBSERVE:
             self.observe(x)
             return x
-        return super().forward(x)
+        if self.step is None or self.mode == Mode.OFF:
+            return super().forward(x)
+        if not self.step.is_set:
+            raise QuantizationError(
+                f"{self.name}: has the candidate widths {self.bits} and none was chosen; call select_row(model, row) "
+                "before the model"
+            )
+        return super().forward(x, self.step.row)
 
     @property
     def saw_data(self) -> bool:
@@ -162,9 +194,12 @@ class ActivationQuantizer(Quantizer):
         """
         if not self.saw_data:
             raise QuantizationError(f"{self.name}: saw no data during calibration")
-        found = [sketch.search(self.bits, self.symmetric, self.metric or metric) for sketch in self.sketches]
-        found = [qrange._replace(scale=qrange.scale * self.headroom) for qrange in found]
-        self.set_range(_columns(found, rows=1))
+        rows = []
+        for bits in self.widths:
+            found = [sketch.search(bits, self.symmetric, self.metric or metric) for sketch in self.sketches]
+            found = [qrange._replace(scale=qrange.scale * self.headroom) for qrange in found]
+            rows.append(_columns(found, rows=1))
+        self.set_range(QRange(*(torch.cat(field) for field in zip(*rows, strict=True))))
         self.forget()
 
     def forget(self) -> None:

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Literal
 
 from ptq_exp.errors import ConfigError
@@ -25,7 +26,8 @@ class TensorSpec:
     """How one tensor is quantized.
 
     Attributes:
-        bits: width of the integer, 2 to 16.
+        bits: width of the integer, 2 to 16; for an activation also a tuple of candidate widths, ascending, of which
+            every sampling step uses one. A tuple of one is the same as the number.
         symmetric: zero point 0.
         granularity: one range per ``"tensor"`` or, for weights, per output ``"channel"``.
         segments: input-channel counts of groups that get a range each; None = one group.
@@ -36,7 +38,7 @@ class TensorSpec:
         ConfigError: a value is outside the above.
     """
 
-    bits: int
+    bits: int | tuple[int, ...]
     symmetric: bool = False
     granularity: Literal["tensor", "channel"] = "tensor"
     segments: tuple[int, ...] | None = None
@@ -44,7 +46,11 @@ class TensorSpec:
     headroom: float = 1.0
 
     def __post_init__(self) -> None:
-        check_bits("TensorSpec.bits", self.bits, SOFTMAX_BITS)
+        if isinstance(self.bits, tuple):
+            # the dataclass is frozen
+            object.__setattr__(self, "bits", checked_widths("TensorSpec.bits", self.bits, SOFTMAX_BITS))
+        else:
+            check_bits("TensorSpec.bits", self.bits, SOFTMAX_BITS)
         if self.granularity not in ("tensor", "channel"):
             raise ConfigError(f"TensorSpec.granularity={self.granularity!r}: choose 'tensor' or 'channel'")
         if self.segments is not None and (not self.segments or min(self.segments) < 1):
@@ -63,7 +69,8 @@ class QuantSpec:
     q, k and v are the outputs of its linear layers).
 
     Raises:
-        ConfigError: an activation asks for one range per channel, or the softmax map for a zero point.
+        ConfigError: an activation asks for one range per channel, the softmax map for a zero point, or a weight for
+            several widths.
     """
 
     weight: TensorSpec | None = None
@@ -72,6 +79,11 @@ class QuantSpec:
     softmax: TensorSpec | None = None
 
     def __post_init__(self) -> None:
+        if self.weight is not None and isinstance(self.weight.bits, tuple):
+            raise ConfigError(
+                f"QuantSpec.weight: bits={self.weight.bits}, but a weight is quantized once: give one width (only "
+                "activations can change theirs from one sampling step to the next)"
+            )
         for role in ("input", "output", "softmax"):
             spec = getattr(self, role)
             if spec is not None and spec.granularity != "tensor":
@@ -131,7 +143,7 @@ def check_rules(rules: Sequence[Rule], quantizable: Collection[str], left_alone:
 
 def default_rules(
     weight_bits: int,
-    activation_bits: int,
+    activation_bits: int | Sequence[int],
     *,
     softmax_bits: int = 8,
     first_last_bits: int = 8,
@@ -149,7 +161,8 @@ def default_rules(
 
     Args:
         weight_bits: 2 to 8.
-        activation_bits: 2 to 8, layer inputs and the q, k, v of attention.
+        activation_bits: 2 to 8, layer inputs and the q, k, v of attention. Several, ascending: candidate widths, of
+            which every sampling step uses one (the other widths below are the same at all steps).
         softmax_bits: 2 to 16, the attention map (zero point 0, unsigned).
         first_last_bits: 2 to 8, least width of weights and inputs in the layers of `first` and `last`. At 8 bits
             these weights keep their whole range: the last layer's inputs are nowhere negative but for SiLU's dip, so
@@ -166,10 +179,13 @@ def default_rules(
         activation_symmetric: activations with zero point 0.
 
     Raises:
-        ConfigError: a bit-width is out of range; the message names the setting.
+        ConfigError: a bit-width is out of range, or candidates do not ascend; the message names the setting.
     """
     check_bits("bits.weight", weight_bits)
-    check_bits("bits.activation", activation_bits)
+    if isinstance(activation_bits, Sequence):
+        activation_bits = checked_widths("bits.candidates", activation_bits)
+    else:
+        check_bits("bits.activation", activation_bits)
     check_bits("bits.first_last", first_last_bits)
     check_bits("bits.softmax", softmax_bits, SOFTMAX_BITS)
     check_bits("bits.boundary", boundary_bits, SOFTMAX_BITS)
@@ -183,7 +199,8 @@ def default_rules(
     edge_weight = replace(weight, bits=max(weight_bits, first_last_bits))
     if edge_weight.bits >= LAYER_BITS[1]:
         edge_weight = replace(edge_weight, metric="minmax")
-    edge_input = replace(operand, bits=max(boundary_bits, activation_bits, first_last_bits))
+    widest = activation_bits[-1] if isinstance(activation_bits, tuple) else activation_bits
+    edge_input = replace(operand, bits=max(boundary_bits, widest, first_last_bits))
     if edge_input.bits > LAYER_BITS[1]:
         edge_input = replace(edge_input, metric="minmax", headroom=BOUNDARY_HEADROOM)
     rules = [Rule(pattern, QuantSpec(edge_weight, edge_input)) for pattern in (*first, *last)]
@@ -198,3 +215,19 @@ def check_bits(setting: str, bits: int, allowed: tuple[int, int] = LAYER_BITS) -
     low, high = allowed
     if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
         raise ConfigError(f"{setting}={bits!r}: choose {low}..{high}")
+
+
+def checked_widths(
+    setting: str, widths: Sequence[int], allowed: tuple[int, int] = LAYER_BITS
+) -> int | tuple[int, ...]:
+    """Return candidate `widths` as a tuple, or as the number if there is one.
+
+    Raises:
+        ConfigError: none are given, they do not ascend, or one is no integer in `allowed`; the message names `setting`.
+    """
+    widths = tuple(widths)
+    for bits in widths:
+        check_bits(setting, bits, allowed)
+    if not widths or any(low >= high for low, high in pairwise(widths)):
+        raise ConfigError(f"{setting}={list(widths)}: give candidate widths in ascending order, each once")
+    return widths if len(widths) > 1 else widths[0]

@@ -1,11 +1,12 @@
-"""Tables over many runs, made from their results.json: collect, average over seeds, print as Markdown."""
+"""Tables over many runs, made from their results.json: collect, average over seeds, print as Markdown or LaTeX."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ _log = logging.getLogger(__name__)
 # Settings that may differ between the runs of one average: they change where and how a run is
 # executed and recorded, not its numbers.
 EXECUTION_SETTINGS = ("seed", "cache", "cache_dir", "logger", "trainer")
-_MISSING = "—"
 
 
 def collect(runs_dir: str | os.PathLike) -> pd.DataFrame:
@@ -60,6 +60,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def add_percent(runs: pd.DataFrame, shares: Mapping[str, str]) -> pd.DataFrame:
+    """`runs` with new columns: {new: share} gives 100 times the column `share`, missing where there is none."""
+    nothing = pd.Series(float("nan"), index=runs.index)
+    return runs.assign(**{new: 100 * runs.get(share, nothing) for new, share in shares.items()})
 
 
 def aggregate(
@@ -145,8 +151,29 @@ def _same_settings(group: pd.DataFrame, by: Sequence[str], ignore: Sequence[str]
             runs = ", ".join(group["run"])
             raise ConfigError(
                 f"the runs {runs} would be averaged but differ in {column} ({', '.join(sorted(found))}): "
-                f"add {column!r} to `by`, or its name to `ignore`"
+                f"add {column!r} to `by`, or its name to `ignore`, or read only the runs of a folder that agree"
             )
+
+
+@dataclass(frozen=True)
+class _Notation:
+    """How a kind of table writes its cells."""
+
+    missing: str
+    plus_minus: str
+    infinity: tuple[str, str]  # positive, negative
+    number: str  # what a number is put into
+    text: Callable[[str], str]
+
+
+_MARKDOWN = _Notation("—", " ± ", ("∞", "−∞"), "{}", lambda text: text.replace("|", "\\|"))
+_LATEX_SPECIAL = {character: f"\\{character}" for character in "%_&#${}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$",
+}  # fmt: skip
+_LATEX = _Notation(
+    "--", r" \pm ", (r"\infty", r"-\infty"), "${}$", lambda text: text.translate(str.maketrans(_LATEX_SPECIAL))
+)
 
 
 def to_markdown(table: pd.DataFrame, titles: Mapping[str, str] | None = None, digits: int = 3) -> str:
@@ -162,36 +189,90 @@ def to_markdown(table: pd.DataFrame, titles: Mapping[str, str] | None = None, di
     Raises:
         ConfigError: a title for a column that is not there.
     """
+    titles = _chosen(table, titles)
+    heads = [_MARKDOWN.text(title) for title in titles.values()]
+    lines = [heads, ["---" if _is_text(table[column]) else "---:" for column in titles]]
+    lines += [_cells(row, titles, digits, _MARKDOWN) for row in table.to_dict("records")]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def to_latex(
+    table: pd.DataFrame,
+    titles: Mapping[str, str] | None = None,
+    digits: int = 3,
+    *,
+    caption: str | None = None,
+    label: str | None = None,
+    blocks: Sequence[str] = (),
+) -> str:
+    r"""The table of `to_markdown` in LaTeX, with the rules of the package booktabs.
+
+    Numbers stand in math mode, mean and deviation as `$1.23 \pm 0.04$`, a missing cell as `--`. Texts, headings and
+    the caption are escaped.
+
+    Args:
+        table, titles, digits: as in `to_markdown`.
+        caption: plain text. With a caption or a label the tabular stands in a floating `table`.
+        label: for `\ref`, as it is.
+        blocks: columns of `table`; a `\midrule` separates two rows that differ in one of them.
+
+    Raises:
+        ConfigError: a title or a block for a column that is not there.
+    """
+    titles = _chosen(table, titles)
+    _chosen(table, {column: column for column in blocks})
+    columns = "".join("l" if _is_text(table[column]) else "r" for column in titles)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines.append(_latex_row(_LATEX.text(title) for title in titles.values()))
+    block = None
+    for row in table.to_dict("records"):
+        if block != (block := [str(row[column]) for column in blocks]):
+            lines.append(r"\midrule")
+        lines.append(_latex_row(_cells(row, titles, digits, _LATEX)))
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    if caption is not None or label is not None:
+        head = [r"\begin{table}", r"\centering"]
+        head += [] if caption is None else [rf"\caption{{{_LATEX.text(caption)}}}"]
+        head += [] if label is None else [rf"\label{{{label}}}"]
+        lines = [*head, *lines, r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _chosen(table: pd.DataFrame, titles: Mapping[str, str] | None) -> dict[str, str]:
+    """The columns to print and their headings: `titles`, or all columns but the deviations."""
     deviations = {f"{column}.std" for column in table}
     titles = titles or {column: column for column in table if column not in deviations}
     if unknown := [column for column in titles if column not in table]:
         raise ConfigError(f"no column {unknown[0]!r} in the table, expected one of: {', '.join(table)}")
-    lines = [_line(titles.values()), _line("---" if _is_text(table[column]) else "---:" for column in titles)]
-    for row in table.to_dict("records"):
-        lines.append(_line(_cell(row, column, digits) for column in titles))
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Any) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    return dict(titles)
 
 
 def _is_text(column: pd.Series) -> bool:
     return not pd.api.types.is_numeric_dtype(column)
 
 
-def _cell(row: Mapping[str, Any], column: str, digits: int) -> str:
-    text = _number(row[column], digits)
-    deviation = row.get(f"{column}.std")
-    return text if _is_missing(deviation) else f"{text} ± {_number(deviation, digits)}"
+def _cells(row: Mapping[str, Any], columns: Iterable[str], digits: int, notation: _Notation) -> list[str]:
+    return [_cell(row, column, digits, notation) for column in columns]
 
 
-def _number(value: Any, digits: int) -> str:
+def _cell(row: Mapping[str, Any], column: str, digits: int, notation: _Notation) -> str:
+    value, deviation = row[column], row.get(f"{column}.std")
     if _is_missing(value) or value is pd.NA:
-        return _MISSING
-    if isinstance(value, float):
-        return {float("inf"): "∞", float("-inf"): "−∞"}.get(value, f"{value:.{digits}f}")
-    return str(value)
+        return notation.missing
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return notation.text(str(value))
+    parts = [value] if _is_missing(deviation) else [value, deviation]
+    return notation.number.format(notation.plus_minus.join(_number(part, digits, notation) for part in parts))
+
+
+def _number(value: float, digits: int, notation: _Notation) -> str:
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return notation.infinity[value < 0]
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def caption(table: pd.DataFrame) -> str:

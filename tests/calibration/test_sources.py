@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ptq_exp.calibration import SOURCES, CalibrationSet, StateRequest, source
-from ptq_exp.diffusion import SampleNoise, sample
+from ptq_exp.diffusion import SOLVERS, SampleNoise, sample
 from ptq_exp.diffusion.noise import CALIBRATION
 from ptq_exp.embedded import digits_model
 from ptq_exp.errors import ConfigError, DataError
@@ -71,6 +71,43 @@ def test_guided_trajectories_follow_their_labels_and_cost_both_halves(toy):
     sample(guided, model.time_grid(9), noise, y=y, on_step=records.append)
     for i, step in enumerate(steps.tolist()):
         torch.testing.assert_close(x[i], records[step].x[i])
+
+
+@pytest.mark.parametrize("solver", SOLVERS[1:])
+def test_states_of_a_solver_are_those_that_enter_the_step_and_all_pay_for_the_last(toy, solver):
+    """Its scheduler keeps the estimates of the batch, so that no trajectory can leave."""
+    grid, indices = toy.time_grid(9, "leading", solver=solver), [3, 1, 4, 15, 9]
+    steps = torch.tensor([7, 0, 3, 3, 5])
+    request = StateRequest(grid, indices, steps, seed=2)
+    x, evaluations = source("denoise")(toy, request)
+    assert toy.denoiser.batches == [5] * 7 and evaluations.tolist() == [7] * 5
+    records = trajectory(toy, grid, indices, 2)
+    for i, step in enumerate(steps.tolist()):
+        assert torch.equal(x[i], records[step].x[i]), (i, step)
+    part, _ = source("denoise")(toy, StateRequest(grid, [15, 1], steps[[3, 1]], seed=2))
+    assert torch.equal(part, x[[3, 1]])
+
+
+def test_guided_trajectories_of_a_solver_follow_their_labels(toy):
+    model = replace(toy, n_classes=4, null_label=7)
+    guided, grid = model.guided(model.denoiser, 2.0), model.time_grid(9, "leading", solver="euler")
+    steps = torch.tensor([4, 0, 2])
+    x, evaluations = source("denoise")(model, StateRequest(grid, range(3), steps, 0, denoiser=guided))
+    assert evaluations.tolist() == [8, 8, 8]
+    records = []
+    noise = SampleNoise(0, range(3), model.sample_shape, stream=CALIBRATION)
+    sample(guided, grid, noise, y=model.labels(range(3), 0, CALIBRATION), on_step=records.append)
+    for i, step in enumerate(steps.tolist()):
+        assert torch.equal(x[i], records[step].x[i])
+
+
+@pytest.mark.parametrize("solver", SOLVERS[1:])
+def test_pure_noise_of_a_solver_costs_nothing(toy, solver):
+    grid, steps = toy.time_grid(9, "leading", solver=solver), torch.zeros(3, dtype=torch.long)
+    request = StateRequest(grid, range(3), steps, seed=0)
+    x, evaluations = source("denoise")(toy, request)
+    assert int(evaluations.sum()) == 0 and toy.denoiser.batches == []
+    torch.testing.assert_close(x, request.noise(toy.sample_shape).draw())
 
 
 def test_pure_noise_costs_nothing(toy):

@@ -58,6 +58,14 @@ def test_clip_sample_of_the_model_reaches_the_sampler(digits, images_of_64):
     assert all(float(record.x0.abs().max()) <= 1 for record in records)
 
 
+@pytest.mark.parametrize("solver", ["dpm_solver", "pndm", "euler"])
+def test_images_of_other_solvers_agree_across_batch_sizes(digits, solver):
+    grid = digits.time_grid(5, solver=solver)
+    together = digits.sample(digits.denoiser, grid, range(8), 3)
+    alone = torch.cat([digits.sample(digits.denoiser, grid, [i], 3) for i in range(8)])
+    torch.testing.assert_close(alone, together, rtol=0, atol=2e-5)
+
+
 def test_a_twin_is_independent(digits):
     twin = digits.twin()
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """The grid's times, noise levels and their pairing, against exact arithmetic and values by hand."""
 
+import pickle
 from dataclasses import replace
 from fractions import Fraction
 
@@ -110,3 +111,44 @@ def test_trailing_times_are_those_of_diffusers(steps):
     scheduler.set_timesteps(steps)
     grid = TimeGrid.from_schedule(schedule(1000), steps, "trailing")
     assert grid.timesteps.tolist() == scheduler.timesteps.tolist() and grid.timesteps[0] == 999
+
+
+def test_positions_of_network_times():
+    grid = TimeGrid.from_schedule(replace(schedule(4000), time_scale=0.25), 300)
+    steps = torch.tensor([299, 0, 17, 17, 150])
+    assert bool((grid.timesteps % 1 != 0).any())
+    found = grid.step_of(grid.network_time(steps))
+    assert found.dtype == torch.int64 and torch.equal(found, steps)
+    assert torch.equal(grid.first_with_time, torch.arange(300))
+    assert grid.step_of(torch.empty(0)).shape == (0,)
+
+
+def test_times_whose_float32_is_rounded_are_found():
+    grid = TimeGrid.from_schedule(replace(schedule(4000), time_scale=1 / 3), 4000)
+    assert not torch.equal(grid.timesteps.float().double(), grid.timesteps)
+    assert torch.equal(grid.step_of(grid.network_time(torch.arange(4000))), torch.arange(4000))
+
+
+def test_repeated_times_have_the_position_of_the_first():
+    grid = TimeGrid.from_schedule(schedule(1000), 100, "quad")
+    times = grid.timesteps.tolist()
+    assert times[-5:] == [1, 0, 0, 0, 0]  # (i sqrt(800) / 99)^2 = 0, 0.08, 0.33, 0.73, 1.31
+    first = [times.index(time) for time in times]
+    assert grid.first_with_time.tolist() == first and grid.first_with_time.dtype == torch.int64
+    assert grid.first_with_time is grid.first_with_time
+    assert grid.step_of(grid.network_time(torch.tensor([99, 97, 3]))).tolist() == [96, 96, 3]
+
+
+@pytest.mark.parametrize("time, shown", [(500.5, "500.5"), (-1.0, "-1"), (float("nan"), "nan")])
+def test_a_time_of_another_grid_names_itself_and_the_grid(time, shown):
+    grid = TimeGrid.from_schedule(schedule(1000), 20, "leading")
+    message = rf"the network time {shown} is not on the grid of 20 steps from 951 to 1: .* belong to another grid"
+    with pytest.raises(ConfigError, match=message):
+        grid.step_of(torch.tensor([951.0, time, 1.0]))
+
+
+def test_a_grid_whose_positions_were_asked_for_can_still_be_pickled():
+    grid = TimeGrid.from_schedule(schedule(10), 4)
+    first = grid.first_with_time
+    again = pickle.loads(pickle.dumps(grid))
+    assert torch.equal(again.first_with_time, first) and torch.equal(again.timesteps, grid.timesteps)

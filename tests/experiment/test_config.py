@@ -16,7 +16,8 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 GROUPS = sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name != "experiment")
 REQUIRED = {
     "fp32", "ndtc_w8a8", "uniform_w8a8", "training_mimic_w8a8", "raw_w8a8", "noise_w8a8", "naive_first_w8a8",
-    "naive_last_w8a8", "ndtc_w6a6", "ndtc_w4a8", "ndtc_w4a4",
+    "naive_last_w8a8", "ndtc_w6a6", "ndtc_w4a8", "ndtc_w4a4", "ptqd_w8a8", "ptqd_w4a8", "ptqd_w3a8", "ptqd_mp",
+    "ptqd_ldm4_w8a8", "ptqd_ldm4_w4a8", "ptqd_ldm4_mp",
 }  # fmt: skip
 
 
@@ -28,8 +29,10 @@ def composed(*overrides: str):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_is_called_as_its_file(name):
     config = composed(f"+experiment={name}")
-    assert config.name == name
-    assert config.bits.name == name.rsplit("_", 1)[-1]
+    prefix, _, bits = name.rpartition("_")
+    assert config.bits.name == ("step_budget" if bits == "mp" else bits)
+    # a model in the name of the file is in the run's settings, not in its name
+    assert config.name == ("fp32" if name == "fp32" else f"{prefix.removesuffix('_ldm4')}_{config.bits.name}")
 
 
 def test_the_promised_experiments_are_there():
@@ -41,6 +44,7 @@ def test_every_group_choice_composes(group, choice):
     extra = {
         ("bits", "fp32"): ["calibration=none"], ("calibration", "none"): ["bits=fp32"],
         ("evaluation", "adm"): ["evaluation.reference=r.npz"], ("evaluation", "clean"): ["evaluation.reference=r.npz"],
+        ("bits", "step_list"): ["bits.schedule='[8]*12+[4]*8'"],
     }  # fmt: skip
     config = composed(f"{group}={choice}", *extra.get((group, choice), []))
     assert getattr(getattr(config, group), "name", choice) == choice
@@ -78,6 +82,11 @@ def test_every_experiment_file_says_what_it_follows():
         ("+model.ema=false", "model.ema: a checkpoint of model=digits has one set of weights, not two"),
         ("evaluation=adm", "evaluation.reference is not set, but evaluation=adm compares with real images: give"),
         ("bits=fp32", "calibration=ndtc contradicts bits=fp32"),
+        ("sampler.solver=heun", "sampler.solver=heun: choose one of ddim, dpm_solver, pndm, euler"),
+        ("correction.convention=theirs", "correction.convention=theirs: choose one of paper, code"),
+        ("correction.follow=both", "correction.follow=both: choose one of fp32, quantized"),
+        ("correction.n_samples=1", "correction.n_samples=1: choose 2 or more"),
+        ("correction.statistics=s.npz", "correction.statistics is set, but correction=none corrects nothing"),
         ("calibration=none", "calibration=none has no samples"),
     ],
 )  # fmt: skip
@@ -112,7 +121,34 @@ def test_a_group_on_the_command_line_wins_over_the_experiment_and_renames_the_ru
     assert (config.bits.weight, config.bits.activation, config.name) == (4, 4, "ndtc_w4a4")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["bits=step_budget", "bits.bops_ratio=1"], "bits.bops_ratio=1.0: say how many times fewer"),
+        (["bits=step_budget", "bits.candidates=[8]"], r"bits.candidates=[8]: give two or more widths"),
+        (["bits=step_snr", "bits.candidates=[4,9]"], "bits.candidates=9: choose 2..8"),
+        (["bits=step_snr", "bits.activation=8"], "bits.activation=8 contradicts bits.schedule"),
+        (["bits=step_snr", "bits.schedule=8"], "bits.schedule=8: give snr, budget, a list of one width per step"),
+        (["+experiment=fp32", "correction=ptqd"], "correction=ptqd contradicts bits=fp32"),
+    ],
+)  # fmt: skip
+def test_contradictions_of_schedule_and_correction_name_the_setting_and_the_fix(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        composed(*overrides)
+    assert message in str(error.value)
+
+
+def test_the_corrections_add_up():
+    parts = {"none": set(), "bias": {"bias"}, "correlation": {"correlation"}, "mean": {"correlation", "bias"},
+             "ptqd": {"correlation", "bias", "variance"}}  # fmt: skip
+    for name, toggles in parts.items():
+        correction = composed(f"correction={name}").correction
+        assert {t for t in ("correlation", "bias", "variance") if getattr(correction, t)} == toggles
+        assert correction.active == bool(toggles)
+
+
 def test_run_name():
+    assert run_name("uniform", "w4a8", "ptqd") == "ptqd_w4a8"
     assert run_name("ndtc", "w8a8") == "ndtc_w8a8"
     assert run_name("none", "fp32") == "fp32"
 

@@ -41,3 +41,81 @@ def test_rows_stand_in_order_of_their_damage_with_mean_and_deviation(runs):
 def test_a_folder_without_results_is_one_clear_line(tmp_path):
     with pytest.raises(SystemExit, match="error: no results.json below"):
         main([str(tmp_path)])
+
+
+def test_a_failed_run_neither_breaks_the_table_nor_stands_before_the_finished_ones(runs):
+    failed = results("ndtc_w3a8", "w3a8", 0, None) | {"status": "failed", "error": "no"}
+    del failed["metrics"], failed["metric_spec"]
+    write_json(runs / "0_failed" / "results.json", failed)
+    broken = runs / "1_broken" / "results.json"
+    broken.parent.mkdir()
+    broken.write_text("{")
+    lines = experiment_table(str(runs)).splitlines()
+    names = [line.split(" | ")[0].strip("| ") for line in lines[2:7]]
+    assert names == ["fp32", "ndtc_w8a8", "ndtc_w4a4", "ndtc_w3a8", "—"]
+    assert lines[5].count("—") == 8
+
+
+def test_a_folder_without_a_readable_result_is_one_clear_line(tmp_path):
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(SystemExit, match="error: no results.json below .* can be read"):
+        main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: none of the results says"):
+        main([str(tmp_path), "--layout", "ablation"])
+
+
+def test_markdown_is_the_default_and_latex_a_choice(runs, capsys):
+    main([str(runs)])
+    assert capsys.readouterr().out == experiment_table(str(runs)) + "\n"
+    main([str(runs), "--format", "latex"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == r"\caption{extractor e, n\_samples 4, preprocessing p, reference r; seeds 0, 2.}"
+    assert r"ndtc\_w8a8 & lp & $2.00 \pm 1.41$ & $2.00 \pm 0.00$ & $9.00 \pm 0.00$ & $0.10 \pm 0.00$" in lines[9]
+    assert lines[3:5] == [r"\label{tab:experiments}", r"\begin{tabular}{llrrrrrrrr}"]
+
+
+@pytest.fixture
+def corrected(tmp_path):
+    for bits, correction, increase in (("w4a8", "ptqd", 1.0), ("w4a8", "none", 2.0), ("fp32", "none", None)):
+        for seed in (0, 2):
+            values = results("x", bits, seed, increase)
+            values["config"] |= {
+                "model": {"name": "digits"}, "sampler": {"name": "ddim", "eta": 1.0}, "calibration": {"name": "ndtc"},
+                "correction": {"name": correction},
+            }  # fmt: skip
+            write_json(tmp_path / f"{bits}_{correction}_{seed}" / "results.json", values)
+    return tmp_path
+
+
+def test_the_ablation_in_markdown(corrected, capsys):
+    main([str(corrected), "--layout", "ablation"])
+    scores = "2.00 ± 1.41 | 2.00 ± 0.00 | 9.00 ± 0.00"
+    quantized = f"{scores} | 40.00 ± 0.00 | 1.25 ± 0.00 | 16.00 | 0, 2 |"
+    assert capsys.readouterr().out.splitlines() == [
+        "| model | sampler | eta | bits | correction | FID | sFID | IS | PSNR dB | eps error % | BOPs ratio | seeds |",
+        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        f"| digits | ddim | 1 | fp32 | FP32 | {scores} | — | — | — | 0, 2 |",
+        f"| digits | ddim | 1 | w4a8 | baseline | {quantized}",
+        f"| digits | ddim | 1 | w4a8 | + variance | {quantized}",
+        "",
+        "extractor e, n_samples 4, preprocessing p, reference r; seeds 0, 2.",
+    ]
+
+
+def test_the_ablation_in_latex_has_a_rule_between_blocks(corrected, capsys):
+    main([str(corrected), "--layout", "ablation", "--format", "latex"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:5] == [r"\label{tab:ablation}", r"\begin{tabular}{lllllrrrrrrl}"]
+    heads = [line.split(" & ")[4] if " & " in line else line for line in lines[7:]]
+    assert heads[:6] == [r"\midrule", "FP32", r"\midrule", "baseline", "+ variance", r"\bottomrule"]
+    assert lines[8].endswith(r"$9.00 \pm 0.00$ & -- & -- & -- & 0, 2 \\")
+
+
+def test_help_names_layouts_and_formats(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(word in text for word in ("experiments", "ablation", "markdown", "latex", "booktabs"))
+    with pytest.raises(SystemExit):
+        main(["--layout", "ablatoin"])

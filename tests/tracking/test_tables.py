@@ -1,4 +1,4 @@
-"""Averages over seeds by hand, what must never be averaged, and the Markdown that comes of it."""
+"""Averages over seeds by hand, what must never be averaged, and the Markdown and LaTeX that come of it."""
 
 import math
 import os
@@ -8,7 +8,7 @@ import pytest
 
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.tracking.results import write_json
-from ptq_exp.tracking.tables import aggregate, caption, collect, to_markdown
+from ptq_exp.tracking.tables import add_percent, aggregate, caption, collect, to_latex, to_markdown
 
 SPEC = {"extractor": "digits", "reference": "train", "n_samples": 512}
 
@@ -124,3 +124,50 @@ def test_markdown(tmp_path):
         "| fp\\|32 | 0 | ∞ | — | — |\n"
     )
     assert to_markdown(table).splitlines()[0].startswith("| name | metric_spec | seeds | metrics.fid | quant")
+
+
+def test_latex(tmp_path):
+    write(tmp_path, "a", seed=0, fid=1.0, quantization={"coverage": 0.99})
+    write(tmp_path, "b", seed=1, fid=2.0, quantization={"coverage": 0.99})
+    write(tmp_path, "c", name="fp|32", fid=-math.inf)
+    table = table_of(tmp_path, values=("metrics.fid", "quantization.coverage", "metrics.nothing"))
+    titles = {"name": "run", "metrics.fid": "FID_1", "quantization.coverage": "coverage %", "metrics.nothing": "?"}
+    assert to_latex(table, titles, digits=2) == (
+        "\\begin{tabular}{lrrr}\n"
+        "\\toprule\n"
+        "run & FID\\_1 & coverage \\% & ? \\\\\n"
+        "\\midrule\n"
+        "ndtc\\_w8a8 & $1.50 \\pm 0.71$ & $0.99 \\pm 0.00$ & -- \\\\\n"
+        "fp|32 & $-\\infty$ & -- & -- \\\\\n"
+        "\\bottomrule\n"
+        "\\end{tabular}\n"
+    )
+
+
+def test_latex_floats_with_a_caption_and_rules_off_its_blocks():
+    table = pd.DataFrame({"model": ["a", "a", "b"], "bits": [8, 4, 4], "ok": [True, False, True]})
+    text = to_latex(table, caption="50 % of n_samples & more", label="tab:n_1", blocks=["model"])
+    lines = text.splitlines()
+    assert lines[:4] == [
+        r"\begin{table}", r"\centering", r"\caption{50 \% of n\_samples \& more}", r"\label{tab:n_1}",
+    ]  # fmt: skip
+    assert lines[7:] == [
+        r"\midrule", r"a & $8$ & True \\", r"a & $4$ & False \\", r"\midrule", r"b & $4$ & True \\", r"\bottomrule",
+        r"\end{tabular}", r"\end{table}",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="'bit'.*model"):
+        to_latex(table, blocks=["bit"])
+
+
+def test_latex_escapes_every_character_of_its_own():
+    table = pd.DataFrame({"x": ["%_&#${}", "a\\b~c^d", "<1±2>"]})
+    assert to_latex(table).splitlines()[4:7] == [
+        r"\%\_\&\#\$\{\} \\",
+        r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d \\",
+        r"\textless{}1$\pm$2\textgreater{} \\",
+    ]
+
+
+def test_percent_of_a_share_that_may_be_missing():
+    runs = add_percent(pd.DataFrame({"a": [0.5, math.nan]}), {"a_percent": "a", "b_percent": "b"})
+    assert runs["a_percent"][0] == 50 and runs[["a_percent", "b_percent"]].isna().sum().tolist() == [1, 2]

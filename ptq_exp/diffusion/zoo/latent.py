@@ -39,7 +39,7 @@ def ldm4_imagenet256(
     """
     number_type = torch_dtype(dtype)
     with empty_or_random(name, checkpoint):
-        unet, first_stage, embedding = _conditional_unet(), _vq_f4(), nn.Embedding(_CLASSES + 1, _CONTEXT)
+        unet, first_stage, embedding = conditional_unet(), _vq_f4(), nn.Embedding(_CLASSES + 1, _CONTEXT)
     schedule = NoiseSchedule.latent_diffusion()
     if checkpoint is not None:
         state = read_checkpoint(checkpoint)
@@ -113,7 +113,8 @@ def _first_stage_part(first_stage: nn.Module) -> Part:
     return Part(first_stage, compvis.vq_first_stage, compvis.FIRST_STAGE)
 
 
-def _conditional_unet() -> UNet2DConditionModel:
+def conditional_unet() -> UNet2DConditionModel:
+    """The U-Net of `ldm4_imagenet256` with random weights, or with none under ``torch.device("meta")``."""
     # attention_head_dim is the number of heads here
     return UNet2DConditionModel(
         sample_size=64, in_channels=3, out_channels=3, block_out_channels=(192, 384, 576, 960), layers_per_block=2,

@@ -1,0 +1,123 @@
+"""Values that no type can rule out, and settings that contradict each other: one line that names setting and fix."""
+
+from __future__ import annotations
+
+from ptq_exp.calibration import SOURCES
+from ptq_exp.correction.statistics import CONVENTIONS
+from ptq_exp.diffusion.compare import FOLLOW
+from ptq_exp.diffusion.solvers import SOLVERS
+from ptq_exp.diffusion.time_grid import SPACINGS
+from ptq_exp.errors import ConfigError
+from ptq_exp.quantization import METRICS
+from ptq_exp.quantization.rules import SOFTMAX_BITS, check_bits
+from ptq_exp.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
+from ptq_exp.tracking.cache import MODES as CACHE_MODES
+from ptq_exp.tracking.wandb_run import MODES as LOGGER_MODES
+
+
+def check(config: ExperimentConfig) -> None:
+    """Raise ConfigError at the first impossible or contradictory setting."""
+    _at_least("seed", config.seed, 0)
+    _one_of("cache", config.cache, CACHE_MODES)
+    _one_of("logger.mode", config.logger.mode, LOGGER_MODES)
+    _at_least("sampler.steps", config.sampler.steps, 1)
+    _one_of("sampler.solver", config.sampler.solver, SOLVERS)
+    if config.sampler.spacing is not None:
+        _one_of("sampler.spacing", config.sampler.spacing, SPACINGS)
+    _between("sampler.eta", config.sampler.eta, 0, 1)
+    if config.sampler.guidance_scale is not None:
+        _at_least("sampler.guidance_scale", config.sampler.guidance_scale, 0)
+    _at_least("evaluation.n_samples", config.evaluation.n_samples, 2)
+    _at_least("evaluation.batch_size", config.evaluation.batch_size, 1)
+    _at_least("evaluation.eps_error_samples", config.evaluation.eps_error_samples, 1)
+    _at_least("evaluation.grid_images", config.evaluation.grid_images, 1)
+    _at_least("trainer.devices", config.trainer.devices, 1)
+    if config.trainer.threads is not None:
+        _at_least("trainer.threads", config.trainer.threads, 1)
+    if config.model.ema is not None and "ema" not in config.model.build:
+        raise ConfigError(f"model.ema: a checkpoint of model={config.model.name} has one set of weights, not two")
+    if config.evaluation.extractor is not None and config.evaluation.reference is None:
+        raise ConfigError(
+            f"evaluation.reference is not set, but evaluation={config.evaluation.name} compares with real images: give "
+            "an ADM .npz file, a folder of images, a folder of CIFAR-10's python files, or saved statistics"
+        )
+    if config.bits.name == FULL_PRECISION:
+        _check_full_precision(config)
+    else:
+        _check_quantization(config)
+        _check_bits(config.bits)
+        _check_correction(config)
+
+
+def _check_full_precision(config: ExperimentConfig) -> None:
+    settings = ("weight", "activation", "softmax", "first_last", "boundary", "schedule")
+    given = [key for key in settings if getattr(config.bits, key) is not None]
+    if given:
+        raise ConfigError(f"bits.{given[0]} is set, but bits=fp32 quantizes nothing: choose bits=w8a8 or another")
+    if config.calibration.name != "none":
+        raise ConfigError(
+            f"calibration={config.calibration.name} contradicts bits=fp32, which quantizes nothing: "
+            "add calibration=none, or use +experiment=fp32"
+        )
+    if config.correction.active:
+        raise ConfigError(f"correction={config.correction.name} contradicts bits=fp32, which has no noise to correct")
+
+
+def _check_quantization(config: ExperimentConfig) -> None:
+    bits, calibration = config.bits, config.calibration
+    _one_of("metric.name", config.metric.name, METRICS)
+    _one_of("quantization.weight_granularity", config.quantization.weight_granularity, ("channel", "tensor"))
+    if calibration.source is None:
+        raise ConfigError(f"calibration={calibration.name} has no samples, but bits={bits.name} needs some to choose "
+                          "activation ranges: choose calibration=ndtc or another")  # fmt: skip
+    _one_of("calibration.source", calibration.source, tuple(SOURCES))
+    _at_least("calibration.n_samples", calibration.n_samples, 1)
+    _at_least("calibration.batch_size", calibration.batch_size, 1)
+
+
+def _check_bits(bits: BitsConfig) -> None:
+    check_bits("bits.weight", bits.weight)
+    check_bits("bits.softmax", bits.softmax, SOFTMAX_BITS)
+    check_bits("bits.first_last", bits.first_last)
+    check_bits("bits.boundary", bits.boundary, SOFTMAX_BITS)
+    if bits.schedule is None:
+        check_bits("bits.activation", bits.activation)
+        return
+    if not isinstance(bits.schedule, str | list):
+        raise ConfigError(f"bits.schedule={bits.schedule}: give snr, budget, a list of one width per step, or its file")
+    if bits.activation is not None:
+        raise ConfigError(f"bits.activation={bits.activation} contradicts bits.schedule: set bits.candidates instead")
+    for width in bits.candidates or ():
+        check_bits("bits.candidates", width)
+    if bits.schedule in RULES and len(set(bits.candidates or ())) < 2:
+        raise ConfigError(f"bits.candidates={bits.candidates}: give two or more widths to choose from, such as [4,8]")
+    if bits.schedule == "budget":
+        if bits.bops_ratio is None or bits.bops_ratio <= 1:
+            raise ConfigError(f"bits.bops_ratio={bits.bops_ratio}: say how many times fewer bit operations than FP32")
+        _at_least("bits.gain_steps", bits.gain_steps, 2)
+        _at_least("bits.gain_samples", bits.gain_samples, 1)
+
+
+def _check_correction(config: ExperimentConfig) -> None:
+    correction = config.correction
+    _one_of("correction.convention", correction.convention, CONVENTIONS)
+    _one_of("correction.follow", correction.follow, FOLLOW)
+    _at_least("correction.n_samples", correction.n_samples, 2)
+    _at_least("correction.batch_size", correction.batch_size, 1)
+    if correction.statistics is not None and not correction.active:
+        raise ConfigError("correction.statistics is set, but correction=none corrects nothing: choose correction=ptqd")
+
+
+def _at_least(setting: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"{setting}={value}: choose {least} or more")
+
+
+def _between(setting: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{setting}={value}: choose {low}..{high}")
+
+
+def _one_of(setting: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{setting}={value}: choose one of {', '.join(valid)}")

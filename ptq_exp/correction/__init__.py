@@ -1,0 +1,28 @@
+"""Quantization noise per sampling step: its statistics, its correction, and activation widths that follow the steps.
+
+statistics = fit_statistics(eps_fp, eps_q, step, len(grid), shrink=True)
+corrected = Corrected(quantized, statistics, grid)
+images = model.sample(corrected, grid, range(8), seed=0, eps_noise_std=statistics.eps_noise_std)
+"""
+
+from ptq_exp.correction.assign import budget_rows, forward_snr, snr_rows
+from ptq_exp.correction.bit_schedule import BitSchedule, Scheduled, parse_widths
+from ptq_exp.correction.corrected import Corrected, VarianceFit
+from ptq_exp.correction.moments import POWERS, Merged, MomentChunks, sample_moments
+from ptq_exp.correction.propagation import gains, measured_steps, propagated
+from ptq_exp.correction.residuals import EDGES, residual_histogram
+from ptq_exp.correction.statistics import (
+    CONVENTIONS,
+    NoiseStatistics,
+    fit_moments,
+    fit_statistics,
+    mean_square_error,
+    relative_error,
+)
+
+__all__ = [
+    "CONVENTIONS", "EDGES", "POWERS", "BitSchedule", "Corrected", "Merged", "MomentChunks", "NoiseStatistics",
+    "Scheduled", "VarianceFit", "budget_rows", "fit_moments", "fit_statistics", "forward_snr", "gains",
+    "mean_square_error", "measured_steps", "parse_widths", "propagated", "relative_error", "residual_histogram",
+    "sample_moments", "snr_rows",
+]  # fmt: skip

@@ -1,0 +1,84 @@
+"""Modules that measure quantization noise with `Trainer.predict`, data-parallel over trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.correction import NoiseStatistics, propagated, residual_histogram, sample_moments
+from ptq_exp.diffusion import DiffusionModel, TimeGrid
+from ptq_exp.diffusion.compare import paired_estimates
+from ptq_exp.lightning.writer import predict_to_file, sample_indices
+from ptq_exp.parts import Parts
+
+
+class NoiseModule(pl.LightningModule):
+    """`predict` on sample indices [B] -> {"moments": [B, W, S, C, M]} of W quantized denoisers on the same states.
+
+    With `statistics` also {"histogram": [B, S, bins]} of the first one's standardised residuals. `denoiser` and
+    `quantized` are guided alike; `stream` and `follow`: see `paired_estimates`.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, denoiser: nn.Module, quantized: Sequence[nn.Module], grid: TimeGrid, *, seed: int,
+        stream: int, follow: str = "fp32", statistics: NoiseStatistics | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.denoiser, self.quantized = denoiser, nn.ModuleList(quantized)
+        self.model, self.grid, self.sample_seed = model, grid, seed
+        self.stream, self.follow, self.statistics = stream, follow, statistics
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the arrays that `predict` gives."""
+        return ("moments",) if self.statistics is None else ("moments", "histogram")
+
+    def predict_step(self, indices: Tensor) -> dict[str, np.ndarray]:
+        moments: list[Tensor] = []
+        histograms: list[Tensor] = []
+
+        def add(step: int, eps: Tensor, estimates: list[Tensor]) -> None:
+            moments.append(torch.stack([sample_moments(eps, eps_q) for eps_q in estimates], 1).cpu())
+            if self.statistics is not None:
+                histograms.append(residual_histogram(eps, estimates[0], self.statistics, step))
+
+        paired_estimates(
+            self.model, self.denoiser, list(self.quantized), self.grid, indices.tolist(), self.sample_seed, add,
+            stream=self.stream, follow=self.follow, device=self.device,
+        )  # fmt: skip
+        found = {"moments": torch.stack(moments, 2).numpy()}
+        return found | ({"histogram": torch.stack(histograms, 1).numpy()} if histograms else {})
+
+
+class PropagationModule(pl.LightningModule):
+    """`predict` on sample indices [B] -> {"cause": [B, G], "effect": [B, G]} of the `steps`; see `propagated`."""
+
+    names = ("cause", "effect")
+
+    def __init__(
+        self, model: DiffusionModel, denoiser: nn.Module, quantized: nn.Module, grid: TimeGrid, steps: Sequence[int], *,
+        seed: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.denoiser, self.quantized, self.steps = denoiser, quantized, list(steps)
+        self.model, self.grid, self.sample_seed = model, grid, seed
+
+    def predict_step(self, indices: Tensor) -> dict[str, np.ndarray]:
+        cause, effect = propagated(
+            self.model, self.denoiser, self.quantized, self.grid, self.steps, indices.tolist(), self.sample_seed,
+            device=self.device,
+        )  # fmt: skip
+        return {"cause": cause.numpy(), "effect": effect.numpy()}
+
+
+def measure(
+    module: NoiseModule | PropagationModule, trainer: pl.Trainer, n: int, batch_size: int, folder: Path, path: Path
+) -> None:
+    """Run `module` on samples 0..n-1 into the file `path`; batches already in `folder` are not measured again."""
+    parts = Parts(folder, range(0, n, batch_size), n, module.names)
+    predict_to_file(module, trainer, parts, lambda start: sample_indices(start, batch_size), path)

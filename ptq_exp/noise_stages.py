@@ -1,0 +1,236 @@
+"""The stages that measure quantization noise: bit schedule, correction, and what it achieves on other trajectories."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptq_exp.correction import (
+    BitSchedule,
+    Merged,
+    MomentChunks,
+    NoiseStatistics,
+    budget_rows,
+    fit_moments,
+    forward_snr,
+    gains,
+    mean_square_error,
+    measured_steps,
+    relative_error,
+    snr_rows,
+)
+from ptq_exp.diffusion.noise import CALIBRATION, EVALUATION
+from ptq_exp.errors import ConfigError
+from ptq_exp.files import write_npz
+from ptq_exp.lightning import NoiseModule, PropagationModule, measure
+from ptq_exp.npz import npz_arrays
+from ptq_exp.schema import RULES
+from ptq_exp.setup import Setup, given_schedule
+from ptq_exp.tracking.results import to_plain
+from ptq_exp.twin import AtRow, Twin
+
+log = logging.getLogger("ptq_exp")
+
+
+def schedule_bits(setup: Setup, twin: Twin) -> Twin:
+    """Decide the activation width of each step, where `bits.schedule` asks for that."""
+    bits, widths = setup.config.bits, setup.activation_widths
+    if bits.schedule is None:
+        return twin
+    snr = None
+    if bits.schedule in RULES:
+        rows, snr = _rule_rows(setup, twin)
+        activation = tuple(widths[row] for row in rows.tolist())
+        schedule = BitSchedule(bits.weight, activation, tuple(setup.grid.timesteps.tolist()), bits.schedule)
+    else:
+        schedule = given_schedule(bits, setup.grid)
+    shares = schedule.shares(widths)
+    log.info(
+        "bit schedule: %s", ", ".join(f"{s:.0%} of the steps at {b} bits" for b, s in zip(widths, shares, strict=True))
+    )
+    report = twin.report.mixed(shares) if len(widths) > 1 else twin.report
+    return replace(twin, schedule=schedule, report=report, output_snr=snr)
+
+
+def fit_correction(setup: Setup, twin: Twin) -> Twin:
+    """Fit (or load) the statistics of the noise, where `correction` asks for any."""
+    config = setup.config.correction
+    if not config.active:
+        return twin
+    made_for = to_plain(setup.quantization_spec() | {"schedule": twin.schedule and list(twin.schedule.activation)})
+    if config.statistics is not None:
+        statistics = NoiseStatistics.load(config.statistics)
+        _check_made_for(statistics, made_for, config.statistics)
+    else:
+        statistics = replace(_fit(setup, _noise_of(setup, twin)), made_for=made_for)
+    log.info("correction %s: %s", config.name, statistics.summary())
+    corrected = replace(twin, statistics=statistics)
+    if (fit := corrected.variance_fit(setup)) is not None:
+        log.info("%s", fit.summary())
+    return corrected
+
+
+class EpsError(NamedTuple):
+    """Relative eps errors on trajectories that no statistics were fitted on, [S], and residuals [S, bins] or None."""
+
+    before: Tensor
+    after: Tensor
+    histogram: np.ndarray | None
+
+
+def eps_error(setup: Setup, twin: Twin) -> EpsError:
+    """Relative eps error of each step, before and after the correction, on the first full-precision trajectories."""
+    evaluation, grid = setup.config.evaluation, setup.grid
+    module = NoiseModule(
+        setup.model, setup.guided(setup.model.denoiser), [twin.guided(setup)], grid, seed=setup.config.seed,
+        stream=EVALUATION, statistics=twin.statistics,
+    )  # fmt: skip
+    n, batch_size = evaluation.eps_error_samples, min(evaluation.eps_error_samples, evaluation.batch_size)
+    spec = twin_spec(setup, twin) | {"stream": EVALUATION, "samples": [n, batch_size]}
+    found = _measured(setup, "eps error", module, n, batch_size, spec)
+    chunks = MomentChunks(found["moments"])
+    errors = [relative_error(chunks, len(grid), statistics) for statistics in (None, twin.statistics)]
+    histogram = found.get("histogram")
+    return EpsError(*errors, None if histogram is None else np.asarray(histogram).sum(0))
+
+
+def twin_spec(setup: Setup, twin: Twin) -> dict[str, Any]:
+    """All that decides what the twin answers: its network, widths and correction."""
+    return setup.quantization_spec() | {
+        "schedule": twin.schedule and list(twin.schedule.activation),
+        "correction": asdict(setup.config.correction) if twin.statistics is not None else None,
+    }
+
+
+def _rule_rows(setup: Setup, twin: Twin) -> tuple[Tensor, dict[int, list[float]]]:
+    """The row of each step by the rule `bits.schedule`, and the SNR of the estimates at each width."""
+    grid, widths = setup.grid, setup.activation_widths
+    same = grid.first_with_time
+    noise = [Merged(chunks, same) for chunks in _noise_of_widths(setup, twin)]
+    output_snr = torch.stack([relative_error(chunks, len(grid))[same] for chunks in noise], 1) ** -2
+    shown = {width: output_snr[:, row].tolist() for row, width in enumerate(widths)}
+    if setup.config.bits.schedule == "snr":
+        return snr_rows(output_snr, forward_snr(grid)), shown
+    errors = []
+    for chunks in noise:
+        statistics = _fit(setup, chunks) if setup.config.correction.active else None
+        errors.append(mean_square_error(chunks, len(grid), statistics)[same])
+    damage = _gains(setup, twin).view(-1, 1) * torch.stack(errors, 1)
+    rows = budget_rows(damage, *_bit_operations(setup, twin), same)
+    totals = ", ".join(f"{float(damage[:, row].sum()):.3g} at {width} bits" for row, width in enumerate(widths))
+    chosen = float(damage.gather(1, rows.view(-1, 1)).sum())
+    log.info("expected squared error of the final state: %.3g (with one width in all steps: %s)", chosen, totals)
+    return rows, shown
+
+
+def _bit_operations(setup: Setup, twin: Twin) -> tuple[list[int], float]:
+    """Cost of one evaluation at each width, and the budget of a whole trajectory; convolutions and linear layers.
+
+    Raises:
+        ConfigError: the budget is below the cost of the lowest width.
+    """
+    bits, widths = setup.config.bits, setup.activation_widths
+    totals = [twin.report.at(row).totals for row in range(len(widths))]
+    cost = [total["bops"]["conv_linear"] for total in totals]
+    full = totals[0]["bops_fp32"]["conv_linear"]
+    if full / bits.bops_ratio < min(cost):
+        raise ConfigError(
+            f"bits.bops_ratio={bits.bops_ratio}: at {widths[0]} bits in all steps the ratio is {full / min(cost):.1f}; "
+            f"choose {full / max(cost):.1f} to {full / min(cost):.1f}, or add a lower width to bits.candidates={widths}"
+        )
+    return cost, len(setup.grid) * full / bits.bops_ratio
+
+
+def _gains(setup: Setup, twin: Twin) -> Tensor:
+    """Squared error of the final state per squared error of eps in each step, [S]."""
+    bits, grid = setup.config.bits, setup.grid
+    steps = measured_steps(len(grid), bits.gain_steps)
+    denoiser = setup.guided(setup.model.denoiser)
+    module = PropagationModule(
+        setup.model, denoiser, setup.guided(AtRow(twin.network, 0)), grid, steps, seed=setup.config.seed
+    )
+    batch_size = min(bits.gain_samples, setup.config.correction.batch_size)
+    spec = setup.quantization_spec() | {"steps": steps, "samples": [bits.gain_samples, batch_size]}
+    found = _measured(setup, "propagation of errors", module, bits.gain_samples, batch_size, spec)
+    cause, effect = (torch.from_numpy(np.array(found[name])) for name in module.names)
+    return gains(cause, effect, steps, len(grid))
+
+
+def _noise_of_widths(setup: Setup, twin: Twin) -> list[MomentChunks]:
+    """Noise of the network at each of its widths, on the same full-precision trajectories."""
+    rows = range(len(setup.activation_widths))
+    networks = [setup.guided(AtRow(twin.network, row)) for row in rows]
+    moments = _collect(setup, "noise of each width", networks, "fp32", setup.quantization_spec())
+    return [MomentChunks(moments, torch.full((len(setup.grid),), row)) for row in rows]
+
+
+def _noise_of(setup: Setup, twin: Twin) -> MomentChunks:
+    """Noise of the network as it is sampled, at the width of each step."""
+    follow, schedule = setup.config.correction.follow, twin.schedule
+    if follow == "fp32" and twin.output_snr is not None:  # was measured to choose the widths
+        moments = _noise_of_widths(setup, twin)[0].moments
+        return MomentChunks(moments, schedule.rows(setup.activation_widths))
+    spec = setup.quantization_spec() | {"schedule": schedule and list(schedule.activation)}
+    return MomentChunks(_collect(setup, "noise statistics", [twin.guided(setup)], follow, spec))
+
+
+def _collect(setup: Setup, title: str, networks: list, follow: str, spec: dict[str, Any]) -> np.ndarray:
+    """Moments [n, W, S, C, M] of `networks` on calibration trajectories."""
+    config = setup.config.correction
+    module = NoiseModule(
+        setup.model, setup.guided(setup.model.denoiser), networks, setup.grid, seed=setup.config.seed,
+        stream=CALIBRATION, follow=follow,
+    )  # fmt: skip
+    batch_size = min(config.n_samples, config.batch_size)
+    spec = spec | {"stream": CALIBRATION, "follow": follow, "samples": [config.n_samples, batch_size]}
+    return _measured(setup, title, module, config.n_samples, batch_size, spec)["moments"]
+
+
+def _fit(setup: Setup, chunks: Any) -> NoiseStatistics:
+    config = setup.config.correction
+    return fit_moments(
+        chunks, len(setup.grid), int(np.prod(setup.model.sample_shape[1:])), config.convention,
+        correlation=config.correlation, bias=config.bias, shrink=config.shrink and config.convention == "paper",
+        repeats=setup.grid.first_with_time,
+    )  # fmt: skip
+
+
+def _measured(
+    setup: Setup, title: str, module: NoiseModule | PropagationModule, n: int, batch_size: int, spec: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """What `module` finds on samples 0..n-1, memory-mapped; reused, or continued where a killed run stopped."""
+    kind = type(module).__name__
+    folder = setup.working_folder(kind, spec)
+
+    def make() -> dict[str, np.ndarray]:
+        measure(module, setup.trainer(title), n, batch_size, folder, folder / "joined.npz")
+        return npz_arrays(folder / "joined.npz")
+
+    arrays, reused = setup.cache.get_or_make(
+        kind, spec, make=make, save=lambda arrays, path: write_npz(path, **arrays), load=npz_arrays
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    log.info("%s: %s, %d trajectories", title, "reused from the cache" if reused else "measured", n)
+    return arrays
+
+
+def _check_made_for(statistics: NoiseStatistics, wanted: dict[str, Any], path: str) -> None:
+    """Raise ConfigError unless the statistics were made for the same model, bits, grid and calibration."""
+    found = statistics.made_for or {}
+    for key in sorted(set(wanted) | set(found)):
+        if found.get(key) != wanted.get(key):
+            raise ConfigError(
+                f"correction.statistics={path} was made for another {key}: {_short(found.get(key))}, this run has "
+                f"{_short(wanted.get(key))}; set correction.statistics=null to fit them"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,40 @@
+"""The ranges of a quantized model as plain arrays, to calibrate once and quantize again from the FP weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from ptq_exp.errors import DataError
+from ptq_exp.quantization.affine import QRange
+from ptq_exp.quantization.calibrate import freeze_weights_, quantizers
+
+
+def range_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """The ranges of all quantizers: {"<quantizer>.<field>": [rows, segments]}, fields of `QRange`."""
+    return {
+        f"{name}.{field}": getattr(quantizer, field).cpu().numpy()
+        for name, quantizer in quantizers(model)
+        for field in QRange._fields
+    }
+
+
+def restore_ranges_(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Give a model with quantizers and full-precision weights the ranges that `range_arrays` took, and freeze it.
+
+    Raises:
+        DataError: the arrays are those of other quantizers; the model is left unchanged.
+    """
+    wanted = {f"{name}.{field}": q for name, q in quantizers(model) for field in QRange._fields}
+    wrong = sorted(set(wanted) ^ set(arrays)) or [
+        key for key, q in wanted.items() if arrays[key].shape != getattr(q, key.rsplit(".", 1)[1]).shape
+    ]
+    if wrong:
+        raise DataError(f"the stored ranges belong to other quantizers: {', '.join(wrong[:3])} do not fit")
+    for name, quantizer in quantizers(model):
+        fields = (torch.from_numpy(np.array(arrays[f"{name}.{field}"])) for field in QRange._fields)
+        quantizer.set_range(QRange(*fields))
+    freeze_weights_(model)

@@ -1,0 +1,194 @@
+"""The schema of the composed configuration: names, types and defaults of all settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FULL_PRECISION = "fp32"
+RULES = ("snr", "budget")
+"""Rules that choose a bit schedule; anything else in `bits.schedule` is the schedule itself, or its file."""
+
+
+@dataclass
+class SamplerConfig:
+    """Solver, number of steps, their spacing, eta of DDIM, scale of classifier-free guidance (1 = none).
+
+    None: what the model itself says.
+    """
+
+    name: str = ""
+    solver: str = "ddim"
+    steps: int = 0
+    spacing: str | None = None
+    eta: float = 0.0
+    guidance_scale: float | None = None
+
+
+@dataclass
+class PublishedSampler:
+    """Sampler settings of a model's publication, which `conf/sampler/ddim.yaml` takes over."""
+
+    steps: int = 20
+    spacing: str | None = None
+    eta: float = 0.0
+    guidance_scale: float | None = None
+
+
+@dataclass
+class ModelConfig:
+    """`build` makes the `DiffusionModel`, `images` its real images (uint8 [N, H, W, C]) or None.
+
+    `ema` chooses between the averaged weights and those of the last step, where a checkpoint holds both;
+    `channels_last` and `compile` are how denoisers are run, full-precision and quantized alike.
+    """
+
+    name: str = ""
+    checkpoint: str | None = None
+    dtype: str = "float32"
+    ema: bool | None = None
+    channels_last: bool = False
+    compile: bool = False
+    build: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] | None = None
+    sampler: PublishedSampler = field(default_factory=PublishedSampler)
+
+
+@dataclass
+class CalibrationConfig:
+    """Source of states, distribution over time steps, how many."""
+
+    name: str = ""
+    source: str | None = None
+    distribution: dict[str, Any] | None = None
+    n_samples: int = 0
+    batch_size: int = 0
+
+
+@dataclass
+class MetricConfig:
+    """Error measure of the range search."""
+
+    name: str = ""
+
+
+@dataclass
+class BitsConfig:
+    """Bit-widths; all None for full precision.
+
+    With a `schedule` ("snr", "budget", a list of one width per step, or the file of one) activations have a width per
+    sampling step, out of `candidates` (None for a list: the widths in it), and `activation` is None.
+    """
+
+    name: str = ""
+    weight: int | None = None
+    activation: int | None = None
+    softmax: int | None = None
+    first_last: int | None = None
+    boundary: int | None = None
+    schedule: Any = None
+    candidates: list[int] | None = None
+    bops_ratio: float | None = None
+    gain_steps: int = 20
+    gain_samples: int = 16
+
+
+@dataclass
+class QuantizationConfig:
+    """Which operations are quantized, granularity and symmetry.
+
+    `first`, `last` and `keep_fp` are globs; None = the first and last layers that the model names.
+    """
+
+    name: str = ""
+    attention: bool = True
+    weight_symmetric: bool = False
+    weight_granularity: str = "channel"
+    activation_symmetric: bool = False
+    first: list[str] | None = None
+    last: list[str] | None = None
+    keep_fp: list[str] = field(default_factory=list)
+
+
+@dataclass
+class CorrectionConfig:
+    """Which parts of the quantization noise are corrected, and how its statistics are fitted.
+
+    `statistics` is a noise_statistics.npz to use instead of a fit.
+    """
+
+    name: str = ""
+    correlation: bool = False
+    bias: bool = False
+    variance: bool = False
+    convention: str = "paper"
+    shrink: bool = True
+    follow: str = "fp32"
+    n_samples: int = 0
+    batch_size: int = 0
+    statistics: str | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is corrected."""
+        return self.correlation or self.bias or self.variance
+
+
+@dataclass
+class EvaluationConfig:
+    """Extractor, reference, and how many images are scored, compared and shown.
+
+    `extractor` None: images are only compared with their full-precision twins. `reference` is a constructor of images
+    or a path; `weights` belong to the extractor.
+    """
+
+    name: str = ""
+    n_samples: int = 0
+    batch_size: int = 0
+    extractor: dict[str, Any] | None = None
+    weights: str | None = None
+    reference: Any = None
+    eps_error_samples: int = 0
+    grid_images: int = 0
+
+
+@dataclass
+class LoggerConfig:
+    """Weights & Biases."""
+
+    mode: str = ""
+    project: str = ""
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainerConfig:
+    """Device, strategy, progress bar, CPU threads."""
+
+    accelerator: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    progress_bar: bool = True
+    threads: int | None = None
+
+
+@dataclass
+class ExperimentConfig:
+    """One experiment, as `conf/config.yaml` composes it; the comments there explain the settings."""
+
+    name: str = ""
+    seed: int = 0
+    cache: str = "on"
+    cache_dir: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    metric: MetricConfig = field(default_factory=MetricConfig)
+    bits: BitsConfig = field(default_factory=BitsConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
