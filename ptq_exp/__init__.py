@@ -3,16 +3,19 @@
 __version__ = "0.1.0"
 
 _LAZY = {"load_model": "ptq_exp.models", "MODELS": "ptq_exp.models", "sample": "ptq_exp.api"}
+_PACKAGES = ("calibration", "correction", "diffusion", "embedded", "evaluation", "quantization")
 
 
 def __getattr__(name: str):
     """The Python interface, imported at its first use: the command says what is misspelt without waiting for torch."""
-    if name not in _LAZY:
+    if name not in (*_LAZY, *_PACKAGES):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _PACKAGES:
+        return import_module(f"ptq_exp.{name}")
     return getattr(import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, *_PACKAGES])

@@ -26,7 +26,12 @@ def noise_account(setup: Setup, twin: Twin, error: EpsError) -> dict[str, Any]:
         "eps_error_uncorrected_per_step": error.before.tolist(),
     }
     if twin.schedule is not None:
-        found["bit_schedule"] = {"activation": list(twin.schedule.activation), "rule": twin.schedule.rule}
+        schedule = twin.schedule
+        found["bit_schedule"] = {
+            "rule": schedule.rule,
+            "activation": list(schedule.activation),
+            "shares": dict(zip(map(str, schedule.widths), schedule.shares(schedule.widths), strict=True)),
+        }
     if twin.statistics is not None:
         change = error.after / error.before - 1
         statistics = twin.statistics
