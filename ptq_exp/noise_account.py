@@ -42,6 +42,7 @@ def noise_account(setup: Setup, twin: Twin, error: EpsError) -> dict[str, Any]:
             "r": statistics.r.tolist(),
             "residual_std": statistics.residual_std.tolist(),
             "kurtosis": statistics.kurtosis.tolist(),
+            "residual_step_correlation": error.step_correlation.tolist(),
             "held_out_change_mean": float(change.mean()),
             "held_out_change_worst": float(change.max()),
         }

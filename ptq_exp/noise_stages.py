@@ -24,6 +24,7 @@ from ptq_exp.correction import (
     measured_steps,
     relative_error,
     snr_rows,
+    step_correlation,
 )
 from ptq_exp.diffusion.noise import CALIBRATION, EVALUATION
 from ptq_exp.errors import ConfigError
@@ -77,11 +78,18 @@ def fit_correction(setup: Setup, twin: Twin) -> Twin:
 
 
 class EpsError(NamedTuple):
-    """Relative eps errors on trajectories that no statistics were fitted on, [S], and residuals [S, bins] or None."""
+    """What is left on trajectories that no statistics were fitted on.
+
+    Attributes:
+        before, after: relative eps error of each step without and with the correction, [S].
+        histogram: of the standardised residuals, [S, bins]; None without a correction.
+        step_correlation: of residuals of consecutive steps, [S - 1]; None without a correction.
+    """
 
     before: Tensor
     after: Tensor
-    histogram: np.ndarray | None
+    histogram: np.ndarray | None = None
+    step_correlation: Tensor | None = None
 
 
 def eps_error(setup: Setup, twin: Twin) -> EpsError:
@@ -96,8 +104,15 @@ def eps_error(setup: Setup, twin: Twin) -> EpsError:
     found = _measured(setup, "eps error", module, n, batch_size, spec)
     chunks = MomentChunks(found["moments"])
     errors = [relative_error(chunks, len(grid), statistics) for statistics in (None, twin.statistics)]
-    histogram = found.get("histogram")
-    return EpsError(*errors, None if histogram is None else np.asarray(histogram).sum(0))
+    if twin.statistics is None:
+        return EpsError(*errors)
+    correlation = step_correlation(torch.from_numpy(np.array(found["products"])))
+    if len(correlation):
+        log.info(
+            "residuals of consecutive steps correlate by %.2f to %.2f (variance correction takes them for independent)",
+            float(correlation.min()), float(correlation.max()),
+        )  # fmt: skip
+    return EpsError(*errors, np.asarray(found["histogram"]).sum(0), correlation)
 
 
 def twin_spec(setup: Setup, twin: Twin) -> dict[str, Any]:

@@ -10,7 +10,13 @@ from ptq_exp.correction.bit_schedule import BitSchedule, Scheduled, parse_widths
 from ptq_exp.correction.corrected import Corrected, VarianceFit
 from ptq_exp.correction.moments import POWERS, Merged, MomentChunks, sample_moments
 from ptq_exp.correction.propagation import gains, measured_steps, propagated
-from ptq_exp.correction.residuals import EDGES, residual_histogram
+from ptq_exp.correction.residuals import (
+    EDGES,
+    residual_histogram,
+    standardised_residual,
+    step_correlation,
+    step_products,
+)
 from ptq_exp.correction.statistics import (
     CONVENTIONS,
     NoiseStatistics,
@@ -24,5 +30,5 @@ __all__ = [
     "CONVENTIONS", "EDGES", "POWERS", "BitSchedule", "Corrected", "Merged", "MomentChunks", "NoiseStatistics",
     "Scheduled", "VarianceFit", "budget_rows", "fit_moments", "fit_statistics", "forward_snr", "gains",
     "mean_square_error", "measured_steps", "parse_widths", "propagated", "relative_error", "residual_histogram",
-    "sample_moments", "snr_rows",
+    "sample_moments", "snr_rows", "standardised_residual", "step_correlation", "step_products",
 ]  # fmt: skip

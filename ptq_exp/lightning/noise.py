@@ -10,7 +10,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ptq_exp.correction import NoiseStatistics, propagated, residual_histogram, sample_moments
+from ptq_exp.correction import (
+    NoiseStatistics,
+    propagated,
+    residual_histogram,
+    sample_moments,
+    standardised_residual,
+    step_products,
+)
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.diffusion.compare import paired_estimates
 from ptq_exp.lightning.writer import predict_to_file, sample_indices
@@ -20,8 +27,9 @@ from ptq_exp.parts import Parts
 class NoiseModule(pl.LightningModule):
     """`predict` on sample indices [B] -> {"moments": [B, W, S, C, M]} of W quantized denoisers on the same states.
 
-    With `statistics` also {"histogram": [B, S, bins]} of the first one's standardised residuals. `denoiser` and
-    `quantized` are guided alike; `stream` and `follow`: see `paired_estimates`.
+    With `statistics` also {"histogram": [B, S, bins], "products": [B, S, 2]} of the first one's standardised residuals,
+    see `ptq_exp.correction.residuals`. `denoiser` and `quantized` are guided alike; `stream` and `follow`: see
+    `paired_estimates`.
     """
 
     def __init__(
@@ -36,23 +44,30 @@ class NoiseModule(pl.LightningModule):
     @property
     def names(self) -> tuple[str, ...]:
         """Of the arrays that `predict` gives."""
-        return ("moments",) if self.statistics is None else ("moments", "histogram")
+        return ("moments",) if self.statistics is None else ("moments", "histogram", "products")
 
     def predict_step(self, indices: Tensor) -> dict[str, np.ndarray]:
         moments: list[Tensor] = []
         histograms: list[Tensor] = []
+        products: list[Tensor] = []
+        before: list[Tensor | None] = [None]
 
         def add(step: int, eps: Tensor, estimates: list[Tensor]) -> None:
             moments.append(torch.stack([sample_moments(eps, eps_q) for eps_q in estimates], 1).cpu())
             if self.statistics is not None:
-                histograms.append(residual_histogram(eps, estimates[0], self.statistics, step))
+                residual = standardised_residual(eps, estimates[0], self.statistics, step)
+                histograms.append(residual_histogram(residual))
+                products.append(step_products(residual, before[0]))
+                before[0] = residual
 
         paired_estimates(
             self.model, self.denoiser, list(self.quantized), self.grid, indices.tolist(), self.sample_seed, add,
             stream=self.stream, follow=self.follow, device=self.device,
         )  # fmt: skip
         found = {"moments": torch.stack(moments, 2).numpy()}
-        return found | ({"histogram": torch.stack(histograms, 1).numpy()} if histograms else {})
+        if self.statistics is not None:
+            found |= {"histogram": torch.stack(histograms, 1).numpy(), "products": torch.stack(products, 1).numpy()}
+        return found
 
 
 class PropagationModule(pl.LightningModule):

@@ -11,6 +11,7 @@ from ptq_exp.correction import (
     relative_error,
     residual_histogram,
     sample_moments,
+    standardised_residual,
 )
 from ptq_exp.diffusion import relative_eps_error
 from ptq_exp.diffusion.compare import paired_estimates
@@ -114,7 +115,9 @@ def test_residuals_are_counted_in_units_of_their_deviation(model, quantized):
     counts = []
     paired_estimates(
         model, model.denoiser, [quantized], grid, range(6), SEED, stream=CALIBRATION,
-        on_pair=lambda s, eps, others: counts.append(residual_histogram(eps, others[0], statistics, s)),
+        on_pair=lambda s, eps, others: counts.append(
+            residual_histogram(standardised_residual(eps, others[0], statistics, s))
+        ),
     )  # fmt: skip
     counts = torch.stack(counts, 1)
     assert counts.shape == (6, STEPS, 60) and bool((counts.sum(2) == 256).all())
