@@ -28,7 +28,7 @@ from ptq_exp.correction import (
 )
 from ptq_exp.diffusion.noise import CALIBRATION, EVALUATION
 from ptq_exp.errors import ConfigError
-from ptq_exp.files import write_npz
+from ptq_exp.files import file_digest, write_npz
 from ptq_exp.lightning import NoiseModule, PropagationModule, measure
 from ptq_exp.npz import npz_arrays
 from ptq_exp.schema import RULES
@@ -64,7 +64,7 @@ def fit_correction(setup: Setup, twin: Twin) -> Twin:
     config = setup.config.correction
     if not config.active:
         return twin
-    made_for = to_plain(setup.quantization_spec() | {"schedule": twin.schedule and list(twin.schedule.activation)})
+    made_for = _made_for(setup, twin)
     if config.statistics is not None:
         statistics = NoiseStatistics.load(config.statistics)
         _check_made_for(statistics, made_for, config.statistics)
@@ -106,6 +106,13 @@ def eps_error(setup: Setup, twin: Twin) -> EpsError:
     errors = [relative_error(chunks, len(grid), statistics) for statistics in (None, twin.statistics)]
     if twin.statistics is None:
         return EpsError(*errors)
+    change = errors[1] / errors[0] - 1
+    worst = int(change.argmax())
+    log.log(
+        logging.WARNING if float(change[worst]) > 0.01 else logging.INFO,
+        "the correction changes the eps error of other trajectories by %+.1f %% on average, by %+.1f %% in step %d",
+        100 * float(change.mean()), 100 * float(change[worst]), worst,
+    )  # fmt: skip
     correlation = step_correlation(torch.from_numpy(np.array(found["products"])))
     if len(correlation):
         log.info(
@@ -117,9 +124,12 @@ def eps_error(setup: Setup, twin: Twin) -> EpsError:
 
 def twin_spec(setup: Setup, twin: Twin) -> dict[str, Any]:
     """All that decides what the twin answers: its network, widths and correction."""
+    correction = asdict(setup.config.correction) if twin.statistics is not None else None
+    if correction and correction["statistics"]:
+        correction["statistics"] = file_digest(correction["statistics"])
     return setup.quantization_spec() | {
         "schedule": twin.schedule and list(twin.schedule.activation),
-        "correction": asdict(setup.config.correction) if twin.statistics is not None else None,
+        "correction": correction,
     }
 
 
@@ -233,6 +243,14 @@ def _measured(
     shutil.rmtree(folder, ignore_errors=True)
     log.info("%s: %s, %d trajectories", title, "reused from the cache" if reused else "measured", n)
     return arrays
+
+
+def _made_for(setup: Setup, twin: Twin) -> dict[str, Any]:
+    """What noise statistics belong to: network, grid, widths, and the parts that they are fitted for."""
+    correction = setup.config.correction
+    parts = {name: getattr(correction, name) for name in ("correlation", "bias", "convention")}
+    schedule = twin.schedule and list(twin.schedule.activation)
+    return to_plain(setup.quantization_spec() | {"schedule": schedule, "correction": parts})
 
 
 def _check_made_for(statistics: NoiseStatistics, wanted: dict[str, Any], path: str) -> None:

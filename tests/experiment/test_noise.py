@@ -82,6 +82,8 @@ def test_statistics_of_another_run_are_used_if_they_fit_and_refused_if_not(resul
     assert "was made for another grid" in refused(
         command, capsys, "+experiment=ptqd_w4a8", given, "sampler.steps=4", "metric=minmax"
     )
+    said = refused(command, capsys, "+experiment=ptqd_w4a8", given, "correction=bias")
+    assert "was made for another correction" in said and "correlation" in said
     assert "no such file" in refused(command, capsys, "+experiment=ptqd_w4a8", "correction.statistics=no.npz").lower()
 
 
