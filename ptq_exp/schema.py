@@ -90,7 +90,7 @@ class BitsConfig:
     candidates: list[int] | None = None
     bops_ratio: float | None = None
     gain_steps: int = 20
-    gain_samples: int = 16
+    gain_samples: int = 64
 
 
 @dataclass
