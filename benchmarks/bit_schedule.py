@@ -1,0 +1,83 @@
+"""What it costs to change the activation width between sampling steps, on the embedded models and random weights.
+
+    python benchmarks/bit_schedule.py [--models digits digits_ldm ddim_cifar10] [--batch 16] [--repeats 20]
+
+Prints milliseconds per step of a network with one activation width (W8A8), of one with two candidates whose width
+changes at every step (W8A4 and W8A8 in turns, found by its network time), and the ratio: the median over turns, so that
+other load on the machine hits both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ptq_exp import load_model
+from ptq_exp.correction import Scheduled
+from ptq_exp.diffusion import DiffusionModel
+from ptq_exp.quantization import calibrate_weights_, calibrating, default_rules, finish_calibration, quantize_
+
+
+def quantized_twin(model: DiffusionModel, inputs: tuple, activation: int | Sequence[int]) -> nn.Module:
+    """8-bit weights, ranges of one noise batch: speed does not depend on their values."""
+    twin = model.twin()
+    rules = default_rules(8, activation, first=model.first_layers, last=model.last_layers)
+    quantize_(twin, rules, model.example_inputs())
+    calibrate_weights_(twin, "minmax")
+    with calibrating(twin):
+        twin(*inputs)
+    finish_calibration(twin, "minmax")
+    return twin
+
+
+def milliseconds(denoiser: nn.Module, inputs: tuple) -> float:
+    """Wall time of one evaluation."""
+    started = time.perf_counter()
+    denoiser(*inputs)
+    return 1000 * (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def bench(name: str, batch: int, repeats: int) -> None:
+    """Print the row of one model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random weights are what is wanted
+        model = load_model(name)
+    grid = model.time_grid(20)
+    rest = () if model.n_classes is None else (torch.arange(batch) % model.n_classes,)
+    x = torch.randn(batch, *model.sample_shape)
+    steps = [(x, grid.network_time(step, batch), *rest) for step in range(len(grid))]
+    single = quantized_twin(model, steps[0], 8)
+    scheduled = Scheduled(quantized_twin(model, steps[0], (4, 8)), torch.arange(len(grid)) % 2, grid)
+    for denoiser in (single, scheduled):
+        denoiser(*steps[0])
+    turns = []
+    for repeat in range(repeats):
+        step = steps[repeat % len(steps)]
+        turns.append((milliseconds(single, step), milliseconds(scheduled, step)))
+    one, two = (statistics.median(side) for side in zip(*turns, strict=True))
+    ratio = statistics.median(b / a for a, b in turns)
+    print(f"{name:<22} {batch:>5} {one:>10.2f} {two:>14.2f} {ratio:>7.3f}", flush=True)
+
+
+def main() -> None:
+    """Parse the command line and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["digits", "digits_ldm", "ddim_cifar10"])
+    parser.add_argument("--batch", type=int, default=16, help="samples per step")
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads")
+    print("{:<22} {:>5} {:>10} {:>14} {:>7}".format("model", "batch", "W8A8 ms", "W8A4|W8A8 ms", "ratio"))
+    for name in args.models:
+        bench(name, args.batch, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
