@@ -169,8 +169,9 @@ def _picture(config: ExperimentConfig, folder: Path, fp_images: np.ndarray, imag
 
 def _log_to_wandb(logger, folder: Path, values: dict, report: Report | None, pictures: list[str]) -> None:
     for step, error in enumerate(values.get("eps_error_per_step", [])):
-        before = values["eps_error_uncorrected_per_step"][step]
-        row = {"eps_error_of_step": error, "eps_error_uncorrected_of_step": before, "sampling_step": step}
+        row = {"eps_error_of_step": error, "sampling_step": step}
+        if before := values.get("eps_error_uncorrected_per_step"):
+            row["eps_error_uncorrected_of_step"] = before[step]
         wandb_run.log_metrics(logger, row)
     numbers = dict(values["metrics"]) | {"calibration/evaluations": values.get("evaluations", 0)}
     numbers |= {f"fp32/{key}": value for key, value in values["fp32"].items()}

@@ -15,16 +15,16 @@ from ptq_exp.twin import Twin
 
 
 def eps_errors(error: EpsError) -> dict[str, float]:
-    """Mean over steps of the relative eps error, as sampled and before correction."""
-    return {"eps_error": float(error.after.mean()), "eps_error_uncorrected": float(error.before.mean())}
+    """Mean over steps of the relative eps error as sampled, and before the correction where there is one."""
+    found = {"eps_error": float(error.after.mean())}
+    return found | ({"eps_error_uncorrected": float(error.before.mean())} if error.corrected else {})
 
 
 def noise_account(setup: Setup, twin: Twin, error: EpsError) -> dict[str, Any]:
     """Eps errors, bit schedule and correction for results.json."""
-    found: dict[str, Any] = {
-        "eps_error_per_step": error.after.tolist(),
-        "eps_error_uncorrected_per_step": error.before.tolist(),
-    }
+    found: dict[str, Any] = {"eps_error_per_step": error.after.tolist()}
+    if error.corrected:
+        found["eps_error_uncorrected_per_step"] = error.before.tolist()
     if twin.schedule is not None:
         schedule = twin.schedule
         found["bit_schedule"] = {

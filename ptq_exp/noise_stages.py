@@ -91,6 +91,11 @@ class EpsError(NamedTuple):
     histogram: np.ndarray | None = None
     step_correlation: Tensor | None = None
 
+    @property
+    def corrected(self) -> bool:
+        """Whether there is a correction, so that before and after differ."""
+        return self.histogram is not None
+
 
 def eps_error(setup: Setup, twin: Twin) -> EpsError:
     """Relative eps error of each step, before and after the correction, on the first full-precision trajectories."""
