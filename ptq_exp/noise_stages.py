@@ -155,7 +155,7 @@ def _rule_rows(setup: Setup, twin: Twin) -> tuple[Tensor, dict[int, list[float]]
     rows = budget_rows(damage, *_bit_operations(setup, twin), same)
     totals = ", ".join(f"{float(damage[:, row].sum()):.3g} at {width} bits" for row, width in enumerate(widths))
     chosen = float(damage.gather(1, rows.view(-1, 1)).sum())
-    log.info("expected squared error of the final state: %.3g (with one width in all steps: %s)", chosen, totals)
+    log.info("squared error of a typical final state, expected: %.3g (with one width in all steps: %s)", chosen, totals)
     return rows, shown
 
 
@@ -178,7 +178,7 @@ def _bit_operations(setup: Setup, twin: Twin) -> tuple[list[int], float]:
 
 
 def _gains(setup: Setup, twin: Twin) -> Tensor:
-    """Squared error of the final state per squared error of eps in each step, [S]."""
+    """Squared error of a typical final state per squared error of eps in each step, [S]."""
     bits, grid = setup.config.bits, setup.grid
     steps = measured_steps(len(grid), bits.gain_steps)
     denoiser = setup.guided(setup.model.denoiser)

@@ -56,7 +56,9 @@ def propagated(
 def gains(cause: Tensor, effect: Tensor, steps: Sequence[int], n_steps: int) -> Tensor:
     """Squared error of the final state per squared error of eps, for every step of the grid, float64 [n_steps].
 
-    Steps between the measured ones are interpolated, linearly in the logarithm.
+    That of a typical sample: the geometric mean over samples. In the early steps a few samples turn into another image
+    and differ a hundred times more than the others; an arithmetic mean is theirs alone, and thousands of trajectories
+    would not settle it. Steps between the measured ones are interpolated, linearly in the logarithm.
 
     Args:
         cause, effect: [N, len(steps)], see `propagated`.
@@ -65,11 +67,10 @@ def gains(cause: Tensor, effect: Tensor, steps: Sequence[int], n_steps: int) -> 
     Raises:
         DataError: an error of a measured step is 0: there is nothing to propagate.
     """
-    total = cause.sum(0)
-    if not bool((total > 0).all()):
+    if not bool((cause > 0).all()):
         raise DataError("a step has no quantization error at the lowest width: its propagation cannot be measured")
     # an error that is forgotten entirely would have the logarithm of 0
-    measured = (effect.sum(0) / total).clamp(min=1e-12)
+    measured = (effect / cause).clamp(min=1e-12).log().mean(0).exp()
     at = torch.tensor(list(steps), dtype=torch.float64)
     wanted = torch.arange(n_steps, dtype=torch.float64)
     right = torch.searchsorted(at, wanted).clamp(1, max(len(at) - 1, 1))

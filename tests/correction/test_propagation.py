@@ -44,6 +44,13 @@ def test_gains_are_interpolated_in_the_logarithm():
         gains(torch.zeros(2, 1), effect[:, :1], [0], 3)
 
 
+def test_a_sample_that_turns_into_another_image_does_not_decide_alone():
+    cause = torch.ones(64, 1, dtype=torch.float64)
+    effect = torch.full((64, 1), 0.01, dtype=torch.float64)
+    effect[7] = 1.0
+    assert 0.01 < float(gains(cause, effect, [0], 1)) < 0.011
+
+
 def test_measured_steps_hold_both_ends():
     assert measured_steps(250, 6) == [0, 50, 100, 149, 199, 249]
     assert measured_steps(3, 20) == [0, 1, 2] and measured_steps(1, 20) == [0]
