@@ -39,7 +39,7 @@ def test_gains_are_interpolated_in_the_logarithm():
     cause = torch.ones(2, 2, dtype=torch.float64)
     effect = torch.tensor([[1.0, 100.0], [1.0, 100.0]], dtype=torch.float64)
     torch.testing.assert_close(gains(cause, effect, [0, 2], 3), torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64))
-    assert gains(cause[:, :1], effect[:, 1:], [1], 3).tolist() == [100.0] * 3
+    assert gains(cause[:, :1], effect[:, 1:], [1], 3).tolist() == pytest.approx([100.0] * 3)
     with pytest.raises(DataError, match="no quantization error at the lowest width"):
         gains(torch.zeros(2, 1), effect[:, :1], [0], 3)
 
