@@ -1,7 +1,7 @@
 """Unsigned integers of b bits packed to their real width: a stream of bits, least significant first.
 
-Integer i occupies the bits i*b .. i*b + b - 1 of the stream, bit k of the stream is bit k % 8 of byte k // 8 (for 4 bits:
-two per byte, the first one in the lower half). The last byte is filled up with zeros.
+Integer i occupies the bits i*b .. i*b + b - 1 of the stream, bit k of the stream is bit k % 8 of byte k // 8 (of
+4 bits there are two per byte, the first in the lower half). The last byte is filled up with zeros.
 """
 
 from __future__ import annotations
