@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from ptq_exp.quantization.artifact import DESCRIPTION_FILE, TENSORS_FILE, read_d
 SUBFOLDER = "quantized"
 SCHEDULE_FILE, STATISTICS_FILE = "bit_schedule.json", "noise_statistics.npz"
 _EXPECTED = {
-    "model": dict, "settings": dict, "grid": dict, "activation_widths": list, "evaluations": int, "file": dict,
-    "bit_schedule": dict | None, "noise_statistics": dict | None,
+    "model.name": str, "model.digest": str, "model.dtype": str, "model.options": dict, "settings.model": dict,
+    "settings.sampler": dict, "settings.bits": dict, "settings.bits.name": str, "settings.correction": dict,
+    "grid": dict, "activation_widths": list, "evaluations": int, "bit_schedule": dict | None,
+    "noise_statistics": dict | None,
 }  # fmt: skip
 
 
@@ -46,14 +49,14 @@ class Artifact:
                     f"quantized={path} holds no saved model, {name} is missing: give the folder of a run with "
                     f"save_quantized=true, or its sub-folder {SUBFOLDER}"
                 )
-        artifact = cls(folder, read_description(folder))
-        for key, kind in _EXPECTED.items():
-            if key not in artifact.description or not isinstance(artifact.description[key], kind):
-                raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {key} is missing or of another type")
-        for key in ("name", "digest", "options"):
-            if not isinstance(artifact.identity.get(key), dict if key == "options" else str):
-                raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: model.{key} is missing or of another type")
-        return artifact
+        description = read_description(folder)
+        for name, kind in _EXPECTED.items():
+            found = description
+            for key in name.split("."):
+                found = found.get(key, ...) if isinstance(found, dict) else ...
+            if not isinstance(found, kind):
+                raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {name} is missing or of another type")
+        return cls(folder, description)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -63,7 +66,7 @@ class Artifact:
     @property
     def digest(self) -> str:
         """SHA-256 of the file of tensors."""
-        return str(self.description["file"].get("sha256"))
+        return self.description["file"]["sha256"]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -71,17 +74,12 @@ class Artifact:
 
         A bit schedule is spelt out and noise statistics are the saved ones, whatever they had been made from.
         """
-        settings = {key: dict(value) if isinstance(value, dict) else value
-                    for key, value in self.description["settings"].items()}  # fmt: skip
-        try:
-            if (schedule := self.schedule()) is not None:
-                settings["bits"] |= {
-                    "schedule": list(schedule.activation), "candidates": list(self.description["activation_widths"])
-                }  # fmt: skip
-            if self.description["noise_statistics"] is not None:
-                settings["correction"]["statistics"] = str(self.folder / STATISTICS_FILE)
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{self.folder / DESCRIPTION_FILE} is damaged: no section {error} of settings") from error
+        settings = copy.deepcopy(dict(self.description["settings"]))
+        if (schedule := self.schedule()) is not None:
+            widths = list(self.description["activation_widths"])
+            settings["bits"] |= {"schedule": list(schedule.activation), "candidates": widths}
+        if self.description["noise_statistics"] is not None:
+            settings["correction"]["statistics"] = str(self.folder / STATISTICS_FILE)
         return settings
 
     def schedule(self) -> BitSchedule | None:

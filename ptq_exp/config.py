@@ -113,7 +113,7 @@ def from_settings(settings: dict[str, Any], where: str) -> ExperimentConfig:
     """
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings))
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = _schema_message(error) if isinstance(error, OmegaConfBaseException) else error
         raise DataError(f"{where}: its settings do not fit: {reason}") from error
 

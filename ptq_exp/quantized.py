@@ -125,13 +125,13 @@ def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, 
     """The model that was quantized, and whether its full-precision weights are there."""
     identity, recorded = artifact.identity, artifact.description["settings"]["model"].get("checkpoint")
     name = identity["name"]
-    if name not in MODELS or identity["target"] != "ptq_exp.load_model":
+    if name not in MODELS or identity.get("target") != "ptq_exp.load_model":
         raise ConfigError(f"{artifact.folder}: {name} is no model of load_model: build it and give model=")
     if checkpoint is None and isinstance(recorded, str) and Path(recorded).exists():
         checkpoint = recorded
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RandomWeightsWarning)  # the weights come from the artefact
-        model = load_model(name, checkpoint, dtype=str(identity["dtype"]), **identity["options"])
+        model = load_model(name, checkpoint, dtype=identity["dtype"], **identity["options"])
     if model.digest == identity["digest"]:
         return model, True
     if checkpoint is not None:

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ptq_exp.errors import ConfigError, DataError, PTQError
 from ptq_exp.files import atomic_path, file_digest
@@ -70,10 +70,10 @@ def save_quantized(
 
 
 def read_description(folder: str | os.PathLike) -> dict[str, Any]:
-    """The content of quantization.json in `folder`, of a version that this code knows.
+    """The content of quantization.json in `folder`, if it and the file of tensors are whole and belong together.
 
     Raises:
-        DataError: it is missing, damaged, or of something else.
+        DataError: a file is missing, truncated, edited, of an unknown version, or holds something else.
     """
     path = Path(folder) / DESCRIPTION_FILE
     try:
@@ -87,6 +87,7 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
             f"{path} has version {_one_line(description.get('version'))} of the format, this code reads {VERSION}: "
             "install the ptq-exp that wrote it, or quantize again"
         )
+    _check_tensors_file(path.with_name(TENSORS_FILE), description)
     return description
 
 
@@ -111,7 +112,7 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
     description = read_description(folder)
     path = folder / TENSORS_FILE
     try:
-        tensors = _read_tensors(path, description)
+        tensors = load_file(path)
         report = quantize_(network, [rule_from_dict(rule) for rule in description["rules"]], example_inputs)
         with torch.no_grad():
             restore_tensors_(network, tensors, description["tensors"])
@@ -121,7 +122,7 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
         raise DataError(f"{path}: {error}") from error
     except PTQError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {_one_line(repr(error))}") from error
     return report
 
@@ -149,26 +150,30 @@ def _tensor_spec(plain: Any) -> Any:
     return TensorSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
 
 
-def _read_tensors(path: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of the file, which must be the one that was described."""
-    found, expected = file_digest(path), description["file"]["sha256"]
+def _check_tensors_file(path: Path, description: Mapping[str, Any]) -> None:
+    """Raise DataError unless the file is the one that was described, and names this description."""
+    file = description.get("file")
+    expected = file.get("sha256") if isinstance(file, dict) else None
+    if not isinstance(expected, str):
+        raise DataError(f"{path.with_name(DESCRIPTION_FILE)} is damaged: it has no hash of {TENSORS_FILE}")
+    found = file_digest(path)
     if found != expected:
-        size, described = path.stat().st_size, description["file"]["bytes"]
         raise DataError(
-            f"not the file that {DESCRIPTION_FILE} describes, but truncated, changed or another one ({size} bytes with "
-            f"SHA-256 {found[:12]}, expected {described} with {_one_line(expected)[:12]}): copy both files again"
+            f"{path} is not the file that {DESCRIPTION_FILE} describes, but truncated, changed or another one "
+            f"({path.stat().st_size} bytes with SHA-256 {found[:12]}, expected {_one_line(expected[:12])}): copy both "
+            "files again"
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dictionary
+        with safe_open(path, framework="pt") as tensors:
+            metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise DataError(f"no complete safetensors file ({_one_line(error)})") from error
+        raise DataError(f"{path} is no complete safetensors file ({_one_line(error)})") from error
     if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-        raise DataError(f"not the tensors of a quantized network of version {VERSION}, but other ones")
+        raise DataError(f"{path} holds no quantized network of version {VERSION}, but other tensors")
     if metadata.get(_HASH) != _description_hash(description):
-        raise DataError(f"{DESCRIPTION_FILE} beside it was edited, or belongs to another one: copy both files again")
-    return tensors
+        raise DataError(
+            f"{path.with_name(DESCRIPTION_FILE)} was edited, or belongs to another {TENSORS_FILE}: copy both again"
+        )
 
 
 def _description_hash(description: Mapping[str, Any]) -> str:
