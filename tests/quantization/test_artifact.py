@@ -227,7 +227,7 @@ def rule(index, role, **entry):
     (lambda d, t: t.update({"ranges.scale": t["ranges.scale"].view(1, -1)}), "expected float32 .values"),
     (lambda d, t: t.update({"ranges.scale": t["ranges.scale"].half()}), "is float16 .*, expected float32"),
     (lambda d, t: t.update({"parameters.float32": torch.zeros(5000)}), "ends early|holds more"),
-    (lambda d, t: t.update({"conv_in.weight": t["conv_out.weight"]}), "72 integers of 8 bits|holds more"),
+    (lambda d, t: t.update({"conv_in.weight": t["time_embedding.linear_1.weight"]}), "72 integers of 8 bits are"),
     (lambda d, t: t.update({"conv_in.weight": t["conv_in.weight"][:-1]}), "72 integers of 8 bits are uint8 .72."),
     (layout("weights", "conv_in.weight", bits=3), "conv_in.weight has bits 3, the model 8"),
     (layout("weights", "conv_in.weight", shape=[1, 8, 3, 3]), "conv_in.weight has shape .1, 8, 3, 3., the model"),
