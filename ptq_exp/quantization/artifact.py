@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ptq_exp.errors import ConfigError, DataError, PTQError
+from ptq_exp.errors import ConfigError, DataError, QuantizationError
 from ptq_exp.files import atomic_path, file_digest
 from ptq_exp.quantization.account import ranges
 from ptq_exp.quantization.packed_network import packed_tensors, restore_tensors_
@@ -116,12 +116,10 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
         report = quantize_(network, [rule_from_dict(rule) for rule in description["rules"]], example_inputs)
         with torch.no_grad():
             restore_tensors_(network, tensors, description["tensors"])
-    except ConfigError as error:
-        raise DataError(f"{folder}: its rules do not fit the model: {error}") from error
+    except (ConfigError, QuantizationError) as error:
+        raise DataError(f"{folder} does not fit the model: {error}") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
-    except PTQError:
-        raise
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {_one_line(repr(error))}") from error
     return report
