@@ -2,7 +2,10 @@
 
 __version__ = "0.1.0"
 
-_LAZY = {"load_model": "ptq_exp.models", "MODELS": "ptq_exp.models", "sample": "ptq_exp.api"}
+_LAZY = {
+    "load_model": "ptq_exp.models", "MODELS": "ptq_exp.models", "sample": "ptq_exp.api",
+    "load_quantized": "ptq_exp.quantized",
+}  # fmt: skip
 _PACKAGES = ("calibration", "correction", "diffusion", "embedded", "evaluation", "quantization")
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ptq_exp.config import config_folder, nearest, validated
-from ptq_exp.errors import PTQError
+from ptq_exp.errors import ConfigError, PTQError
 from ptq_exp.schema import ExperimentConfig
 
 TRACEBACK = "HYDRA_FULL_ERROR"
@@ -24,7 +24,7 @@ _failures: list[str] = []
 def _job(composed: DictConfig) -> float | None:
     """One composed experiment; in a sweep, a failure is said and the next job goes on. Returns its FID, if any."""
     try:
-        config = validated(composed)
+        config = validated(composed, HydraConfig.get().overrides.task)
         from ptq_exp.experiment import run_experiment  # a misspelt setting is told before torch is loaded
 
         return run_experiment(config, Path(HydraConfig.get().runtime.output_dir))["metrics"].get("fid")
@@ -90,6 +90,30 @@ def _spelt_out(arguments: list[str]) -> list[str]:
     return found
 
 
+def _with_saved_model(arguments: list[str]) -> list[str]:
+    """The arguments with `model=` of the saved model that `quantized=PATH` names, where it is left out.
+
+    Raises:
+        PTQError: there is no saved model, or it does not say which model to build.
+    """
+    given = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
+    paths, experiment = given.get("quantized", "null"), given.get("experiment", "")
+    if paths in ("null", ""):
+        if experiment == "evaluate":
+            raise ConfigError("+experiment=evaluate needs quantized=PATH: a run folder, or its sub-folder quantized")
+        return arguments
+    if experiment != "evaluate":
+        raise ConfigError(f"quantized={paths} is there to be evaluated: use +experiment=evaluate")
+    from ptq_exp.artifact import Artifact  # torch takes seconds
+
+    names = {Artifact.open(path.strip("'\"")).identity["name"] for path in paths.split(",")}
+    if "model" in given:
+        return arguments
+    if len(names) > 1 or not (config_folder() / "model" / f"{min(names)}.yaml").exists():
+        raise ConfigError(f"quantized={paths} holds {', '.join(sorted(names))}: give model=, one of conf/model")
+    return [*arguments, f"model={min(names)}"]
+
+
 _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 
 
@@ -100,7 +124,12 @@ def main() -> None:
     before = os.environ.get(TRACEBACK)
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
     try:
+        sys.argv[1:] = _with_saved_model(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
+    except PTQError as error:  # of the command line; those of jobs are told as they occur
+        if _traceback_wanted:
+            raise
+        sys.exit(f"error: {error}")
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if _traceback_wanted or not _about_composition(error):
             raise

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from ptq_exp.diffusion import DiffusionModel, padded_batches
+from ptq_exp.diffusion import DiffusionModel, TimeGrid, padded_batches
+from ptq_exp.errors import ConfigError
 from ptq_exp.evaluation.images import to_uint8
+from ptq_exp.quantization import Report
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A saved quantized model, loaded by `ptq_exp.load_quantized`.
+
+    Attributes:
+        model: the diffusion model; its `denoiser` is the full-precision one where `full_precision`, else `network`.
+        network: the quantized denoiser alone. Where activations have several widths, choose with `select_row`.
+        denoiser: `network` as it is sampled: with guidance, its width at each step, and its correction.
+        grid: the sampling steps that it was made for.
+        guidance_scale: inside `denoiser`, 1 = none.
+        report: account of its operations.
+        noise_in_eps: what the sampler is told of the noise in estimates, arguments of `ptq_exp.diffusion.sample`.
+        full_precision: whether the full-precision weights are there, too.
+    """
+
+    model: DiffusionModel
+    network: nn.Module
+    denoiser: nn.Module
+    grid: TimeGrid
+    guidance_scale: float
+    report: Report
+    noise_in_eps: Mapping[str, Any]
+    full_precision: bool
 
 
 def sample(
-    model: DiffusionModel, n: int, seed: int = 0, *, steps: int | None = None, spacing: str | None = None,
-    eta: float | None = None, guidance_scale: float | None = None, denoiser: nn.Module | None = None,
-    batch_size: int = 8, device: torch.device | str = "cpu", progress: bool = False,
+    model: DiffusionModel | QuantizedModel, n: int, seed: int = 0, *,
+    steps: int | None = None, spacing: str | None = None, eta: float | None = None, guidance_scale: float | None = None,
+    denoiser: nn.Module | None = None, batch_size: int = 8, device: torch.device | str = "cpu", progress: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Draw images 0..n-1 of `seed`, uint8 [n, H, W, C]; the published sampler where nothing else is said.
 
@@ -22,7 +53,7 @@ def sample(
     draw every class equally often (`DiffusionModel.labels`).
 
     Args:
-        model: see `load_model`.
+        model: see `load_model`; or `load_quantized`, whose sampler settings are those that it was made for.
         steps, spacing, eta: see `DiffusionModel.time_grid`.
         guidance_scale: classifier-free guidance, 1 = none.
         denoiser: a quantized twin in place of the model's own denoiser.
@@ -31,14 +62,27 @@ def sample(
         progress: show a progress bar.
 
     Raises:
-        ConfigError: a sampler setting does not fit the model.
+        ConfigError: a sampler setting does not fit the model, or is given for a saved quantized one.
         DataError: the images hold NaN or infinity.
     """
-    grid = model.time_grid(steps, spacing, eta=eta)
-    scale = model.sampler.guidance_scale if guidance_scale is None else guidance_scale
-    guided = model.guided((denoiser or model.denoiser).to(device), scale)
+    if isinstance(model, QuantizedModel):
+        given = {"steps": steps, "spacing": spacing, "eta": eta, "guidance_scale": guidance_scale, "denoiser": denoiser}
+        _refuse([name for name, value in given.items() if value is not None])
+        model, grid, guided, noise = model.model, model.grid, model.denoiser.to(device), model.noise_in_eps
+    else:
+        grid, noise = model.time_grid(steps, spacing, eta=eta), {}
+        scale = model.sampler.guidance_scale if guidance_scale is None else guidance_scale
+        guided = model.guided((denoiser or model.denoiser).to(device), scale)
     if model.first_stage is not None:
         model.first_stage.to(device)
     batches = tqdm(padded_batches(n, batch_size), desc=f"{model.name} images", disable=not progress)
-    images = [to_uint8(model.sample(guided, grid, batch, seed, device=device)) for batch in batches]
+    images = [to_uint8(model.sample(guided, grid, batch, seed, device=device, **noise)) for batch in batches]
     return np.concatenate(images)[:n]
+
+
+def _refuse(given: list[str]) -> None:
+    if given:
+        raise ConfigError(
+            f"{given[0]}: a saved quantized model is sampled as it was made; for other settings, without its schedule "
+            "and correction, call sample(quantized.model, n, denoiser=quantized.network, ...)"
+        )

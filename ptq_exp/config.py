@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
 from ptq_exp.checks import check
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 
 
@@ -24,7 +26,13 @@ def run_name(calibration: str, bits: str, correction: str = "none") -> str:
     return f"{calibration if correction == 'none' else correction}_{bits}"
 
 
+def evaluation_name(path: str) -> str:
+    """`evaluate_<bits>` of the quantized model saved in `path`."""
+    return f"evaluate_{_saved(path).settings['bits']['name']}"
+
+
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("evaluation_name", evaluation_name, replace=True)
 
 
 def config_folder() -> Path:
@@ -40,13 +48,20 @@ def config_folder() -> Path:
     raise ConfigError(f"no conf/config.yaml beside or inside {package}: install ptq-exp again")
 
 
-def validated(composed: DictConfig) -> ExperimentConfig:
+def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConfig:
     """Check the composed configuration against the schema and its values, and return it as plain objects.
+
+    Args:
+        given: the overrides of the command line; where `quantized` names a saved model, whose settings are taken over,
+            they must agree with these.
 
     Raises:
         ConfigError: one line that names the setting, what was found and what is valid.
+        DataError: the saved model is missing or damaged.
     """
     try:
+        if OmegaConf.select(composed, "quantized") is not None:
+            composed = with_saved_settings(composed, given)
         # only this order of merging refuses `+group.extra=1`
         merged = OmegaConf.merge(
             OmegaConf.structured(ExperimentConfig()), OmegaConf.to_container(composed, resolve=True)
@@ -56,6 +71,57 @@ def validated(composed: DictConfig) -> ExperimentConfig:
         raise ConfigError(_schema_message(error)) from error
     check(config)
     return config
+
+
+_MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.channels_last", "model.compile")
+
+
+def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfig:
+    """`composed` with the settings that the saved model `composed.quantized` was made with.
+
+    What is `given` on the command line wins for the sampler, the seed and how the model is run; all else must agree.
+
+    Raises:
+        ConfigError: a setting on the command line contradicts the saved model.
+        DataError: the saved model is missing or damaged.
+    """
+    keys = [override.lstrip("+~").partition("=")[0].partition("@")[0] for override in given]
+    here = OmegaConf.to_container(composed, resolve=True)
+    result = copy.deepcopy(composed)
+    OmegaConf.set_struct(result, False)
+    for section, values in _saved(composed.quantized).settings.items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            path = f"{section}.{key}" if key else section
+            asked = next((k for k in keys if path == k or path.startswith(f"{k}.") or k.startswith(f"{path}.")), None)
+            there = here.get(section, {}).get(key, value) if key else here.get(section, value)
+            if asked is not None and (path in _MAY_DIFFER or section in _MAY_DIFFER):
+                continue
+            if asked is not None and there != value:
+                raise ConfigError(
+                    f"{path}={there} contradicts quantized={composed.quantized}, which was made with {value}: leave "
+                    f"{asked} out"
+                )
+            OmegaConf.update(result, path, value, merge=False)
+    return result
+
+
+def from_settings(settings: dict[str, Any], where: str) -> ExperimentConfig:
+    """Sections of settings, as they were saved, as plain objects; the others at their defaults.
+
+    Raises:
+        DataError: they do not fit the schema; the message begins with `where` they come from.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        reason = _schema_message(error) if isinstance(error, OmegaConfBaseException) else error
+        raise DataError(f"{where}: its settings do not fit: {reason}") from error
+
+
+def _saved(path: str):
+    from ptq_exp.artifact import Artifact  # takes seconds to import, and is seldom needed
+
+    return Artifact.open(path)
 
 
 def _schema_message(error: OmegaConfBaseException) -> str:

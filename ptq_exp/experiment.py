@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,19 +11,24 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from ptq_exp import noise_stages, stages
+from ptq_exp.artifact import SUBFOLDER
 from ptq_exp.evaluation import half_split_fid, inception_score, score
 from ptq_exp.evaluation.images import mean_psnr
 from ptq_exp.files import file_digest
+from ptq_exp.model_card import write_card
 from ptq_exp.noise_account import eps_errors, noise_account, write_account
 from ptq_exp.quantization import Report
+from ptq_exp.quantized import load_twin, save_twin
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.setup import Setup
 from ptq_exp.summary import summary
 from ptq_exp.tracking import wandb_run
 from ptq_exp.tracking.pictures import save_grid
 from ptq_exp.tracking.results import Results, write_samples
+from ptq_exp.twin import Twin
 
 log = stages.log
 
@@ -30,8 +36,9 @@ log = stages.log
 def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
     """Run one experiment and leave its results in `folder`.
 
-    Writes results.json (after every stage), samples.npz, grid.png, quantization.json, the W&B run and, where there is
-    a bit schedule or a correction, their files and pictures.
+    Writes results.json (after every stage), samples.npz, grid.png, quantization.json, the quantized model, the W&B run
+    and, where there is a bit schedule or a correction, their files and pictures. Where `config.quantized` names a saved
+    model, that one is evaluated instead.
 
     Returns:
         The content of results.json.
@@ -51,32 +58,53 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
         fp_images = images = clock("fp32_images", stages.full_precision_images, setup)
         fp_scores = clock("fp32_scores", scorer, fp_images, "FP32 features", setup.images_spec())
         results.update("fp32", fp32=fp_scores, real=scorer.real_data, metric_spec=scorer.metric_spec())
-        metrics, report, pictures = dict(fp_scores), None, []
+        metrics, report, pictures, saved = dict(fp_scores), None, [], None
         samples = folder / "samples.npz"
         if config.bits.name == FULL_PRECISION:
             labels = setup.model.labels(range(len(images)), config.seed)
             write_samples(samples, images, None if labels is None else labels.numpy())
         else:
-            calibration_set = clock("calibration_set", stages.make_calibration_set, setup)
-            twin = clock("quantize", stages.quantize_model, setup, calibration_set)
-            twin = clock("bit_schedule", noise_stages.schedule_bits, setup, twin)
-            twin = clock("noise_statistics", noise_stages.fit_correction, setup, twin)
+            twin, evaluations = _loaded(setup, clock) if setup.artifact else _quantized(setup, clock)
             report = twin.report
             error = clock("eps_error", noise_stages.eps_error, setup, twin)
-            evaluations = int(calibration_set.evaluations.sum())
             results.update("quantize", quantization=_account(report), evaluations=evaluations)
             results.update("noise_statistics", **noise_account(setup, twin, error))
             pictures = write_account(setup, twin, error, folder)
+            if config.save_quantized and not setup.artifact:
+                saved = clock("save_quantized", save_twin, setup, twin, evaluations, folder)
             images = clock("quantized_images", stages.quantized_images, setup, twin, samples)
             spec = {"images": file_digest(samples)}
             metrics = clock("scores", scorer, images, f"{config.bits.name.upper()} features", spec)
             metrics |= scorer.paired(metrics, fp_scores) | {"psnr": mean_psnr(fp_images, images)} | eps_errors(error)
         _picture(config, folder, fp_images, images)
         results.finish(metrics=metrics)
+        if saved is not None:
+            write_card(folder / SUBFOLDER, saved, results.values, _command(folder))
         _log_to_wandb(logger, folder, results.values, report, pictures)
     log.info("\n%s", summary(results.values, report))
     log.info("\n%s in %s", ", ".join(_left_in(folder)), folder)
     return results.values
+
+
+def _quantized(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
+    """The quantized twin, made here, and the network evaluations that its calibration took."""
+    calibration_set = clock("calibration_set", stages.make_calibration_set, setup)
+    twin = clock("quantize", stages.quantize_model, setup, calibration_set)
+    twin = clock("bit_schedule", noise_stages.schedule_bits, setup, twin)
+    twin = clock("noise_statistics", noise_stages.fit_correction, setup, twin)
+    return twin, int(calibration_set.evaluations.sum())
+
+
+def _loaded(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
+    """The saved quantized twin, and the network evaluations that its calibration had taken."""
+    return clock("load_quantized", load_twin, setup), setup.artifact.description["evaluations"]
+
+
+def _command(folder: Path) -> str:
+    """The command that made the run in `folder`, from what Hydra left there."""
+    path = folder / ".hydra" / "overrides.yaml"
+    overrides = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else []
+    return shlex.join(["python", "-m", "ptq_exp", *overrides])
 
 
 @contextmanager

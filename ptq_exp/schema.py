@@ -182,6 +182,8 @@ class ExperimentConfig:
     seed: int = 0
     cache: str = "on"
     cache_dir: str = ""
+    save_quantized: bool = True
+    quantized: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 import ptq_exp
+from ptq_exp.artifact import Artifact
 from ptq_exp.config import build
 from ptq_exp.correction import BitSchedule, parse_widths
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
@@ -23,7 +24,8 @@ from ptq_exp.tracking.cache import ArtifactCache, digest
 
 @dataclass
 class Setup:
-    """What all stages share: settings, the model on its time grid, the extractor (or None) and the artefact cache."""
+    """What all stages share: settings, the model on its time grid, the extractor (or None), the artefact cache, and the
+    saved quantized model to evaluate (or None)."""
 
     config: ExperimentConfig
     model: DiffusionModel
@@ -31,13 +33,17 @@ class Setup:
     extractor: FeatureExtractor | None
     cache: ArtifactCache
     device: torch.device
+    artifact: Artifact | None = None
 
     @classmethod
     def of(cls, config: ExperimentConfig) -> Setup:
         """Build the objects that `config` names."""
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
+        artifact = Artifact.open(config.quantized) if config.quantized is not None else None
         model = build(config.model.build, "model.build", name=config.model.name)
+        if artifact is not None:
+            artifact.check_model(model)
         if config.model.channels_last:
             model.denoiser.to(memory_format=torch.channels_last)
         device = make_trainer("", **_trainer_settings(config)).strategy.root_device
@@ -48,7 +54,10 @@ class Setup:
             extractor = build(node, "evaluation.extractor")
         sampler = config.sampler
         grid = model.time_grid(sampler.steps, sampler.spacing, eta=sampler.eta, solver=sampler.solver)
-        return cls(config, model, grid, extractor, ArtifactCache(config.cache_dir, config.cache), device)
+        setup = cls(config, model, grid, extractor, ArtifactCache(config.cache_dir, config.cache), device, artifact)
+        if artifact is not None:
+            artifact.check_grid(grid, setup.guidance_scale)
+        return setup
 
     def trainer(self, title: str):
         """A Lightning Trainer whose progress bar is called `title`."""
@@ -96,6 +105,9 @@ class Setup:
 
     def quantization_spec(self) -> dict[str, Any]:
         """All that decides the quantized network, with all activation widths that it can run at."""
+        if self.artifact is not None:
+            # what was saved decides, not what would be made of the same settings here
+            return self.sampling_spec() | {"quantized": self.artifact.digest}
         bits = asdict(self.config.bits)
         widths = {key: bits[key] for key in ("weight", "softmax", "first_last", "boundary")}
         return self.calibration_spec() | {

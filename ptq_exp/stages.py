@@ -116,8 +116,8 @@ def quantize_model(setup: Setup, calibration_set: CalibrationSet) -> Twin:
     """
     quantized = setup.model.twin().to(setup.device)
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
-    report = quantize_(quantized, policy(setup.config, setup.model, setup.activation_widths), example)
-    twin = Twin(quantized, report)
+    rules = policy(setup.config, setup.model, setup.activation_widths)
+    twin = Twin(quantized, quantize_(quantized, rules, example), rules=tuple(rules))
 
     def make() -> dict[str, np.ndarray]:
         _calibrate(setup, twin, calibration_set)
@@ -175,10 +175,8 @@ def quantized_images(setup: Setup, twin: Twin, path: Path) -> np.ndarray:
     config = setup.config
     folder = setup.working_folder("quantized images", setup.images_spec() | twin_spec(setup, twin))
     images = draw(
-        setup, twin.corrected(setup), f"{config.bits.name.upper()} images", folder, path,
-        eps_noise_std=twin.eps_noise_std(setup),
-        convention="code" if config.correction.convention == "code" else "exact",
-    )  # fmt: skip
+        setup, twin.corrected(setup), f"{config.bits.name.upper()} images", folder, path, **twin.noise_in_eps(setup)
+    )
     shutil.rmtree(folder, ignore_errors=True)
     return images
 

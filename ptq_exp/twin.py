@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from ptq_exp.correction import BitSchedule, Corrected, NoiseStatistics, Scheduled, VarianceFit
-from ptq_exp.quantization import Report, select_row
+from ptq_exp.quantization import Report, Rule, select_row
 from ptq_exp.setup import Setup
 
 
@@ -21,6 +22,7 @@ class Twin:
         schedule: activation widths per step; None = one width.
         statistics: of its noise, for the correction; None = no correction.
         output_snr: {width: [S]} signal-to-noise ratio of the estimates, where it was measured.
+        rules: that placed the quantizers of the network.
     """
 
     network: nn.Module
@@ -28,6 +30,7 @@ class Twin:
     schedule: BitSchedule | None = None
     statistics: NoiseStatistics | None = None
     output_snr: dict[int, list[float]] | None = None
+    rules: tuple[Rule, ...] = ()
 
     def guided(self, setup: Setup) -> nn.Module:
         """The uncorrected denoiser: at the width of each step, with guidance."""
@@ -46,6 +49,11 @@ class Twin:
         if self.statistics is None or not setup.config.correction.variance or setup.grid.eta == 0:
             return None
         return self.statistics.eps_noise_std
+
+    def noise_in_eps(self, setup: Setup) -> dict[str, Any]:
+        """What the sampler is told of noise in the estimates, as arguments of `ptq_exp.diffusion.sample`."""
+        convention = "code" if setup.config.correction.convention == "code" else "exact"
+        return {"eps_noise_std": self.eps_noise_std(setup), "convention": convention}
 
     def variance_fit(self, setup: Setup) -> VarianceFit | None:
         """How far the sampler's own noise makes room; None without variance correction."""

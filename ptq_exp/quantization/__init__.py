@@ -19,6 +19,7 @@ from ptq_exp.quantization.affine import (
     integer_range,
     quantize,
 )
+from ptq_exp.quantization.artifact import load_quantized_, save_quantized
 from ptq_exp.quantization.calibrate import (
     calibrate_weights_,
     calibrating,
@@ -65,10 +66,12 @@ __all__ = [
     "finish_calibration",
     "freeze_weights_",
     "integer_range",
+    "load_quantized_",
     "quantize",
     "quantize_",
     "quantizers",
     "ranges",
+    "save_quantized",
     "search_range",
     "select_row",
     "set_mode",

@@ -258,6 +258,51 @@ class WeightQuantizer(Quantizer):
             self.frozen.fill_(True)
             self.baked = True
 
+    @torch.no_grad()
+    def integers(self, weight: Tensor) -> Tensor:
+        """The integers q - qmin of a frozen `weight`, int32 >= 0 of its shape; `restore` makes the same weight of them.
+
+        Raises:
+            QuantizationError: the weight is not frozen, or not exactly on the grid of its ranges.
+        """
+        if not self.baked:
+            raise QuantizationError(f"{self.name}: the weight is not frozen and has no integers; calibrate it first")
+        scale, lowest, highest = self._levels(weight)
+        nearest = torch.div(weight, scale).round_().float()
+        found = torch.zeros_like(weight, dtype=torch.int32)
+        left = torch.ones_like(weight, dtype=torch.bool)
+        # in 16-bit types a quotient can be off by one, and two levels can be one number: any that gives it will do
+        for shift in (0, -1, 1):
+            integers = ((nearest + shift).clamp_(lowest, highest) - lowest).to(torch.int32)
+            same = left & (self._values(integers, weight) == weight)
+            found = torch.where(same, integers, found)
+            left &= ~same
+        if bool(left.any()):
+            raise QuantizationError(
+                f"{self.name}: {int(left.sum())} of {left.numel()} weights are not on the grid of their ranges: they "
+                "were changed after they had been quantized"
+            )
+        return found
+
+    @torch.no_grad()
+    def restore(self, weight: nn.Parameter, integers: Tensor) -> None:
+        """Fill and freeze `weight` with what `integers` took from a weight with the same ranges."""
+        weight.copy_(self._values(integers.to(weight.device), weight))
+        self.frozen.fill_(True)
+        self.baked = True
+
+    def _values(self, integers: Tensor, like: Tensor) -> Tensor:
+        """What `integers` stand for, in the type of the weight `like` and by the arithmetic of `fake_quantize`."""
+        scale, lowest, _ = self._levels(like)
+        # a 0-d scale leaves the type of the weight alone, as it does there
+        kind = torch.promote_types(like.dtype, scale.dtype) if scale.ndim else like.dtype
+        return (integers + lowest).to(kind).mul_(scale).to(like.dtype)
+
+    def _levels(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, lowest and highest level (counted from the zero point), each broadcasting against `weight`."""
+        scale, zero_point, qmin, qmax = (self._aligned(getattr(self, f), weight, None) for f in QRange._fields)
+        return scale, qmin - zero_point, qmax - zero_point
+
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.baked = bool(self.frozen)

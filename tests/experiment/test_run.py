@@ -12,7 +12,7 @@ from PIL import Image
 from ptq_exp.config import config_folder
 from ptq_exp.tracking.results import read_json, read_samples
 
-EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem != "evaluate")
 OF_LDM4 = [name for name in EXPERIMENTS if "_ldm4_" in name]
 
 

@@ -1,0 +1,166 @@
+"""Quantized models as files: saved by a run, evaluated by another one, or loaded for sampling in Python."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ptq_exp
+from ptq_exp.api import QuantizedModel
+from ptq_exp.artifact import SCHEDULE_FILE, STATISTICS_FILE, SUBFOLDER, Artifact, grid_account
+from ptq_exp.config import from_settings
+from ptq_exp.diffusion import DiffusionModel
+from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
+from ptq_exp.errors import CheckpointError, ConfigError
+from ptq_exp.files import file_digest
+from ptq_exp.models import MODELS, load_model
+from ptq_exp.quantization.artifact import DESCRIPTION_FILE, TENSORS_FILE, load_quantized_, save_quantized
+from ptq_exp.setup import Setup
+from ptq_exp.tracking.cache import ArtifactCache
+from ptq_exp.tracking.results import to_plain
+from ptq_exp.twin import Twin
+
+log = logging.getLogger("ptq_exp")
+_NOT_SAVED = ("name", "cache", "cache_dir", "save_quantized", "quantized", "evaluation", "logger", "trainer")
+_OF_MODEL = ("name", "checkpoint", "dtype", "ema", "channels_last", "compile")
+
+
+def save_twin(setup: Setup, twin: Twin, evaluations: int, run_folder: Path) -> dict[str, Any]:
+    """Write the twin to the sub-folder `quantized` of its run folder, and quantization.json to the latter too.
+
+    Args:
+        evaluations: of the network, that calibration took.
+        run_folder: already holds bit schedule and noise statistics, where there are any.
+
+    Returns:
+        The content of quantization.json.
+    """
+    folder = run_folder / SUBFOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = {}
+    for key, name, there in (
+        ("bit_schedule", SCHEDULE_FILE, twin.schedule), ("noise_statistics", STATISTICS_FILE, twin.statistics)
+    ):  # fmt: skip
+        beside[key] = None
+        if there is not None:
+            shutil.copyfile(run_folder / name, folder / name)
+            beside[key] = {"file": name, "sha256": file_digest(folder / name)}
+    about = _account(setup, evaluations) | beside
+    description = save_quantized(folder, twin.network, twin.rules, twin.report, to_plain(about))
+    shutil.copyfile(folder / DESCRIPTION_FILE, run_folder / DESCRIPTION_FILE)
+    size = description["file"]
+    log.info(
+        "%s: %.3f MB, %+.1f %% of the theoretical %.3f MB", TENSORS_FILE, size["bytes"] / 1e6,
+        100 * (size["bytes"] / size["theoretical_bytes"] - 1), size["theoretical_bytes"] / 1e6,
+    )  # fmt: skip
+    return description
+
+
+def load_twin(setup: Setup) -> Twin:
+    """The saved twin that `setup` evaluates; the model's own denoiser is left alone."""
+    twin = _restored(setup, replace_denoiser=False)
+    log.info("quantized model: loaded from %s", setup.artifact.folder)
+    return twin
+
+
+def load_quantized(
+    path: str | Path, checkpoint: str | None = None, device: torch.device | str = "cpu", *,
+    model: DiffusionModel | None = None,
+) -> QuantizedModel:  # fmt: skip
+    """Load a saved quantized model, without calibration data; its network gives the saved one's outputs bit for bit.
+
+    Args:
+        path: a run folder, or its sub-folder `quantized`, wherever it was copied to.
+        checkpoint: the full-precision file that the model was made from. None = the path in the artefact where it
+            exists; without it, a model without first stage is complete, but its full-precision network is not there.
+        device: where to compute.
+        model: the full-precision model, for models that `load_model` does not know.
+
+    Raises:
+        DataError: the artefact is missing, truncated, edited or of an unknown version.
+        CheckpointError: the checkpoint is another one, or is needed for the first stage.
+    """
+    artifact = Artifact.open(path)
+    config = from_settings(artifact.settings, f"{artifact.folder / DESCRIPTION_FILE}")
+    config.model.compile = False
+    full_precision = True
+    if model is None:
+        model, full_precision = _build(artifact, checkpoint)
+    else:
+        artifact.check_model(model, "model")
+    if config.model.channels_last:
+        model.denoiser.to(memory_format=torch.channels_last)
+    if model.first_stage is not None:
+        model.first_stage.to(device)
+    sampler = config.sampler
+    grid = model.time_grid(sampler.steps, sampler.spacing, eta=sampler.eta, solver=sampler.solver)
+    setup = Setup(config, model, grid, None, ArtifactCache("", "off"), torch.device(device), artifact)
+    artifact.check_grid(grid, setup.guidance_scale)
+    twin = _restored(setup, replace_denoiser=not full_precision)
+    return QuantizedModel(
+        model, twin.network, twin.corrected(setup), grid, setup.guidance_scale, twin.report, twin.noise_in_eps(setup),
+        full_precision,
+    )  # fmt: skip
+
+
+def _restored(setup: Setup, *, replace_denoiser: bool) -> Twin:
+    """The twin in the files; `replace_denoiser`: it becomes the model's denoiser, whose weights are of no use."""
+    model, artifact = setup.model, setup.artifact
+    network = (model.denoiser if replace_denoiser else model.twin()).to(setup.device)
+    example = tuple(part.to(setup.device) for part in model.example_inputs())
+    report = load_quantized_(network, artifact.folder, example)
+    schedule, widths = artifact.schedule(), setup.activation_widths
+    if schedule is not None and len(widths) > 1:
+        report = report.mixed(schedule.shares(widths))
+    return Twin(network, report, schedule, artifact.statistics())
+
+
+def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, bool]:
+    """The model that was quantized, and whether its full-precision weights are there."""
+    identity, recorded = artifact.identity, artifact.description["settings"]["model"].get("checkpoint")
+    name = identity["name"]
+    if name not in MODELS or identity.get("target") != "ptq_exp.load_model":
+        raise ConfigError(f"{artifact.folder}: {name} is no model of load_model: build it and give model=")
+    if checkpoint is None and isinstance(recorded, str) and Path(recorded).exists():
+        checkpoint = recorded
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RandomWeightsWarning)  # the weights come from the artefact
+        model = load_model(name, checkpoint, dtype=identity["dtype"], **identity["options"])
+    if model.digest == identity["digest"]:
+        return model, True
+    if checkpoint is not None:
+        artifact.check_model(model, "checkpoint")
+    if model.first_stage is not None:
+        raise CheckpointError(
+            f"{artifact.folder}: the first stage of {name} is not in the artefact: give checkpoint=, the file that it "
+            f"was made from (digest {identity['digest'][:12]})"
+        )
+    return replace(model, digest=f"quantized-{artifact.digest}"), False
+
+
+def _account(setup: Setup, evaluations: int) -> dict[str, Any]:
+    """What quantization.json says of model, sampler and recipe."""
+    config = setup.config
+    settings = {key: value for key, value in asdict(config).items() if key not in _NOT_SAVED}
+    settings["model"] = {key: settings["model"][key] for key in _OF_MODEL}
+    built_by_others = ("_target_", "name", "checkpoint", "dtype")
+    return {
+        "ptq_exp": ptq_exp.__version__,
+        "model": {
+            "name": config.model.name,
+            "digest": setup.model.digest,
+            "target": config.model.build.get("_target_"),
+            "dtype": config.model.dtype,
+            "options": {key: value for key, value in config.model.build.items() if key not in built_by_others},
+        },
+        "grid": grid_account(setup.grid, setup.guidance_scale),
+        "activation_widths": setup.activation_widths,
+        "evaluations": evaluations,
+        "settings": settings,
+    }

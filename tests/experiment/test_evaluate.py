@@ -1,0 +1,213 @@
+"""A saved quantized model, evaluated by the command or loaded in Python, is the one that was saved."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import ptq_exp
+from ptq_exp.errors import CheckpointError, ConfigError, DataError
+from ptq_exp.tracking.results import read_json, read_samples
+
+QUICK = ("metric=minmax", "logger=none")
+SCHEDULED = ("bits=step_list", "bits.schedule='[8]*2+[4]'", "bits.candidates=[4,8]")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Run folders by name, each made once; they are only read."""
+    return {}
+
+
+@pytest.fixture
+def run_of(command, saved, tmp_path_factory):
+    """The folder of a run with these overrides, moved away from where it was made."""
+
+    def run(*overrides):
+        if overrides not in saved:
+            folder = tmp_path_factory.mktemp("saved") / "run"
+            shutil.move(command(*QUICK, *overrides), folder)
+            saved[overrides] = folder
+        return saved[overrides]
+
+    return run
+
+
+def images(folder):
+    return read_samples(folder / "samples.npz")[0]
+
+
+def refused(command, capsys, *overrides) -> str:
+    """The one line that a refused run says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command("logger=none", *overrides)
+    (line,) = [x for x in (str(stop.value) + "\n" + capsys.readouterr().err).splitlines() if "error:" in x]
+    assert stop.value.code not in (None, 0)
+    return line
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("bits=w8a8",),
+        ("+experiment=ptqd_w4a8",),
+        ("+experiment=ptqd_w3a8", *SCHEDULED, "bits.weight=3"),
+        ("model=digits_ldm", "bits=w4a8", "correction=ptqd", "sampler.eta=1"),
+    ],
+)
+def test_an_evaluation_repeats_the_run_bit_for_bit(overrides, run_of, command):
+    folder = run_of(*overrides)
+    first = read_json(folder / "results.json")
+    again = command("logger=none", "+experiment=evaluate", f"quantized={folder}")
+    second = read_json(again / "results.json")
+    assert np.array_equal(images(folder), images(again))
+    assert second["metrics"] == first["metrics"] and second["quantization"] == first["quantization"]
+    assert second["eps_error_per_step"] == first["eps_error_per_step"]
+    assert second["evaluations"] == first["evaluations"]
+    assert second["name"] == f"evaluate_{first['config']['bits']['name']}"
+    assert "calibration_set" not in second["seconds"] and not (again / "quantized").exists()
+    quantized = ptq_exp.load_quantized(folder / "quantized")
+    assert quantized.full_precision
+    assert np.array_equal(ptq_exp.sample(quantized, 7, batch_size=5), images(folder)[:7])
+
+
+def test_the_folder_can_be_uploaded_as_it_is(run_of, tmp_path):
+    folder = run_of("+experiment=ptqd_w3a8", *SCHEDULED, "bits.weight=3")
+    names = {path.name for path in (folder / "quantized").iterdir()}
+    assert names == {"quantized.safetensors", "quantization.json", "README.md", "bit_schedule.json",
+                     "noise_statistics.npz"}  # fmt: skip
+    assert (folder / "quantization.json").read_bytes() == (folder / "quantized" / "quantization.json").read_bytes()
+    shutil.copytree(folder / "quantized", tmp_path / "elsewhere")
+    model = ptq_exp.load_quantized(str(tmp_path / "elsewhere"))
+    assert model.report.shares == pytest.approx((1 / 3, 2 / 3))
+    assert np.array_equal(ptq_exp.sample(model, 5, batch_size=5), images(folder)[:5])
+    described = json.loads((folder / "quantized" / "quantization.json").read_text())
+    assert described["activation_widths"] == [4, 8] and described["evaluations"] > 0
+    size = described["file"]
+    assert size["bytes"] == (folder / "quantized" / size["name"]).stat().st_size
+    assert size["bytes"] == pytest.approx(size["theoretical_bytes"], rel=0.05)
+    assert "of the theoretical" in next(folder.glob("*.log")).read_text()
+
+
+def test_the_card_says_what_how_good_how_made_and_how_to_load(run_of):
+    folder = run_of("+experiment=ptqd_w3a8", *SCHEDULED, "bits.weight=3")
+    card = (folder / "quantized" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: ptq-exp\ntags:\n- diffusion\n")
+    metrics = read_json(folder / "results.json")["metrics"]
+    expected = [
+        "| 3 / 4/8, chosen for each sampling step |", f"| FID | {metrics['fid']:.4g} |", "100.00% / 100.00%",
+        "python -m ptq_exp", "+experiment=ptqd_w3a8", "ptq_exp.load_quantized(", "`bit_schedule.json`",
+    ]  # fmt: skip
+    assert [text for text in expected if text not in card] == []
+    assert "{" not in card and "None" not in card
+
+
+def test_sampler_seed_and_evaluation_may_differ(run_of, command):
+    folder = run_of("bits=w8a8")
+    again = command("logger=none", "+experiment=evaluate", f"quantized={folder}", "sampler.steps=4", "seed=5",
+                    "sampler.eta=1", "evaluation.n_samples=5")  # fmt: skip
+    results = read_json(again / "results.json")
+    assert len(results["eps_error_per_step"]) == 4 and len(images(again)) == 5
+    assert results["config"]["seed"] == 5 and results["config"]["calibration"]["name"] == "ndtc"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["bits=w6a6"], "bits.name=w6a6 contradicts quantized="),
+        (["bits.weight=4"], "bits.weight=4 contradicts quantized="),
+        (["quantization=layers"], "quantization.name=layers contradicts"),
+        (["calibration.n_samples=7"], "calibration.n_samples=7 contradicts"),
+        (["metric=kl"], "metric.name=kl contradicts"),
+        (["correction=ptqd"], "correction.name=ptqd contradicts"),
+        (["model.dtype=bfloat16"], "model.dtype=bfloat16 contradicts"),
+        (["model=digits_ldm"], "model.name=digits_ldm contradicts"),
+    ],
+)
+def test_what_contradicts_the_saved_model_is_refused(given, said, run_of, command, capsys):
+    folder = run_of("bits=w8a8")
+    assert said in refused(command, capsys, "+experiment=evaluate", f"quantized={folder}", *given)
+
+
+def test_what_repeats_the_saved_settings_is_let_pass(run_of, command):
+    folder = run_of("bits=w8a8")
+    command("logger=none", "+experiment=evaluate", f"quantized={folder}", "bits=w8a8", "calibration=ndtc",
+            "model=digits", "evaluation.n_samples=5")  # fmt: skip
+
+
+def test_schedules_and_statistics_demand_their_grid(run_of, command, capsys):
+    folder = run_of("+experiment=ptqd_w4a8")
+    evaluate = ("+experiment=evaluate", f"quantized={folder}")
+    assert "made for another timesteps" in refused(command, capsys, *evaluate, "sampler.steps=4")
+    assert "made for another eta" in refused(command, capsys, *evaluate, "sampler.eta=0")
+    folder = run_of("+experiment=ptqd_w3a8", *SCHEDULED, "bits.weight=3")
+    said = refused(command, capsys, "+experiment=evaluate", f"quantized={folder}", "sampler.steps=4")
+    assert "bits.schedule was made for 3 steps" in said
+
+
+def test_paths_without_a_saved_model_are_one_line(run_of, command, capsys, tmp_path):
+    assert "needs quantized=PATH" in refused(command, capsys, "+experiment=evaluate")
+    assert "use +experiment=evaluate" in refused(command, capsys, "quantized=somewhere")
+    assert "holds no saved model" in refused(command, capsys, "+experiment=evaluate", f"quantized={tmp_path}/no")
+    folder = command(*QUICK, "bits=w8a8", "save_quantized=false")
+    assert json.loads((folder / "quantization.json").read_text())["layers"] and not (folder / "quantized").exists()
+    assert "holds no saved model" in refused(command, capsys, "+experiment=evaluate", f"quantized={folder}")
+
+
+@pytest.fixture
+def other_weights(tmp_path):
+    """The embedded weights of `digits`, changed a little."""
+    from safetensors.torch import load_file, save_file
+
+    from ptq_exp.embedded.weights_file import WEIGHTS
+
+    state = load_file(WEIGHTS / "digits_unet.safetensors")
+    state["conv_in.bias"] += 1
+    save_file(state, tmp_path / "other.safetensors")
+    return tmp_path / "other.safetensors"
+
+
+def test_another_checkpoint_is_refused_and_both_digests_are_named(run_of, command, capsys, other_weights):
+    folder = run_of("bits=w8a8")
+    digest, other = (ptq_exp.load_model("digits", file).digest[:12] for file in (None, str(other_weights)))
+    with pytest.raises(CheckpointError, match=f"{digest}.*{other}.*set checkpoint to"):
+        ptq_exp.load_quantized(folder, checkpoint=str(other_weights))
+    said = refused(command, capsys, "+experiment=evaluate", f"quantized={folder}", f"model.checkpoint={other_weights}")
+    assert digest in said and other in said and "set model.checkpoint" in said
+
+
+def test_without_its_checkpoint_a_pixel_model_is_complete(run_of, other_weights):
+    folder = run_of("bits=w8a8", f"model.checkpoint={other_weights}")
+    with_it = ptq_exp.load_quantized(folder)
+    other_weights.unlink()
+    without = ptq_exp.load_quantized(folder)
+    assert with_it.full_precision and not without.full_precision
+    assert without.model.denoiser is without.network and without.model.digest != with_it.model.digest
+    assert np.array_equal(*(ptq_exp.sample(m, 5, batch_size=5) for m in (with_it, without)))
+    assert np.array_equal(ptq_exp.sample(without, 5, batch_size=5), images(folder)[:5])
+
+
+def test_a_model_of_ones_own_can_be_given(run_of):
+    folder = run_of("bits=w8a8")
+    mine = ptq_exp.load_quantized(folder, model=ptq_exp.load_model("digits"))
+    assert np.array_equal(ptq_exp.sample(mine, 5, batch_size=5), images(folder)[:5])
+    with pytest.raises(CheckpointError, match="set model to"):
+        ptq_exp.load_quantized(folder, model=ptq_exp.load_model("digits_ldm"))
+
+
+def test_other_sampler_settings_take_the_bare_network(run_of):
+    quantized = ptq_exp.load_quantized(run_of("bits=w8a8"))
+    with pytest.raises(ConfigError, match="steps: .*denoiser=quantized.network"):
+        ptq_exp.sample(quantized, 2, steps=2)
+    assert ptq_exp.sample(quantized.model, 2, steps=2, denoiser=quantized.network).shape == (2, 16, 16, 1)
+
+
+@pytest.mark.parametrize("name", ["bit_schedule.json", "noise_statistics.npz"])
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes() + b" ")])
+def test_damaged_files_beside_are_told(name, damage, run_of, tmp_path):
+    shutil.copytree(run_of("+experiment=ptqd_w3a8", *SCHEDULED, "bits.weight=3") / "quantized", tmp_path / "copy")
+    damage(tmp_path / "copy" / name)
+    with pytest.raises(DataError, match=name):
+        ptq_exp.load_quantized(tmp_path / "copy")
