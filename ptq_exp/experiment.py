@@ -59,11 +59,15 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
         else:
             calibration_set = clock("calibration_set", stages.make_calibration_set, setup)
             twin = clock("quantize", stages.quantize_model, setup, calibration_set)
+            evaluations = int(calibration_set.evaluations.sum())
+            for n in range(2, config.calibration.rounds + 1):
+                calibration_set = clock(f"calibration_set_{n}", stages.make_calibration_set, setup, twin, n)
+                twin = clock(f"quantize_{n}", stages.quantize_model, setup, calibration_set, n)
+                evaluations += int(calibration_set.evaluations.sum())
             twin = clock("bit_schedule", noise_stages.schedule_bits, setup, twin)
             twin = clock("noise_statistics", noise_stages.fit_correction, setup, twin)
             report = twin.report
             error = clock("eps_error", noise_stages.eps_error, setup, twin)
-            evaluations = int(calibration_set.evaluations.sum())
             results.update("quantize", quantization=_account(report), evaluations=evaluations)
             results.update("noise_statistics", **noise_account(setup, twin, error))
             pictures = write_account(setup, twin, error, folder)

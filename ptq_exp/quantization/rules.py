@@ -7,7 +7,7 @@ any text, dots included, ``[qkv]`` one of three letters. The first rule that mat
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -18,6 +18,8 @@ from ptq_exp.quantization.ranges import METRICS
 
 LAYER_BITS = (2, 8)
 SOFTMAX_BITS = (2, 16)
+GRANULARITIES = ("channel", "tensor", "group")
+SITES = ("input", "output")
 BOUNDARY_HEADROOM = 2.0
 
 
@@ -29,10 +31,13 @@ class TensorSpec:
         bits: width of the integer, 2 to 16; for an activation also a tuple of candidate widths, ascending, of which
             every sampling step uses one. A tuple of one is the same as the number.
         symmetric: zero point 0.
-        granularity: one range per ``"tensor"`` or, for weights, per output ``"channel"``.
+        granularity: one range per ``"tensor"`` or, for weights, per output ``"channel"``, or per ``"group"`` of
+            `group_size` input channels of each output channel.
         segments: input-channel counts of groups that get a range each; None = one group.
         metric: error measure of the range search; None = the one of the run.
         headroom: factor >= 1 by which an activation's range is widened after the search.
+        bins: rows of an activation's ranges, of which every sampling step uses one; not together with candidate widths.
+        group_size: input channels per range of granularity ``"group"``; the last group of a segment may be smaller.
 
     Raises:
         ConfigError: a value is outside the above.
@@ -40,10 +45,12 @@ class TensorSpec:
 
     bits: int | tuple[int, ...]
     symmetric: bool = False
-    granularity: Literal["tensor", "channel"] = "tensor"
+    granularity: Literal["tensor", "channel", "group"] = "tensor"
     segments: tuple[int, ...] | None = None
     metric: str | None = None
     headroom: float = 1.0
+    bins: int = 1
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, tuple):
@@ -51,8 +58,18 @@ class TensorSpec:
             object.__setattr__(self, "bits", checked_widths("TensorSpec.bits", self.bits, SOFTMAX_BITS))
         else:
             check_bits("TensorSpec.bits", self.bits, SOFTMAX_BITS)
-        if self.granularity not in ("tensor", "channel"):
-            raise ConfigError(f"TensorSpec.granularity={self.granularity!r}: choose 'tensor' or 'channel'")
+        if self.granularity not in GRANULARITIES:
+            raise ConfigError(f"TensorSpec.granularity={self.granularity!r}: choose one of {', '.join(GRANULARITIES)}")
+        if (self.granularity == "group") != (self.group_size is not None) or (self.group_size or 1) < 1:
+            raise ConfigError(
+                f"TensorSpec.group_size={self.group_size}: give granularity='group' a number of input channels, 1 or "
+                "more, and no other granularity one"
+            )
+        if self.bins < 1 or (self.bins > 1 and isinstance(self.bits, tuple)):
+            raise ConfigError(
+                f"TensorSpec.bins={self.bins}: give 1 or more, and 1 with candidate widths (bits={self.bits}): each "
+                "sampling step chooses one row, either its bin or its width"
+            )
         if self.segments is not None and (not self.segments or min(self.segments) < 1):
             raise ConfigError(f"TensorSpec.segments={self.segments}: give positive channel counts, or None")
         if not self.headroom >= 1:
@@ -70,7 +87,7 @@ class QuantSpec:
 
     Raises:
         ConfigError: an activation asks for one range per channel, the softmax map for a zero point, or a weight for
-            several widths.
+            several widths or bins.
     """
 
     weight: TensorSpec | None = None
@@ -84,6 +101,8 @@ class QuantSpec:
                 f"QuantSpec.weight: bits={self.weight.bits}, but a weight is quantized once: give one width (only "
                 "activations can change theirs from one sampling step to the next)"
             )
+        if self.weight is not None and self.weight.bins > 1:
+            raise ConfigError(f"QuantSpec.weight: bins={self.weight.bins}, but a weight is the same at every step")
         for role in ("input", "output", "softmax"):
             spec = getattr(self, role)
             if spec is not None and spec.granularity != "tensor":
@@ -152,12 +171,18 @@ def default_rules(
     boundary_bits: int = 16,
     attention: bool = True,
     weight_symmetric: bool = False,
-    weight_granularity: Literal["tensor", "channel"] = "channel",
+    weight_granularity: Literal["tensor", "channel", "group"] = "channel",
+    group_size: int | None = None,
     activation_symmetric: bool = False,
+    activation_site: Literal["input", "output"] = "input",
+    bins: int = 1,
+    quantize_state: bool = False,
+    quantize_output: bool = False,
 ) -> list[Rule]:
     """Return the policy "quantize every multiplication": both operands of each layer and attention product.
 
-    Activations are quantized per tensor. Norms, SiLU, sums and concatenations stay FP.
+    Activations are quantized per tensor. Norms, SiLU, sums and concatenations stay FP. q, k and v have a quantizer
+    each, on the outputs of their linear layers.
 
     Args:
         weight_bits: 2 to 8.
@@ -175,8 +200,16 @@ def default_rules(
             without search: Gaussian tails beyond those that calibration saw are clipped otherwise.
         attention: quantize the attention products; set False for a model without attention.
         weight_symmetric: signed weights with zero point 0; otherwise each range has a zero point.
-        weight_granularity: one weight range per output ``"channel"`` or per ``"tensor"``.
+        weight_granularity: one weight range per output ``"channel"``, per ``"tensor"``, or per ``"group"`` of
+            `group_size` input channels of each output channel.
         activation_symmetric: activations with zero point 0.
+        activation_site: whether a layer's ``"input"`` is quantized, or its ``"output"`` (where PTQ4DM's code has its
+            quantizers: norms and sums come between, so that few multiplications read a quantized activation; the
+            report says how many). The output of the layers of `last` stays FP.
+        bins: ranges of every activation, of which each sampling step uses one; 1 with candidate widths.
+        quantize_state: x_t at the widest of the other activations' bits and `first_last_bits`, its range found as
+            theirs, in place of `boundary_bits`; at either site.
+        quantize_output: the noise estimate (with the variance, if the network makes one) at that same width.
 
     Raises:
         ConfigError: a bit-width is out of range, or candidates do not ascend; the message names the setting.
@@ -190,24 +223,59 @@ def default_rules(
     check_bits("bits.softmax", softmax_bits, SOFTMAX_BITS)
     check_bits("bits.boundary", boundary_bits, SOFTMAX_BITS)
 
-    weight = TensorSpec(weight_bits, weight_symmetric, weight_granularity)
-    operand = TensorSpec(activation_bits, activation_symmetric)
+    if activation_site not in SITES:
+        raise ConfigError(f"quantization.activation_site={activation_site}: choose one of {', '.join(SITES)}")
 
-    def layer(**other: TensorSpec) -> QuantSpec:
-        return QuantSpec(weight, operand, **other)
-
+    weight = TensorSpec(weight_bits, weight_symmetric, weight_granularity, group_size=group_size)
+    operand = TensorSpec(activation_bits, activation_symmetric, bins=bins)
+    at_input, at_output = (operand, None) if activation_site == "input" else (None, operand)
     edge_weight = replace(weight, bits=max(weight_bits, first_last_bits))
     if edge_weight.bits >= LAYER_BITS[1]:
         edge_weight = replace(edge_weight, metric="minmax")
     widest = activation_bits[-1] if isinstance(activation_bits, tuple) else activation_bits
-    edge_input = replace(operand, bits=max(boundary_bits, widest, first_last_bits))
-    if edge_input.bits > LAYER_BITS[1]:
-        edge_input = replace(edge_input, metric="minmax", headroom=BOUNDARY_HEADROOM)
-    rules = [Rule(pattern, QuantSpec(edge_weight, edge_input)) for pattern in (*first, *last)]
+    edge = replace(operand, bits=max(widest, first_last_bits))
+    boundary = replace(edge, bits=max(edge.bits, boundary_bits))
+    if boundary.bits > LAYER_BITS[1]:
+        boundary = replace(boundary, metric="minmax", headroom=BOUNDARY_HEADROOM)
+    read = at_input and boundary
+    of_first = QuantSpec(edge_weight, edge if quantize_state else read, at_output)
+    of_last = QuantSpec(edge_weight, read, edge if quantize_output else None)
+    rules = [Rule(pattern, spec) for patterns, spec in ((first, of_first), (last, of_last)) for pattern in patterns]
     if not attention:
-        return [*rules, Rule("*", layer())]
-    softmax = TensorSpec(softmax_bits, symmetric=True)
-    return [*rules, Rule("*to_[qkv]", layer(output=operand)), Rule("*", layer(softmax=softmax))]
+        return [*rules, Rule("*", QuantSpec(weight, at_input, at_output))]
+    softmax = TensorSpec(softmax_bits, symmetric=True, bins=bins)
+    return [
+        *rules,
+        Rule("*to_[qkv]", QuantSpec(weight, at_input, operand)),
+        Rule("*", QuantSpec(weight, at_input, at_output, softmax)),
+    ]
+
+
+def segmented(rules: Sequence[Rule], parts: Mapping[str, tuple[int, ...]]) -> list[Rule]:
+    """Return `rules` where the layers named in `parts` have a range for each part of their input channels.
+
+    Weight and input of such a layer are both cut, and so is nothing that its rule leaves in full precision.
+    """
+    cut = []
+    for name, segments in parts.items():
+        rule = first_match(rules, name)
+        if rule is not None and rule.spec is not None:
+            weight, read = (spec and replace(spec, segments=segments) for spec in (rule.spec.weight, rule.spec.input))
+            cut.append(Rule(name, replace(rule.spec, weight=weight, input=read), rule.reason))
+    return [*cut, *rules]
+
+
+def with_outputs(rules: Sequence[Rule], parts: Mapping[str, tuple[int, ...] | None], output: TensorSpec) -> list[Rule]:
+    """Return `rules` where the layers named in `parts` have quantized outputs, with a range for each part (None: one).
+
+    Layers that a rule keeps in full precision stay so.
+    """
+    made = []
+    for name, segments in parts.items():
+        rule = first_match(rules, name)
+        if rule is not None and rule.spec is not None:
+            made.append(Rule(name, replace(rule.spec, output=replace(output, segments=segments)), rule.reason))
+    return [*made, *rules]
 
 
 def check_bits(setting: str, bits: int, allowed: tuple[int, int] = LAYER_BITS) -> None:
