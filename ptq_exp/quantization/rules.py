@@ -60,7 +60,8 @@ class TensorSpec:
             check_bits("TensorSpec.bits", self.bits, SOFTMAX_BITS)
         if self.granularity not in GRANULARITIES:
             raise ConfigError(f"TensorSpec.granularity={self.granularity!r}: choose one of {', '.join(GRANULARITIES)}")
-        if (self.granularity == "group") != (self.group_size is not None) or (self.group_size or 1) < 1:
+        size_given = self.group_size is not None
+        if (self.granularity == "group") != size_given or (size_given and self.group_size < 1):
             raise ConfigError(
                 f"TensorSpec.group_size={self.group_size}: give granularity='group' a number of input channels, 1 or "
                 "more, and no other granularity one"

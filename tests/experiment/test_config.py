@@ -78,7 +78,7 @@ def test_every_experiment_file_says_what_it_follows():
         ("calibration.source=dream", "calibration.source=dream: choose one of denoise, diffuse, raw, noise"),
         ("cache=maybe", "cache=maybe: choose one of on, off, refresh"),
         ("logger.mode=loud", "logger.mode=loud: choose one of offline, online, none"),
-        ("quantization.weight_granularity=row", "quantization.weight_granularity=row: choose one of channel, tensor, group"),
+        ("quantization.weight_granularity=row", "weight_granularity=row: choose one of channel, tensor, group"),
         ("quantization.shortcut=cut", "quantization.shortcut=cut: choose one of joint, split, split_all"),
         ("quantization.temporal=daily", "quantization.temporal=daily: choose one of static, binned, per_step"),
         ("quantization.time_layers=all", "quantization.time_layers=all: choose one of calibration_set, all_steps"),
