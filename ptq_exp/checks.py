@@ -101,6 +101,7 @@ def _check_placement(config: ExperimentConfig) -> None:
     for setting, valid in PLACEMENT.items():
         _one_of(f"quantization.{setting}", getattr(quantization, setting), valid)
     _at_least("quantization.group_size", quantization.group_size, 1)
+    _between("quantization.smooth_alpha", quantization.smooth_alpha, 0, 1)
     _at_least("quantization.temporal_bins", quantization.temporal_bins, 1)
     if quantization.temporal == "binned" and quantization.temporal_bins > config.sampler.steps:
         raise ConfigError(

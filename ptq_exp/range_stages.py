@@ -1,4 +1,4 @@
-"""Finding the ranges of a twin: weights first, then activations, bin by bin of sampling steps."""
+"""Before and while ranges are found: outliers moved into the weights, then weights, then activations bin by bin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.calibration import CalibrationSet, check_bins
+from ptq_exp.files import write_npz
+from ptq_exp.npz import npz_arrays
 from ptq_exp.quantization import (
     ActivationQuantizer,
     calibrate_weights_,
@@ -20,6 +22,7 @@ from ptq_exp.quantization import (
     quantizers,
     select_row,
 )
+from ptq_exp.quantization.smooth import largest_outputs, smooth_, smoothable, smoothing_factors
 from ptq_exp.setup import Setup
 from ptq_exp.twin import Twin
 
@@ -56,6 +59,30 @@ def calibrate(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> None
             if of_time:
                 _observe(setup, quantized, _batches_of_times(setup, row), of_time)
             finish_calibration(quantized, config.metric.name)
+
+
+def smooth(setup: Setup, network: nn.Module, calibration_set: CalibrationSet, calibration_round: int) -> None:
+    """Move outliers of the full-precision `network`'s activations into its weights, by the calibration set; in place.
+
+    Only the factors are kept for later runs: they are applied to the full-precision weights anew.
+    """
+    quantization = setup.config.quantization
+    sites = smoothable(network, _example(setup))
+    spec = setup.calibration_spec(calibration_round) | {"alpha": quantization.smooth_alpha}
+
+    def make() -> dict[str, np.ndarray]:
+        with largest_outputs(network, sites) as largest:
+            for x, t, y in calibration_set.batches(setup.config.calibration.batch_size):
+                network(x.to(setup.device), t.to(setup.device), None if y is None else y.to(setup.device))
+        factors = smoothing_factors(network, sites, largest, quantization.smooth_alpha)
+        return {name: factor.cpu().numpy() for name, factor in factors.items()}
+
+    arrays, _ = setup.cache.get_or_make(
+        "smoothing", spec, make=make, load=npz_arrays, save=lambda arrays, path: write_npz(path, **arrays)
+    )
+    smooth_(network, sites, {name: torch.from_numpy(np.array(factor)) for name, factor in arrays.items()})
+    pairs = "; ".join(f"{maker} -> {', '.join(readers)}" for maker, readers in sites.items())
+    log.info("quantization.smooth: %d places qualify: %s", len(sites), pairs or "none")
 
 
 def _observe(setup: Setup, network: nn.Module, batches: Iterable[Batch], chosen: Collection[str]) -> None:

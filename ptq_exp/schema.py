@@ -115,6 +115,8 @@ class QuantizationConfig:
     time_layers: str = "calibration_set"
     quantize_state: bool = False
     quantize_output: bool = False
+    smooth: bool = False
+    smooth_alpha: float = 0.5
     first: list[str] | None = None
     last: list[str] | None = None
     keep_fp: list[str] = field(default_factory=list)

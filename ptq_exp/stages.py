@@ -36,7 +36,7 @@ from ptq_exp.parts import Parts, slices
 from ptq_exp.policy import policy
 from ptq_exp.quantization import quantize_
 from ptq_exp.quantization.stored import range_arrays, restore_ranges_
-from ptq_exp.range_stages import calibrate
+from ptq_exp.range_stages import calibrate, smooth
 from ptq_exp.setup import Setup
 from ptq_exp.tracking.results import read_samples, write_samples
 from ptq_exp.twin import Twin
@@ -97,6 +97,8 @@ def quantize_model(setup: Setup, calibration_set: CalibrationSet, calibration_ro
     The twin's weights hold their quantized values: sampling does not quantize them again at every step.
     """
     quantized = setup.model.twin().to(setup.device)
+    if setup.config.quantization.smooth:
+        smooth(setup, quantized, calibration_set, calibration_round)
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
     report = quantize_(quantized, policy(setup, quantized, example), example)
     twin = Twin(quantized, report)

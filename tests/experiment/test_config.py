@@ -84,6 +84,7 @@ def test_every_experiment_file_says_what_it_follows():
         ("quantization.time_layers=all", "quantization.time_layers=all: choose one of calibration_set, all_steps"),
         ("quantization.activation_site=both", "quantization.activation_site=both: choose one of input, output"),
         ("quantization.time_embedding=cut", "quantization.time_embedding=cut: choose one of none, shared, split"),
+        ("quantization.smooth_alpha=2", "quantization.smooth_alpha=2.0: choose 0..1"),
         ("quantization.group_size=0", "quantization.group_size=0: choose 1 or more"),
         ("calibration.rounds=0", "calibration.rounds=0: choose 1 or more"),
         ("seed=-1", "seed=-1: choose 0 or more"),
