@@ -9,7 +9,8 @@ from ptq_exp.diffusion.solvers import SOLVERS
 from ptq_exp.diffusion.time_grid import SPACINGS
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import METRICS
-from ptq_exp.quantization.rules import GRANULARITIES, SITES, SOFTMAX_BITS, check_bits
+from ptq_exp.quantization.policy_rules import SITES
+from ptq_exp.quantization.rules import GRANULARITIES, SOFTMAX_BITS, check_bits
 from ptq_exp.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
 from ptq_exp.tracking.cache import MODES as CACHE_MODES
 from ptq_exp.tracking.wandb_run import MODES as LOGGER_MODES

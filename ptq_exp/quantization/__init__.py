@@ -32,10 +32,11 @@ from ptq_exp.quantization.calibrate import (
 from ptq_exp.quantization.concats import depending_on_alone, find_chunks, find_concats
 from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
 from ptq_exp.quantization.placement import quantize_
+from ptq_exp.quantization.policy_rules import default_rules, segmented, with_outputs
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from ptq_exp.quantization.ranges import METRICS, RangeSketch, search_range
 from ptq_exp.quantization.report import Report, Row
-from ptq_exp.quantization.rules import QuantSpec, Rule, TensorSpec, default_rules, segmented, with_outputs
+from ptq_exp.quantization.rules import QuantSpec, Rule, TensorSpec
 from ptq_exp.quantization.step import Step, select_row, step_of
 
 __all__ = [
