@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from ptq_exp.calibration import SOURCES
+from ptq_exp.calibration import SOURCES, TEMPORAL
 from ptq_exp.correction.statistics import CONVENTIONS
 from ptq_exp.diffusion.compare import FOLLOW
 from ptq_exp.diffusion.solvers import SOLVERS
 from ptq_exp.diffusion.time_grid import SPACINGS
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import METRICS
-from ptq_exp.quantization.rules import SOFTMAX_BITS, check_bits
+from ptq_exp.quantization.policy_rules import SITES
+from ptq_exp.quantization.rules import GRANULARITIES, SOFTMAX_BITS, check_bits
 from ptq_exp.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
 from ptq_exp.tracking.cache import MODES as CACHE_MODES
 from ptq_exp.tracking.wandb_run import MODES as LOGGER_MODES
+
+PLACEMENT = {
+    "weight_granularity": GRANULARITIES,
+    "activation_site": SITES,
+    "shortcut": ("joint", "split", "split_all"),
+    "time_embedding": ("none", "shared", "split"),
+    "temporal": TEMPORAL,
+    "time_layers": ("calibration_set", "all_steps"),
+}
+"""Settings of `quantization` that choose one of several words."""
 
 
 def check(config: ExperimentConfig) -> None:
@@ -66,13 +77,42 @@ def _check_full_precision(config: ExperimentConfig) -> None:
 def _check_quantization(config: ExperimentConfig) -> None:
     bits, calibration = config.bits, config.calibration
     _one_of("metric.name", config.metric.name, METRICS)
-    _one_of("quantization.weight_granularity", config.quantization.weight_granularity, ("channel", "tensor"))
+    _check_placement(config)
     if calibration.source is None:
         raise ConfigError(f"calibration={calibration.name} has no samples, but bits={bits.name} needs some to choose "
                           "activation ranges: choose calibration=ndtc or another")  # fmt: skip
     _one_of("calibration.source", calibration.source, tuple(SOURCES))
     _at_least("calibration.n_samples", calibration.n_samples, 1)
     _at_least("calibration.batch_size", calibration.batch_size, 1)
+    _at_least("calibration.rounds", calibration.rounds, 1)
+    if calibration.rounds > 1 and calibration.source != "denoise":
+        raise ConfigError(
+            f"calibration.rounds={calibration.rounds}: states of calibration.source={calibration.source} are the same "
+            "for a quantized model; choose calibration.source=denoise, or calibration.rounds=1"
+        )
+    if calibration.rounds > 1 and bits.schedule is not None:
+        raise ConfigError(
+            f"calibration.rounds={calibration.rounds} contradicts bits.schedule, which is decided after calibration: "
+            "choose calibration.rounds=1"
+        )
+
+
+def _check_placement(config: ExperimentConfig) -> None:
+    quantization = config.quantization
+    for setting, valid in PLACEMENT.items():
+        _one_of(f"quantization.{setting}", getattr(quantization, setting), valid)
+    _at_least("quantization.group_size", quantization.group_size, 1)
+    _between("quantization.smooth_alpha", quantization.smooth_alpha, 0, 1)
+    _at_least("quantization.temporal_bins", quantization.temporal_bins, 1)
+    if quantization.temporal == "binned" and quantization.temporal_bins > config.sampler.steps:
+        raise ConfigError(
+            f"quantization.temporal_bins={quantization.temporal_bins}: choose 1..{config.sampler.steps} (sampler.steps)"
+        )
+    if quantization.temporal != "static" and config.bits.schedule is not None:
+        raise ConfigError(
+            f"quantization.temporal={quantization.temporal} contradicts bits.schedule: a step chooses either its "
+            "ranges or its width; choose quantization.temporal=static, or one width such as bits=w8a8"
+        )
 
 
 def _check_bits(bits: BitsConfig) -> None:

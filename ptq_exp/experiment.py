@@ -90,9 +90,14 @@ def _quantized(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
     """The quantized twin, made here, and the network evaluations that its calibration took."""
     calibration_set = clock("calibration_set", stages.make_calibration_set, setup)
     twin = clock("quantize", stages.quantize_model, setup, calibration_set)
+    evaluations = int(calibration_set.evaluations.sum())
+    for n in range(2, setup.config.calibration.rounds + 1):
+        calibration_set = clock(f"calibration_set_{n}", stages.make_calibration_set, setup, twin, n)
+        twin = clock(f"quantize_{n}", stages.quantize_model, setup, calibration_set, n)
+        evaluations += int(calibration_set.evaluations.sum())
     twin = clock("bit_schedule", noise_stages.schedule_bits, setup, twin)
     twin = clock("noise_statistics", noise_stages.fit_correction, setup, twin)
-    return twin, int(calibration_set.evaluations.sum())
+    return twin, evaluations
 
 
 def _loaded(setup: Setup, clock: _Clock) -> tuple[Twin, int]:

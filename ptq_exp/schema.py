@@ -56,13 +56,14 @@ class ModelConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Source of states, distribution over time steps, how many."""
+    """Source of states, distribution over time steps, how many; later `rounds` take states of the quantized model."""
 
     name: str = ""
     source: str | None = None
     distribution: dict[str, Any] | None = None
     n_samples: int = 0
     batch_size: int = 0
+    rounds: int = 1
 
 
 @dataclass
@@ -95,7 +96,7 @@ class BitsConfig:
 
 @dataclass
 class QuantizationConfig:
-    """Which operations are quantized, granularity and symmetry.
+    """Which operations are quantized, where, granularity and symmetry; `conf/quantization/full.yaml` explains them.
 
     `first`, `last` and `keep_fp` are globs; None = the first and last layers that the model names.
     """
@@ -104,7 +105,18 @@ class QuantizationConfig:
     attention: bool = True
     weight_symmetric: bool = False
     weight_granularity: str = "channel"
+    group_size: int = 16
     activation_symmetric: bool = False
+    activation_site: str = "input"
+    shortcut: str = "joint"
+    time_embedding: str = "none"
+    temporal: str = "static"
+    temporal_bins: int = 4
+    time_layers: str = "calibration_set"
+    quantize_state: bool = False
+    quantize_output: bool = False
+    smooth: bool = False
+    smooth_alpha: float = 0.5
     first: list[str] | None = None
     last: list[str] | None = None
     keep_fp: list[str] = field(default_factory=list)

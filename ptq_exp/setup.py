@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import ptq_exp
 from ptq_exp.artifact import Artifact
+from ptq_exp.calibration import time_bins
 from ptq_exp.config import build
 from ptq_exp.correction import BitSchedule, parse_widths
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
@@ -93,9 +95,12 @@ class Setup:
             "seed": self.config.seed,
         }
 
-    def calibration_spec(self) -> dict[str, Any]:
-        """All that decides the calibration set."""
-        spec = self.sampling_spec() | {"calibration": asdict(self.config.calibration)}
+    def calibration_spec(self, calibration_round: int) -> dict[str, Any]:
+        """All that decides the calibration set of a round, from 1; later ones also depend on the quantized model."""
+        calibration = asdict(self.config.calibration) | {"rounds": calibration_round}
+        spec = self.sampling_spec() | {"calibration": calibration}
+        if calibration_round > 1:
+            spec |= self._quantizer_settings()
         if not self.needs_images:
             return spec
         images = self.config.model.images or {}
@@ -103,18 +108,34 @@ class Setup:
         content = content_digest(images["path"]) if images.get("path") else None
         return spec | {"images": images, "content": content}
 
-    def quantization_spec(self) -> dict[str, Any]:
-        """All that decides the quantized network, with all activation widths that it can run at."""
+    def quantization_spec(self, calibration_round: int | None = None) -> dict[str, Any]:
+        """All that decides the quantized network, with all activation widths that it can run at; None = last round."""
         if self.artifact is not None:
             # what was saved decides, not what would be made of the same settings here
             return self.sampling_spec() | {"quantized": self.artifact.digest}
+        if calibration_round is None:
+            calibration_round = self.config.calibration.rounds
+        return self.calibration_spec(calibration_round) | self._quantizer_settings()
+
+    def _quantizer_settings(self) -> dict[str, Any]:
         bits = asdict(self.config.bits)
         widths = {key: bits[key] for key in ("weight", "softmax", "first_last", "boundary")}
-        return self.calibration_spec() | {
+        return {
             "metric": self.config.metric.name,
             "bits": widths | {"activation": self.activation_widths},
             "quantization": asdict(self.config.quantization),
         }
+
+    @cached_property
+    def time_bins(self) -> Tensor:
+        """For each sampling step the row of the activation ranges that it uses, int64 [S]; see `time_bins`."""
+        quantization = self.config.quantization
+        return time_bins(self.grid, quantization.temporal, quantization.temporal_bins)
+
+    @property
+    def n_bins(self) -> int:
+        """Number of bins; 1 = the same ranges in all steps."""
+        return int(self.time_bins.max()) + 1
 
     @property
     def activation_widths(self) -> list[int]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
 import ptq_exp
 from ptq_exp.calibration import CalibrationSet, positions
 from ptq_exp.config import build
-from ptq_exp.diffusion import DiffusionModel
 from ptq_exp.evaluation import (
     FeatureStatistics,
     GaussianStatistics,
@@ -35,16 +33,10 @@ from ptq_exp.lightning import (
 from ptq_exp.noise_stages import twin_spec
 from ptq_exp.npz import npz_arrays
 from ptq_exp.parts import Parts, slices
-from ptq_exp.quantization import (
-    Rule,
-    calibrate_weights_,
-    calibrating,
-    default_rules,
-    finish_calibration,
-    quantize_,
-)
+from ptq_exp.policy import policy
+from ptq_exp.quantization import quantize_
 from ptq_exp.quantization.stored import range_arrays, restore_ranges_
-from ptq_exp.schema import ExperimentConfig
+from ptq_exp.range_stages import calibrate, smooth
 from ptq_exp.setup import Setup
 from ptq_exp.tracking.results import read_samples, write_samples
 from ptq_exp.twin import Twin
@@ -63,9 +55,12 @@ def _said(what: str, value_and_reused: tuple[Any, bool], detail: Callable[[Any],
     return value
 
 
-def make_calibration_set(setup: Setup) -> CalibrationSet:
-    """Collect (or reuse) the calibration set that `calibration` describes."""
-    config, spec = setup.config.calibration, setup.calibration_spec()
+def make_calibration_set(setup: Setup, previous: Twin | None = None, calibration_round: int = 1) -> CalibrationSet:
+    """Collect (or reuse) the calibration set that `calibration` describes.
+
+    From the second round on it holds the states of `previous`, the quantized twin of the round before.
+    """
+    config, spec = setup.config.calibration, setup.calibration_spec(calibration_round)
     folder = setup.working_folder("calibration", spec)
 
     def make() -> CalibrationSet:
@@ -76,7 +71,7 @@ def make_calibration_set(setup: Setup) -> CalibrationSet:
             images = build(setup.config.model.images, "model.images")
         module = CalibrationModule(
             setup.model, setup.grid, config.source, seed=setup.config.seed, images=images,
-            denoiser=setup.guided(setup.model.denoiser),
+            denoiser=setup.guided(setup.model.denoiser) if previous is None else previous.guided(setup),
         )  # fmt: skip
         null_label = None if setup.guidance_scale == 1 else setup.model.null_label
         joined = folder / "joined.npz"
@@ -89,61 +84,37 @@ def make_calibration_set(setup: Setup) -> CalibrationSet:
         "calibration", spec, make=make, save=CalibrationSet.save, load=CalibrationSet.load
     )
     shutil.rmtree(folder, ignore_errors=True)
+    which = "" if previous is None else f" of the quantized model, round {calibration_round}"
     return _said(
-        f"calibration set {config.name}", found,
+        f"calibration set {config.name}{which}", found,
         lambda s: f", {len(s)} states, {int(s.evaluations.sum())} network evaluations",
     )  # fmt: skip
 
 
-def policy(config: ExperimentConfig, model: DiffusionModel, activation_widths: Sequence[int]) -> list[Rule]:
-    """The ordered rules that `quantization` and `bits` describe, with the model's own first and last layers."""
-    quantization, bits = config.quantization, config.bits
-    rules = [Rule(pattern, None, "quantization.keep_fp") for pattern in quantization.keep_fp]
-    return rules + default_rules(
-        bits.weight, activation_widths, softmax_bits=bits.softmax, first_last_bits=bits.first_last,
-        boundary_bits=bits.boundary, attention=quantization.attention,
-        first=model.first_layers if quantization.first is None else quantization.first,
-        last=model.last_layers if quantization.last is None else quantization.last,
-        weight_symmetric=quantization.weight_symmetric, weight_granularity=quantization.weight_granularity,
-        activation_symmetric=quantization.activation_symmetric,
-    )  # fmt: skip
-
-
-def quantize_model(setup: Setup, calibration_set: CalibrationSet) -> Twin:
+def quantize_model(setup: Setup, calibration_set: CalibrationSet, calibration_round: int = 1) -> Twin:
     """A quantized twin of the model's denoiser, calibrated (or with the ranges of an earlier run), and its account.
 
     The twin's weights hold their quantized values: sampling does not quantize them again at every step.
     """
     quantized = setup.model.twin().to(setup.device)
+    if setup.config.quantization.smooth:
+        smooth(setup, quantized, calibration_set, calibration_round)
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
-    rules = policy(setup.config, setup.model, setup.activation_widths)
+    rules = policy(setup, quantized, example)
     twin = Twin(quantized, quantize_(quantized, rules, example), rules=tuple(rules))
 
     def make() -> dict[str, np.ndarray]:
-        _calibrate(setup, twin, calibration_set)
+        calibrate(setup, twin, calibration_set)
         return range_arrays(quantized)
 
     arrays, reused = setup.cache.get_or_make(
-        "ranges", setup.quantization_spec(), make=make, load=npz_arrays,
+        "ranges", setup.quantization_spec(calibration_round), make=make, load=npz_arrays,
         save=lambda arrays, path: write_npz(path, **arrays),
     )
     if reused:
         restore_ranges_(quantized, arrays)
     _said("ranges", (arrays, reused))
     return twin
-
-
-def _calibrate(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> None:
-    """Search the weight ranges, then those of the activations of the weight-quantized network."""
-    config, quantized = setup.config, twin.network
-    layers = sum(row.weight_bits is not None for row in twin.report.rows if row.scope == "conv_linear")
-    with setup.progress(layers, "weight ranges") as bar:
-        calibrate_weights_(quantized, config.metric.name, bar.update)
-    with calibrating(quantized), torch.no_grad(), setup.progress(len(calibration_set), "calibration forward") as bar:
-        for x, t, y in calibration_set.batches(config.calibration.batch_size):
-            quantized(x.to(setup.device), t.to(setup.device), None if y is None else y.to(setup.device))
-            bar.update(min(config.calibration.batch_size, bar.total - bar.n))
-    finish_calibration(quantized, config.metric.name)
 
 
 def draw(setup: Setup, denoiser: nn.Module, title: str, folder: Path, path: Path, **noise_in_eps: Any) -> np.ndarray:

@@ -17,7 +17,8 @@ class Twin:
     """A calibrated network and what was decided about it.
 
     Attributes:
-        network: quantized denoiser; without a schedule it has one activation width.
+        network: quantized denoiser; without a schedule it has one activation width. Its ranges may differ between bins
+            of sampling steps, see `Setup.time_bins`.
         report: account of its operations, over all steps.
         schedule: activation widths per step; None = one width.
         statistics: of its noise, for the correction; None = no correction.
@@ -33,8 +34,10 @@ class Twin:
     rules: tuple[Rule, ...] = ()
 
     def guided(self, setup: Setup) -> nn.Module:
-        """The uncorrected denoiser: at the width of each step, with guidance."""
+        """The uncorrected denoiser: at the width, or with the ranges, of each step, with guidance."""
         widths = setup.activation_widths
+        if setup.n_bins > 1:
+            return setup.guided(Scheduled(self.network, setup.time_bins, setup.grid))
         if self.schedule is None or len(widths) == 1:
             return setup.guided(self.network)
         return setup.guided(Scheduled(self.network, self.schedule.rows(widths), setup.grid))

@@ -1,9 +1,11 @@
 """Calibration sets: where states come from, and how they are distributed over time steps."""
 
+from ptq_exp.calibration.bins import TEMPORAL, check_bins, time_bins
 from ptq_exp.calibration.calibration_set import CalibrationSet
 from ptq_exp.calibration.sources import SOURCES, StateRequest, source
 from ptq_exp.calibration.timesteps import Constant, Normal, SkewNormal, Uniform, positions
 
 __all__ = [
-    "SOURCES", "CalibrationSet", "Constant", "Normal", "SkewNormal", "StateRequest", "Uniform", "positions", "source",
+    "SOURCES", "TEMPORAL", "CalibrationSet", "Constant", "Normal", "SkewNormal", "StateRequest", "Uniform",
+    "check_bins", "positions", "source", "time_bins",
 ]  # fmt: skip

@@ -56,6 +56,11 @@ class CalibrationSet:
             y = None if self.y is None else torch.from_numpy(np.array(self.y[rows]))
             yield (x, t, y) if self.null_label is None else both_halves(x, t, y, self.null_label)
 
+    def take(self, rows: np.ndarray) -> CalibrationSet:
+        """The states number `rows`, int64 [M], in that order."""
+        return CalibrationSet(**{key: np.array(part[rows]) for key, part in self._arrays().items()},
+                              null_label=self.null_label)  # fmt: skip
+
     def save(self, path: Path) -> None:
         """Write as an uncompressed `.npz` file, atomically."""
         extra = {} if self.null_label is None else {"null_label": np.array(self.null_label)}

@@ -150,15 +150,15 @@ def _value(node: ast.AST) -> list | int:
 
 
 class Scheduled(nn.Module):
-    """A quantized denoiser that runs each step at the width of a schedule, again a denoiser.
+    """A quantized denoiser that runs each step with its own row of the activation ranges, again a denoiser.
 
     Args:
-        denoiser: quantized with candidate activation widths; see `ptq_exp.quantization.Step`.
-        rows: position among the candidates for each step, int64 [S]; see `BitSchedule.rows`.
+        denoiser: quantized with candidate activation widths, or bins of steps; see `ptq_exp.quantization.Step`.
+        rows: row of each step, int64 [S]; see `BitSchedule.rows` and `ptq_exp.calibration.time_bins`.
         grid: the one that is sampled with.
 
     Raises:
-        QuantizationError: the denoiser has a single width.
+        QuantizationError: the denoiser has a single row.
     """
 
     def __init__(self, denoiser: nn.Module, rows: Tensor, grid: TimeGrid) -> None:
@@ -167,7 +167,8 @@ class Scheduled(nn.Module):
         self.switch = step_of(denoiser)
         if self.switch is None:
             raise QuantizationError(
-                "the denoiser has one activation width in all steps: quantize it with candidate widths for a schedule"
+                "the denoiser has one activation width in all steps: quantize it with candidate widths for a schedule, "
+                "or with bins of steps"
             )
         self.register_buffer("rows", rows, persistent=False)
 
@@ -183,6 +184,8 @@ class Scheduled(nn.Module):
         """
         step = self.grid.step_of(t)
         if bool((step != step[0]).any()):
-            raise ConfigError("a batch with several sampling steps cannot run at their widths: give one step a batch")
+            raise ConfigError(
+                "a batch with several sampling steps cannot run at their widths or ranges: give one step a batch"
+            )
         self.switch.set(self.rows.index_select(0, step[:1]))
         return self.denoiser(x, t, y)

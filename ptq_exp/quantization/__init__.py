@@ -6,8 +6,9 @@ with calibrating(model):
     ...  # forwards over the calibration set
 finish_calibration(model, "lp")
 
-Activations may have several candidate widths, ``default_rules(8, (4, 8))``, of which ``select_row(model, row)``
-puts one in force from one sampling step to the next.
+Activations may have several candidate widths, ``default_rules(8, (4, 8))``, or ranges for several bins of sampling
+steps, ``default_rules(8, 8, bins=4)``, of which ``select_row(model, row)`` puts one in force from one sampling step to
+the next.
 """
 
 from ptq_exp.quantization.account import describe, ranges
@@ -29,12 +30,14 @@ from ptq_exp.quantization.calibrate import (
     quantizers,
     set_mode,
 )
+from ptq_exp.quantization.concats import depending_on_alone, find_chunks, find_concats
 from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
 from ptq_exp.quantization.placement import quantize_
+from ptq_exp.quantization.policy_rules import default_rules, segmented, with_outputs
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from ptq_exp.quantization.ranges import METRICS, RangeSketch, search_range
 from ptq_exp.quantization.report import Report, Row
-from ptq_exp.quantization.rules import QuantSpec, Rule, TensorSpec, default_rules
+from ptq_exp.quantization.rules import QuantSpec, Rule, TensorSpec
 from ptq_exp.quantization.step import Step, select_row, step_of
 
 __all__ = [
@@ -59,10 +62,13 @@ __all__ = [
     "calibrating",
     "choose_qparams",
     "default_rules",
+    "depending_on_alone",
     "dequantize",
     "describe",
     "disabled",
     "fake_quantize",
+    "find_chunks",
+    "find_concats",
     "finish_calibration",
     "freeze_weights_",
     "integer_range",
@@ -73,7 +79,9 @@ __all__ = [
     "ranges",
     "save_quantized",
     "search_range",
+    "segmented",
     "select_row",
     "set_mode",
     "step_of",
+    "with_outputs",
 ]

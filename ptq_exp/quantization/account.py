@@ -9,6 +9,7 @@ from torch import nn
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.calibrate import disabled, quantizers
+from ptq_exp.quantization.grid_inputs import grid_inputs
 from ptq_exp.quantization.layers import FULL_PRECISION, QUANTIZED, QuantAttention, attention_obstacle, bits_of
 from ptq_exp.quantization.operations import Trace, multiplying_layers, trace
 from ptq_exp.quantization.quantizer import WeightQuantizer
@@ -28,17 +29,19 @@ def describe(model: nn.Module, example_inputs: tuple, reasons: Mapping[str, str]
     """
     with disabled(model):
         counted = trace(model, example_inputs)
-    return build_report(model, counted, reasons or {})
+    return build_report(model, counted, reasons or {}, example_inputs)
 
 
-def build_report(model: nn.Module, counted: Trace, reasons: Mapping[str, str]) -> Report:
+def build_report(model: nn.Module, counted: Trace, reasons: Mapping[str, str], example_inputs: tuple) -> Report:
     """Join the multiplications counted in full precision with the quantizers that `model` has now."""
+    with disabled(model):
+        fed = grid_inputs(model, example_inputs)
     layers = dict(multiplying_layers(model))
     holders = dict(parameter_holders(model))
     rows: list[Row] = []
     for name, module in model.named_modules():
         if name in layers:
-            rows.append(_layer_row(name, module, counted.layer_macs.get(name, 0), reasons))
+            rows.append(_layer_row(name, module, counted.layer_macs.get(name, 0), reasons, fed.get(name)))
         elif isinstance(module, Attention):
             rows += _attention_rows(name, module, counted.attention_macs[name], reasons)
         elif name in holders:
@@ -80,9 +83,9 @@ def parameter_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _layer_row(name: str, layer: nn.Module, macs: int, reasons: Mapping[str, str]) -> Row:
+def _layer_row(name: str, layer: nn.Module, macs: int, reasons: Mapping[str, str], fed: Bits) -> Row:
     quantizer = getattr(layer, "weight_quantizer", None)
-    bits = bits_of(quantizer), bits_of(getattr(layer, "input_quantizer", None))
+    bits = bits_of(quantizer), bits_of(getattr(layer, "input_quantizer", None)) or fed
     size = 4.0 * _own_params(layer)
     if isinstance(quantizer, WeightQuantizer):
         per_range = 4 if quantizer.symmetric else 4 + -(-quantizer.bits // 8)

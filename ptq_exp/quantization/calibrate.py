@@ -9,7 +9,7 @@ finish_calibration(model, metric)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -53,14 +53,21 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def calibrating(model: nn.Module) -> Iterator[None]:
+def calibrating(model: nn.Module, chosen: Collection[str] | None = None) -> Iterator[None]:
     """Let the activation quantizers observe inside the context; each one's mode is restored at its end.
 
     Activations pass unquantized, through the frozen, quantized weights. Several contexts add up until
     `finish_calibration`. An error inside discards what was observed.
+
+    Args:
+        model: its weights are calibrated.
+        chosen: names of the quantizers that observe, the others only let pass; None = all.
     """
     try:
         with _mode(model, Mode.OBSERVE):
+            for name, quantizer in _activations(model):
+                if chosen is not None and name not in chosen:
+                    quantizer.mode = Mode.OFF
             yield
     except BaseException:
         for _, quantizer in _activations(model):
@@ -96,6 +103,8 @@ def freeze_weights_(model: nn.Module) -> None:
 
 def finish_calibration(model: nn.Module, metric: str) -> None:
     """Search the activation ranges by `metric` over all data observed, and drop the observations.
+
+    With bins of sampling steps it may be called after each bin, to hold the observations of one bin at a time.
 
     Raises:
         QuantizationError: some quantizers saw no data; the message names them and no range is changed.

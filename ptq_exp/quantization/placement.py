@@ -28,7 +28,8 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
 
     Exact `nn.Conv1d`, `nn.Conv2d`, `nn.Linear` and `diffusers` `Attention` are retyped; subclasses of them
     and other modules with weights are left alone and named in the report. If anything is wrong, the model is
-    left unchanged. Activations with candidate widths share one `Step`, which says which width is in force.
+    left unchanged. Activations with candidate widths, or bins of sampling steps, share one `Step`, which says which of
+    them is in force.
 
     Args:
         model: full-precision network.
@@ -37,7 +38,7 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
 
     Raises:
         QuantizationError: the model is quantized already, or segments do not fit a layer.
-        ConfigError: a rule matches nothing, or activations have different numbers of candidate widths.
+        ConfigError: a rule matches nothing, or activations have different numbers of candidate widths or bins.
     """
     if next(quantizers(model), None) is not None:
         raise QuantizationError("the model is quantized already: quantize_ wants a full-precision model")
@@ -56,7 +57,7 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
         retype_(module, placed)
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())
-    return build_report(model, counted, {name: reason for name, reason in reasons.items() if reason})
+    return build_report(model, counted, {name: reason for name, reason in reasons.items() if reason}, example_inputs)
 
 
 def _plan(module: nn.Module, rule: Rule | None, name: str) -> tuple[dict[str, nn.Module], str]:
@@ -78,18 +79,18 @@ def _plan(module: nn.Module, rule: Rule | None, name: str) -> tuple[dict[str, nn
 
 
 def _share_step(placed: Sequence[nn.Module]) -> None:
-    """Let those of the quantizers `placed` that have candidate widths choose among them by one `Step`.
+    """Let those of the quantizers `placed` that have several rows choose among them by one `Step`.
 
     Raises:
-        ConfigError: they have different numbers of candidates.
+        ConfigError: they have different numbers of rows.
     """
     switched = [quantizer for quantizer in placed if getattr(quantizer, "step", None) is not None]
-    counts = {len(quantizer.widths): quantizer for quantizer in switched}
+    counts = {quantizer.step.rows: quantizer for quantizer in switched}
     if len(counts) > 1:
         one, other = list(counts.values())[:2]
         raise ConfigError(
-            f"{one.name} has the candidate widths {one.bits} and {other.name} {other.bits}: they are chosen by one "
-            "number per sampling step, so give all activations that have candidates equally many"
+            f"{one.name} has the candidate widths {one.bits} and {other.name} {other.bits}, or other bins: they are "
+            "chosen by one number per sampling step, so give all activations that have several equally many"
         )
     for rows in counts:
         step = Step(rows)

@@ -44,8 +44,9 @@ class Row:
         params: parameters of the module itself.
         macs: multiply-accumulates per sample; 0 for a layer that the example never called.
         weight_bits: bits of the weight; of k in q k^T, of v in softmax(.) v. None = FP.
-        activation_bits: bits of the layer input; of q in q k^T, of the map in softmax(.) v. None = FP. Of several
-            candidates in either, the i-th ones are used together.
+        activation_bits: bits of the layer input, by its own quantizer or by the one of the layer that made it; of q in
+            q k^T, of the map in softmax(.) v. None = FP. Of several candidates in either, the i-th ones are used
+            together.
         weight_bytes: size of the module's parameters, with scales and zero points.
         reason: why an operand stays FP; empty if both are quantized.
     """

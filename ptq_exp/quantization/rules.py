@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Literal
@@ -18,7 +18,7 @@ from ptq_exp.quantization.ranges import METRICS
 
 LAYER_BITS = (2, 8)
 SOFTMAX_BITS = (2, 16)
-BOUNDARY_HEADROOM = 2.0
+GRANULARITIES = ("channel", "tensor", "group")
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,13 @@ class TensorSpec:
         bits: width of the integer, 2 to 16; for an activation also a tuple of candidate widths, ascending, of which
             every sampling step uses one. A tuple of one is the same as the number.
         symmetric: zero point 0.
-        granularity: one range per ``"tensor"`` or, for weights, per output ``"channel"``.
+        granularity: one range per ``"tensor"`` or, for weights, per output ``"channel"``, or per ``"group"`` of
+            `group_size` input channels of each output channel.
         segments: input-channel counts of groups that get a range each; None = one group.
         metric: error measure of the range search; None = the one of the run.
         headroom: factor >= 1 by which an activation's range is widened after the search.
+        bins: rows of an activation's ranges, of which every sampling step uses one; not together with candidate widths.
+        group_size: input channels per range of granularity ``"group"``; the last group of a segment may be smaller.
 
     Raises:
         ConfigError: a value is outside the above.
@@ -40,10 +43,12 @@ class TensorSpec:
 
     bits: int | tuple[int, ...]
     symmetric: bool = False
-    granularity: Literal["tensor", "channel"] = "tensor"
+    granularity: Literal["tensor", "channel", "group"] = "tensor"
     segments: tuple[int, ...] | None = None
     metric: str | None = None
     headroom: float = 1.0
+    bins: int = 1
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, tuple):
@@ -51,8 +56,19 @@ class TensorSpec:
             object.__setattr__(self, "bits", checked_widths("TensorSpec.bits", self.bits, SOFTMAX_BITS))
         else:
             check_bits("TensorSpec.bits", self.bits, SOFTMAX_BITS)
-        if self.granularity not in ("tensor", "channel"):
-            raise ConfigError(f"TensorSpec.granularity={self.granularity!r}: choose 'tensor' or 'channel'")
+        if self.granularity not in GRANULARITIES:
+            raise ConfigError(f"TensorSpec.granularity={self.granularity!r}: choose one of {', '.join(GRANULARITIES)}")
+        size_given = self.group_size is not None
+        if (self.granularity == "group") != size_given or (size_given and self.group_size < 1):
+            raise ConfigError(
+                f"TensorSpec.group_size={self.group_size}: give granularity='group' a number of input channels, 1 or "
+                "more, and no other granularity one"
+            )
+        if self.bins < 1 or (self.bins > 1 and isinstance(self.bits, tuple)):
+            raise ConfigError(
+                f"TensorSpec.bins={self.bins}: give 1 or more, and 1 with candidate widths (bits={self.bits}): each "
+                "sampling step chooses one row, either its bin or its width"
+            )
         if self.segments is not None and (not self.segments or min(self.segments) < 1):
             raise ConfigError(f"TensorSpec.segments={self.segments}: give positive channel counts, or None")
         if not self.headroom >= 1:
@@ -70,7 +86,7 @@ class QuantSpec:
 
     Raises:
         ConfigError: an activation asks for one range per channel, the softmax map for a zero point, or a weight for
-            several widths.
+            several widths or bins.
     """
 
     weight: TensorSpec | None = None
@@ -84,6 +100,8 @@ class QuantSpec:
                 f"QuantSpec.weight: bits={self.weight.bits}, but a weight is quantized once: give one width (only "
                 "activations can change theirs from one sampling step to the next)"
             )
+        if self.weight is not None and self.weight.bins > 1:
+            raise ConfigError(f"QuantSpec.weight: bins={self.weight.bins}, but a weight is the same at every step")
         for role in ("input", "output", "softmax"):
             spec = getattr(self, role)
             if spec is not None and spec.granularity != "tensor":
@@ -139,75 +157,6 @@ def check_rules(rules: Sequence[Rule], quantizable: Collection[str], left_alone:
             f"rule {rule.pattern!r} matches no convolution, linear layer or attention of the model; "
             f"names near it: {', '.join(near) or 'none, the model has no such module'}"
         )
-
-
-def default_rules(
-    weight_bits: int,
-    activation_bits: int | Sequence[int],
-    *,
-    softmax_bits: int = 8,
-    first_last_bits: int = 8,
-    first: Sequence[str] = ("*conv_in",),
-    last: Sequence[str] = ("*conv_out",),
-    boundary_bits: int = 16,
-    attention: bool = True,
-    weight_symmetric: bool = False,
-    weight_granularity: Literal["tensor", "channel"] = "channel",
-    activation_symmetric: bool = False,
-) -> list[Rule]:
-    """Return the policy "quantize every multiplication": both operands of each layer and attention product.
-
-    Activations are quantized per tensor. Norms, SiLU, sums and concatenations stay FP.
-
-    Args:
-        weight_bits: 2 to 8.
-        activation_bits: 2 to 8, layer inputs and the q, k, v of attention. Several, ascending: candidate widths, of
-            which every sampling step uses one (the other widths below are the same at all steps).
-        softmax_bits: 2 to 16, the attention map (zero point 0, unsigned).
-        first_last_bits: 2 to 8, least width of weights and inputs in the layers of `first` and `last`. At 8 bits
-            these weights keep their whole range: the last layer's inputs are nowhere negative but for SiLU's dip, so
-            that what a clipped weight loses adds up over all of them and shifts the noise estimate.
-        first: globs of the layers that read the sampler's state x_t; may be empty.
-        last: globs of the layers that make the noise estimate; may be empty.
-        boundary_bits: 2 to 16, width of the activations that enter the layers of `first` and `last`. x_t is the
-            sampler's state rather than an activation: its rounding error passes into the noise estimate divided by
-            the noise level. Wider than 8 bits, the range is that of the calibration data times `BOUNDARY_HEADROOM`,
-            without search: Gaussian tails beyond those that calibration saw are clipped otherwise.
-        attention: quantize the attention products; set False for a model without attention.
-        weight_symmetric: signed weights with zero point 0; otherwise each range has a zero point.
-        weight_granularity: one weight range per output ``"channel"`` or per ``"tensor"``.
-        activation_symmetric: activations with zero point 0.
-
-    Raises:
-        ConfigError: a bit-width is out of range, or candidates do not ascend; the message names the setting.
-    """
-    check_bits("bits.weight", weight_bits)
-    if isinstance(activation_bits, Sequence):
-        activation_bits = checked_widths("bits.candidates", activation_bits)
-    else:
-        check_bits("bits.activation", activation_bits)
-    check_bits("bits.first_last", first_last_bits)
-    check_bits("bits.softmax", softmax_bits, SOFTMAX_BITS)
-    check_bits("bits.boundary", boundary_bits, SOFTMAX_BITS)
-
-    weight = TensorSpec(weight_bits, weight_symmetric, weight_granularity)
-    operand = TensorSpec(activation_bits, activation_symmetric)
-
-    def layer(**other: TensorSpec) -> QuantSpec:
-        return QuantSpec(weight, operand, **other)
-
-    edge_weight = replace(weight, bits=max(weight_bits, first_last_bits))
-    if edge_weight.bits >= LAYER_BITS[1]:
-        edge_weight = replace(edge_weight, metric="minmax")
-    widest = activation_bits[-1] if isinstance(activation_bits, tuple) else activation_bits
-    edge_input = replace(operand, bits=max(boundary_bits, widest, first_last_bits))
-    if edge_input.bits > LAYER_BITS[1]:
-        edge_input = replace(edge_input, metric="minmax", headroom=BOUNDARY_HEADROOM)
-    rules = [Rule(pattern, QuantSpec(edge_weight, edge_input)) for pattern in (*first, *last)]
-    if not attention:
-        return [*rules, Rule("*", layer())]
-    softmax = TensorSpec(softmax_bits, symmetric=True)
-    return [*rules, Rule("*to_[qkv]", layer(output=operand)), Rule("*", layer(softmax=softmax))]
 
 
 def check_bits(setting: str, bits: int, allowed: tuple[int, int] = LAYER_BITS) -> None:

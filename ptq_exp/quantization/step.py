@@ -81,7 +81,7 @@ def select_row(model: nn.Module, row: int | Tensor) -> None:
     step = step_of(model)
     if step is None:
         raise QuantizationError(
-            "the model has no activation quantizers with candidate widths to choose from: "
-            "quantize it by rules with several activation bits"
+            "the model has no activation quantizers with candidate widths or bins to choose from: "
+            "quantize it by rules with several activation bits, or several bins"
         )
     step.set(row)

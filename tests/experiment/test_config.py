@@ -17,7 +17,8 @@ GROUPS = sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.pare
 REQUIRED = {
     "fp32", "ndtc_w8a8", "uniform_w8a8", "training_mimic_w8a8", "raw_w8a8", "noise_w8a8", "naive_first_w8a8",
     "naive_last_w8a8", "ndtc_w6a6", "ndtc_w4a8", "ndtc_w4a4", "ptqd_w8a8", "ptqd_w4a8", "ptqd_w3a8", "ptqd_mp",
-    "ptqd_ldm4_w8a8", "ptqd_ldm4_w4a8", "ptqd_ldm4_mp",
+    "ptqd_ldm4_w8a8", "ptqd_ldm4_w4a8", "ptqd_ldm4_mp", "di2n_w8a8", "qdiffusion_w8a8", "qdiffusion_w4a8",
+    "qdiffusion_w4a4", "tfmq_w4a8", "tfmq_w4a4", "ptq4dm_release",
 }  # fmt: skip
 
 
@@ -29,6 +30,9 @@ def composed(*overrides: str):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_is_called_as_its_file(name):
     config = composed(f"+experiment={name}")
+    if name == "ptq4dm_release":
+        assert (config.name, config.bits.name) == (name, "w8a8")
+        return
     prefix, _, bits = name.rpartition("_")
     assert config.bits.name == ("step_budget" if bits == "mp" else bits)
     # a model in the name of the file is in the run's settings, not in its name
@@ -74,7 +78,15 @@ def test_every_experiment_file_says_what_it_follows():
         ("calibration.source=dream", "calibration.source=dream: choose one of denoise, diffuse, raw, noise"),
         ("cache=maybe", "cache=maybe: choose one of on, off, refresh"),
         ("logger.mode=loud", "logger.mode=loud: choose one of offline, online, none"),
-        ("quantization.weight_granularity=row", "quantization.weight_granularity=row: choose one of channel, tensor"),
+        ("quantization.weight_granularity=row", "weight_granularity=row: choose one of channel, tensor, group"),
+        ("quantization.shortcut=cut", "quantization.shortcut=cut: choose one of joint, split, split_all"),
+        ("quantization.temporal=daily", "quantization.temporal=daily: choose one of static, binned, per_step"),
+        ("quantization.time_layers=all", "quantization.time_layers=all: choose one of calibration_set, all_steps"),
+        ("quantization.activation_site=both", "quantization.activation_site=both: choose one of input, output"),
+        ("quantization.time_embedding=cut", "quantization.time_embedding=cut: choose one of none, shared, split"),
+        ("quantization.smooth_alpha=2", "quantization.smooth_alpha=2.0: choose 0..1"),
+        ("quantization.group_size=0", "quantization.group_size=0: choose 1 or more"),
+        ("calibration.rounds=0", "calibration.rounds=0: choose 1 or more"),
         ("seed=-1", "seed=-1: choose 0 or more"),
         ("+bits.weigth=4", "weigth"),
         ("+quantization.extra=1", "extra"),
@@ -129,6 +141,10 @@ def test_a_group_on_the_command_line_wins_over_the_experiment_and_renames_the_ru
         (["bits=step_snr", "bits.candidates=[4,9]"], "bits.candidates=9: choose 2..8"),
         (["bits=step_snr", "bits.activation=8"], "bits.activation=8 contradicts bits.schedule"),
         (["bits=step_snr", "bits.schedule=8"], "bits.schedule=8: give snr, budget, a list of one width per step"),
+        (["bits=step_snr", "quantization.temporal=per_step"], "quantization.temporal=per_step contradicts bits.sched"),
+        (["quantization.temporal=binned", "quantization.temporal_bins=21"], "temporal_bins=21: choose 1..20"),
+        (["calibration=raw", "calibration.rounds=2"], "calibration.rounds=2: states of calibration.source=raw are the"),
+        (["bits=step_snr", "calibration.rounds=2"], "calibration.rounds=2 contradicts bits.schedule"),
         (["+experiment=fp32", "correction=ptqd"], "correction=ptqd contradicts bits=fp32"),
     ],
 )  # fmt: skip

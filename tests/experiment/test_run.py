@@ -29,12 +29,14 @@ def test_experiment_runs_and_leaves_its_results(name, command):
     if name == "fp32":
         assert results["metrics"] == results["fp32"] and not (folder / "quantization.json").exists()
         return
-    assert results["quantization"]["coverage_conv_linear"] >= 0.99
+    as_published = name == "ptq4dm_release"  # where almost no multiplication reads a quantized activation
+    assert (results["quantization"]["coverage_conv_linear"] >= 0.99) != as_published
     assert len(results["eps_error_per_step"]) == 3 and min(results["eps_error_per_step"]) > 0
     assert ("correction" in results) == name.startswith("ptqd")
     layers = json.loads((folder / "quantization.json").read_text())
     first_and_last = [row for row in layers["layers"] if row["name"].endswith(("conv_in", "conv_out"))]
-    assert [(row["weight_bits"], row["activation_bits"]) for row in first_and_last] == [(8, 16), (8, 16)]
+    widths = [(8, None), (8, None)] if as_published else [(8, 16), (8, 16)]
+    assert [(row["weight_bits"], row["activation_bits"]) for row in first_and_last] == widths
     assert all(len(q["scale"]) >= 1 for q in layers["quantizers"].values())
 
 
