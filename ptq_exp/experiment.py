@@ -17,6 +17,7 @@ from ptq_exp.evaluation.images import mean_psnr
 from ptq_exp.files import file_digest
 from ptq_exp.noise_account import eps_errors, noise_account, write_account
 from ptq_exp.quantization import Report
+from ptq_exp.reconstruction_stage import reconstruct, reconstruction_account
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.setup import Setup
 from ptq_exp.summary import summary
@@ -59,12 +60,14 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
         else:
             calibration_set = clock("calibration_set", stages.make_calibration_set, setup)
             twin = clock("quantize", stages.quantize_model, setup, calibration_set)
+            twin = clock("reconstruct", reconstruct, setup, twin, calibration_set)
             twin = clock("bit_schedule", noise_stages.schedule_bits, setup, twin)
             twin = clock("noise_statistics", noise_stages.fit_correction, setup, twin)
             report = twin.report
             error = clock("eps_error", noise_stages.eps_error, setup, twin)
             evaluations = int(calibration_set.evaluations.sum())
             results.update("quantize", quantization=_account(report), evaluations=evaluations)
+            results.update("reconstruct", **reconstruction_account(twin, folder))
             results.update("noise_statistics", **noise_account(setup, twin, error))
             pictures = write_account(setup, twin, error, folder)
             images = clock("quantized_images", stages.quantized_images, setup, twin, samples)

@@ -94,8 +94,8 @@ class Setup:
         content = content_digest(images["path"]) if images.get("path") else None
         return spec | {"images": images, "content": content}
 
-    def quantization_spec(self) -> dict[str, Any]:
-        """All that decides the quantized network, with all activation widths that it can run at."""
+    def ranges_spec(self) -> dict[str, Any]:
+        """All that decides the ranges of the quantized network, for all activation widths that it can run at."""
         bits = asdict(self.config.bits)
         widths = {key: bits[key] for key in ("weight", "softmax", "first_last", "boundary")}
         return self.calibration_spec() | {
@@ -103,6 +103,15 @@ class Setup:
             "bits": widths | {"activation": self.activation_widths},
             "quantization": asdict(self.config.quantization),
         }
+
+    def quantization_spec(self) -> dict[str, Any]:
+        """All that decides the quantized network: its ranges and, where there is one, its reconstruction."""
+        if not self.config.reconstruction.active:
+            return self.ranges_spec()
+        settings = asdict(self.config.reconstruction)
+        del settings["cache_gb"]  # where rows lie changes nothing
+        blocks = list(self.model.blocks) if settings["granularity"] == "block" else []
+        return self.ranges_spec() | {"reconstruction": settings | {"blocks": blocks}}
 
     @property
     def activation_widths(self) -> list[int]:

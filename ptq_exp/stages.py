@@ -124,7 +124,7 @@ def quantize_model(setup: Setup, calibration_set: CalibrationSet) -> Twin:
         return range_arrays(quantized)
 
     arrays, reused = setup.cache.get_or_make(
-        "ranges", setup.quantization_spec(), make=make, load=npz_arrays,
+        "ranges", setup.ranges_spec(), make=make, load=npz_arrays,
         save=lambda arrays, path: write_npz(path, **arrays),
     )
     if reused:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ptq_exp.correction import BitSchedule, Corrected, NoiseStatistics, Scheduled, VarianceFit
 from ptq_exp.quantization import Report, select_row
+from ptq_exp.reconstruction import BlockReport
 from ptq_exp.setup import Setup
 
 
@@ -21,6 +22,7 @@ class Twin:
         schedule: activation widths per step; None = one width.
         statistics: of its noise, for the correction; None = no correction.
         output_snr: {width: [S]} signal-to-noise ratio of the estimates, where it was measured.
+        reconstruction: how well each block was reconstructed; None = nothing was.
     """
 
     network: nn.Module
@@ -28,6 +30,7 @@ class Twin:
     schedule: BitSchedule | None = None
     statistics: NoiseStatistics | None = None
     output_snr: dict[int, list[float]] | None = None
+    reconstruction: list[BlockReport] | None = None
 
     def guided(self, setup: Setup) -> nn.Module:
         """The uncorrected denoiser: at the width of each step, with guidance."""
