@@ -64,7 +64,7 @@ class BlockCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         with atomic_path(self.path) as temporary:
-            trainer.save_checkpoint(temporary)
+            trainer.save_checkpoint(temporary, weights_only=False)  # the state of the loops, too
 
 
 class BlockProgressBar(TQDMProgressBar):

@@ -66,7 +66,7 @@ class Annealing:
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, power: float = 2.0) -> Tensor:
     """|error|^power summed over dimension 1 and averaged over the others, 0-d."""
-    error = prediction - target
+    error = (prediction - target).float()  # sums of bfloat16 lose what is small
     powers = error.square() if power == 2 else error.abs().pow(power)
     return powers.sum(1).mean()
 

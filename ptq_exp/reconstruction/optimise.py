@@ -6,7 +6,6 @@ quantized network gives it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,7 @@ from torch.func import functional_call
 from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss
 from ptq_exp.reconstruction.blocks import Block, step_quantizers
 from ptq_exp.reconstruction.capture import Calls, single_tensor
+from ptq_exp.reconstruction.draws import block_generator, random_mask
 from ptq_exp.reconstruction.report import BlockError
 from ptq_exp.reconstruction.steps import StepSizes, dropping
 
@@ -32,8 +32,9 @@ class Settings:
     Attributes:
         annealing: iterations of a block, and its regulariser.
         batch_size: rows per iteration, drawn without replacement.
-        lr: Adam's, of the rounding variables; falls to 0 as a cosine.
-        step_lr: Adam's, of the activation step sizes in units of the calibrated ones; likewise. 0 = they stay.
+        lr: Adam's, of the rounding variables; constant, as the regulariser is at its sharpest in the end.
+        step_lr: Adam's, of the activation step sizes in units of the calibrated ones; falls to 0 as a cosine. 0 = they
+            stay.
         power: of the errors in the loss.
         input_prob: probability of each input element to come from the quantized network, else from full precision.
         drop_prob: probability of each quantized activation to stay full precision.
@@ -96,9 +97,8 @@ class BlockOptimisation:
         if self.steps is not None and len(self.steps.factors):
             groups.append({"params": [self.steps.factors], "lr": settings.step_lr})
         self.optimizer = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
-        self.rates = [group["lr"] for group in groups]
-        self.rows_generator = _generator(seed, block.name, "rows", torch.device("cpu"))
-        self.generator = _generator(seed, block.name, "elements", self.device)
+        self.rows_generator = block_generator(seed, block.name, "rows", torch.device("cpu"))
+        self.generator = block_generator(seed, block.name, "elements", self.device)
         self.t = 0
         self.before = [tensor.clone() for tensor in self._tensors()]
         self._losses: list[Tensor] = []
@@ -161,23 +161,21 @@ class BlockOptimisation:
 
     def _mixed(self, full: list[Tensor], index: Tensor) -> list[Tensor]:
         """The inputs of one batch: each floating element from the quantized network with probability `input_prob`."""
-        if self.settings.input_prob == 0:
+        probability = self.settings.input_prob
+        if probability == 0:
             return full
         quantized = self.data.quantized.rows(index, self.device)
-        if self.settings.input_prob == 1:
+        if probability == 1:
             return quantized
         return [
-            torch.where(self._draw(q) < self.settings.input_prob, q, f) if q.is_floating_point() else q
+            torch.where(random_mask(q.shape, probability, self.generator), q, f) if q.is_floating_point() else q
             for f, q in zip(full, quantized, strict=True)
         ]
 
-    def _draw(self, like: Tensor) -> Tensor:
-        return torch.rand(like.shape, generator=self.generator, device=self.device)
-
     def _update(self, loss: Tensor) -> None:
         share = 0.5 * (1 + math.cos(math.pi * (self.t - 1) / self.settings.annealing.iterations))
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * share
+        for group in self.optimizer.param_groups[1:]:
+            group["lr"] = self.settings.step_lr * share
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -231,7 +229,3 @@ def block_error(module: nn.Module, calls: Calls, target: Tensor, name: str) -> B
     mse, mean_square = float(squares) / target.numel(), float(power) / target.numel()
     return BlockError(mse, math.sqrt(mse / mean_square) if mean_square else math.inf)
 
-
-def _generator(seed: int, block: str, what: str, device: torch.device) -> torch.Generator:
-    digest = hashlib.sha256(f"reconstruction {seed} {block} {what}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) >> 1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import ActivationQuantizer
+from ptq_exp.reconstruction.draws import random_mask
 
 SMALLEST_FACTOR = 0.05
 """Of a calibrated step size: keeps a learned one positive, far below what any data would ask for."""
@@ -66,8 +67,7 @@ def dropping(
 
     def drop(_, args: tuple[Tensor, ...], quantized: Tensor) -> Tensor:
         x = args[0]
-        keep_full = torch.rand(x.shape, generator=generator, device=x.device) < drop_prob
-        return torch.where(keep_full, x, quantized)
+        return torch.where(random_mask(x.shape, drop_prob, generator), x, quantized)
 
     handles = [q.register_forward_hook(drop) for q in quantizers.values()] if drop_prob else []
     try:
