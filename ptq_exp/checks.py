@@ -57,6 +57,7 @@ def check(config: ExperimentConfig) -> None:
     else:
         _check_quantization(config)
         _check_bits(config.bits)
+        _check_reconstruction(config)
         _check_correction(config)
 
 
@@ -70,6 +71,8 @@ def _check_full_precision(config: ExperimentConfig) -> None:
             f"calibration={config.calibration.name} contradicts bits=fp32, which quantizes nothing: "
             "add calibration=none, or use +experiment=fp32"
         )
+    if config.reconstruction.active:
+        raise ConfigError(f"reconstruction={config.reconstruction.name} contradicts bits=fp32, which quantizes nothing")
     if config.correction.active:
         raise ConfigError(f"correction={config.correction.name} contradicts bits=fp32, which has no noise to correct")
 
@@ -136,6 +139,28 @@ def _check_bits(bits: BitsConfig) -> None:
             raise ConfigError(f"bits.bops_ratio={bits.bops_ratio}: say how many times fewer bit operations than FP32")
         _at_least("bits.gain_steps", bits.gain_steps, 2)
         _at_least("bits.gain_samples", bits.gain_samples, 1)
+
+
+def _check_reconstruction(config: ExperimentConfig) -> None:
+    settings = config.reconstruction
+    _one_of("reconstruction.granularity", settings.granularity, ("block", "layer", "none"))
+    if not settings.active:
+        return
+    _at_least("reconstruction.iterations", settings.iterations, 1)
+    _at_least("reconstruction.batch_size", settings.batch_size, 1)
+    for name in ("lr", "step_lr", "weight", "b_end", "inner_weight", "cache_gb"):
+        _at_least(f"reconstruction.{name}", getattr(settings, name), 0)
+    _at_least("reconstruction.b_start", settings.b_start, settings.b_end)
+    _at_least("reconstruction.power", settings.power, 1)
+    _between("reconstruction.warmup", settings.warmup, 0, 0.99)
+    _between("reconstruction.input_prob", settings.input_prob, 0, 1)
+    _between("reconstruction.drop_prob", settings.drop_prob, 0, 1)
+    _at_least("calibration.n_samples", config.calibration.n_samples, 2)
+    if settings.step_lr and config.bits.schedule is not None:
+        raise ConfigError(
+            f"reconstruction.step_lr={settings.step_lr} learns one step size for all sampling steps, but bits.schedule "
+            "changes the width between them: set reconstruction.step_lr=0, or choose bits without a schedule"
+        )
 
 
 def _check_correction(config: ExperimentConfig) -> None:

@@ -19,11 +19,15 @@ from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 
 
-def run_name(calibration: str, bits: str, correction: str = "none") -> str:
-    """`<calibration>_<bits>`, `<correction>_<bits>` where noise is corrected, `fp32` for the full-precision model."""
+def run_name(calibration: str, bits: str, correction: str = "none", reconstruction: str = "none") -> str:
+    """`<calibration>[_<reconstruction>]_<bits>`, `fp32` for the full-precision model.
+
+    Where noise is corrected, the correction stands in place of the calibration.
+    """
     if bits == FULL_PRECISION:
         return FULL_PRECISION
-    return f"{calibration if correction == 'none' else correction}_{bits}"
+    parts = [calibration if correction == "none" else correction, reconstruction, bits]
+    return "_".join(part for part in parts if part != "none")
 
 
 def evaluation_name(path: str) -> str:

@@ -22,6 +22,7 @@ from ptq_exp.model_card import write_card
 from ptq_exp.noise_account import eps_errors, noise_account, write_account
 from ptq_exp.quantization import Report
 from ptq_exp.quantized import load_twin, save_twin
+from ptq_exp.reconstruction_stage import reconstruct, reconstruction_account
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.setup import Setup
 from ptq_exp.summary import summary
@@ -68,6 +69,7 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
             report = twin.report
             error = clock("eps_error", noise_stages.eps_error, setup, twin)
             results.update("quantize", quantization=_account(report), evaluations=evaluations)
+            results.update("reconstruct", **reconstruction_account(twin, folder))
             results.update("noise_statistics", **noise_account(setup, twin, error))
             pictures = write_account(setup, twin, error, folder)
             if config.save_quantized and not setup.artifact:
@@ -95,6 +97,7 @@ def _quantized(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
         calibration_set = clock(f"calibration_set_{n}", stages.make_calibration_set, setup, twin, n)
         twin = clock(f"quantize_{n}", stages.quantize_model, setup, calibration_set, n)
         evaluations += int(calibration_set.evaluations.sum())
+    twin = clock("reconstruct", reconstruct, setup, twin, calibration_set)
     twin = clock("bit_schedule", noise_stages.schedule_bits, setup, twin)
     twin = clock("noise_statistics", noise_stages.fit_correction, setup, twin)
     return twin, evaluations

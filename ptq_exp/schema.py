@@ -123,6 +123,32 @@ class QuantizationConfig:
 
 
 @dataclass
+class ReconstructionConfig:
+    """How weight roundings and activation step sizes are learned; `granularity`: block, layer, or none."""
+
+    name: str = ""
+    granularity: str = "none"
+    iterations: int = 0
+    batch_size: int = 0
+    lr: float = 0.0
+    step_lr: float = 0.0
+    weight: float = 0.0
+    warmup: float = 0.0
+    b_start: float = 0.0
+    b_end: float = 0.0
+    power: float = 2.0
+    input_prob: float = 1.0
+    drop_prob: float = 0.0
+    inner_weight: float = 0.0
+    cache_gb: float = 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is reconstructed."""
+        return self.granularity != "none"
+
+
+@dataclass
 class CorrectionConfig:
     """Which parts of the quantization noise are corrected, and how its statistics are fitted.
 
@@ -202,6 +228,7 @@ class ExperimentConfig:
     metric: MetricConfig = field(default_factory=MetricConfig)
     bits: BitsConfig = field(default_factory=BitsConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -108,11 +108,11 @@ class Setup:
         content = content_digest(images["path"]) if images.get("path") else None
         return spec | {"images": images, "content": content}
 
-    def quantization_spec(self, calibration_round: int | None = None) -> dict[str, Any]:
-        """All that decides the quantized network, with all activation widths that it can run at; None = last round."""
-        if self.artifact is not None:
-            # what was saved decides, not what would be made of the same settings here
-            return self.sampling_spec() | {"quantized": self.artifact.digest}
+    def ranges_spec(self, calibration_round: int | None = None) -> dict[str, Any]:
+        """All that decides the ranges of the quantized network, for all activation widths that it can run at.
+
+        None = those of the last round of calibration.
+        """
         if calibration_round is None:
             calibration_round = self.config.calibration.rounds
         return self.calibration_spec(calibration_round) | self._quantizer_settings()
@@ -125,6 +125,18 @@ class Setup:
             "bits": widths | {"activation": self.activation_widths},
             "quantization": asdict(self.config.quantization),
         }
+
+    def quantization_spec(self) -> dict[str, Any]:
+        """All that decides the quantized network: its ranges and, where there is one, its reconstruction."""
+        if self.artifact is not None:
+            # what was saved decides, not what would be made of the same settings here
+            return self.sampling_spec() | {"quantized": self.artifact.digest}
+        if not self.config.reconstruction.active:
+            return self.ranges_spec()
+        settings = asdict(self.config.reconstruction)
+        del settings["cache_gb"]  # where rows lie changes nothing
+        blocks = list(self.model.blocks) if settings["granularity"] == "block" else []
+        return self.ranges_spec() | {"reconstruction": settings | {"blocks": blocks}}
 
     @cached_property
     def time_bins(self) -> Tensor:

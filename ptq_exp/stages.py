@@ -108,7 +108,7 @@ def quantize_model(setup: Setup, calibration_set: CalibrationSet, calibration_ro
         return range_arrays(quantized)
 
     arrays, reused = setup.cache.get_or_make(
-        "ranges", setup.quantization_spec(calibration_round), make=make, load=npz_arrays,
+        "ranges", setup.ranges_spec(calibration_round), make=make, load=npz_arrays,
         save=lambda arrays, path: write_npz(path, **arrays),
     )
     if reused:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ptq_exp.correction import BitSchedule, Corrected, NoiseStatistics, Scheduled, VarianceFit
 from ptq_exp.quantization import Report, Rule, select_row
+from ptq_exp.reconstruction import BlockReport
 from ptq_exp.setup import Setup
 
 
@@ -24,6 +25,7 @@ class Twin:
         statistics: of its noise, for the correction; None = no correction.
         output_snr: {width: [S]} signal-to-noise ratio of the estimates, where it was measured.
         rules: that placed the quantizers of the network.
+        reconstruction: how well each block was reconstructed; None = nothing was.
     """
 
     network: nn.Module
@@ -32,6 +34,7 @@ class Twin:
     statistics: NoiseStatistics | None = None
     output_snr: dict[int, list[float]] | None = None
     rules: tuple[Rule, ...] = ()
+    reconstruction: list[BlockReport] | None = None
 
     def guided(self, setup: Setup) -> nn.Module:
         """The uncorrected denoiser: at the width, or with the ranges, of each step, with guidance."""

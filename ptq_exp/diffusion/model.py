@@ -42,6 +42,7 @@ class DiffusionModel:
         first_stage: autoencoder of a latent model.
         n_classes, null_label: labels are 0..n_classes-1; null_label means "no class". None = unconditional.
         first_layers, last_layers: globs of the layers that read the state and that make the noise estimate.
+        blocks: globs of the modules that reconstruction takes as one piece; the outermost match counts.
         sampler: the published sampler.
         image_shape: (C, H, W) of an image; None = `sample_shape`.
     """
@@ -57,6 +58,7 @@ class DiffusionModel:
     null_label: int | None = None
     first_layers: tuple[str, ...] = ("*conv_in",)
     last_layers: tuple[str, ...] = ("*conv_out",)
+    blocks: tuple[str, ...] = ("*resnets.*", "*attentions.*")
     sampler: SamplerDefaults = field(default_factory=SamplerDefaults)
     image_shape: tuple[int, int, int] | None = None
 

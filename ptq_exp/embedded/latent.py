@@ -67,4 +67,5 @@ def latent_model(denoiser: ClassConditionalUNet, autoencoder: FirstStage, *, nam
         null_label=N_CLASSES,
         sampler=SamplerDefaults(20, "leading", 0.0, GUIDANCE_SCALE),
         image_shape=(1, LATENT_IMAGE_SIZE, LATENT_IMAGE_SIZE),
+        blocks=("*resnets.*", "*transformer_blocks.*"),
     )

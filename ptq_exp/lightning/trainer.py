@@ -1,9 +1,11 @@
-"""The Lightning Trainer as this project uses it: `predict` only, quiet, with a named progress bar."""
+"""The Lightning Trainer as this project uses it: quiet, with a named progress bar."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
@@ -12,6 +14,7 @@ _HARMLESS = (
     ".*does not have many workers.*",  # an item is a sample index: loader processes would have nothing to do
     ".*infer the batch indices.*",  # the writer reads the sample indices from the batch itself
     ".*LeafSpec.*deprecated.*",  # Lightning about its own use of torch
+    ".*`configure_optimizers` returned `None`.*",  # blocks have optimisers of their own
 )
 
 
@@ -28,15 +31,21 @@ class StageProgressBar(TQDMProgressBar):
 
 
 def make_trainer(
-    title: str, *, accelerator: str = "auto", devices: int = 1, strategy: str = "auto", progress_bar: bool = True
-) -> pl.Trainer:
-    """A Trainer for one stage; `title` names its progress bar."""
+    title: str, *, accelerator: str = "auto", devices: int = 1, strategy: str = "auto", progress_bar: bool = True,
+    callbacks: Sequence[pl.Callback] | None = None, **settings: Any,
+) -> pl.Trainer:  # fmt: skip
+    """A Trainer for one stage; `title` names its progress bar.
+
+    `callbacks` (with a bar of their own, if any) and further `settings` of the Trainer are for `fit`.
+    """
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _HARMLESS:
         warnings.filterwarnings("ignore", message=message)
+    if callbacks is None:
+        callbacks = [StageProgressBar(title)] if progress_bar else []
     return pl.Trainer(
-        accelerator=accelerator, devices=devices, strategy=strategy, logger=False, enable_checkpointing=False,
+        accelerator=accelerator, devices=devices, strategy=strategy, logger=False,
         enable_model_summary=False, enable_progress_bar=progress_bar, inference_mode=False,
-        callbacks=[StageProgressBar(title)] if progress_bar else [],
+        callbacks=list(callbacks), **{"enable_checkpointing": False} | settings,
     )  # fmt: skip

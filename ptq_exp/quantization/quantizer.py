@@ -86,7 +86,11 @@ class Quantizer(nn.Module):
             raise QuantizationError(
                 f"{self.name}: not calibrated, it cannot quantize; calibrate the model or load its state dict"
             )
-        return fake_quantize(x, *(self._aligned(getattr(self, field), x, row) for field in QRange._fields))
+        return fake_quantize(x, *self.cells(x, row))
+
+    def cells(self, x: Tensor, row: Tensor | None = None) -> QRange:
+        """Return the range of each element of `x`, in shapes that broadcast against it; `row` as in `forward`."""
+        return QRange(*(self._aligned(getattr(self, field), x, row) for field in QRange._fields))
 
     def set_range(self, qrange: QRange) -> None:
         """Copy a range into the buffers; each field broadcasts to ``[rows, segments]``."""

@@ -18,7 +18,7 @@ REQUIRED = {
     "fp32", "ndtc_w8a8", "uniform_w8a8", "training_mimic_w8a8", "raw_w8a8", "noise_w8a8", "naive_first_w8a8",
     "naive_last_w8a8", "ndtc_w6a6", "ndtc_w4a8", "ndtc_w4a4", "ptqd_w8a8", "ptqd_w4a8", "ptqd_w3a8", "ptqd_mp",
     "ptqd_ldm4_w8a8", "ptqd_ldm4_w4a8", "ptqd_ldm4_mp", "di2n_w8a8", "qdiffusion_w8a8", "qdiffusion_w4a8",
-    "qdiffusion_w4a4", "tfmq_w4a8", "tfmq_w4a4", "ptq4dm_release",
+    "qdiffusion_w4a4", "tfmq_w4a8", "tfmq_w4a4", "ptq4dm_release", "brecq_w4a8", "qdrop_w4a4",
 }  # fmt: skip
 
 
@@ -36,7 +36,11 @@ def test_every_experiment_composes_and_is_called_as_its_file(name):
     prefix, _, bits = name.rpartition("_")
     assert config.bits.name == ("step_budget" if bits == "mp" else bits)
     # a model in the name of the file is in the run's settings, not in its name
-    assert config.name == ("fp32" if name == "fp32" else f"{prefix.removesuffix('_ldm4')}_{config.bits.name}")
+    prefix = prefix.removesuffix("_ldm4")
+    if config.reconstruction.active:
+        assert config.reconstruction.name == prefix
+        prefix = f"{config.calibration.name}_{prefix}"
+    assert config.name == ("fp32" if name == "fp32" else f"{prefix}_{config.bits.name}")
 
 
 def test_the_promised_experiments_are_there():
@@ -100,6 +104,7 @@ def test_every_experiment_file_says_what_it_follows():
         ("correction.n_samples=1", "correction.n_samples=1: choose 2 or more"),
         ("correction.statistics=s.npz", "correction.statistics is set, but correction=none corrects nothing"),
         ("calibration=none", "calibration=none has no samples"),
+        ("reconstruction.granularity=net", "reconstruction.granularity=net: choose one of block, layer, none"),
     ],
 )  # fmt: skip
 def test_impossible_settings_name_the_setting_and_the_fix(override, message):
@@ -146,6 +151,12 @@ def test_a_group_on_the_command_line_wins_over_the_experiment_and_renames_the_ru
         (["calibration=raw", "calibration.rounds=2"], "calibration.rounds=2: states of calibration.source=raw are the"),
         (["bits=step_snr", "calibration.rounds=2"], "calibration.rounds=2 contradicts bits.schedule"),
         (["+experiment=fp32", "correction=ptqd"], "correction=ptqd contradicts bits=fp32"),
+        (["+experiment=fp32", "reconstruction=brecq"], "reconstruction=brecq contradicts bits=fp32"),
+        (["reconstruction=qdrop", "bits=step_snr"], "set reconstruction.step_lr=0, or choose bits without a schedule"),
+        (["reconstruction=brecq", "reconstruction.iterations=0"], "reconstruction.iterations=0: choose 1 or more"),
+        (["reconstruction=brecq", "reconstruction.input_prob=2"], "reconstruction.input_prob=2.0: choose 0..1"),
+        (["reconstruction=brecq", "reconstruction.warmup=1"], "reconstruction.warmup=1.0: choose 0..0.99"),
+        (["reconstruction=brecq", "calibration.n_samples=1"], "calibration.n_samples=1: choose 2 or more"),
     ],
 )  # fmt: skip
 def test_contradictions_of_schedule_and_correction_name_the_setting_and_the_fix(overrides, message):
@@ -167,6 +178,8 @@ def test_run_name():
     assert run_name("uniform", "w4a8", "ptqd") == "ptqd_w4a8"
     assert run_name("ndtc", "w8a8") == "ndtc_w8a8"
     assert run_name("none", "fp32") == "fp32"
+    assert run_name("ndtc", "w4a8", "none", "brecq") == "ndtc_brecq_w4a8"
+    assert run_name("ndtc", "w4a8", "ptqd", "brecq") == "ptqd_brecq_w4a8"
 
 
 def test_build_names_the_wrong_argument_and_the_nearest():

@@ -13,6 +13,7 @@ from ptq_exp.config import config_folder
 from ptq_exp.tracking.results import read_json, read_samples
 
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem != "evaluate")
+RECONSTRUCTED = ("brecq_w4a8", "qdrop_w4a4")
 OF_LDM4 = [name for name in EXPERIMENTS if "_ldm4_" in name]
 
 
@@ -20,7 +21,8 @@ OF_LDM4 = [name for name in EXPERIMENTS if "_ldm4_" in name]
 def test_experiment_runs_and_leaves_its_results(name, command):
     folder = command(f"+experiment={name}", "metric=minmax", "logger=none")
     results = read_json(folder / "results.json")
-    assert (results["status"], results["name"]) == ("finished", name.replace("_mp", "_step_budget"))
+    called = f"uniform_{name}" if name in RECONSTRUCTED else name.replace("_mp", "_step_budget")
+    assert (results["status"], results["name"]) == ("finished", called)
     assert set(results["metrics"]) >= {"is", "fid", "sfid", "precision", "recall"}
     assert set(results["metric_spec"]) == {"extractor", "preprocessing", "reference", "n_samples", "seed"}
     images, labels = read_samples(folder / "samples.npz")
@@ -33,6 +35,7 @@ def test_experiment_runs_and_leaves_its_results(name, command):
     assert (results["quantization"]["coverage_conv_linear"] >= 0.99) != as_published
     assert len(results["eps_error_per_step"]) == 3 and min(results["eps_error_per_step"]) > 0
     assert ("correction" in results) == name.startswith("ptqd")
+    assert ("reconstruction" in results) == (folder / "reconstruction.json").exists() == (name in RECONSTRUCTED)
     layers = json.loads((folder / "quantization.json").read_text())
     first_and_last = [row for row in layers["layers"] if row["name"].endswith(("conv_in", "conv_out"))]
     widths = [(8, None), (8, None)] if as_published else [(8, 16), (8, 16)]

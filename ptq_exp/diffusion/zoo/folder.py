@@ -93,6 +93,7 @@ def _dit(root: Path, index: dict, name: str, scheduler: Scheduler) -> DiffusionM
         name, DiTDenoiser(transformer, null_label=classes), scheduler.schedule, shape, scheduler.clip_sample,
         component_digest(root, ["transformer", "vae", "scheduler"]), first_stage=first_stage, n_classes=classes,
         null_label=classes, first_layers=("*pos_embed.proj",), last_layers=("*proj_out_2",),
+        blocks=("*transformer_blocks.*",),
         sampler=SamplerDefaults(_STEPS, scheduler.spacing, 0.0, _DIT_GUIDANCE),
         image_shape=_image_shape(first_stage, shape),
     )  # fmt: skip

@@ -59,6 +59,7 @@ def ldm4_imagenet256(
         null_label=_CLASSES,
         sampler=SamplerDefaults(20, "leading", 0.0, 3.0),
         image_shape=_IMAGE,
+        blocks=("*resnets.*", "*transformer_blocks.*"),
     )
 
 

@@ -1,0 +1,24 @@
+"""Reconstruction: weight roundings and activation step sizes chosen block by block on calibration data.
+
+blocks = find_blocks(network, ("*resnets.*", "*attentions.*"), example_inputs)
+reconstruction = Reconstruction(network, reference, blocks, calibration_set, settings, ...)
+for block in reconstruction.remaining:
+    reconstruction.begin()
+    for _ in range(settings.annealing.iterations):
+        reconstruction.step()
+    reconstruction.end()
+"""
+
+from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss, rectified_sigmoid, regulariser
+from ptq_exp.reconstruction.blocks import Block, find_blocks
+from ptq_exp.reconstruction.capture import Arena, Calls, capture
+from ptq_exp.reconstruction.optimise import BlockData, BlockOptimisation, Settings, block_error
+from ptq_exp.reconstruction.report import BlockError, BlockReport, summary, table
+from ptq_exp.reconstruction.run import Reconstruction, split
+from ptq_exp.reconstruction.steps import StepSizes, dropping
+
+__all__ = [
+    "Annealing", "Arena", "Block", "BlockData", "BlockError", "BlockOptimisation", "BlockReport", "Calls",
+    "Reconstruction", "Rounding", "Settings", "StepSizes", "block_error", "capture", "dropping", "find_blocks",
+    "reconstruction_loss", "rectified_sigmoid", "regulariser", "split", "summary", "table",
+]  # fmt: skip

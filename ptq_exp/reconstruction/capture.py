@@ -1,0 +1,201 @@
+"""What enters and leaves one block when a network runs over the calibration set: its real arguments, and its output.
+
+The forward ends where the block begins (or ends), and captured rows go to memory or, beyond a limit, to files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ptq_exp.errors import PTQError, QuantizationError
+
+Batch = tuple[Tensor, Tensor, Tensor | None]
+
+
+@dataclass
+class Arena:
+    """Room for captured rows: `limit` bytes of memory, beyond them files in `folder`, which it owns."""
+
+    limit: float
+    folder: Path
+    used: int = 0
+    files: list[Path] = field(default_factory=list)
+
+    def allocate(self, rows: int, like: Tensor) -> Tensor:
+        """An uninitialised CPU tensor [rows, *like.shape[1:]] of the type of `like`.
+
+        Raises:
+            PTQError: the file cannot be made.
+        """
+        shape = (rows, *like.shape[1:])
+        size = math.prod(shape) * like.element_size()
+        if self.used + size <= self.limit:
+            self.used += size
+            return torch.empty(shape, dtype=like.dtype)
+        path = self.folder / f"{len(self.files):03d}.bin"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # of a killed run
+            self.files.append(path)
+            return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=like.dtype).view(shape)
+        except (OSError, RuntimeError) as error:
+            raise PTQError(
+                f"cannot write {path}: {error}; free space there or raise reconstruction.cache_gb"
+            ) from error
+
+    def clear(self) -> None:
+        """Forget all rows; files go, and their space with the last tensor that maps them."""
+        for path in self.files:
+            path.unlink(missing_ok=True)
+        self.files, self.used = [], 0
+
+
+@dataclass
+class Calls:
+    """The calls of one block over N rows (samples), without gradients.
+
+    Attributes:
+        tensors: the tensors among the arguments, each [N, ...].
+        structure: how positional and keyword arguments are made of tensors and `constants`.
+        constants: everything else, the same in all calls; a mark in the place of a tensor.
+        output: [N, ...], or None where it was not asked for.
+    """
+
+    tensors: list[Tensor]
+    structure: Any
+    constants: list[Any]
+    output: Tensor | None = None
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict[str, Any], output: Tensor | None = None) -> Calls:
+        """One call whose tensors hold all rows already."""
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cls(tensors, structure, constants, output)
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def rows(self, index: Tensor | slice, device: torch.device) -> list[Tensor]:
+        """The rows `index` of the argument tensors, on `device`."""
+        return [tensor[index].to(device) for tensor in self.tensors]
+
+    def all_tensors(self) -> list[Tensor]:
+        """Arguments, and the output where there is one."""
+        return self.tensors if self.output is None else [*self.tensors, self.output]
+
+    def arguments(self, tensors: list[Tensor]) -> tuple[tuple, dict[str, Any]]:
+        """(args, kwargs) of a call with these argument tensors."""
+        given = iter(tensors)
+        leaves = [next(given) if constant is _TENSOR else constant for constant in self.constants]
+        return pytree.tree_unflatten(leaves, self.structure)
+
+
+_TENSOR = object()
+
+
+class _Ended(Exception):
+    """The forward has passed the block; the rest of the network is not wanted."""
+
+
+def capture(
+    network: nn.Module, name: str, batches: Iterable[Batch], rows: int, arena: Arena, *, output: bool,
+    device: torch.device,
+) -> Calls:  # fmt: skip
+    """Run `network` on all `batches` as far as its module `name`, and keep what enters it (and leaves it: `output`).
+
+    Args:
+        batches: (x, t, y), each [n, ...]; in all `rows` of them.
+
+    Raises:
+        QuantizationError: an argument's first dimension is not that of the batch, or the module returns several
+            tensors.
+    """
+    calls: Calls | None = None
+    start = 0
+    for batch in batches:
+        n = len(batch[0])
+        found = Calls.of(*_call(network, name, [None if part is None else part.to(device) for part in batch], output))
+        _check_rows(name, found.tensors, n)
+        if calls is None:
+            room = [arena.allocate(rows, tensor) for tensor in found.tensors]
+            calls = replace(found, tensors=room, output=arena.allocate(rows, found.output) if output else None)
+        for whole, part in zip(calls.all_tensors(), found.all_tensors(), strict=True):
+            whole[start : start + n] = part.cpu()
+        start += n
+    return calls
+
+
+def single_tensor(output: Any, name: str) -> Tensor:
+    """The one tensor in the output of the module `name`: itself, or the only one in a tuple or dataclass.
+
+    Raises:
+        QuantizationError: there are none or several.
+    """
+    if isinstance(output, Tensor):
+        return output
+    values = list(output.values()) if isinstance(output, dict) else list(output)
+    found = [value for value in values if isinstance(value, Tensor)]
+    if len(found) != 1:
+        raise QuantizationError(
+            f"{name} returns {len(found)} tensors, a block must return one: choose smaller blocks, or "
+            "reconstruction=adaround"
+        )
+    return found[0]
+
+
+@torch.no_grad()
+def _call(network: nn.Module, name: str, inputs: list, output: bool) -> tuple[tuple, dict, Tensor | None]:
+    """Arguments of the module `name` (and its output) when `network` runs on `inputs`."""
+    held: list = []
+
+    def before(_, args: tuple, kwargs: dict) -> None:
+        if not output:
+            held.append((args, kwargs))
+            raise _Ended
+        held.append(pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs)))  # the block may work in place
+
+    def after(_, args: tuple, kwargs: dict, result: Any) -> None:
+        held.append(single_tensor(result, name))
+        raise _Ended
+
+    with _hooked(network.get_submodule(name), before, after):
+        try:
+            # not network(...): a compiled one would be compiled again because of the hooks
+            network.forward(*inputs)
+        except _Ended:
+            pass
+    args, kwargs = held[0]
+    return args, kwargs, held[1] if output else None
+
+
+@contextmanager
+def _hooked(module: nn.Module, before, after) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_rows(name: str, tensors: list[Tensor], n: int) -> None:
+    wrong = [list(t.shape) for t in tensors if t.ndim == 0 or len(t) != n]
+    if wrong or not tensors:
+        raise QuantizationError(
+            f"{name} is called with tensors of the shapes {wrong}, a block needs one row for each of {n} samples in "
+            "all: choose other blocks, or reconstruction=adaround"
+        )

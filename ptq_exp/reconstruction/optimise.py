@@ -1,0 +1,231 @@
+"""Reconstruction of one block (BRECQ, Li et al. 2021; QDrop, Wei et al. 2022).
+
+Its roundings and step sizes are chosen so that it gives the full-precision network's output on the inputs that the
+quantized network gives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss
+from ptq_exp.reconstruction.blocks import Block, step_quantizers
+from ptq_exp.reconstruction.capture import Calls, single_tensor
+from ptq_exp.reconstruction.draws import block_generator, random_mask
+from ptq_exp.reconstruction.report import BlockError
+from ptq_exp.reconstruction.steps import StepSizes, dropping
+
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every block is optimised.
+
+    Attributes:
+        annealing: iterations of a block, and its regulariser.
+        batch_size: rows per iteration, drawn without replacement.
+        lr: Adam's, of the rounding variables; constant, as the regulariser is at its sharpest in the end.
+        step_lr: Adam's, of the activation step sizes in units of the calibrated ones; falls to 0 as a cosine. 0 = they
+            stay.
+        power: of the errors in the loss.
+        input_prob: probability of each input element to come from the quantized network, else from full precision.
+        drop_prob: probability of each quantized activation to stay full precision.
+        inner_weight: factor of the summed losses of the inner layers' outputs (EDA-DM); 0 = output alone.
+    """
+
+    annealing: Annealing
+    batch_size: int = 32
+    lr: float = 1e-3
+    step_lr: float = 0.0
+    power: float = 2.0
+    input_prob: float = 1.0
+    drop_prob: float = 0.0
+    inner_weight: float = 0.0
+
+
+@dataclass
+class BlockData:
+    """What one block is optimised or measured on: the same rows in both networks.
+
+    Attributes:
+        full: calls in the full-precision network, with output.
+        quantized: calls in the quantized network, without output.
+    """
+
+    full: Calls
+    quantized: Calls
+
+    def __len__(self) -> int:
+        return len(self.full)
+
+
+class BlockOptimisation:
+    """The optimisation of one block; the network is changed by `apply` alone and valid at any time.
+
+    Args:
+        block: of both networks.
+        network: quantized, calibrated, its weights frozen; predecessors of the block reconstructed.
+        reference: the full-precision network.
+        data: rows to optimise on.
+        settings: of the optimisation.
+        seed: all draws depend on (seed, name of the block).
+
+    Raises:
+        ConfigError: step sizes are to be learned, but a quantizer of the block has several rows.
+    """
+
+    def __init__(
+        self, block: Block, network: nn.Module, reference: nn.Module, data: BlockData, settings: Settings, *, seed: int
+    ) -> None:  # fmt: skip
+        self.block, self.data, self.settings = block, data, settings
+        self.module, self.reference = block.module(network), block.module(reference)
+        self.layers = block.modules(network)
+        self.device = self.layers[0].weight.device
+        full = [layer.weight for layer in block.modules(reference)]
+        self.rounding = Rounding(full, [layer.weight_quantizer for layer in self.layers])
+        self.quantizers = dict(step_quantizers(self.module))
+        self.steps = StepSizes(self.quantizers) if settings.step_lr else None
+        groups = [{"params": [self.rounding.v], "lr": settings.lr}]
+        if self.steps is not None and len(self.steps.factors):
+            groups.append({"params": [self.steps.factors], "lr": settings.step_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
+        self.rows_generator = block_generator(seed, block.name, "rows", torch.device("cpu"))
+        self.generator = block_generator(seed, block.name, "elements", self.device)
+        self.t = 0
+        self.before = [tensor.clone() for tensor in self._tensors()]
+        self._losses: list[Tensor] = []
+
+    @property
+    def loss(self) -> float:
+        """Mean of the reconstruction loss over the last tenth of the iterations so far."""
+        last = self._losses[-max(1, self.settings.annealing.iterations // 10) :]
+        return float(torch.stack(last).mean()) if last else math.nan
+
+    def step(self) -> Tensor:
+        """One iteration; returns the reconstruction loss of its batch, 0-d, detached."""
+        settings = self.settings
+        self.t += 1
+        n = min(settings.batch_size, len(self.data))
+        index = torch.randperm(len(self.data), generator=self.rows_generator)[:n]
+        full = self.data.full.rows(index, self.device)
+        inputs = self._mixed(full, index)
+        target = self.data.full.output[index].to(self.device)
+        h = self.rounding.h()
+        tensors = {self._name(layer): w for layer, w in zip(self.block.layers, self.rounding.soft(h), strict=True)}
+        if self.steps is not None:
+            tensors |= self.steps.scales()
+        wanted = self._inner_targets(full)
+        with dropping(self.quantizers, settings.drop_prob, self.generator), self._inner(self.module) as inner:
+            args, kwargs = self.data.full.arguments(inputs)
+            output = functional_call(self.module, tensors, args, kwargs)
+        loss = reconstruction_loss(single_tensor(output, self.block.name), target, settings.power)
+        for name, value in wanted.items():
+            loss = loss + settings.inner_weight * reconstruction_loss(inner[name], value, settings.power)
+        self._update(loss + settings.annealing.penalty(h, self.t))
+        self._losses.append(loss.detach())
+        return self._losses[-1]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Give the network the weights rounded as learned, and the learned step sizes."""
+        scales = [] if self.steps is None else self.steps.scales().values()
+        for tensor, value in zip(self._tensors(), [*self.rounding.hard(), *scales], strict=True):
+            tensor.copy_(value)
+
+    @torch.no_grad()
+    def revert(self) -> None:
+        """Give the network what it had before."""
+        for tensor, value in zip(self._tensors(), self.before, strict=True):
+            tensor.copy_(value)
+
+    def changed(self) -> float:
+        """Share of the weights that now differ from what they were before."""
+        differ = sum(int((layer.weight != old).sum()) for layer, old in zip(self.layers, self.before, strict=False))
+        return differ / self.rounding.v.numel()
+
+    def _tensors(self) -> list[Tensor]:
+        """What the optimisation chooses, in the network: weights, then step sizes."""
+        scales = [] if self.steps is None else [quantizer.scale for quantizer in self.quantizers.values()]
+        return [*(layer.weight for layer in self.layers), *scales]
+
+    def _name(self, layer: str) -> str:
+        return f"{layer}.weight" if layer else "weight"
+
+    def _mixed(self, full: list[Tensor], index: Tensor) -> list[Tensor]:
+        """The inputs of one batch: each floating element from the quantized network with probability `input_prob`."""
+        probability = self.settings.input_prob
+        if probability == 0:
+            return full
+        quantized = self.data.quantized.rows(index, self.device)
+        if probability == 1:
+            return quantized
+        return [
+            torch.where(random_mask(q.shape, probability, self.generator), q, f) if q.is_floating_point() else q
+            for f, q in zip(full, quantized, strict=True)
+        ]
+
+    def _update(self, loss: Tensor) -> None:
+        share = 0.5 * (1 + math.cos(math.pi * (self.t - 1) / self.settings.annealing.iterations))
+        for group in self.optimizer.param_groups[1:]:
+            group["lr"] = self.settings.step_lr * share
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def _inner_targets(self, full: list[Tensor]) -> dict[str, Tensor]:
+        """Outputs of the full-precision block's layers but the last, on the full-precision inputs."""
+        if not self.settings.inner_weight:
+            return {}
+        args, kwargs = self.data.full.arguments(full)
+        with self._inner(self.reference) as outputs:
+            self.reference(*args, **kwargs)
+        return outputs
+
+    def _inner(self, module: nn.Module):
+        """A context that collects {layer: output} of all layers of `module` but the last."""
+        names = self.block.layers[:-1] if self.settings.inner_weight else ()
+        return _outputs(module, names) if names else nullcontext({})
+
+
+@contextmanager
+def _outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(_, __, output: Tensor) -> None:
+            found[name] = output
+
+        return hook
+
+    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def block_error(module: nn.Module, calls: Calls, target: Tensor, name: str) -> BlockError:
+    """Error of `module` on the inputs of `calls` against `target` [N, ...]."""
+    device = next(module.parameters()).device
+    squares, power = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(calls), EVALUATION_BATCH):
+        rows = slice(start, start + EVALUATION_BATCH)
+        args, kwargs = calls.arguments(calls.rows(rows, device))
+        wanted = target[rows].to(device).double()
+        error = single_tensor(module(*args, **kwargs), name).double() - wanted
+        squares += error.square().sum().cpu()
+        power += wanted.square().sum().cpu()
+    mse, mean_square = float(squares) / target.numel(), float(power) / target.numel()
+    return BlockError(mse, math.sqrt(mse / mean_square) if mean_square else math.inf)
+

@@ -1,0 +1,135 @@
+"""All blocks of a network one after the other: capture, optimise, measure on held-out samples, keep what is better."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from ptq_exp.calibration import CalibrationSet
+from ptq_exp.errors import DataError
+from ptq_exp.reconstruction.blocks import Block
+from ptq_exp.reconstruction.capture import Arena, capture
+from ptq_exp.reconstruction.optimise import BlockData, BlockOptimisation, Settings, block_error
+from ptq_exp.reconstruction.report import BlockError, BlockReport
+
+HELD_OUT = 8
+"""Every eighth calibration sample is kept from the optimisation, to judge it by."""
+
+
+def split(calibration_set: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
+    """(samples to optimise on, held-out samples): every `HELD_OUT`-th is held out, the last one of fewer.
+
+    Raises:
+        DataError: fewer than two samples.
+    """
+    n = len(calibration_set)
+    if n < 2:
+        raise DataError("reconstruction judges blocks by held-out samples: set calibration.n_samples to 2 or more")
+    held_out = np.arange(n) % HELD_OUT == min(n, HELD_OUT) - 1
+    return _subset(calibration_set, ~held_out), _subset(calibration_set, held_out)
+
+
+def _subset(calibration_set: CalibrationSet, chosen: np.ndarray) -> CalibrationSet:
+    arrays = {key: getattr(calibration_set, key) for key in ("x", "step", "t", "evaluations", "y")}
+    return replace(calibration_set, **{key: None if a is None else a[chosen] for key, a in arrays.items()})
+
+
+class Reconstruction:
+    """The reconstruction of one block after the other; each depends on the network as its predecessors left it.
+
+    for block in reconstruction.remaining:
+        reconstruction.begin()
+        for _ in range(reconstruction.settings.annealing.iterations):
+            reconstruction.step()
+        reconstruction.end()
+
+    The state between two blocks is the quantized network's state dict and `reports`; all draws of a block depend on
+    (seed, block), so that a reconstruction continued from there is the same one.
+
+    Args:
+        network: quantized and calibrated, weights frozen; changed in place, block by block.
+        reference: the full-precision network it was made from.
+        blocks: in execution order, see `find_blocks`.
+        calibration_set: at least two samples.
+        settings: of every block.
+        seed: of all draws.
+        batch_size: samples per forward while inputs are captured.
+        cache_bytes: memory for captured rows of one block; the rest goes to files.
+        folder: for these files; it must belong to this computation alone.
+    """
+
+    def __init__(
+        self, network: nn.Module, reference: nn.Module, blocks: Sequence[Block], calibration_set: CalibrationSet,
+        settings: Settings, *, seed: int, batch_size: int, cache_bytes: float, folder: Path,
+    ) -> None:  # fmt: skip
+        self.network, self.reference, self.blocks = network, reference, list(blocks)
+        self.optimised_on, self.held_out = split(calibration_set)
+        self.settings, self.seed, self.batch_size = settings, seed, batch_size
+        self.arena = Arena(cache_bytes, folder)
+        self.reports: list[BlockReport] = []
+        self.current: BlockOptimisation | None = None
+
+    @property
+    def block(self) -> Block | None:
+        """The block whose turn it is; None after the last one."""
+        return self.blocks[len(self.reports)] if len(self.reports) < len(self.blocks) else None
+
+    @property
+    def remaining(self) -> list[Block]:
+        """The blocks that have no report yet."""
+        return self.blocks[len(self.reports) :]
+
+    def begin(self) -> None:
+        """Capture what the block needs."""
+        self._started = time.perf_counter()
+        self.arena.clear()
+        self._judged_by = self._capture(self.held_out)
+        self._before = self._errors()
+        self.current = BlockOptimisation(
+            self.block, self.network, self.reference, self._capture(self.optimised_on), self.settings, seed=self.seed
+        )
+
+    def step(self) -> Tensor:
+        """One iteration; returns the loss of its batch, 0-d."""
+        return self.current.step()
+
+    def end(self) -> BlockReport:
+        """Put the optimised solution in force, or the old one where that is better, and report."""
+        done = self.current
+        done.apply()
+        after = self._errors()
+        # not worse, rather than better: NaN is never kept
+        kept = after[1].mse <= self._before[1].mse
+        if not kept:
+            done.revert()
+        report = BlockReport(
+            index=len(self.reports), name=self.block.name, layers=len(self.block.layers),
+            weights=done.rounding.v.numel(), changed=done.changed(), kept=kept,
+            before_fp=self._before[0], after_fp=after[0], before_quantized=self._before[1], after_quantized=after[1],
+            loss=done.loss, iterations=done.t, seconds=round(time.perf_counter() - self._started, 2),
+        )  # fmt: skip
+        self.reports.append(report)
+        self.current = self._judged_by = None
+        self.arena.clear()
+        return report
+
+    def _errors(self) -> tuple[BlockError, BlockError]:
+        """Of the block as it is now, on held-out full-precision inputs and on those of the quantized network."""
+        module, data = self.block.module(self.network), self._judged_by
+        inputs = (data.full, data.quantized)
+        return tuple(block_error(module, calls, data.full.output, self.block.name) for calls in inputs)
+
+    def _capture(self, samples: CalibrationSet) -> BlockData:
+        device = next(self.network.parameters()).device
+        rows = len(samples) * (1 if samples.null_label is None else 2)  # with guidance, both halves
+
+        def calls(network: nn.Module, output: bool):
+            batches = samples.batches(self.batch_size)
+            return capture(network, self.block.name, batches, rows, self.arena, output=output, device=device)
+
+        return BlockData(calls(self.reference, True), calls(self.network, False))

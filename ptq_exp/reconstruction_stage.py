@@ -1,0 +1,146 @@
+"""The stage that reconstructs a quantized network block by block, and what a run leaves of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ptq_exp.calibration import CalibrationSet
+from ptq_exp.errors import DataError
+from ptq_exp.files import write_npz
+from ptq_exp.lightning import reconstruct_network
+from ptq_exp.npz import npz_arrays
+from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, select_row
+from ptq_exp.reconstruction import (
+    Annealing,
+    BlockReport,
+    Reconstruction,
+    Settings,
+    find_blocks,
+    summary,
+)
+from ptq_exp.schema import ReconstructionConfig
+from ptq_exp.setup import Setup
+from ptq_exp.tracking.results import write_json
+from ptq_exp.twin import Twin
+
+log = logging.getLogger("ptq_exp")
+
+_REPORTS = "reports"
+
+
+def reconstruct(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Twin:
+    """Learn (or reuse) roundings and step sizes of the twin's network, where `reconstruction` asks for that.
+
+    With candidate widths of activations the network is at the widest: its weights are those of all widths.
+
+    Raises:
+        ConfigError: step sizes are to be learned, but activations have several.
+        QuantizationError: the network has no such blocks; the message says what to choose.
+    """
+    if not setup.config.reconstruction.active:
+        return twin
+    spec = setup.quantization_spec()
+    folder = setup.working_folder("reconstruction", spec)
+    if len(setup.activation_widths) > 1:
+        select_row(twin.network, len(setup.activation_widths) - 1)
+    reports: list[BlockReport] = []
+
+    def make() -> dict[str, np.ndarray]:
+        reports.extend(_reconstructed(setup, twin.network, calibration_set, folder))
+        return _arrays(twin.network) | {_REPORTS: np.array(json.dumps([report.to_dict() for report in reports]))}
+
+    arrays, reused = setup.cache.get_or_make(
+        "reconstruction", spec, make=make, save=lambda arrays, path: write_npz(path, **arrays), load=npz_arrays
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    if reused:
+        reports = [BlockReport.from_dict(plain) for plain in json.loads(str(arrays[_REPORTS]))]
+        _restore(twin.network, {name: array for name, array in arrays.items() if name != _REPORTS})
+    said = summary(reports)
+    log.info(
+        "reconstruction %s: %s, %d blocks, %d of them better than nearest rounding; relative error %.4f -> %.4f on "
+        "held-out samples", setup.config.reconstruction.name, "reused from the cache" if reused else "computed",
+        said["blocks"], said["kept"], said["error_before"], said["error"],
+    )  # fmt: skip
+    return replace(twin, reconstruction=reports)
+
+
+def reconstruction_account(twin: Twin, folder: Path) -> dict[str, Any]:
+    """What results.json says of the reconstruction, if there was one; all blocks go to reconstruction.json."""
+    if twin.reconstruction is None:
+        return {}
+    said = summary(twin.reconstruction)
+    write_json(
+        folder / "reconstruction.json",
+        {"summary": said, "blocks": [report.to_dict() for report in twin.reconstruction]},
+    )
+    return {"reconstruction": said}
+
+
+def settings_of(config: ReconstructionConfig) -> Settings:
+    """The settings of every block."""
+    return Settings(
+        Annealing(config.iterations, config.weight, config.warmup, config.b_start, config.b_end),
+        batch_size=config.batch_size, lr=config.lr, step_lr=config.step_lr, power=config.power,
+        input_prob=config.input_prob, drop_prob=config.drop_prob, inner_weight=config.inner_weight,
+    )  # fmt: skip
+
+
+def _reconstructed(
+    setup: Setup, network: nn.Module, calibration_set: CalibrationSet, folder: Path
+) -> list[BlockReport]:
+    """Reconstruct `network` in place; a killed run with the same settings is continued."""
+    config = setup.config
+    patterns = setup.model.blocks if config.reconstruction.granularity == "block" else ()
+    example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
+    reconstruction = Reconstruction(
+        network, setup.model.denoiser.to(setup.device), find_blocks(network, patterns, example), calibration_set,
+        settings_of(config.reconstruction), seed=config.seed, batch_size=config.calibration.batch_size,
+        cache_bytes=1e9 * config.reconstruction.cache_gb, folder=folder / "rows",
+    )  # fmt: skip
+    trainer = config.trainer
+    return reconstruct_network(
+        reconstruction, folder / "blocks.ckpt", accelerator=trainer.accelerator, progress_bar=trainer.progress_bar
+    )
+
+
+def _learned(network: nn.Module) -> dict[str, torch.Tensor]:
+    """What a reconstruction changes: the weights that are quantized, and the step sizes of activations."""
+    found = {}
+    for name, module in network.named_modules():
+        if isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer):
+            found[f"{name}.weight"] = module.weight
+        elif isinstance(module, ActivationQuantizer):
+            found[f"{name}.scale"] = module.scale
+    return found
+
+
+def _arrays(network: nn.Module) -> dict[str, np.ndarray]:
+    # numpy knows no bfloat16; float32 holds all its values
+    return {name: tensor.detach().float().cpu().numpy() for name, tensor in _learned(network).items()}
+
+
+@torch.no_grad()
+def _restore(network: nn.Module, arrays: dict[str, np.ndarray]) -> None:
+    """Give `network`, calibrated, what `_arrays` took.
+
+    Raises:
+        DataError: the arrays are those of another network; it is left unchanged.
+    """
+    learned = _learned(network)
+    wrong = sorted(set(learned) ^ set(arrays)) or [
+        name for name, tensor in learned.items() if arrays[name].shape != tuple(tensor.shape)
+    ]
+    if wrong:
+        raise DataError(f"the stored reconstruction belongs to another network: {', '.join(wrong[:3])} do not fit")
+    for name, tensor in learned.items():
+        tensor.copy_(torch.from_numpy(np.array(arrays[name])))

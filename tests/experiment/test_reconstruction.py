@@ -1,0 +1,45 @@
+"""Reconstruction in small, through the command: reused, told apart from other networks, and on every kind of model."""
+
+import pytest
+
+from ptq_exp.tracking.results import read_json
+
+FAST = ("metric=minmax", "logger=none", "bits=w4a8")
+
+
+@pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop"])
+def test_a_second_run_reuses_the_reconstruction_and_repeats_every_number(method, command):
+    overrides = (*FAST, f"reconstruction={method}")
+    folders = [command(*overrides) for _ in range(2)]
+    first, second = (read_json(folder / "results.json") for folder in folders)
+    said = [(folder / f"ndtc_{method}_w4a8.log").read_text() for folder in folders]
+    assert f"reconstruction {method}: computed" in said[0] and f"reconstruction {method}: reused" in said[1]
+    assert first["metrics"] == second["metrics"] and first["reconstruction"] == second["reconstruction"]
+    blocks = read_json(folders[0] / "reconstruction.json")["blocks"]
+    assert len(blocks) == first["reconstruction"]["blocks"] == {"adaround": 114}.get(method, 36)
+    assert {"before_fp", "after_fp", "before_quantized", "after_quantized", "kept"} <= set(blocks[0])
+
+
+def test_reconstructions_share_ranges_and_nothing_else(command):
+    plain = command(*FAST, "reconstruction=none")
+    learned = command(*FAST, "reconstruction=brecq", "reconstruction.iterations=3", "reconstruction.lr=0.5")
+    other = command(*FAST, "reconstruction=brecq", "reconstruction.iterations=3", "reconstruction.lr=0.4")
+    texts = [(folder / f"{folder_name}.log").read_text() for folder, folder_name in (
+        (plain, "ndtc_w4a8"), (learned, "ndtc_brecq_w4a8"), (other, "ndtc_brecq_w4a8"))]  # fmt: skip
+    assert all("ranges: reused from the cache" in text for text in texts[1:])
+    assert all("reconstruction brecq: computed" in text for text in texts[1:])
+    errors = [read_json(folder / "results.json")["metrics"]["eps_error"] for folder in (plain, learned, other)]
+    assert len(set(errors)) == 3
+
+
+def test_with_a_correction_and_a_schedule_of_widths(command):
+    folder = command("+experiment=ptqd_mp", "metric=minmax", "logger=none", "bits=step_snr", "reconstruction=brecq")
+    results = read_json(folder / "results.json")
+    assert results["name"] == "ptqd_brecq_step_snr" and {"correction", "bit_schedule", "reconstruction"} <= set(results)
+    assert results["reconstruction"]["blocks"] == 36
+
+
+def test_a_latent_model_with_classes_and_guidance(command):
+    folder = command(*FAST, "model=digits_ldm", "reconstruction=qdrop")
+    blocks = read_json(folder / "reconstruction.json")["blocks"]
+    assert any("transformer_blocks" in block["name"] and block["layers"] == 10 for block in blocks)

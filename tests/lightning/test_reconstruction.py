@@ -1,0 +1,155 @@
+"""One fit, one epoch per block; a killed run goes on at its block and ends as an uninterrupted one, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import ptq_exp
+
+SCRIPT = textwrap.dedent('''
+    """Reconstruct a tiny network: FOLDER, and the iteration (over all blocks, from 1) to be killed before, or 0."""
+    import os, signal, sys
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+    from torch import nn
+
+    torch.set_num_threads(1)
+    from ptq_exp.calibration import CalibrationSet
+    from ptq_exp.lightning import reconstruct_network
+    from ptq_exp.quantization import calibrate_weights_, calibrating, default_rules, finish_calibration, quantize_
+    from ptq_exp.reconstruction import Annealing, BlockOptimisation, Reconstruction, Settings, find_blocks
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1),
+                                         nn.Conv2d(4, 1, 3, padding=1)])
+            self.dropout = nn.Dropout(0.5)
+        def forward(self, x, t, y=None):
+            for layer in self.layers:
+                x = self.dropout(torch.tanh(layer(x)))
+            return x
+
+    def networks():
+        torch.manual_seed(0)
+        full = Net().eval()
+        twin = Net().eval()
+        twin.load_state_dict(full.state_dict())
+        rng = np.random.default_rng(0)
+        calibration_set = CalibrationSet(rng.standard_normal((24, 1, 5, 5), dtype=np.float32),
+                                         np.zeros(24, int), np.zeros(24, np.float32), np.zeros(24, int))
+        example = (torch.zeros(1, 1, 5, 5), torch.zeros(1))
+        quantize_(twin, default_rules(3, 4, first=(), last=(), attention=False), example)
+        calibrate_weights_(twin, "minmax")
+        with calibrating(twin), torch.no_grad():
+            for x, t, _ in calibration_set.batches(8):
+                twin(x, t)
+        finish_calibration(twin, "minmax")
+        return full, twin, calibration_set, find_blocks(twin, (), example)
+
+    def main(folder, kill_at, kill_in):
+        full, twin, calibration_set, blocks = networks()
+        settings = Settings(Annealing(6), batch_size=8, lr=0.1, step_lr=1e-3, input_prob=0.5, drop_prob=0.5)
+        made = Reconstruction(twin, full, blocks, calibration_set, settings, seed=0, batch_size=8, cache_bytes=1000,
+                              folder=folder / "rows")
+        calls = 0
+        def dying(function):
+            def counted(*args):
+                nonlocal calls
+                calls += 1
+                if calls == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args)
+            return counted
+        if kill_at:
+            if kill_in == "write":
+                import ptq_exp.files
+                ptq_exp.files.os.replace = dying(os.replace)
+            else:
+                setattr(made, kill_in, dying(getattr(made, kill_in)))
+        reports = reconstruct_network(made, folder / "blocks.ckpt", accelerator="cpu", progress_bar=False)
+        plain = [{k: v for k, v in report.to_dict().items() if k != "seconds"} for report in reports]
+        torch.save({"state": twin.state_dict(), "reports": plain, "begun": calls}, folder / "result.pt")
+
+    if __name__ == "__main__":
+        main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+''')
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("script") / "reconstruct_toy.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def start(script, folder, kill_at=0, kill_in="step") -> int:
+    folder.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(ptq_exp.__file__).parents[1])}
+    command = [sys.executable, str(script), str(folder), str(kill_at), kill_in]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode in (0, -signal.SIGKILL), run.stderr
+    return run.returncode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(script, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("whole")
+    assert start(script, folder) == 0
+    return torch.load(folder / "result.pt")
+
+
+# in the middle of the first block, of the second one, when a block's end is reached, and while a checkpoint is written
+@pytest.mark.parametrize(
+    ("kill_at", "kill_in", "done"), [(3, "step", 0), (9, "step", 1), (2, "end", 1), (2, "write", 1)]
+)
+def test_a_killed_run_goes_on_at_its_block_and_ends_bit_identical(
+    kill_at, kill_in, done, script, uninterrupted, tmp_path
+):
+    assert start(script, tmp_path, kill_at, kill_in) == -signal.SIGKILL
+    assert not (tmp_path / "result.pt").exists()
+    checkpoint = tmp_path / "blocks.ckpt"
+    assert checkpoint.exists() == bool(done)
+    if done:
+        assert len(torch.load(checkpoint, weights_only=True)["block_reports"]) == done
+    assert start(script, tmp_path, 0) == 0
+    resumed = torch.load(tmp_path / "result.pt")
+    assert resumed["reports"] == uninterrupted["reports"] and len(resumed["reports"]) == 3
+    assert resumed["state"].keys() == uninterrupted["state"].keys()
+    assert all(torch.equal(value, uninterrupted["state"][key]) for key, value in resumed["state"].items())
+
+
+def test_a_run_killed_after_its_last_block_has_nothing_left_to_do(script, uninterrupted, tmp_path):
+    assert start(script, tmp_path) == 0
+    (tmp_path / "result.pt").unlink()
+    assert start(script, tmp_path, 1, "begin") == 0  # would be killed at the first block that it began
+    again = torch.load(tmp_path / "result.pt")
+    assert again["begun"] == 0 and again["reports"] == uninterrupted["reports"]
+    assert all(torch.equal(value, uninterrupted["state"][key]) for key, value in again["state"].items())
+
+
+def test_the_progress_bar_names_block_and_loss(script, tmp_path, capsys):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("reconstruct_toy", script)
+    toy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(toy)
+    full, twin, calibration_set, blocks = toy.networks()
+    made = toy.Reconstruction(
+        twin, full, blocks, calibration_set, toy.Settings(toy.Annealing(2)), seed=0, batch_size=8, cache_bytes=1e6,
+        folder=tmp_path,
+    )  # fmt: skip
+    reports = toy.reconstruct_network(made, tmp_path / "blocks.ckpt", accelerator="cpu")
+    said = capsys.readouterr()
+    assert len(reports) == 3
+    for text in ("block 1 of 3: layers.0", "block 3 of 3: layers.2", "loss="):
+        assert text in said.out + said.err
+    assert not full.training and not twin.training

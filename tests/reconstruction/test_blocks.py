@@ -1,0 +1,111 @@
+"""Blocks are found by name, in the order of a forward; capture gives the real arguments of each."""
+
+import pytest
+import torch
+from torch import nn
+
+from ptq_exp.errors import PTQError, QuantizationError
+from ptq_exp.quantization import calibrate_weights_, default_rules, quantize_
+from ptq_exp.reconstruction import Arena, Block, capture, find_blocks
+
+EXAMPLE = (torch.zeros(1, 1, 6, 6), torch.zeros(1))
+CPU = torch.device("cpu")
+
+
+def test_the_outermost_match_is_a_block_and_all_else_single_layers_in_execution_order(quantized):
+    network = quantized(4)
+    blocks = find_blocks(network, ("*conv1", "*resnets.*"), EXAMPLE)
+    inside = ("time", "conv1", "conv2")
+    assert [block.name for block in blocks] == ["embed", "conv_in", "resnets.0", "resnets.1", "conv_out"]
+    assert [set(block.layers) for block in blocks] == [{""}, {""}, set(inside), set(inside), {""}]
+    assert blocks[2].layers[-1] == "conv2"
+    layers = find_blocks(network, (), EXAMPLE)
+    assert len(layers) == 9 and all(block.layers == ("",) for block in layers)
+
+
+def test_every_quantized_layer_is_in_exactly_one_block_of_each_embedded_model():
+    from ptq_exp.embedded import digits_ldm_model, digits_model
+
+    for make in (digits_model, digits_ldm_model):
+        model = make()
+        network = model.twin()
+        quantize_(network, default_rules(8, 8), model.example_inputs())
+        names = [name for name, module in network.named_modules() if hasattr(module, "weight_quantizer")]
+        calibrate_weights_(network, "minmax")
+        for module in network.modules():  # placement alone is under test
+            if type(module).__name__ == "ActivationQuantizer":
+                module.mode = "off"
+        blocks = find_blocks(network, model.blocks, model.example_inputs())
+        found = [f"{block.name}.{layer}".removesuffix(".") for block in blocks for layer in block.layers]
+        assert sorted(found) == sorted(names)
+        assert any(len(block.layers) > 3 and "resnets" in block.name for block in blocks)
+        kind = "attentions" if make is digits_model else "transformer_blocks"
+        assert any(kind in block.name and len(block.layers) > 3 for block in blocks)
+
+
+class Twice(nn.Module):
+    """Calls its one layer two times."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.layer(self.layer(x))
+
+
+def test_a_layer_that_is_called_twice_is_refused():
+    network = Twice()
+    quantize_(network, default_rules(4, 8, first=(), last=(), attention=False), (torch.zeros(1, 2),))
+    calibrate_weights_(network, "minmax")
+    network.layer.input_quantizer.mode = "off"
+    with pytest.raises(QuantizationError, match="layer is called 2 times"):
+        find_blocks(network, (), (torch.zeros(1, 2),))
+
+
+@pytest.mark.parametrize("limit", [1e9, 0, 3000])
+def test_capture_equals_a_direct_forward_in_memory_and_on_disk(limit, toy, calibration_set, tmp_path):
+    arena = Arena(limit, tmp_path / "rows")
+    calls = capture(
+        toy, "resnets.1", calibration_set.batches(16), 40, arena, output=True, device=CPU,
+    )  # fmt: skip
+    assert len(calls) == 40 and bool(arena.files) == (limit < 1e9)
+    x, t, _ = next(iter(calibration_set.batches(40)))
+    seen = []
+    handle = toy.resnets[1].register_forward_hook(lambda _, a, k, o: seen.append((a, k, o)), with_kwargs=True)
+    toy(x, t)
+    handle.remove()
+    (args, kwargs, (output,)) = seen[0]
+    torch.testing.assert_close(calls.tensors[0], args[0])
+    got_args, got_kwargs = calls.arguments(calls.tensors)
+    assert len(got_args) == 1 and got_kwargs["scale"] == 0.5
+    torch.testing.assert_close(got_kwargs["temb"], kwargs["temb"])
+    torch.testing.assert_close(calls.output, output)
+    torch.testing.assert_close(toy.resnets[1](*got_args, **got_kwargs)[0], calls.output)
+    arena.clear()
+    assert not list(tmp_path.glob("rows/*.bin"))
+
+
+def test_capture_ends_the_forward_at_the_block(toy, calibration_set, tmp_path):
+    late = []
+    handle = toy.conv_out.register_forward_hook(lambda *_: late.append(1))
+    for output in (True, False):
+        calls = capture(
+            toy, "resnets.0", calibration_set.batches(40), 40, Arena(1e9, tmp_path), output=output, device=CPU
+        )
+        assert (calls.output is not None) == output
+    handle.remove()
+    assert not late
+
+
+def test_rows_that_cannot_be_written_say_which_setting_to_change(toy, calibration_set, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PTQError, match="reconstruction.cache_gb"):
+        capture(
+            toy, "conv_in", calibration_set.batches(40), 40, Arena(0, tmp_path / "file"), output=True, device=CPU
+        )
+
+
+def test_a_block_names_its_modules(toy):
+    block = Block("resnets.0", ("conv1", "conv2"))
+    assert block.module(toy) is toy.resnets[0] and block.modules(toy) == [toy.resnets[0].conv1, toy.resnets[0].conv2]

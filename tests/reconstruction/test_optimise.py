@@ -1,0 +1,233 @@
+"""The optimisation of one block: it finds what is best, stays on the grid, and leaves no other trace."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from ptq_exp.errors import ConfigError
+from ptq_exp.quantization import (
+    QuantSpec,
+    Rule,
+    TensorSpec,
+    calibrate_weights_,
+    default_rules,
+    fake_quantize,
+    quantize_,
+)
+from ptq_exp.quantization.quantizer import ActivationQuantizer, Quantizer
+from ptq_exp.reconstruction import (
+    Annealing,
+    Block,
+    BlockData,
+    BlockOptimisation,
+    Calls,
+    Settings,
+    StepSizes,
+    block_error,
+    dropping,
+)
+
+
+class Net(nn.Module):
+    """One layer, or several in a row."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def pair(*layers, weight=2, **spec):
+    """(full-precision network, its twin with quantized weights)."""
+    full = Net(*layers).requires_grad_(False)
+    twin = Net(*[type(layer)(*_arguments(layer)) for layer in layers]).requires_grad_(False)
+    twin.load_state_dict(full.state_dict())
+    x = torch.zeros(1, *_input_shape(layers[0]))
+    quantize_(twin, [Rule("*", QuantSpec(weight=TensorSpec(weight, granularity="channel", **spec)))], (x,))
+    calibrate_weights_(twin, "minmax")
+    return full, twin
+
+
+def _arguments(layer):
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features, layer.bias is not None
+    return layer.in_channels, layer.out_channels, layer.kernel_size, 1, layer.padding
+
+
+def _input_shape(layer):
+    if isinstance(layer, nn.Linear):
+        return (layer.in_features,)
+    return (layer.in_channels, *[5] * (layer.weight.ndim - 2))
+
+
+def optimised(full, twin, x, iterations=200, layers=("0",), **settings):
+    calls = Calls.of((x,), {}, full.body(x))
+    settings = Settings(Annealing(iterations), **{"lr": 0.05, "batch_size": len(x)} | settings)
+    found = BlockOptimisation(Block("body", layers), twin, full, BlockData(calls, calls), settings, seed=0)
+    for _ in range(iterations):
+        found.step()
+    return found
+
+
+def integer_weights(layer):
+    cells = layer.weight_quantizer.cells(layer.weight)
+    return layer.weight / cells.scale + cells.zero_point, cells
+
+
+def test_a_pair_of_weights_finds_the_optimum_that_nearest_rounding_misses():
+    full = nn.Linear(2, 2, bias=False)
+    # on equal inputs only the sum of a row counts: 0.45 + 0.35 (in steps) is better met by 1 + 0 than by 0 + 0
+    full.weight.data = torch.tensor([[0.45, 0.35], [-1.0, 2.0]])
+    full, twin = pair(full)
+    twin.body[0].weight_quantizer.scale.fill_(1.0)
+    twin.body[0].weight_quantizer.zero_point.fill_(1.0)
+    twin.body[0].weight.copy_(torch.tensor([[0.0, 0.0], [-1.0, 2.0]]))
+    x = torch.linspace(-1, 1, 16)[:, None].repeat(1, 2)
+    found = optimised(full, twin, x)
+    found.apply()
+    assert twin.body[0].weight[0].sum() == 1 and twin.body[0].weight[1].tolist() == [-1, 2]
+    assert found.changed() == 0.25
+
+
+def test_it_comes_close_to_brute_force_and_beats_nearest_rounding():
+    torch.manual_seed(1)
+    full, twin = pair(nn.Linear(6, 1))
+    x = torch.randn(64, 6) @ torch.randn(6, 6)  # correlated inputs
+    target, layer = full.body(x), twin.body[0]
+    nearest = float((twin.body(x) - target).square().mean())
+    cells = layer.weight_quantizer.cells(layer.weight)
+    floor = (full.body[0].weight / cells.scale).floor()
+    errors = []
+    for up in itertools.product([0.0, 1.0], repeat=6):
+        level = (floor + torch.tensor([up])).clamp(cells.qmin - cells.zero_point, cells.qmax - cells.zero_point)
+        y = nn.functional.linear(x, level * cells.scale, layer.bias)
+        errors.append(float((y - target).square().mean()))
+    found = optimised(full, twin, x, iterations=400)
+    found.apply()
+    learned = float((twin.body(x) - target).square().mean())
+    assert learned <= nearest and learned <= sorted(errors)[3] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "spec"),
+    [
+        (nn.Linear(6, 5), {}),
+        (nn.Linear(6, 5), {"segments": (2, 4)}),
+        (nn.Conv2d(4, 3, 3, padding=1), {}),
+        (nn.Conv2d(4, 3, 3, padding=1), {"segments": (1, 3), "symmetric": True}),
+        (nn.Conv1d(4, 3, 1), {"granularity": "tensor"}),
+    ],
+)  # fmt: skip
+def test_every_kind_of_layer_and_range_stays_on_its_grid_next_to_nearest(layer, spec):
+    full, twin = pair(layer, weight=4, **spec) if "granularity" not in spec else pair_per_tensor(layer)
+    x = torch.randn(16, *_input_shape(layer)) + 2  # correlated: of independent inputs nearest rounding is the best
+    before, _ = integer_weights(twin.body[0])
+    found = optimised(full, twin, x, iterations=30, lr=0.2)
+    found.apply()
+    after, cells = integer_weights(twin.body[0])
+    exact = torch.div(full.body[0].weight, cells.scale).floor()
+    assert torch.equal(twin.body[0].weight, fake_quantize(twin.body[0].weight, *cells))
+    assert (after.round() - before.round()).abs().max() <= 1 and found.changed() > 0
+    level = (twin.body[0].weight / cells.scale).round()
+    clamped = [(exact + up).clamp(cells.qmin - cells.zero_point, cells.qmax - cells.zero_point) for up in (0, 1)]
+    assert ((level == clamped[0]) | (level == clamped[1])).all()
+    found.revert()
+    assert torch.equal(integer_weights(twin.body[0])[0], before)
+
+
+def pair_per_tensor(layer):
+    full = Net(layer).requires_grad_(False)
+    twin = Net(type(layer)(*_arguments(layer))).requires_grad_(False)
+    twin.load_state_dict(full.state_dict())
+    quantize_(twin, [Rule("*", QuantSpec(weight=TensorSpec(4)))], (torch.zeros(1, *_input_shape(layer)),))
+    calibrate_weights_(twin, "minmax")
+    return full, twin
+
+
+def test_the_network_is_unchanged_until_apply():
+    full, twin = pair(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1), weight=3)
+    x = torch.randn(8, 2, 5, 5)
+    state = {key: value.clone() for key, value in twin.state_dict().items()}
+    found = optimised(full, twin, x, iterations=20, layers=("0", "1"), inner_weight=0.5)
+    assert all(torch.equal(value, state[key]) for key, value in twin.state_dict().items())
+    assert not any(module._forward_hooks for module in [*twin.modules(), *full.modules()])
+    before = block_error(twin.body, found.data.full, found.data.full.output, "body")
+    found.apply()
+    assert block_error(twin.body, found.data.full, found.data.full.output, "body").mse < before.mse
+
+
+def quantizer(bits=4, rows=1, segments=None):
+    made = ActivationQuantizer(bits, symmetric=False, segments=segments, name="q")
+    made.scale.fill_(0.1), made.zero_point.fill_(7), made.qmax.fill_(15)
+    made.calibrated.fill_(True)
+    made.ready = True
+    return made
+
+
+def test_step_sizes_are_learned_by_straight_through_gradients():
+    q = quantizer(segments=(1, 2))
+    steps = StepSizes({"q": q})
+    x = torch.tensor([[0.231, -0.9, 0.4]])
+    scale = steps.scales()["q.scale"]
+    out = torch.func.functional_call(q, {"scale": scale}, (x,))
+    out.sum().backward()
+    # d/dscale: rounded level - x / scale inside, the clamped level outside; here times the start, 0.1
+    assert steps.factors.grad.tolist() == pytest.approx([0.1 * (2 - 2.31), 0.1 * (-7 + (4 - 4.0))], abs=1e-5)
+    assert q.scale.tolist() == [[pytest.approx(0.1)] * 2]
+
+
+def test_several_rows_cannot_be_learned():
+    with pytest.raises(ConfigError, match="q has 2 ranges.*set reconstruction.step_lr=0"):
+        StepSizes({"q": quantizer((4, 8))})
+
+
+def test_drop_keeps_a_share_of_the_elements_full_and_ends_with_its_context():
+    q, x = quantizer(), torch.randn(1000) / 3
+    rounded = q(x)
+    with dropping({"q": q}, 0.3, torch.Generator().manual_seed(0)):
+        mixed = q(x)
+    assert ((mixed == x) | (mixed == rounded)).all()
+    assert 0.25 < float((mixed == x).float().mean()) < 0.35
+    assert torch.equal(q(x), rounded)
+    with dropping({"q": q}, 0.0, torch.Generator()):
+        assert torch.equal(q(x), rounded) and not q._forward_hooks
+
+
+def test_learned_steps_and_drop_lower_the_error_of_a_block():
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
+    full = Net(*layers).requires_grad_(False)
+    twin = Net(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
+    twin.load_state_dict(full.state_dict())
+    x = torch.randn(64, 8)
+    quantize_(twin, default_rules(4, 4, first=(), last=(), attention=False), (x[:1],))
+    calibrate_weights_(twin, "minmax")
+    for module in twin.modules():
+        if isinstance(module, Quantizer) and not module.ready:
+            module.scale.fill_(0.9), module.zero_point.fill_(7), module.qmax.fill_(15)  # far too wide
+            module.calibrated.fill_(True)
+            module.ready = True
+    before = float((twin(x) - full(x)).square().mean())
+    found = optimised(full, twin, x, layers=("0", "1"), step_lr=0.02, drop_prob=0.5, input_prob=0.5)
+    found.apply()
+    assert float((twin(x) - full(x)).square().mean()) < 0.5 * before
+    assert all(float(layer.input_quantizer.scale) < 0.9 for layer in twin.body)
+    found.revert()
+    assert float((twin(x) - full(x)).square().mean()) == before
+
+
+def test_two_optimisations_are_the_same_and_another_seed_is_not():
+    full, twin = pair(nn.Linear(4, 4), weight=3)
+    x = torch.randn(32, 4)
+    settings = {"batch_size": 4, "input_prob": 0.5, "iterations": 10}
+    first, second = (optimised(full, twin, x, **settings) for _ in range(2))
+    assert torch.equal(first.rounding.v, second.rounding.v) and first.loss == second.loss
+    calls = Calls.of((x,), {}, full.body(x))
+    other = BlockOptimisation(Block("body", ("0",)), twin, full, BlockData(calls, calls), first.settings, seed=1)
+    for _ in range(10):
+        other.step()
+    assert not torch.equal(first.rounding.v, other.rounding.v)
