@@ -15,6 +15,7 @@ _HARMLESS = (
     ".*infer the batch indices.*",  # the writer reads the sample indices from the batch itself
     ".*LeafSpec.*deprecated.*",  # Lightning about its own use of torch
     ".*`configure_optimizers` returned `None`.*",  # blocks have optimisers of their own
+    ".*in eval mode at the start of training.*",  # reconstruction means it: dropout would be active otherwise
 )
 
 

@@ -1,5 +1,6 @@
 """One fit, one epoch per block; a killed run goes on at its block and ends as an uninterrupted one, bit for bit."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -77,7 +78,7 @@ SCRIPT = textwrap.dedent('''
                 setattr(made, kill_in, dying(getattr(made, kill_in)))
         reports = reconstruct_network(made, folder / "blocks.ckpt", accelerator="cpu", progress_bar=False)
         plain = [{k: v for k, v in report.to_dict().items() if k != "seconds"} for report in reports]
-        torch.save({"state": twin.state_dict(), "reports": plain, "begun": calls}, folder / "result.pt")
+        torch.save({"state": twin.state_dict(), "reports": plain, "calls": calls}, folder / "result.pt")
 
     if __name__ == "__main__":
         main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
@@ -91,19 +92,28 @@ def script(tmp_path_factory) -> Path:
     return path
 
 
-def start(script, folder, kill_at=0, kill_in="step") -> int:
-    folder.mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def toy(script):
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("reconstruct_toy", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def killed(script, folder, kill_at, kill_in) -> bool:
+    """Whether a process that runs the script was killed."""
     environment = {**os.environ, "PYTHONPATH": str(Path(ptq_exp.__file__).parents[1])}
     command = [sys.executable, str(script), str(folder), str(kill_at), kill_in]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert run.returncode in (0, -signal.SIGKILL), run.stderr
-    return run.returncode
+    return run.returncode == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(script, tmp_path_factory) -> dict:
+def uninterrupted(toy, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("whole")
-    assert start(script, folder) == 0
+    toy.main(folder, 0, "")
     return torch.load(folder / "result.pt")
 
 
@@ -112,36 +122,31 @@ def uninterrupted(script, tmp_path_factory) -> dict:
     ("kill_at", "kill_in", "done"), [(3, "step", 0), (9, "step", 1), (2, "end", 1), (2, "write", 1)]
 )
 def test_a_killed_run_goes_on_at_its_block_and_ends_bit_identical(
-    kill_at, kill_in, done, script, uninterrupted, tmp_path
+    kill_at, kill_in, done, script, toy, uninterrupted, tmp_path
 ):
-    assert start(script, tmp_path, kill_at, kill_in) == -signal.SIGKILL
+    assert killed(script, tmp_path, kill_at, kill_in)
     assert not (tmp_path / "result.pt").exists()
     checkpoint = tmp_path / "blocks.ckpt"
     assert checkpoint.exists() == bool(done)
     if done:
         assert len(torch.load(checkpoint, weights_only=True)["block_reports"]) == done
-    assert start(script, tmp_path, 0) == 0
+    toy.main(tmp_path, 0, "")
     resumed = torch.load(tmp_path / "result.pt")
     assert resumed["reports"] == uninterrupted["reports"] and len(resumed["reports"]) == 3
     assert resumed["state"].keys() == uninterrupted["state"].keys()
     assert all(torch.equal(value, uninterrupted["state"][key]) for key, value in resumed["state"].items())
 
 
-def test_a_run_killed_after_its_last_block_has_nothing_left_to_do(script, uninterrupted, tmp_path):
-    assert start(script, tmp_path) == 0
+def test_a_run_killed_after_its_last_block_has_nothing_left_to_do(toy, uninterrupted, tmp_path):
+    toy.main(tmp_path, 0, "")
     (tmp_path / "result.pt").unlink()
-    assert start(script, tmp_path, 1, "begin") == 0  # would be killed at the first block that it began
+    toy.main(tmp_path, 1, "begin")  # would be killed at the first block that it began
     again = torch.load(tmp_path / "result.pt")
-    assert again["begun"] == 0 and again["reports"] == uninterrupted["reports"]
+    assert again["calls"] == 0 and again["reports"] == uninterrupted["reports"]
     assert all(torch.equal(value, uninterrupted["state"][key]) for key, value in again["state"].items())
 
 
-def test_the_progress_bar_names_block_and_loss(script, tmp_path, capsys):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("reconstruct_toy", script)
-    toy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(toy)
+def test_the_progress_bar_names_block_and_loss(toy, tmp_path, capsys):
     full, twin, calibration_set, blocks = toy.networks()
     made = toy.Reconstruction(
         twin, full, blocks, calibration_set, toy.Settings(toy.Annealing(2)), seed=0, batch_size=8, cache_bytes=1e6,

@@ -119,10 +119,12 @@ def test_it_comes_close_to_brute_force_and_beats_nearest_rounding():
         (nn.Linear(6, 5), {"segments": (2, 4)}),
         (nn.Conv2d(4, 3, 3, padding=1), {}),
         (nn.Conv2d(4, 3, 3, padding=1), {"segments": (1, 3), "symmetric": True}),
-        (nn.Conv1d(4, 3, 1), {"granularity": "tensor"}),
+        (nn.Conv1d(4, 3, 3, padding=1), {"granularity": "tensor"}),
     ],
 )  # fmt: skip
 def test_every_kind_of_layer_and_range_stays_on_its_grid_next_to_nearest(layer, spec):
+    torch.manual_seed(0)
+    layer.reset_parameters()
     full, twin = pair(layer, weight=4, **spec) if "granularity" not in spec else pair_per_tensor(layer)
     x = torch.randn(16, *_input_shape(layer)) + 2  # correlated: of independent inputs nearest rounding is the best
     before, _ = integer_weights(twin.body[0])
@@ -149,10 +151,11 @@ def pair_per_tensor(layer):
 
 
 def test_the_network_is_unchanged_until_apply():
+    torch.manual_seed(0)
     full, twin = pair(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1), weight=3)
-    x = torch.randn(8, 2, 5, 5)
+    x = torch.randn(8, 2, 5, 5) + 2
     state = {key: value.clone() for key, value in twin.state_dict().items()}
-    found = optimised(full, twin, x, iterations=20, layers=("0", "1"), inner_weight=0.5)
+    found = optimised(full, twin, x, layers=("0", "1"), inner_weight=0.5)
     assert all(torch.equal(value, state[key]) for key, value in twin.state_dict().items())
     assert not any(module._forward_hooks for module in [*twin.modules(), *full.modules()])
     before = block_error(twin.body, found.data.full, found.data.full.output, "body")
@@ -221,6 +224,7 @@ def test_learned_steps_and_drop_lower_the_error_of_a_block():
 
 
 def test_two_optimisations_are_the_same_and_another_seed_is_not():
+    torch.manual_seed(0)
     full, twin = pair(nn.Linear(4, 4), weight=3)
     x = torch.randn(32, 4)
     settings = {"batch_size": 4, "input_prob": 0.5, "iterations": 10}
