@@ -104,9 +104,15 @@ class Artifact:
             )
 
     def check_grid(self, grid: TimeGrid, guidance_scale: float) -> None:
-        """Raise ConfigError if a schedule or statistics were made for another sampler than this one."""
+        """Raise ConfigError if schedule, ranges of steps or statistics were made for another sampler than this one."""
         if (schedule := self.schedule()) is not None:
             schedule.check(grid)
+        temporal = self.settings["quantization"]["temporal"]
+        if temporal != "static" and not _same(self.description["grid"]["timesteps"], grid.timesteps.tolist()):
+            raise ConfigError(
+                f"{self.folder} has ranges for each sampling step (quantization.temporal={temporal}) of another grid "
+                "than this one: leave out sampler.steps and sampler.spacing, or quantize again with them"
+            )
         if self.description["noise_statistics"] is None:
             return
         wanted = grid_account(grid, guidance_scale)

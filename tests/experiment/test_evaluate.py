@@ -55,6 +55,10 @@ def refused(command, capsys, *overrides) -> str:
         ("+experiment=ptqd_w4a8",),
         ("+experiment=ptqd_w3a8", *SCHEDULED, "bits.weight=3"),
         ("model=digits_ldm", "bits=w4a8", "correction=ptqd", "sampler.eta=1"),
+        ("+experiment=tfmq_w4a8",),
+        ("+experiment=qdiffusion_w4a4",),
+        ("quantization.smooth=true",),
+        ("+experiment=brecq_w4a8", "reconstruction.iterations=4"),
     ],
 )
 def test_an_evaluation_repeats_the_run_bit_for_bit(overrides, run_of, command):
@@ -211,3 +215,9 @@ def test_damaged_files_beside_are_told(name, damage, run_of, tmp_path):
     damage(tmp_path / "copy" / name)
     with pytest.raises(DataError, match=name):
         ptq_exp.load_quantized(tmp_path / "copy")
+
+
+def test_ranges_per_step_demand_their_grid(run_of, command, capsys):
+    folder = run_of("+experiment=tfmq_w4a8")
+    said = refused(command, capsys, "+experiment=evaluate", f"quantized={folder}", "sampler.steps=2")
+    assert "has ranges for each sampling step (quantization.temporal=per_step) of another grid" in said
