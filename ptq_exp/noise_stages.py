@@ -236,6 +236,7 @@ def _measured(
 ) -> dict[str, np.ndarray]:
     """What `module` finds on samples 0..n-1, memory-mapped; reused, or continued where a killed run stopped."""
     kind = type(module).__name__
+    spec = spec | {"arrays": list(module.names)}
     folder = setup.working_folder(kind, spec)
 
     def make() -> dict[str, np.ndarray]:
