@@ -58,7 +58,7 @@ def refused(command, capsys, *overrides) -> str:
         ("+experiment=tfmq_w4a8",),
         ("+experiment=qdiffusion_w4a4",),
         ("quantization.smooth=true",),
-        ("+experiment=brecq_w4a8", "reconstruction.iterations=4"),
+        ("+experiment=brecq_w4a8",),
     ],
 )
 def test_an_evaluation_repeats_the_run_bit_for_bit(overrides, run_of, command):
