@@ -11,36 +11,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import warnings
-from collections.abc import Sequence
 
 import torch
-from torch import nn
+from sampling import milliseconds, quantized_twin
 
 from ptq_exp import load_model
 from ptq_exp.correction import Scheduled
-from ptq_exp.diffusion import DiffusionModel
-from ptq_exp.quantization import calibrate_weights_, calibrating, default_rules, finish_calibration, quantize_
-
-
-def quantized_twin(model: DiffusionModel, inputs: tuple, activation: int | Sequence[int]) -> nn.Module:
-    """8-bit weights, ranges of one noise batch: speed does not depend on their values."""
-    twin = model.twin()
-    rules = default_rules(8, activation, first=model.first_layers, last=model.last_layers)
-    quantize_(twin, rules, model.example_inputs())
-    calibrate_weights_(twin, "minmax")
-    with calibrating(twin):
-        twin(*inputs)
-    finish_calibration(twin, "minmax")
-    return twin
-
-
-def milliseconds(denoiser: nn.Module, inputs: tuple) -> float:
-    """Wall time of one evaluation."""
-    started = time.perf_counter()
-    denoiser(*inputs)
-    return 1000 * (time.perf_counter() - started)
 
 
 @torch.no_grad()
@@ -53,14 +30,14 @@ def bench(name: str, batch: int, repeats: int) -> None:
     rest = () if model.n_classes is None else (torch.arange(batch) % model.n_classes,)
     x = torch.randn(batch, *model.sample_shape)
     steps = [(x, grid.network_time(step, batch), *rest) for step in range(len(grid))]
-    single = quantized_twin(model, steps[0], 8)
-    scheduled = Scheduled(quantized_twin(model, steps[0], (4, 8)), torch.arange(len(grid)) % 2, grid)
+    single = quantized_twin(model, steps[0], "cpu")
+    scheduled = Scheduled(quantized_twin(model, steps[0], "cpu", (4, 8)), torch.arange(len(grid)) % 2, grid)
     for denoiser in (single, scheduled):
         denoiser(*steps[0])
     turns = []
     for repeat in range(repeats):
         step = steps[repeat % len(steps)]
-        turns.append((milliseconds(single, step), milliseconds(scheduled, step)))
+        turns.append((milliseconds(single, step, "cpu"), milliseconds(scheduled, step, "cpu")))
     one, two = (statistics.median(side) for side in zip(*turns, strict=True))
     ratio = statistics.median(b / a for a, b in turns)
     print(f"{name:<22} {batch:>5} {one:>10.2f} {two:>14.2f} {ratio:>7.3f}", flush=True)

@@ -15,6 +15,7 @@ import resource
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -24,10 +25,10 @@ from ptq_exp.diffusion import DiffusionModel
 from ptq_exp.quantization import calibrate_weights_, calibrating, default_rules, finish_calibration, quantize_
 
 
-def quantized_twin(model: DiffusionModel, inputs: tuple, device: str) -> nn.Module:
-    """W8A8 with ranges of one noise batch: speed does not depend on their values."""
+def quantized_twin(model: DiffusionModel, inputs: tuple, device: str, activation: int | Sequence[int] = 8) -> nn.Module:
+    """8-bit weights, ranges of one noise batch: speed does not depend on their values."""
     twin = model.twin()
-    rules = default_rules(8, 8, first=model.first_layers, last=model.last_layers)
+    rules = default_rules(8, activation, first=model.first_layers, last=model.last_layers)
     quantize_(twin, rules, tuple(part.to(device) for part in model.example_inputs()))
     calibrate_weights_(twin, "minmax")
     with calibrating(twin):

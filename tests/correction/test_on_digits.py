@@ -7,13 +7,14 @@ from ptq_exp.correction import (
     Corrected,
     MomentChunks,
     Scheduled,
+    VarianceFit,
     fit_moments,
     relative_error,
     residual_histogram,
     sample_moments,
     standardised_residual,
 )
-from ptq_exp.diffusion import relative_eps_error
+from ptq_exp.diffusion import SampleNoise, relative_eps_error
 from ptq_exp.diffusion.compare import paired_estimates
 from ptq_exp.diffusion.noise import CALIBRATION, EVALUATION
 from ptq_exp.embedded import digits_model
@@ -81,13 +82,23 @@ def test_errors_in_closed_form_are_those_of_the_corrected_denoiser(model, quanti
 
 
 def test_the_sampler_makes_room_for_the_residual(model, quantized):
-    """At eta = 1 the variance part moves the final states' spread back to that of full precision."""
+    """At eta = 1 each step's own noise shrinks by what the residual brings; its mean stays. First step, by hand."""
     grid = model.time_grid(STEPS, eta=1.0)
     statistics = fitted(model, quantized, grid)
     corrected = Corrected(quantized, statistics, grid)
-    plain = model.run(corrected, grid, range(4), SEED)
-    fitting = model.run(corrected, grid, range(4), SEED, eps_noise_std=statistics.eps_noise_std)
-    assert not torch.equal(plain, fitting)
+    plain, fitting = [], []
+    for records, std in ((plain, None), (fitting, statistics.eps_noise_std)):
+        model.run(corrected, grid, range(4), SEED, eps_noise_std=std, on_step=records.append)
+    assert torch.equal(plain[0].eps, fitting[0].eps)
+    fit = VarianceFit.of(grid, statistics.eps_noise_std)
+    sigma = float(fit.available[0]) ** 0.5
+    own = float((fit.available[0] - fit.needed[0]).clamp(min=0)) ** 0.5
+    z = SampleNoise(SEED, range(4), model.sample_shape)
+    z.draw()
+    inside = plain[0].x0.abs() < 1  # a clamped x0 carries no noise of eps: sigma stays there
+    shift = ((own - sigma) * z.draw())[inside]
+    assert own < sigma and bool(inside.any())
+    torch.testing.assert_close((fitting[0].x_prev - plain[0].x_prev)[inside], shift, rtol=0, atol=1e-6)
     with pytest.raises(ConfigError, match="eps_noise_std"):
         model.run(corrected, grid, range(4), SEED, eps_noise_std=statistics.eps_noise_std[:-1])
 

@@ -116,6 +116,12 @@ def test_the_published_saving_is_out_of_reach_with_the_layers_kept():
     assert lowest.at(0).totals["bops_reduction"]["conv_linear"] < 19.9
 
 
+def test_step_aware_mixed_precision_with_the_layers_kept():
+    reduction = ldm4(8, (4, 8), kept=True).mixed((98 / 250, 152 / 250)).totals["bops_reduction"]
+    assert reduction["conv_linear"] == pytest.approx(11.5, abs=0.05)
+    assert reduction["everything"] == pytest.approx(7.9, abs=0.05)
+
+
 def test_attention_products_can_be_mixed_too():
     totals = ldm4(8, (4, 8), attention=True).mixed((98 / 250, 152 / 250)).totals
     assert totals["coverage"]["everything"] == 1
