@@ -40,10 +40,11 @@ _REPORTS = "reports"
 def reconstruct(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Twin:
     """Learn (or reuse) roundings and step sizes of the twin's network, where `reconstruction` asks for that.
 
-    With candidate widths of activations the network is at the widest: its weights are those of all widths.
+    With candidate widths of activations the network is at the widest: its weights are those of all widths. With ranges
+    for bins of sampling steps each calibration sample uses those of its own step.
 
     Raises:
-        ConfigError: step sizes are to be learned, but activations have several.
+        ConfigError: step sizes are to be learned, but activations have several widths.
         QuantizationError: the network has no such blocks; the message says what to choose.
     """
     if not setup.config.reconstruction.active:
@@ -106,6 +107,7 @@ def _reconstructed(
         network, setup.model.denoiser.to(setup.device), find_blocks(network, patterns, example), calibration_set,
         settings_of(config.reconstruction), seed=config.seed, batch_size=config.calibration.batch_size,
         cache_bytes=1e9 * config.reconstruction.cache_gb, folder=folder / "rows",
+        row_of_step=setup.time_bins if setup.n_bins > 1 else None,
     )  # fmt: skip
     trainer = config.trainer
     return reconstruct_network(

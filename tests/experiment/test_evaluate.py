@@ -55,7 +55,7 @@ def refused(command, capsys, *overrides) -> str:
         ("+experiment=ptqd_w4a8",),
         ("+experiment=ptqd_w3a8", *SCHEDULED, "bits.weight=3"),
         ("model=digits_ldm", "bits=w4a8", "correction=ptqd", "sampler.eta=1"),
-        ("+experiment=tfmq_w4a8",),
+        ("+experiment=tfmq_w4a8", "reconstruction=brecq", "reconstruction.step_lr=0.01"),
         ("+experiment=qdiffusion_w4a4",),
         ("quantization.smooth=true",),
         ("+experiment=brecq_w4a8",),

@@ -43,3 +43,23 @@ def test_a_latent_model_with_classes_and_guidance(command):
     folder = command(*FAST, "model=digits_ldm", "reconstruction=qdrop")
     blocks = read_json(folder / "reconstruction.json")["blocks"]
     assert any("transformer_blocks" in block["name"] and block["layers"] == 10 for block in blocks)
+
+
+def test_ranges_per_step_are_reconstructed_each_on_the_samples_of_its_step(command):
+    overrides = ("metric=minmax", "logger=none", "+experiment=tfmq_w4a4", "reconstruction=brecq",
+                 "reconstruction.step_lr=0.01", "quantization.time_layers=calibration_set")  # fmt: skip
+    learned, again, nearest = (command(*overrides), command(*overrides), command(*overrides[:3], *overrides[5:]))
+    results = [read_json(folder / "results.json") for folder in (learned, again, nearest)]
+    assert "reconstruction brecq: reused" in next(again.glob("*.log")).read_text()
+    assert results[0]["metrics"] == results[1]["metrics"] and results[0]["reconstruction"]["kept"] > 0
+    scales = [{name: q["scale"] for name, q in read_json(folder / "quantization.json")["quantizers"].items()
+               if "weight" not in name} for folder in (learned, again, nearest)]  # fmt: skip
+    assert scales[0] == scales[1] != scales[2] and all(len(scale) == 3 for scale in scales[0].values())
+
+
+def test_bins_are_reconstructed_with_guidance(command):
+    folder = command(
+        *FAST, "model=digits_ldm", "calibration=uniform", "quantization.temporal=binned",
+        "quantization.temporal_bins=2", "reconstruction=qdrop", "evaluation.n_samples=4", "evaluation=paired",
+    )  # fmt: skip
+    assert read_json(folder / "results.json")["reconstruction"]["kept"] > 0
