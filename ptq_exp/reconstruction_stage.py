@@ -56,7 +56,7 @@ def reconstruct(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Tw
     reports: list[BlockReport] = []
 
     def make() -> dict[str, np.ndarray]:
-        reports.extend(_reconstructed(setup, twin.network, calibration_set, folder))
+        reports.extend(_reconstructed(setup, twin, calibration_set, folder))
         return _arrays(twin.network) | {_REPORTS: np.array(json.dumps([report.to_dict() for report in reports]))}
 
     arrays, reused = setup.cache.get_or_make(
@@ -72,7 +72,7 @@ def reconstruct(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Tw
         "held-out samples", setup.config.reconstruction.name, "reused from the cache" if reused else "computed",
         said["blocks"], said["kept"], said["error_before"], said["error"],
     )  # fmt: skip
-    return replace(twin, reconstruction=reports)
+    return replace(twin, reconstruction=reports, reference=None)
 
 
 def reconstruction_account(twin: Twin, folder: Path) -> dict[str, Any]:
@@ -96,15 +96,15 @@ def settings_of(config: ReconstructionConfig) -> Settings:
     )  # fmt: skip
 
 
-def _reconstructed(
-    setup: Setup, network: nn.Module, calibration_set: CalibrationSet, folder: Path
-) -> list[BlockReport]:
-    """Reconstruct `network` in place; a killed run with the same settings is continued."""
-    config = setup.config
+def _reconstructed(setup: Setup, twin: Twin, calibration_set: CalibrationSet, folder: Path) -> list[BlockReport]:
+    """Reconstruct the twin's network in place; a killed run with the same settings is continued."""
+    config, network = setup.config, twin.network
+    # after smoothing the model's own denoiser has other weights than those that were rounded
+    reference = setup.model.denoiser if twin.reference is None else twin.reference
     patterns = setup.model.blocks if config.reconstruction.granularity == "block" else ()
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
     reconstruction = Reconstruction(
-        network, setup.model.denoiser.to(setup.device), find_blocks(network, patterns, example), calibration_set,
+        network, reference.to(setup.device), find_blocks(network, patterns, example), calibration_set,
         settings_of(config.reconstruction), seed=config.seed, batch_size=config.calibration.batch_size,
         cache_bytes=1e9 * config.reconstruction.cache_gb, folder=folder / "rows",
         row_of_step=setup.time_bins if setup.n_bins > 1 else None,
