@@ -161,16 +161,6 @@ def _check_reconstruction(config: ExperimentConfig) -> None:
             f"reconstruction.step_lr={settings.step_lr} learns one step size for all sampling steps, but bits.schedule "
             "changes the width between them: set reconstruction.step_lr=0, or choose bits without a schedule"
         )
-    if config.quantization.temporal != "static":
-        raise ConfigError(
-            f"reconstruction={settings.name} optimises a block for one set of ranges, but quantization.temporal="
-            f"{config.quantization.temporal} changes them between steps: choose quantization.temporal=static"
-        )
-    if config.quantization.smooth:
-        raise ConfigError(
-            f"reconstruction={settings.name} rounds the weights of the full-precision network, but "
-            "quantization.smooth=true changes them: choose one of the two"
-        )
 
 
 def _check_correction(config: ExperimentConfig) -> None:

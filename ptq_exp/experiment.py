@@ -68,7 +68,8 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
             twin, evaluations = _loaded(setup, clock) if setup.artifact else _quantized(setup, clock)
             report = twin.report
             error = clock("eps_error", noise_stages.eps_error, setup, twin)
-            results.update("quantize", quantization=_account(report), evaluations=evaluations)
+            smoothed = {"smoothed": twin.smoothed} if twin.smoothed else {}
+            results.update("quantize", quantization=_account(report), evaluations=evaluations, **smoothed)
             results.update("reconstruct", **reconstruction_account(twin, folder))
             results.update("noise_statistics", **noise_account(setup, twin, error))
             pictures = write_account(setup, twin, error, folder)

@@ -57,7 +57,8 @@ def write_account(setup: Setup, twin: Twin, error: EpsError, folder: Path) -> li
     Returns:
         The names of the pictures.
     """
-    write_json(folder / "quantization.json", twin.report.to_dict() | {"quantizers": ranges(twin.network)})
+    account = twin.report.to_dict() | {"quantizers": ranges(twin.network), "smoothed": twin.smoothed}
+    write_json(folder / "quantization.json", account)
     title = f"{setup.model.name}, {setup.config.bits.name}, {len(setup.grid)} steps, eta {setup.grid.eta:g}"
     pictures = []
     if twin.schedule is not None:

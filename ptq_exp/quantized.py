@@ -51,7 +51,7 @@ def save_twin(setup: Setup, twin: Twin, evaluations: int, run_folder: Path) -> d
         if there is not None:
             shutil.copyfile(run_folder / name, folder / name)
             beside[key] = {"file": name, "sha256": file_digest(folder / name)}
-    about = _account(setup, evaluations) | beside
+    about = _account(setup, evaluations) | beside | {"smoothed": twin.smoothed}
     description = save_quantized(folder, twin.network, twin.rules, twin.report, to_plain(about))
     shutil.copyfile(folder / DESCRIPTION_FILE, run_folder / DESCRIPTION_FILE)
     size = description["file"]
@@ -118,7 +118,9 @@ def _restored(setup: Setup, *, replace_denoiser: bool) -> Twin:
     schedule, widths = artifact.schedule(), setup.activation_widths
     if schedule is not None and len(widths) > 1:
         report = report.mixed(schedule.shares(widths))
-    return Twin(network, report, schedule, artifact.statistics())
+    # of an earlier version: not recorded
+    smoothed = {maker: tuple(readers) for maker, readers in artifact.description.get("smoothed", {}).items()}
+    return Twin(network, report, schedule, artifact.statistics(), smoothed=smoothed)
 
 
 def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, bool]:

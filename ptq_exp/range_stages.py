@@ -61,10 +61,15 @@ def calibrate(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> None
             finish_calibration(quantized, config.metric.name)
 
 
-def smooth(setup: Setup, network: nn.Module, calibration_set: CalibrationSet, calibration_round: int) -> None:
+def smooth(
+    setup: Setup, network: nn.Module, calibration_set: CalibrationSet, calibration_round: int
+) -> dict[str, tuple[str, ...]]:
     """Move outliers of the full-precision `network`'s activations into its weights, by the calibration set; in place.
 
     Only the factors are kept for later runs: they are applied to the full-precision weights anew.
+
+    Returns:
+        {module whose output was smoothed: the layers that read it}.
     """
     quantization = setup.config.quantization
     sites = smoothable(network, _example(setup))
@@ -83,6 +88,7 @@ def smooth(setup: Setup, network: nn.Module, calibration_set: CalibrationSet, ca
     smooth_(network, sites, {name: torch.from_numpy(np.array(factor)) for name, factor in arrays.items()})
     pairs = "; ".join(f"{maker} -> {', '.join(readers)}" for maker, readers in sites.items())
     log.info("quantization.smooth: %d places qualify: %s", len(sites), pairs or "none")
+    return sites
 
 
 def _observe(setup: Setup, network: nn.Module, batches: Iterable[Batch], chosen: Collection[str]) -> None:

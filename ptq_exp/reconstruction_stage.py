@@ -40,10 +40,11 @@ _REPORTS = "reports"
 def reconstruct(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Twin:
     """Learn (or reuse) roundings and step sizes of the twin's network, where `reconstruction` asks for that.
 
-    With candidate widths of activations the network is at the widest: its weights are those of all widths.
+    With candidate widths of activations the network is at the widest: its weights are those of all widths. With ranges
+    for bins of sampling steps each calibration sample uses those of its own step.
 
     Raises:
-        ConfigError: step sizes are to be learned, but activations have several.
+        ConfigError: step sizes are to be learned, but activations have several widths.
         QuantizationError: the network has no such blocks; the message says what to choose.
     """
     if not setup.config.reconstruction.active:
@@ -55,7 +56,7 @@ def reconstruct(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Tw
     reports: list[BlockReport] = []
 
     def make() -> dict[str, np.ndarray]:
-        reports.extend(_reconstructed(setup, twin.network, calibration_set, folder))
+        reports.extend(_reconstructed(setup, twin, calibration_set, folder))
         return _arrays(twin.network) | {_REPORTS: np.array(json.dumps([report.to_dict() for report in reports]))}
 
     arrays, reused = setup.cache.get_or_make(
@@ -71,7 +72,7 @@ def reconstruct(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Tw
         "held-out samples", setup.config.reconstruction.name, "reused from the cache" if reused else "computed",
         said["blocks"], said["kept"], said["error_before"], said["error"],
     )  # fmt: skip
-    return replace(twin, reconstruction=reports)
+    return replace(twin, reconstruction=reports, reference=None)
 
 
 def reconstruction_account(twin: Twin, folder: Path) -> dict[str, Any]:
@@ -95,17 +96,18 @@ def settings_of(config: ReconstructionConfig) -> Settings:
     )  # fmt: skip
 
 
-def _reconstructed(
-    setup: Setup, network: nn.Module, calibration_set: CalibrationSet, folder: Path
-) -> list[BlockReport]:
-    """Reconstruct `network` in place; a killed run with the same settings is continued."""
-    config = setup.config
+def _reconstructed(setup: Setup, twin: Twin, calibration_set: CalibrationSet, folder: Path) -> list[BlockReport]:
+    """Reconstruct the twin's network in place; a killed run with the same settings is continued."""
+    config, network = setup.config, twin.network
+    # after smoothing the model's own denoiser has other weights than those that were rounded
+    reference = setup.model.denoiser if twin.reference is None else twin.reference
     patterns = setup.model.blocks if config.reconstruction.granularity == "block" else ()
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
     reconstruction = Reconstruction(
-        network, setup.model.denoiser.to(setup.device), find_blocks(network, patterns, example), calibration_set,
+        network, reference.to(setup.device), find_blocks(network, patterns, example), calibration_set,
         settings_of(config.reconstruction), seed=config.seed, batch_size=config.calibration.batch_size,
         cache_bytes=1e9 * config.reconstruction.cache_gb, folder=folder / "rows",
+        row_of_step=setup.time_bins if setup.n_bins > 1 else None,
     )  # fmt: skip
     trainer = config.trainer
     return reconstruct_network(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable
@@ -97,11 +98,15 @@ def quantize_model(setup: Setup, calibration_set: CalibrationSet, calibration_ro
     The twin's weights hold their quantized values: sampling does not quantize them again at every step.
     """
     quantized = setup.model.twin().to(setup.device)
+    smoothed, reference = {}, None
     if setup.config.quantization.smooth:
-        smooth(setup, quantized, calibration_set, calibration_round)
+        smoothed = smooth(setup, quantized, calibration_set, calibration_round)
+        if setup.config.reconstruction.active:  # it starts from these weights
+            reference = copy.deepcopy(quantized)
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
     rules = policy(setup, quantized, example)
-    twin = Twin(quantized, quantize_(quantized, rules, example), rules=tuple(rules))
+    report = quantize_(quantized, rules, example)
+    twin = Twin(quantized, report, rules=tuple(rules), reference=reference, smoothed=smoothed)
 
     def make() -> dict[str, np.ndarray]:
         calibrate(setup, twin, calibration_set)

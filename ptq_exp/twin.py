@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ class Twin:
         output_snr: {width: [S]} signal-to-noise ratio of the estimates, where it was measured.
         rules: that placed the quantizers of the network.
         reconstruction: how well each block was reconstructed; None = nothing was.
+        reference: full-precision network that it was made of, until it is reconstructed; None = the model's own.
+        smoothed: {module whose output channels were divided by factors: the layers whose weights took them}.
     """
 
     network: nn.Module
@@ -35,6 +38,8 @@ class Twin:
     output_snr: dict[int, list[float]] | None = None
     rules: tuple[Rule, ...] = ()
     reconstruction: list[BlockReport] | None = None
+    reference: nn.Module | None = None
+    smoothed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def guided(self, setup: Setup) -> nn.Module:
         """The uncorrected denoiser: at the width, or with the ranges, of each step, with guidance."""

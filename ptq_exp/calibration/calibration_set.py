@@ -56,6 +56,13 @@ class CalibrationSet:
             y = None if self.y is None else torch.from_numpy(np.array(self.y[rows]))
             yield (x, t, y) if self.null_label is None else both_halves(x, t, y, self.null_label)
 
+    def batch_steps(self, batch_size: int) -> Tensor:
+        """The sampling step of each state that `batches` yields, int64 [N] in its order; with guidance [2 N]."""
+        steps = torch.from_numpy(np.array(self.step))
+        if self.null_label is None:
+            return steps
+        return torch.cat([half for rows in slices(len(self), batch_size) for half in (steps[rows], steps[rows])])
+
     def take(self, rows: np.ndarray) -> CalibrationSet:
         """The states number `rows`, int64 [M], in that order."""
         return CalibrationSet(**{key: np.array(part[rows]) for key, part in self._arrays().items()},

@@ -38,7 +38,7 @@ from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer,
 from ptq_exp.quantization.ranges import METRICS, RangeSketch, search_range
 from ptq_exp.quantization.report import Report, Row
 from ptq_exp.quantization.rules import QuantSpec, Rule, TensorSpec
-from ptq_exp.quantization.step import Step, select_row, step_of
+from ptq_exp.quantization.step import Step, of_samples, select_row, step_of
 
 __all__ = [
     "METRICS",
@@ -73,6 +73,7 @@ __all__ = [
     "freeze_weights_",
     "integer_range",
     "load_quantized_",
+    "of_samples",
     "quantize",
     "quantize_",
     "quantizers",

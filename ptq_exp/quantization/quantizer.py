@@ -74,8 +74,8 @@ class Quantizer(nn.Module):
 
         Args:
             x: floating point, with the channels on `axis`.
-            row: index, int64 [1], of the row of the buffers to use; None = the only one, or one for each index of the
-                first axis of `x`.
+            row: index of the row of the buffers to use, int64 [1], or one for each index of the first axis of `x`, [N];
+                None = the only one, or all in the order of the first axis.
 
         Raises:
             QuantizationError: the ranges were neither calibrated nor loaded.
@@ -112,7 +112,7 @@ class Quantizer(nn.Module):
         )
 
     def _aligned(self, cells: Tensor, x: Tensor, row: Tensor | None) -> Tensor:
-        """Reshape a ``[rows, segments]`` buffer, or one `row` of it, so that it broadcasts against `x`."""
+        """Reshape a ``[rows, segments]`` buffer, or the `row` or rows of it, so that it broadcasts against `x`."""
         if row is not None:
             cells = cells.index_select(0, row)
         if cells.numel() == 1:
@@ -171,7 +171,8 @@ class ActivationQuantizer(Quantizer):
         if self.step is None or self.mode == Mode.OFF:
             return super().forward(x)
         self._require_row()
-        return super().forward(x, self.step.row)
+        # ranges of each sample are no 0-d tensors: their float32 would win over the bfloat16 of x
+        return super().forward(x, self.step.index(x, self.name)).to(x.dtype)
 
     @property
     def saw_data(self) -> bool:
@@ -184,11 +185,13 @@ class ActivationQuantizer(Quantizer):
 
         Raises:
             PTQError: `x` holds NaN or infinity; the message names the layer.
-            QuantizationError: there are several bins and none was chosen.
+            QuantizationError: there are several bins and none was chosen, or one for each sample.
         """
         parts, row = self.split(x.detach()), 0
         if self.bins > 1:
             self._require_row()
+            if len(self.step.row) > 1:
+                raise QuantizationError(f"{self.name}: ranges are found bin by bin: show it the samples of one only")
             row = int(self.step.row)
         if row not in self._sketches:
             self._sketches[row] = [RangeSketch(1, name=self.name) for _ in parts]

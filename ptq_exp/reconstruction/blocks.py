@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer
+from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, disabled
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def _call_order(network: nn.Module, names: set[str], example_inputs: tuple) -> l
         if name in names
     ]
     try:
-        network.forward(*example_inputs)
+        with disabled(network):  # what is multiplied is the same, and no row of ranges need be chosen
+            network.forward(*example_inputs)
     finally:
         for handle in handles:
             handle.remove()

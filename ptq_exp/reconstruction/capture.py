@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import PTQError, QuantizationError
+from ptq_exp.quantization import of_samples
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
 
@@ -68,12 +69,14 @@ class Calls:
         structure: how positional and keyword arguments are made of tensors and `constants`.
         constants: everything else, the same in all calls; a mark in the place of a tensor.
         output: [N, ...], or None where it was not asked for.
+        step_rows: row of the activation ranges that each sample uses, int64 [N]; None = the one that is in force.
     """
 
     tensors: list[Tensor]
     structure: Any
     constants: list[Any]
     output: Tensor | None = None
+    step_rows: Tensor | None = None
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict[str, Any], output: Tensor | None = None) -> Calls:
@@ -89,6 +92,10 @@ class Calls:
     def rows(self, index: Tensor | slice, device: torch.device) -> list[Tensor]:
         """The rows `index` of the argument tensors, on `device`."""
         return [tensor[index].to(device) for tensor in self.tensors]
+
+    def ranges_of(self, module: nn.Module, index: Tensor | slice) -> AbstractContextManager[None]:
+        """Inside, `module` runs on the rows `index`, each with the activation ranges of its own sampling step."""
+        return of_samples(module, None if self.step_rows is None else self.step_rows[index])
 
     def all_tensors(self) -> list[Tensor]:
         """Arguments, and the output where there is one."""
@@ -110,12 +117,13 @@ class _Ended(Exception):
 
 def capture(
     network: nn.Module, name: str, batches: Iterable[Batch], rows: int, arena: Arena, *, output: bool,
-    device: torch.device,
+    device: torch.device, step_rows: Tensor | None = None,
 ) -> Calls:  # fmt: skip
     """Run `network` on all `batches` as far as its module `name`, and keep what enters it (and leaves it: `output`).
 
     Args:
         batches: (x, t, y), each [n, ...]; in all `rows` of them.
+        step_rows: see `Calls`; a network without quantizers does not care.
 
     Raises:
         QuantizationError: an argument's first dimension is not that of the batch, or the module returns several
@@ -125,11 +133,14 @@ def capture(
     start = 0
     for batch in batches:
         n = len(batch[0])
-        found = Calls.of(*_call(network, name, [None if part is None else part.to(device) for part in batch], output))
+        inputs = [None if part is None else part.to(device) for part in batch]
+        with of_samples(network, None if step_rows is None else step_rows[start : start + n]):
+            found = Calls.of(*_call(network, name, inputs, output))
         _check_rows(name, found.tensors, n)
         if calls is None:
             room = [arena.allocate(rows, tensor) for tensor in found.tensors]
-            calls = replace(found, tensors=room, output=arena.allocate(rows, found.output) if output else None)
+            leaving = arena.allocate(rows, found.output) if output else None
+            calls = replace(found, tensors=room, output=leaving, step_rows=step_rows)
         for whole, part in zip(calls.all_tensors(), found.all_tensors(), strict=True):
             whole[start : start + n] = part.cpu()
         start += n

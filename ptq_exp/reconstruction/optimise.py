@@ -79,7 +79,7 @@ class BlockOptimisation:
         seed: all draws depend on (seed, name of the block).
 
     Raises:
-        ConfigError: step sizes are to be learned, but a quantizer of the block has several rows.
+        ConfigError: step sizes are to be learned, but a quantizer of the block has candidate widths.
     """
 
     def __init__(
@@ -123,8 +123,12 @@ class BlockOptimisation:
         if self.steps is not None:
             tensors |= self.steps.scales()
         wanted = self._inner_targets(full)
-        with dropping(self.quantizers, settings.drop_prob, self.generator), self._inner(self.module) as inner:
-            args, kwargs = self.data.full.arguments(inputs)
+        args, kwargs = self.data.full.arguments(inputs)
+        with (
+            dropping(self.quantizers, settings.drop_prob, self.generator),
+            self._inner(self.module) as inner,
+            self.data.full.ranges_of(self.module, index),
+        ):
             output = functional_call(self.module, tensors, args, kwargs)
         loss = reconstruction_loss(single_tensor(output, self.block.name), target, settings.power)
         for name, value in wanted.items():
@@ -223,7 +227,8 @@ def block_error(module: nn.Module, calls: Calls, target: Tensor, name: str) -> B
         rows = slice(start, start + EVALUATION_BATCH)
         args, kwargs = calls.arguments(calls.rows(rows, device))
         wanted = target[rows].to(device).double()
-        error = single_tensor(module(*args, **kwargs), name).double() - wanted
+        with calls.ranges_of(module, rows):
+            error = single_tensor(module(*args, **kwargs), name).double() - wanted
         squares += error.square().sum().cpu()
         power += wanted.square().sum().cpu()
     mse, mean_square = float(squares) / target.numel(), float(power) / target.numel()

@@ -61,16 +61,20 @@ class Reconstruction:
         batch_size: samples per forward while inputs are captured.
         cache_bytes: memory for captured rows of one block; the rest goes to files.
         folder: for these files; it must belong to this computation alone.
+        row_of_step: for each sampling step the row of the activation ranges that it uses, int64 [S]; None = the row of
+            `network` that is in force serves all.
     """
 
     def __init__(
         self, network: nn.Module, reference: nn.Module, blocks: Sequence[Block], calibration_set: CalibrationSet,
         settings: Settings, *, seed: int, batch_size: int, cache_bytes: float, folder: Path,
+        row_of_step: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.network, self.reference, self.blocks = network, reference, list(blocks)
         self.optimised_on, self.held_out = split(calibration_set)
         self.settings, self.seed, self.batch_size = settings, seed, batch_size
         self.arena = Arena(cache_bytes, folder)
+        self.row_of_step = row_of_step
         self.reports: list[BlockReport] = []
         self.current: BlockOptimisation | None = None
 
@@ -126,10 +130,14 @@ class Reconstruction:
 
     def _capture(self, samples: CalibrationSet) -> BlockData:
         device = next(self.network.parameters()).device
-        rows = len(samples) * (1 if samples.null_label is None else 2)  # with guidance, both halves
+        steps = samples.batch_steps(self.batch_size)  # with guidance, of both halves
+        step_rows = None if self.row_of_step is None else self.row_of_step[steps]
 
         def calls(network: nn.Module, output: bool):
             batches = samples.batches(self.batch_size)
-            return capture(network, self.block.name, batches, rows, self.arena, output=output, device=device)
+            return capture(
+                network, self.block.name, batches, len(steps), self.arena, output=output, device=device,
+                step_rows=step_rows,
+            )  # fmt: skip
 
         return BlockData(calls(self.reference, True), calls(self.network, False))

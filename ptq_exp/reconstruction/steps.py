@@ -20,37 +20,39 @@ class StepSizes(nn.Module):
     """The step sizes of a block's activations as factors of the calibrated ones; zero points stay as they are.
 
     In factors one learning rate serves all: step sizes differ by orders of magnitude between a softmax map at 16 bits
-    and an input at 4. The gradient is straight-through, see `ptq_exp.quantization.affine.fake_quantize`.
+    and an input at 4. The gradient is straight-through, see `ptq_exp.quantization.affine.fake_quantize`. With bins of
+    sampling steps each row has factors of its own, which the samples that use the row decide; a row that no sample uses
+    keeps its calibrated step sizes.
 
     Attributes:
         factors: parameter float32 [n], 1 at the start; one per range, the quantizers' one after the other.
 
     Args:
-        quantizers: {name: quantizer}, calibrated, of one row each.
+        quantizers: {name: quantizer}, calibrated, of one width each.
 
     Raises:
-        ConfigError: a quantizer has several rows.
+        ConfigError: a quantizer has candidate widths.
     """
 
     def __init__(self, quantizers: Mapping[str, ActivationQuantizer]) -> None:
         super().__init__()
         for name, quantizer in quantizers.items():
-            if quantizer.scale.shape[0] != 1:
+            if len(quantizer.widths) > 1:
                 raise ConfigError(
-                    f"{quantizer.name or name} has {quantizer.scale.shape[0]} ranges, one per width or time, and "
-                    "reconstruction.step_lr learns single step sizes: set reconstruction.step_lr=0, or one activation "
-                    "width for all steps"
+                    f"{quantizer.name or name} has the candidate widths {quantizer.widths}, and reconstruction.step_lr "
+                    "learns step sizes of one: set reconstruction.step_lr=0, or one activation width for all steps"
                 )
         self.names = [f"{name}.scale" for name in quantizers]
-        self.sizes = [quantizer.scale.numel() for quantizer in quantizers.values()]
+        self.shapes = [quantizer.scale.shape for quantizer in quantizers.values()]
         start = [quantizer.scale.detach().reshape(-1) for quantizer in quantizers.values()]
         self.register_buffer("start", torch.cat(start) if start else torch.empty(0))
         self.factors = nn.Parameter(torch.ones_like(self.start))
 
     def scales(self) -> dict[str, Tensor]:
-        """{"<quantizer>.scale": [1, segments]}, differentiable."""
+        """{"<quantizer>.scale": [rows, segments]}, differentiable."""
         steps = self.start * self.factors.clamp(min=SMALLEST_FACTOR)
-        return {name: part.view(1, -1) for name, part in zip(self.names, steps.split(self.sizes), strict=True)}
+        parts = steps.split([shape.numel() for shape in self.shapes])
+        return {name: part.view(shape) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)}
 
 
 @contextmanager

@@ -156,8 +156,6 @@ def test_a_group_on_the_command_line_wins_over_the_experiment_and_renames_the_ru
         (["reconstruction=brecq", "reconstruction.iterations=0"], "reconstruction.iterations=0: choose 1 or more"),
         (["reconstruction=brecq", "reconstruction.input_prob=2"], "reconstruction.input_prob=2.0: choose 0..1"),
         (["reconstruction=brecq", "reconstruction.warmup=1"], "reconstruction.warmup=1.0: choose 0..0.99"),
-        (["reconstruction=brecq", "quantization.temporal=per_step"], "choose quantization.temporal=static"),
-        (["reconstruction=brecq", "quantization.smooth=true"], "choose one of the two"),
         (["reconstruction=brecq", "calibration.n_samples=1"], "calibration.n_samples=1: choose 2 or more"),
     ],
 )  # fmt: skip

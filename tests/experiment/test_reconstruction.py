@@ -1,7 +1,10 @@
 """Reconstruction in small, through the command: reused, told apart from other networks, and on every kind of model."""
 
 import pytest
+import torch
 
+from ptq_exp import reconstruction_stage
+from ptq_exp.models import load_model
 from ptq_exp.tracking.results import read_json
 
 FAST = ("metric=minmax", "logger=none", "bits=w4a8")
@@ -43,3 +46,51 @@ def test_a_latent_model_with_classes_and_guidance(command):
     folder = command(*FAST, "model=digits_ldm", "reconstruction=qdrop")
     blocks = read_json(folder / "reconstruction.json")["blocks"]
     assert any("transformer_blocks" in block["name"] and block["layers"] == 10 for block in blocks)
+
+
+def test_ranges_per_step_are_reconstructed_each_on_the_samples_of_its_step(command):
+    overrides = ("metric=minmax", "logger=none", "+experiment=tfmq_w4a4", "reconstruction=brecq",
+                 "reconstruction.step_lr=0.01", "quantization.time_layers=calibration_set")  # fmt: skip
+    learned, again, nearest = (command(*overrides), command(*overrides), command(*overrides[:3], *overrides[5:]))
+    results = [read_json(folder / "results.json") for folder in (learned, again, nearest)]
+    assert "reconstruction brecq: reused" in next(again.glob("*.log")).read_text()
+    assert results[0]["metrics"] == results[1]["metrics"] and results[0]["reconstruction"]["kept"] > 0
+    scales = [{name: q["scale"] for name, q in read_json(folder / "quantization.json")["quantizers"].items()
+               if "weight" not in name} for folder in (learned, again, nearest)]  # fmt: skip
+    assert scales[0] == scales[1] != scales[2] and all(len(scale) == 3 for scale in scales[0].values())
+
+
+def test_bins_are_reconstructed_with_guidance(command):
+    folder = command(
+        *FAST, "model=digits_ldm", "calibration=uniform", "quantization.temporal=binned",
+        "quantization.temporal_bins=2", "reconstruction=qdrop", "evaluation.n_samples=4", "evaluation=paired",
+    )  # fmt: skip
+    assert read_json(folder / "results.json")["reconstruction"]["kept"] > 0
+
+
+def test_a_smoothed_network_is_reconstructed_from_its_smoothed_weights(command, monkeypatch):
+    found = []
+
+    def recorded(network, reference, *args, **kwargs):
+        x = torch.randn(3, *model.sample_shape, generator=torch.Generator().manual_seed(0))
+        inputs = (x, torch.tensor([10.0, 400.0, 900.0]), None)
+        with torch.no_grad():
+            torch.testing.assert_close(reference(*inputs), model.denoiser(*inputs), rtol=0, atol=1e-5)
+        nearest = 0
+        for name, weight in reference.named_parameters():
+            quantizer = getattr(network.get_submodule(name.rpartition(".")[0]), "weight_quantizer", None)
+            if name.endswith("weight") and quantizer is not None:
+                scale = quantizer.cells(weight).scale
+                assert ((network.get_parameter(name) - weight).abs() <= 0.5001 * scale).all(), name
+                nearest += 1
+            if name.endswith("to_q.weight"):
+                found.append(not torch.equal(weight, model.denoiser.get_parameter(name)))
+        assert nearest == 114
+        return original(network, reference, *args, **kwargs)
+
+    model, original = load_model("digits"), reconstruction_stage.Reconstruction
+    monkeypatch.setattr(reconstruction_stage, "Reconstruction", recorded)
+    folder = command(*FAST, "quantization.smooth=true", "reconstruction=brecq", "seed=3")
+    assert len(found) == 11 and all(found)
+    results = read_json(folder / "results.json")
+    assert results["reconstruction"]["kept"] > 0 and len(results["smoothed"]) == 11

@@ -25,7 +25,8 @@ SCRIPT = textwrap.dedent('''
     torch.set_num_threads(1)
     from ptq_exp.calibration import CalibrationSet
     from ptq_exp.lightning import reconstruct_network
-    from ptq_exp.quantization import calibrate_weights_, calibrating, default_rules, finish_calibration, quantize_
+    from ptq_exp.quantization import (
+        calibrate_weights_, calibrating, default_rules, finish_calibration, quantize_, select_row)
     from ptq_exp.reconstruction import Annealing, BlockOptimisation, Reconstruction, Settings, find_blocks
 
     class Net(nn.Module):
@@ -45,22 +46,25 @@ SCRIPT = textwrap.dedent('''
         twin = Net().eval()
         twin.load_state_dict(full.state_dict())
         rng = np.random.default_rng(0)
-        calibration_set = CalibrationSet(rng.standard_normal((24, 1, 5, 5), dtype=np.float32),
-                                         np.zeros(24, int), np.zeros(24, np.float32), np.zeros(24, int))
+        steps = np.arange(24) % 2
+        x = rng.standard_normal((24, 1, 5, 5), dtype=np.float32) * np.where(steps, 0.1, 1).reshape(-1, 1, 1, 1)
+        calibration_set = CalibrationSet(x.astype(np.float32), steps, steps.astype(np.float32), np.zeros(24, int))
         example = (torch.zeros(1, 1, 5, 5), torch.zeros(1))
-        quantize_(twin, default_rules(3, 4, first=(), last=(), attention=False), example)
+        quantize_(twin, default_rules(3, 4, first=(), last=(), attention=False, bins=2), example)
         calibrate_weights_(twin, "minmax")
-        with calibrating(twin), torch.no_grad():
-            for x, t, _ in calibration_set.batches(8):
-                twin(x, t)
-        finish_calibration(twin, "minmax")
+        for row in (0, 1):
+            select_row(twin, row)
+            with calibrating(twin), torch.no_grad():
+                for x, t, _ in calibration_set.take((steps == row).nonzero()[0]).batches(8):
+                    twin(x, t)
+            finish_calibration(twin, "minmax")
         return full, twin, calibration_set, find_blocks(twin, (), example)
 
     def main(folder, kill_at, kill_in):
         full, twin, calibration_set, blocks = networks()
         settings = Settings(Annealing(6), batch_size=8, lr=0.1, step_lr=1e-3, input_prob=0.5, drop_prob=0.5)
         made = Reconstruction(twin, full, blocks, calibration_set, settings, seed=0, batch_size=8, cache_bytes=1000,
-                              folder=folder / "rows")
+                              folder=folder / "rows", row_of_step=torch.tensor([0, 1]))
         calls = 0
         def dying(function):
             def counted(*args):
@@ -150,7 +154,7 @@ def test_the_progress_bar_names_block_and_loss(toy, tmp_path, capsys):
     full, twin, calibration_set, blocks = toy.networks()
     made = toy.Reconstruction(
         twin, full, blocks, calibration_set, toy.Settings(toy.Annealing(2)), seed=0, batch_size=8, cache_bytes=1e6,
-        folder=tmp_path,
+        folder=tmp_path, row_of_step=torch.tensor([0, 1]),
     )  # fmt: skip
     reports = toy.reconstruct_network(made, tmp_path / "blocks.ckpt", accelerator="cpu")
     said = capsys.readouterr()

@@ -183,8 +183,8 @@ def test_step_sizes_are_learned_by_straight_through_gradients():
     assert q.scale.tolist() == [[pytest.approx(0.1)] * 2]
 
 
-def test_several_rows_cannot_be_learned():
-    with pytest.raises(ConfigError, match="q has 2 ranges.*set reconstruction.step_lr=0"):
+def test_step_sizes_of_candidate_widths_cannot_be_learned():
+    with pytest.raises(ConfigError, match=r"q has the candidate widths \(4, 8\).*set reconstruction.step_lr=0"):
         StepSizes({"q": quantizer((4, 8))})
 
 
