@@ -13,13 +13,17 @@ from ptq_exp.quantization import METRICS
 
 CONF = config_folder()
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "evaluate")
-GROUPS = sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name != "experiment")
+NO_GROUPS = ("experiment", "search", "table")  # folders of conf/ that no run is composed of, or by a plus alone
+GROUPS = sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name not in NO_GROUPS)
 REQUIRED = {
     "fp32", "ndtc_w8a8", "uniform_w8a8", "training_mimic_w8a8", "raw_w8a8", "noise_w8a8", "naive_first_w8a8",
     "naive_last_w8a8", "ndtc_w6a6", "ndtc_w4a8", "ndtc_w4a4", "ptqd_w8a8", "ptqd_w4a8", "ptqd_w3a8", "ptqd_mp",
     "ptqd_ldm4_w8a8", "ptqd_ldm4_w4a8", "ptqd_ldm4_mp", "di2n_w8a8", "qdiffusion_w8a8", "qdiffusion_w4a8",
-    "qdiffusion_w4a4", "tfmq_w4a8", "tfmq_w4a4", "ptq4dm_release", "brecq_w4a8", "qdrop_w4a4",
+    "qdiffusion_w4a4", "tfmq_w4a8", "tfmq_w4a4", "ptq4dm_release", "brecq_w4a8", "qdrop_w4a4", "best_w8a8",
+    "best_w6a6", "best_w4a8", "best_w4a4",
 }  # fmt: skip
+METHODS = sorted(n for n in REQUIRED if n.startswith(("di2n", "qdiff", "tfmq", "brecq", "qdrop", "ptq4dm", "best")))
+PUBLISHED = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if not path.stem.startswith("digits"))
 
 
 def composed(*overrides: str):
@@ -31,13 +35,13 @@ def composed(*overrides: str):
 def test_every_experiment_composes_and_is_called_as_its_file(name):
     config = composed(f"+experiment={name}")
     if name == "ptq4dm_release":
-        assert (config.name, config.bits.name) == (name, "w8a8")
+        assert (config.name, config.bits.name) == (f"{name}_w8a8", "w8a8")
         return
     prefix, _, bits = name.rpartition("_")
     assert config.bits.name == ("step_budget" if bits == "mp" else bits)
     # a model in the name of the file is in the run's settings, not in its name
     prefix = prefix.removesuffix("_ldm4")
-    if config.reconstruction.active:
+    if prefix in ("brecq", "qdrop"):
         assert config.reconstruction.name == prefix
         prefix = f"{config.calibration.name}_{prefix}"
     assert config.name == ("fp32" if name == "fp32" else f"{prefix}_{config.bits.name}")
@@ -122,6 +126,14 @@ def test_every_model_composes_with_an_experiment_and_its_own_sampler_and_evaluat
     assert config.evaluation.name == ("digits" if model.startswith("digits") else "paired")
     scored = composed(f"model={model}", "evaluation=adm", "evaluation.reference=r.npz", "sampler.steps=3")
     assert (scored.evaluation.name, scored.sampler.steps) == ("adm", 3)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_every_method_composes_for_every_model(model):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for name in METHODS:
+            config = validated(compose("config", overrides=[f"+experiment={name}", f"model={model}"]))
+            assert config.model.name == model and config.sampler.steps == config.model.sampler.steps
 
 
 def test_every_model_of_the_registry_has_a_configuration_with_its_sampler():
