@@ -57,7 +57,7 @@ def calibrate(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> None
                 _observe(setup, quantized, [batch], others)
                 bar.update(min(config.calibration.batch_size, bar.total - bar.n))
             if of_time:
-                _observe(setup, quantized, _batches_of_times(setup, row), of_time)
+                _observe(setup, quantized, batches_of_times(setup, row), of_time)
             finish_calibration(quantized, config.metric.name)
 
 
@@ -103,8 +103,7 @@ def _time_quantizers(setup: Setup, network: nn.Module) -> tuple[set[str], set[st
     names = {name for name, quantizer in quantizers(network) if isinstance(quantizer, ActivationQuantizer)}
     if setup.config.quantization.time_layers != "all_steps":
         return set(), names
-    with disabled(network):
-        layers = set(depending_on_alone(network, _example(setup), 1))
+    layers = set(time_layers(setup, network))
     of_time = {name for name in names if name.rpartition(".")[0] in layers}
     log.info(
         "quantization.time_layers: %d quantizers depend on the time alone and see all %d times",
@@ -113,7 +112,13 @@ def _time_quantizers(setup: Setup, network: nn.Module) -> tuple[set[str], set[st
     return of_time, names - of_time
 
 
-def _batches_of_times(setup: Setup, row: int) -> Iterable[Batch]:
+def time_layers(setup: Setup, network: nn.Module) -> list[str]:
+    """The layers of `network` that depend on the time alone, in the order of their calls."""
+    with disabled(network):
+        return depending_on_alone(network, _example(setup), 1)
+
+
+def batches_of_times(setup: Setup, row: int) -> Iterable[Batch]:
     """All different network times of one bin, each once, with any state: the layers concerned do not see it."""
     times = setup.grid.network_time((setup.time_bins == row).nonzero().flatten()).unique()
     x, _, *y = _example(setup)

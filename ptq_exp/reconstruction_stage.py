@@ -19,12 +19,15 @@ from ptq_exp.files import write_npz
 from ptq_exp.lightning import reconstruct_network
 from ptq_exp.npz import npz_arrays
 from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, select_row
+from ptq_exp.range_stages import batches_of_times, time_layers
 from ptq_exp.reconstruction import (
     Annealing,
     BlockReport,
     Reconstruction,
     Settings,
+    TimeBlock,
     find_blocks,
+    find_time_blocks,
     summary,
 )
 from ptq_exp.schema import ReconstructionConfig
@@ -41,7 +44,8 @@ def reconstruct(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Tw
     """Learn (or reuse) roundings and step sizes of the twin's network, where `reconstruction` asks for that.
 
     With candidate widths of activations the network is at the widest: its weights are those of all widths. With ranges
-    for bins of sampling steps each calibration sample uses those of its own step.
+    for bins of sampling steps each calibration sample uses those of its own step. The layers that depend on the time
+    alone are reconstructed first, on all times there are, where `quantization.time_layers` asks for that.
 
     Raises:
         ConfigError: step sizes are to be learned, but activations have several widths.
@@ -101,11 +105,14 @@ def _reconstructed(setup: Setup, twin: Twin, calibration_set: CalibrationSet, fo
     config, network = setup.config, twin.network
     # after smoothing the model's own denoiser has other weights than those that were rounded
     reference = setup.model.denoiser if twin.reference is None else twin.reference
+    reference.to(setup.device)
     patterns = setup.model.blocks if config.reconstruction.granularity == "block" else ()
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
+    of_time = time_layers(setup, reference) if config.quantization.time_layers == "all_steps" else []
+    blocks = [*_time_blocks(setup, network, reference, of_time), *find_blocks(network, patterns, example, of_time)]
     reconstruction = Reconstruction(
-        network, reference.to(setup.device), find_blocks(network, patterns, example), calibration_set,
-        settings_of(config.reconstruction), seed=config.seed, batch_size=config.calibration.batch_size,
+        network, reference, blocks, calibration_set, settings_of(config.reconstruction), seed=config.seed,
+        batch_size=config.calibration.batch_size,
         cache_bytes=1e9 * config.reconstruction.cache_gb, folder=folder / "rows",
         row_of_step=setup.time_bins if setup.n_bins > 1 else None,
     )  # fmt: skip
@@ -113,6 +120,21 @@ def _reconstructed(setup: Setup, twin: Twin, calibration_set: CalibrationSet, fo
     return reconstruct_network(
         reconstruction, folder / "blocks.ckpt", accelerator=trainer.accelerator, progress_bar=trainer.progress_bar
     )
+
+
+def _time_blocks(setup: Setup, network: nn.Module, reference: nn.Module, layers: list[str]) -> list[TimeBlock]:
+    """The `layers` that depend on the time alone: one block, or one each with reconstruction.granularity=layer."""
+    if not layers:
+        return []
+    batches = [(row, batch) for row in range(setup.n_bins) for batch in batches_of_times(setup, row)]
+    rows = torch.cat([torch.full((len(batch[1]),), row) for row, batch in batches]) if setup.n_bins > 1 else None
+    joint = setup.config.reconstruction.granularity == "block"
+    blocks = find_time_blocks(network, reference, layers, [batch for _, batch in batches], rows, joint=joint)
+    log.info(
+        "quantization.time_layers: %d layers depend on the time alone and are reconstructed on all %d times, %s",
+        len(layers), sum(len(batch[1]) for _, batch in batches), "together" if joint else "each by itself",
+    )  # fmt: skip
+    return blocks
 
 
 def _learned(network: nn.Module) -> dict[str, torch.Tensor]:

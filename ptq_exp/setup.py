@@ -136,6 +136,8 @@ class Setup:
         settings = asdict(self.config.reconstruction)
         del settings["cache_gb"]  # where rows lie changes nothing
         blocks = list(self.model.blocks) if settings["granularity"] == "block" else []
+        if self.config.quantization.time_layers == "all_steps":
+            settings["time_layers"] = "on all times"  # an earlier version took them for a part of the blocks
         return self.ranges_spec() | {"reconstruction": settings | {"blocks": blocks}}
 
     @cached_property

@@ -16,9 +16,11 @@ from ptq_exp.reconstruction.optimise import BlockData, BlockOptimisation, Settin
 from ptq_exp.reconstruction.report import BlockError, BlockReport, summary, table
 from ptq_exp.reconstruction.run import Reconstruction, split
 from ptq_exp.reconstruction.steps import StepSizes, dropping
+from ptq_exp.reconstruction.time_block import TimeBlock, find_time_blocks
 
 __all__ = [
     "Annealing", "Arena", "Block", "BlockData", "BlockError", "BlockOptimisation", "BlockReport", "Calls",
-    "Reconstruction", "Rounding", "Settings", "StepSizes", "block_error", "capture", "dropping", "find_blocks",
-    "reconstruction_loss", "rectified_sigmoid", "regulariser", "split", "summary", "table",
+    "Reconstruction", "Rounding", "Settings", "StepSizes", "TimeBlock", "block_error", "capture", "dropping",
+    "find_blocks", "find_time_blocks", "reconstruction_loss", "rectified_sigmoid", "regulariser", "split", "summary",
+    "table",
 ]  # fmt: skip

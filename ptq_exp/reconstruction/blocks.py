@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -22,10 +22,12 @@ class Block:
         name: of the module in its network.
         layers: names, within the block, of the layers in it whose weights are quantized, in the order of their calls;
             ("",) if the block is itself such a layer.
+        elsewhere: names, within the block, of layers in it that belong to another block.
     """
 
     name: str
     layers: tuple[str, ...]
+    elsewhere: tuple[str, ...] = ()
 
     def module(self, network: nn.Module) -> nn.Module:
         """This block of `network`."""
@@ -35,8 +37,16 @@ class Block:
         """The layers of this block of `network`."""
         return [self.module(network).get_submodule(layer) for layer in self.layers]
 
+    def quantizers(self, network: nn.Module) -> dict[str, ActivationQuantizer]:
+        """{name within the block: quantizer} of the activations of this block of `network`."""
+        others = tuple(f"{layer}." for layer in self.elsewhere)
+        named = self.module(network).named_modules()
+        return {name: m for name, m in named if isinstance(m, ActivationQuantizer) and not name.startswith(others)}
 
-def find_blocks(network: nn.Module, patterns: Sequence[str], example_inputs: tuple) -> list[Block]:
+
+def find_blocks(
+    network: nn.Module, patterns: Sequence[str], example_inputs: tuple, elsewhere: Collection[str] = ()
+) -> list[Block]:
     """All quantized layers of `network` as blocks, in execution order (one forward finds it).
 
     Args:
@@ -44,12 +54,13 @@ def find_blocks(network: nn.Module, patterns: Sequence[str], example_inputs: tup
         patterns: case-sensitive globs on module names; the outermost module that matches one is a block. A quantized
             layer outside of all of these is a block of its own. () = every layer is.
         example_inputs: positional arguments of the forward.
+        elsewhere: layers that are not to be in any of these blocks, as another one has them.
 
     Raises:
         QuantizationError: a block is called never, or more than once, in a forward; its inputs could not be told apart.
     """
     layers = [name for name, m in network.named_modules() if isinstance(_weight_quantizer(m), WeightQuantizer)]
-    owner = {layer: _outermost(layer, patterns) for layer in layers}
+    owner = {layer: _outermost(layer, patterns) for layer in layers if layer not in elsewhere}
     order = _call_order(network, set(layers) | set(owner.values()), example_inputs)
     counts = Counter(order)
     for name in dict.fromkeys(owner.values()):
@@ -63,14 +74,14 @@ def find_blocks(network: nn.Module, patterns: Sequence[str], example_inputs: tup
         if layer in owner:
             inside[owner[layer]].append(layer)
     return [
-        Block(name, tuple(layer.removeprefix(name).removeprefix(".") for layer in found))
+        Block(name, _within(name, found), _within(name, [layer for layer in elsewhere if layer.startswith(f"{name}.")]))
         for name, found in inside.items()
     ]
 
 
-def step_quantizers(block: nn.Module) -> Iterator[tuple[str, ActivationQuantizer]]:
-    """(name within the block, quantizer) of its activations."""
-    return ((name, m) for name, m in block.named_modules() if isinstance(m, ActivationQuantizer))
+def _within(block: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """The names of `layers` within the module `block`."""
+    return tuple(layer.removeprefix(block).removeprefix(".") for layer in layers)
 
 
 def _weight_quantizer(module: nn.Module) -> nn.Module | None:

@@ -79,12 +79,14 @@ class Calls:
     step_rows: Tensor | None = None
 
     @classmethod
-    def of(cls, args: tuple, kwargs: dict[str, Any], output: Tensor | None = None) -> Calls:
+    def of(
+        cls, args: tuple, kwargs: dict[str, Any], output: Tensor | None = None, *, step_rows: Tensor | None = None
+    ) -> Calls:
         """One call whose tensors hold all rows already."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return cls(tensors, structure, constants, output)
+        return cls(tensors, structure, constants, output, step_rows)
 
     def __len__(self) -> int:
         return len(self.tensors[0])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss
-from ptq_exp.reconstruction.blocks import Block, step_quantizers
+from ptq_exp.reconstruction.blocks import Block
 from ptq_exp.reconstruction.capture import Calls, single_tensor
 from ptq_exp.reconstruction.draws import block_generator, random_mask
 from ptq_exp.reconstruction.report import BlockError
@@ -91,7 +91,7 @@ class BlockOptimisation:
         self.device = self.layers[0].weight.device
         full = [layer.weight for layer in block.modules(reference)]
         self.rounding = Rounding(full, [layer.weight_quantizer for layer in self.layers])
-        self.quantizers = dict(step_quantizers(self.module))
+        self.quantizers = block.quantizers(network)
         self.steps = StepSizes(self.quantizers) if settings.step_lr else None
         groups = [{"params": [self.rounding.v], "lr": settings.lr}]
         if self.steps is not None and len(self.steps.factors):

@@ -16,6 +16,7 @@ from ptq_exp.reconstruction.blocks import Block
 from ptq_exp.reconstruction.capture import Arena, capture
 from ptq_exp.reconstruction.optimise import BlockData, BlockOptimisation, Settings, block_error
 from ptq_exp.reconstruction.report import BlockError, BlockReport
+from ptq_exp.reconstruction.time_block import TimeBlock
 
 HELD_OUT = 8
 """Every eighth calibration sample is kept from the optimisation, to judge it by."""
@@ -54,7 +55,7 @@ class Reconstruction:
     Args:
         network: quantized and calibrated, weights frozen; changed in place, block by block.
         reference: the full-precision network it was made from.
-        blocks: in execution order, see `find_blocks`.
+        blocks: in execution order, see `find_blocks` and `find_time_blocks`.
         calibration_set: at least two samples.
         settings: of every block.
         seed: of all draws.
@@ -92,10 +93,13 @@ class Reconstruction:
         """Capture what the block needs."""
         self._started = time.perf_counter()
         self.arena.clear()
-        self._judged_by = self._capture(self.held_out)
+        if isinstance(self.block, TimeBlock):
+            data = self._judged_by = self._capture_times(self.block)
+        else:
+            data, self._judged_by = self._capture(self.optimised_on), self._capture(self.held_out)
         self._before = self._errors()
         self.current = BlockOptimisation(
-            self.block, self.network, self.reference, self._capture(self.optimised_on), self.settings, seed=self.seed
+            self.block, self.network, self.reference, data, self.settings, seed=self.seed
         )
 
     def step(self) -> Tensor:
@@ -141,3 +145,9 @@ class Reconstruction:
             )  # fmt: skip
 
         return BlockData(calls(self.reference, True), calls(self.network, False))
+
+    def _capture_times(self, block: TimeBlock) -> BlockData:
+        """All times that there are: no other ones will ever come, that a block could be judged by."""
+        device = next(self.network.parameters()).device
+        full = block.capture(self.reference, device, output=True)
+        return BlockData(full, block.capture(self.network, device, output=False))

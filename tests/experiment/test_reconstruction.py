@@ -48,24 +48,33 @@ def test_a_latent_model_with_classes_and_guidance(command):
     assert any("transformer_blocks" in block["name"] and block["layers"] == 10 for block in blocks)
 
 
-def test_ranges_per_step_are_reconstructed_each_on_the_samples_of_its_step(command):
-    overrides = ("metric=minmax", "logger=none", "+experiment=tfmq_w4a4", "reconstruction=brecq",
-                 "reconstruction.step_lr=0.01", "quantization.time_layers=calibration_set")  # fmt: skip
-    learned, again, nearest = (command(*overrides), command(*overrides), command(*overrides[:3], *overrides[5:]))
+def test_with_ranges_per_step_each_sample_uses_its_own_and_time_layers_see_all_times(command):
+    overrides = ("metric=minmax", "logger=none", "+experiment=tfmq_w4a4", "quantization.smooth=true")
+    learning = ("reconstruction=brecq", "reconstruction.step_lr=0.01")
+    learned, again, nearest = (command(*overrides, *learning), command(*overrides, *learning), command(*overrides))
     results = [read_json(folder / "results.json") for folder in (learned, again, nearest)]
     assert "reconstruction brecq: reused" in next(again.glob("*.log")).read_text()
     assert results[0]["metrics"] == results[1]["metrics"] and results[0]["reconstruction"]["kept"] > 0
     scales = [{name: q["scale"] for name, q in read_json(folder / "quantization.json")["quantizers"].items()
                if "weight" not in name} for folder in (learned, again, nearest)]  # fmt: skip
     assert scales[0] == scales[1] != scales[2] and all(len(scale) == 3 for scale in scales[0].values())
+    first, *others = read_json(learned / "reconstruction.json")["blocks"]
+    assert first["name"] == "layers of the time" and first["layers"] == 19
+    # residual blocks without their projections, and no blocks for the two layers of the embedding
+    assert len(others) == 36 - 2 and sum(block["layers"] for block in others) == 114 - 19
+    assert "19 layers depend on the time alone and are reconstructed on all 3 times, together" in (
+        next(learned.glob("*.log")).read_text()
+    )
 
 
 def test_bins_are_reconstructed_with_guidance(command):
     folder = command(
         *FAST, "model=digits_ldm", "calibration=uniform", "quantization.temporal=binned",
-        "quantization.temporal_bins=2", "reconstruction=qdrop", "evaluation.n_samples=4", "evaluation=paired",
+        "quantization.temporal_bins=2", "quantization.time_layers=all_steps", "reconstruction=qdrop",
+        "evaluation.n_samples=4", "evaluation=paired",
     )  # fmt: skip
     assert read_json(folder / "results.json")["reconstruction"]["kept"] > 0
+    assert read_json(folder / "reconstruction.json")["blocks"][0]["layers"] == 10
 
 
 def test_a_smoothed_network_is_reconstructed_from_its_smoothed_weights(command, monkeypatch):

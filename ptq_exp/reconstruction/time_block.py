@@ -1,0 +1,111 @@
+"""The layers that depend on the time alone, as a block of their own that is reconstructed on every time there is.
+
+A sampler asks a network for finitely many times, so what these layers read is known exactly. Huang et al. 2024
+("TFMQ-DM", section 4.2) take them out of the residual blocks that they stand in and reconstruct them together: the
+embedding's own layers and all projections of it, by the sum of the errors of all projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization import WeightQuantizer, of_samples
+from ptq_exp.quantization.provenance import watching
+from ptq_exp.reconstruction.blocks import Block
+from ptq_exp.reconstruction.capture import Batch, Calls
+from ptq_exp.reconstruction.part import Part, Plan, plan_part
+
+
+@dataclass(frozen=True, eq=False)
+class TimeBlock(Block):
+    """Layers that depend on the time alone; `layers` are named within the `Part`.
+
+    Attributes:
+        plan: how they hang together.
+        batches: (x, t, y) that hold every time once, with any states and labels.
+        step_rows: row of the activation ranges of each time, int64 [N]; None = the one in force.
+    """
+
+    plan: Plan | None = None
+    batches: tuple[Batch, ...] = ()
+    step_rows: Tensor | None = None
+
+    def module(self, network: nn.Module) -> Part:
+        """These layers of `network` as one module."""
+        return Part(network, self.plan)
+
+    @torch.no_grad()
+    def capture(self, network: nn.Module, device: torch.device, *, output: bool) -> Calls:
+        """What the roots read (and the leaves make: `output`) in `network` at all times.
+
+        Raises:
+            QuantizationError: the layers by themselves do not give what they give in the network.
+        """
+        inputs: dict[str, list[Tensor]] = {name: [] for name in self.plan.roots}
+        outputs: dict[str, list[Tensor]] = {name: [] for name in self.plan.leaves}
+        start = 0
+        with watching(network) as watch:
+            for name, seen in inputs.items():
+                watch(network.get_submodule(name), before=lambda x, seen=seen: seen.append(x.clone()))
+            for name, seen in outputs.items():
+                watch(network.get_submodule(name), after=lambda y, seen=seen: seen.append(y.flatten(1)))
+            for batch in self.batches:
+                rows = None if self.step_rows is None else self.step_rows[start : start + len(batch[0])]
+                with of_samples(network, rows):
+                    network.forward(*(None if part is None else part.to(device) for part in batch))
+                start += len(batch[0])
+        read = tuple(torch.cat(seen) for seen in inputs.values())
+        if not output:
+            return Calls.of(read, {}, step_rows=self.step_rows)
+        made = torch.cat([torch.cat(seen) for seen in outputs.values()], 1)
+        self._check(network, read, made)
+        return Calls.of(read, {}, made, step_rows=self.step_rows)
+
+    def _check(self, network: nn.Module, read: tuple[Tensor, ...], made: Tensor) -> None:
+        """A function between the layers may be bound to the batch that the plan was made with: then it is refused."""
+        try:
+            alone = self.module(network)(*read)
+            near = torch.finfo(made.dtype).eps ** 0.5  # in other batches sums are rounded differently
+            same = alone.shape == made.shape and bool((alone - made).abs().max() <= near * made.abs().max())
+        except RuntimeError:
+            same = False
+        if not same:
+            raise QuantizationError(
+                f"{self.name}: {next(iter(self.plan.roots))} and what follows cannot be taken out of this network: set "
+                "quantization.time_layers=calibration_set"
+            )
+
+
+def find_time_blocks(
+    network: nn.Module, reference: nn.Module, layers: Sequence[str], batches: Sequence[Batch],
+    step_rows: Tensor | None = None, *, joint: bool = True,
+) -> list[TimeBlock]:  # fmt: skip
+    """The `layers` that depend on the time alone as one block (`joint`), or each as one; [] if none is quantized.
+
+    Args:
+        network: quantized; layers without quantized weights take part, but have nothing to learn.
+        reference: the full-precision network it was made from.
+        batches, step_rows: see `TimeBlock`.
+
+    Raises:
+        QuantizationError: a layer is called more than once in a forward.
+    """
+    found = []
+    device = next(reference.parameters()).device
+    inputs = tuple(None if part is None else part.to(device) for part in batches[0])
+    for number, names in enumerate([tuple(layers)] if joint else [(name,) for name in layers]):
+        plan = plan_part(reference, names, inputs)
+        quantized = tuple(
+            f"layers.{n}"
+            for n, step in enumerate(step for step in plan.steps if step.layer is not None)
+            if isinstance(getattr(network.get_submodule(step.layer), "weight_quantizer", None), WeightQuantizer)
+        )
+        if quantized:
+            name = "layers of the time" if joint else layers[number]
+            found.append(TimeBlock(name, quantized, plan=plan, batches=tuple(batches), step_rows=step_rows))
+    return found

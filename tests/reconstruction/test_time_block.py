@@ -1,0 +1,233 @@
+"""Layers that depend on the time alone: cut out of the network, and reconstructed together on all times there are."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ptq_exp.calibration import CalibrationSet
+from ptq_exp.errors import QuantizationError
+from ptq_exp.models import load_model
+from ptq_exp.quantization import (
+    calibrate_weights_,
+    calibrating,
+    default_rules,
+    depending_on_alone,
+    finish_calibration,
+    quantize_,
+    select_row,
+)
+from ptq_exp.reconstruction import (
+    Annealing,
+    Reconstruction,
+    Settings,
+    find_blocks,
+    find_time_blocks,
+    reconstruction_loss,
+)
+
+EXAMPLE = (torch.zeros(1, 1, 6, 6), torch.zeros(1))
+LAYERS = ["embed", "resnets.0.time", "resnets.1.time"]
+TIMES = torch.tensor([900.0, 700.0, 350.0, 100.0, 20.0])
+ROWS = torch.tensor([0, 0, 1, 1, 1])
+
+
+def batches(times=TIMES):
+    return [(EXAMPLE[0].expand(len(part), -1, -1, -1), part, None) for part in times.split(3)]
+
+
+@pytest.fixture(scope="module")
+def samples() -> CalibrationSet:
+    rng = np.random.default_rng(0)
+    step = np.arange(40) % 5
+    x = rng.standard_normal((40, 1, 6, 6), dtype=np.float32)
+    return CalibrationSet(x, step, TIMES.numpy()[step], np.zeros(40, int))
+
+
+@pytest.fixture
+def network(toy, samples):
+    """Two bins; the time layers are calibrated on the samples, too."""
+    twin = copy.deepcopy(toy)
+    quantize_(twin, default_rules(3, 4, first=(), last=(), attention=False, bins=2), EXAMPLE)
+    calibrate_weights_(twin, "minmax")
+    for row in (0, 1):
+        select_row(twin, row)
+        with calibrating(twin), torch.no_grad():
+            for x, t, _ in samples.take((ROWS.numpy()[samples.step] == row).nonzero()[0]).batches(16):
+                twin(x, t)
+        finish_calibration(twin, "minmax")
+    return twin
+
+
+def reconstruction(network, toy, samples, folder, *, joint=True, iterations=60, step_lr=5e-3):
+    blocks = [
+        *find_time_blocks(network, toy, LAYERS, batches(), ROWS, joint=joint),
+        *find_blocks(network, ("*resnets.*",), EXAMPLE, LAYERS),
+    ]
+    settings = Settings(Annealing(iterations), batch_size=16, lr=0.05, step_lr=step_lr)
+    return Reconstruction(
+        network, toy, blocks, samples, settings, seed=0, batch_size=16, cache_bytes=1e9, folder=folder, row_of_step=ROWS
+    )
+
+
+def run_block(made):
+    made.begin()
+    for _ in range(made.settings.annealing.iterations):
+        made.step()
+    return made.end()
+
+
+@torch.no_grad()
+def projections(network, rows=None):
+    """What the two projections make of each time, alone at its row; [5, 12]."""
+    found = []
+    handles = [
+        network.get_submodule(name).register_forward_hook(lambda _, args, y: found.append(y)) for name in LAYERS[1:]
+    ]
+    for n, t in enumerate(TIMES):
+        if rows is not None:
+            select_row(network, int(rows[n]))
+        network(EXAMPLE[0], t[None])
+    for handle in handles:
+        handle.remove()
+    return torch.cat([torch.cat(found[::2]), torch.cat(found[1::2])], 1)
+
+
+def test_the_part_is_found_with_the_functions_between_its_layers(toy, network):
+    assert depending_on_alone(toy, (torch.randn(1, 1, 6, 6), torch.zeros(1)), 1) == LAYERS
+    (block,) = find_time_blocks(network, toy, LAYERS, batches(), ROWS)
+    assert list(block.plan.roots) == ["embed"] and list(block.plan.leaves) == LAYERS[1:]
+    assert [step.layer or step.function for step in block.plan.steps] == ["embed", torch.tanh, *LAYERS[1:]]
+    read = torch.stack([TIMES / 1000, torch.cos(TIMES)], 1)
+    torch.testing.assert_close(block.module(toy)(read), projections(toy))
+    assert block.modules(network) == [network.get_submodule(name) for name in LAYERS]
+
+
+@pytest.mark.parametrize(("name", "n_layers"), [("digits", 19), ("digits_ldm", 10)])
+def test_of_the_embedded_models_every_projection_hangs_on_the_first_layer(name, n_layers):
+    model = load_model(name)
+    layers = depending_on_alone(model.denoiser, model.example_inputs(), 1)
+    twin = model.twin()
+    quantize_(twin, default_rules(4, 8), model.example_inputs())
+    x, _, *y = model.example_inputs()
+    whole = [(x.expand(3, *x.shape[1:]), TIMES[:3], y[0].expand(3) if y else None)]
+    (block,) = find_time_blocks(twin, model.denoiser, layers, whole)
+    assert len(block.layers) == n_layers and len(block.plan.leaves) == n_layers - 2
+    assert [root.rpartition(".")[2] for root in block.plan.roots] == ["linear_1"]
+    calls = block.capture(model.denoiser, torch.device("cpu"), output=True)  # compares with the network itself
+    assert calls.output.shape[0] == 3 and float(calls.output.std()) > 0.01
+
+
+def test_it_sees_every_time_once_at_its_own_row(toy, network, samples, tmp_path):
+    made = reconstruction(network, toy, samples, tmp_path)
+    expected = float((projections(network, ROWS) - projections(toy)).square().mean())
+    made.begin()
+    data = made.current.data
+    torch.testing.assert_close(data.full.tensors[0], torch.stack([TIMES / 1000, torch.cos(TIMES)], 1))
+    assert torch.equal(data.quantized.tensors[0], data.full.tensors[0]) and torch.equal(data.full.step_rows, ROWS)
+    torch.testing.assert_close(data.full.output, projections(toy))
+    assert made._before[0].mse == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - float((projections(network, 1 - ROWS) - projections(toy)).square().mean())) > 1e-3 * expected
+
+
+def test_its_loss_is_the_sum_of_the_losses_of_all_projections(toy, network, samples, tmp_path):
+    made = reconstruction(network, toy, samples, tmp_path)
+    made.begin()
+    relaxed, rounding = copy.deepcopy(network), made.current.rounding
+    for name, weight in zip(LAYERS, rounding.soft(rounding.h().detach()), strict=True):
+        relaxed.get_submodule(name).weight.copy_(weight)
+    loss = made.step()
+    found, wanted = projections(relaxed, ROWS).split(6, 1), projections(toy).split(6, 1)
+    parts = [reconstruction_loss(one, other) for one, other in zip(found, wanted, strict=True)]
+    assert float(loss) == pytest.approx(float(sum(parts)), rel=1e-5) and min(parts) > 0
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_projections_come_closer_at_the_times_of_the_sampler(joint, toy, network, samples, tmp_path):
+    made = reconstruction(network, toy, samples, tmp_path, joint=joint)
+    names = [block.name for block in made.blocks]
+    assert names[: 1 if joint else 3] == (["layers of the time"] if joint else LAYERS)
+    before = float((projections(network, ROWS) - projections(toy)).square().mean())
+    others = {name: value.clone() for name, value in network.state_dict().items() if "embed" not in name}
+    reports = [run_block(made) for _ in names[: 1 if joint else 3]]
+    after = float((projections(network, ROWS) - projections(toy)).square().mean())
+    assert after < 0.7 * before and sum(report.layers for report in reports) == 3
+    if joint:
+        assert reports[0].kept and reports[0].after_quantized.mse == pytest.approx(after, rel=1e-4)
+    changed = {name for name, value in others.items() if not torch.equal(network.state_dict()[name], value)}
+    assert changed and all(".time." in name for name in changed)
+
+
+def test_residual_blocks_leave_it_alone(toy, network, samples, tmp_path):
+    made = reconstruction(network, toy, samples, tmp_path, iterations=5, step_lr=0.1)
+    residual = next(block for block in made.blocks if block.name == "resnets.0")
+    assert residual.layers == ("conv1", "conv2") and residual.elsewhere == ("time",)
+    assert set(residual.quantizers(network)) == {"conv1.input_quantizer", "conv2.input_quantizer"}
+    run_block(made)
+    of_time = {name: value.clone() for name, value in network.state_dict().items() if ".time." in name or "emb" in name}
+    for _ in made.remaining:
+        run_block(made)
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in of_time.items())
+    assert sum(report.layers for report in made.reports) == 9 and any(report.kept for report in made.reports[1:])
+
+
+def test_continued_after_it_the_reconstruction_is_the_same(toy, network, samples, tmp_path):
+    whole = reconstruction(network, toy, samples, tmp_path, iterations=4)
+    first = run_block(whole)
+    twin = copy.deepcopy(network)
+    run_block(whole)
+    resumed = reconstruction(twin, toy, samples, tmp_path, iterations=4)
+    resumed.reports = [first]
+    run_block(resumed)
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in twin.state_dict().items())
+
+
+class Odd(nn.Module):
+    """Two layers of the time, with something in between that a part cannot follow or repeat."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.one, self.two, self.conv = nn.Linear(2, 4), nn.Linear(4, 4), nn.Conv2d(1, 4, 1)
+        self.between = between
+
+    def forward(self, x, t, y=None):
+        temb = self.between(self, self.one(torch.stack([t, t.cos()], 1)))
+        return self.conv(x) + self.two(temb)[:, :, None, None]
+
+
+def quantized_odd(between):
+    torch.manual_seed(0)
+    net = Odd(between).eval().requires_grad_(False)
+    twin = copy.deepcopy(net)
+    quantize_(twin, default_rules(4, 8, first=(), last=(), attention=False), EXAMPLE)
+    return net, twin
+
+
+def test_a_layer_behind_anything_else_reads_an_input_of_its_own():
+    net, twin = quantized_odd(lambda net, h: h + net.conv.bias)
+    (block,) = find_time_blocks(twin, net, ["one", "two"], batches(TIMES[:2]))
+    assert list(block.plan.roots) == list(block.plan.leaves) == ["one", "two"]
+    calls = block.capture(net, torch.device("cpu"), output=True)
+    assert [tensor.shape[1] for tensor in calls.tensors] == [2, 4] and calls.output.shape == (2, 8)
+
+
+@pytest.mark.parametrize("between", [
+    lambda net, h: h.roll(1, 0), lambda net, h: torch.cat(torch.split(h, [1, len(h) - 1])[::-1]),
+], ids=["a batch that is mixed", "a batch of another size"])  # fmt: skip
+def test_functions_bound_to_a_batch_are_refused(between):
+    net, twin = quantized_odd(between)
+    (block,) = find_time_blocks(twin, net, ["one", "two"], batches(TIMES))
+    with pytest.raises(QuantizationError, match=r"one and what follows.*time_layers=calibration_set"):
+        block.capture(net, torch.device("cpu"), output=True)
+
+
+def test_a_layer_called_twice_is_refused():
+    net, twin = quantized_odd(lambda net, h: net.two(h))
+    with pytest.raises(QuantizationError, match="two is called more than once.*time_layers=calibration_set"):
+        find_time_blocks(twin, net, ["one", "two"], batches(TIMES))
+
+
+def test_without_quantized_layers_there_is_no_block(toy):
+    assert find_time_blocks(toy, toy, LAYERS, batches()) == []
