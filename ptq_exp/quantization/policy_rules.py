@@ -77,29 +77,19 @@ def default_rules(
         ConfigError: a bit-width is out of range, or candidates do not ascend; the message names the setting.
     """
     check_bits("bits.weight", weight_bits)
-    if isinstance(activation_bits, Sequence):
-        activation_bits = checked_widths("bits.candidates", activation_bits)
-    else:
-        check_bits("bits.activation", activation_bits)
+    activation_bits = _checked_activation(activation_bits)
     check_bits("bits.first_last", first_last_bits)
     check_bits("bits.softmax", softmax_bits, SOFTMAX_BITS)
     check_bits("bits.boundary", boundary_bits, SOFTMAX_BITS)
-
     if activation_site not in SITES:
         raise ConfigError(f"quantization.activation_site={activation_site}: choose one of {', '.join(SITES)}")
 
     weight = TensorSpec(weight_bits, weight_symmetric, weight_granularity, group_size=group_size)
     operand = TensorSpec(activation_bits, activation_symmetric, bins=bins)
     at_input, at_output = (operand, None) if activation_site == "input" else (None, operand)
-    edge_weight = replace(weight, bits=max(weight_bits, first_last_bits))
-    if edge_weight.bits >= LAYER_BITS[1]:
-        edge_weight = replace(edge_weight, metric="minmax")
-    widest = activation_bits[-1] if isinstance(activation_bits, tuple) else activation_bits
-    edge = replace(operand, bits=max(widest, first_last_bits))
-    boundary = replace(edge, bits=max(edge.bits, boundary_bits))
-    if boundary.bits > LAYER_BITS[1]:
-        boundary = replace(boundary, metric="minmax", headroom=BOUNDARY_HEADROOM)
+    edge, boundary = _at_the_ends(operand, first_last_bits, boundary_bits)
     read = at_input and boundary
+    edge_weight = _weight_at_the_ends(weight, first_last_bits)
     of_first = QuantSpec(edge_weight, edge if quantize_state else read, at_output)
     of_last = QuantSpec(edge_weight, read, edge if quantize_output else None)
     rules = [Rule(pattern, spec) for patterns, spec in ((first, of_first), (last, of_last)) for pattern in patterns]
@@ -111,6 +101,30 @@ def default_rules(
         Rule("*to_[qkv]", QuantSpec(weight, at_input, operand)),
         Rule("*", QuantSpec(weight, at_input, at_output, softmax)),
     ]
+
+
+def _checked_activation(bits: int | Sequence[int]) -> int | tuple[int, ...]:
+    """The width of activations, or their candidate widths, if they are valid."""
+    if isinstance(bits, Sequence):
+        return checked_widths("bits.candidates", bits)
+    check_bits("bits.activation", bits)
+    return bits
+
+
+def _weight_at_the_ends(weight: TensorSpec, first_last_bits: int) -> TensorSpec:
+    """Weights of the first and last layers: `first_last_bits` or more; at 8 bits they keep their whole range."""
+    edge = replace(weight, bits=max(weight.bits, first_last_bits))
+    return replace(edge, metric="minmax") if edge.bits >= LAYER_BITS[1] else edge
+
+
+def _at_the_ends(operand: TensorSpec, first_last_bits: int, boundary_bits: int) -> tuple[TensorSpec, TensorSpec]:
+    """Activations of the first and last layers, at one width: found as the others are, and as the boundary's are."""
+    widest = operand.bits[-1] if isinstance(operand.bits, tuple) else operand.bits
+    edge = replace(operand, bits=max(widest, first_last_bits))
+    boundary = replace(edge, bits=max(edge.bits, boundary_bits))
+    if boundary.bits > LAYER_BITS[1]:
+        boundary = replace(boundary, metric="minmax", headroom=BOUNDARY_HEADROOM)
+    return edge, boundary
 
 
 def segmented(rules: Sequence[Rule], parts: Mapping[str, tuple[int, ...]]) -> list[Rule]:

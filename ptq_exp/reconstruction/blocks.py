@@ -37,6 +37,11 @@ class Block:
         """The layers of this block of `network`."""
         return [self.module(network).get_submodule(layer) for layer in self.layers]
 
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """Those of `layers` whose outputs are not outputs of the block."""
+        return self.layers[:-1]
+
     def quantizers(self, network: nn.Module) -> dict[str, ActivationQuantizer]:
         """{name within the block: quantizer} of the activations of this block of `network`."""
         others = tuple(f"{layer}." for layer in self.elsewhere)

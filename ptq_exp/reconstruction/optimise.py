@@ -186,7 +186,7 @@ class BlockOptimisation:
 
     @torch.no_grad()
     def _inner_targets(self, full: list[Tensor]) -> dict[str, Tensor]:
-        """Outputs of the full-precision block's layers but the last, on the full-precision inputs."""
+        """Outputs of the full-precision block's inner layers, on the full-precision inputs."""
         if not self.settings.inner_weight:
             return {}
         args, kwargs = self.data.full.arguments(full)
@@ -195,8 +195,8 @@ class BlockOptimisation:
         return outputs
 
     def _inner(self, module: nn.Module):
-        """A context that collects {layer: output} of all layers of `module` but the last."""
-        names = self.block.layers[:-1] if self.settings.inner_weight else ()
+        """A context that collects {layer: output} of the inner layers of `module`."""
+        names = self.block.inner if self.settings.inner_weight else ()
         return _outputs(module, names) if names else nullcontext({})
 
 

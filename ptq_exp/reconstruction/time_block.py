@@ -39,6 +39,13 @@ class TimeBlock(Block):
         """These layers of `network` as one module."""
         return Part(network, self.plan)
 
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """Those of `layers` that others follow from."""
+        names = [step.layer for step in self.plan.steps if step.layer is not None]
+        leaves = {f"layers.{names.index(leaf)}" for leaf in self.plan.leaves}
+        return tuple(layer for layer in self.layers if layer not in leaves)
+
     @torch.no_grad()
     def capture(self, network: nn.Module, device: torch.device, *, output: bool) -> Calls:
         """What the roots read (and the leaves make: `output`) in `network` at all times.

@@ -61,12 +61,12 @@ def network(toy, samples):
     return twin
 
 
-def reconstruction(network, toy, samples, folder, *, joint=True, iterations=60, step_lr=5e-3):
+def reconstruction(network, toy, samples, folder, *, joint=True, iterations=60, step_lr=5e-3, inner_weight=0.0):
     blocks = [
         *find_time_blocks(network, toy, LAYERS, batches(), ROWS, joint=joint),
         *find_blocks(network, ("*resnets.*",), EXAMPLE, LAYERS),
     ]
-    settings = Settings(Annealing(iterations), batch_size=16, lr=0.05, step_lr=step_lr)
+    settings = Settings(Annealing(iterations), batch_size=16, lr=0.05, step_lr=step_lr, inner_weight=inner_weight)
     return Reconstruction(
         network, toy, blocks, samples, settings, seed=0, batch_size=16, cache_bytes=1e9, folder=folder, row_of_step=ROWS
     )
@@ -80,11 +80,11 @@ def run_block(made):
 
 
 @torch.no_grad()
-def projections(network, rows=None):
-    """What the two projections make of each time, alone at its row; [5, 12]."""
+def outputs(network, rows=None):
+    """What embedding and two projections make of each time, alone at its row; [5, 4 + 12]."""
     found = []
     handles = [
-        network.get_submodule(name).register_forward_hook(lambda _, args, y: found.append(y)) for name in LAYERS[1:]
+        network.get_submodule(name).register_forward_hook(lambda _, args, y: found.append(y)) for name in LAYERS
     ]
     for n, t in enumerate(TIMES):
         if rows is not None:
@@ -92,7 +92,12 @@ def projections(network, rows=None):
         network(EXAMPLE[0], t[None])
     for handle in handles:
         handle.remove()
-    return torch.cat([torch.cat(found[::2]), torch.cat(found[1::2])], 1)
+    return torch.cat([torch.cat(found[n::3]) for n in range(3)], 1)
+
+
+def projections(network, rows=None):
+    """Of these, what the projections make; [5, 12]."""
+    return outputs(network, rows)[:, 4:]
 
 
 def test_the_part_is_found_with_the_functions_between_its_layers(toy, network):
@@ -132,16 +137,17 @@ def test_it_sees_every_time_once_at_its_own_row(toy, network, samples, tmp_path)
     assert abs(expected - float((projections(network, 1 - ROWS) - projections(toy)).square().mean())) > 1e-3 * expected
 
 
-def test_its_loss_is_the_sum_of_the_losses_of_all_projections(toy, network, samples, tmp_path):
-    made = reconstruction(network, toy, samples, tmp_path)
+@pytest.mark.parametrize("inner_weight", [0.0, 0.5])
+def test_its_loss_is_the_sum_of_the_losses_of_all_projections(inner_weight, toy, network, samples, tmp_path):
+    made = reconstruction(network, toy, samples, tmp_path, inner_weight=inner_weight)
     made.begin()
     relaxed, rounding = copy.deepcopy(network), made.current.rounding
     for name, weight in zip(LAYERS, rounding.soft(rounding.h().detach()), strict=True):
         relaxed.get_submodule(name).weight.copy_(weight)
     loss = made.step()
-    found, wanted = projections(relaxed, ROWS).split(6, 1), projections(toy).split(6, 1)
-    parts = [reconstruction_loss(one, other) for one, other in zip(found, wanted, strict=True)]
-    assert float(loss) == pytest.approx(float(sum(parts)), rel=1e-5) and min(parts) > 0
+    found, wanted = outputs(relaxed, ROWS).split([4, 6, 6], 1), outputs(toy).split([4, 6, 6], 1)
+    inner, *parts = (float(reconstruction_loss(one, other)) for one, other in zip(found, wanted, strict=True))
+    assert float(loss) == pytest.approx(sum(parts) + inner_weight * inner, rel=1e-5) and min(inner, *parts) > 0
 
 
 @pytest.mark.parametrize("joint", [True, False])

@@ -1,0 +1,7 @@
+"""Quantizer modules: what all share (`base`), of activations, and of weights."""
+
+from ptq_exp.quantization.quantizer.activation import ActivationQuantizer
+from ptq_exp.quantization.quantizer.base import Mode, Quantizer
+from ptq_exp.quantization.quantizer.weight import WeightQuantizer
+
+__all__ = ["ActivationQuantizer", "Mode", "Quantizer", "WeightQuantizer"]

@@ -1,0 +1,112 @@
+"""`WeightQuantizer`: ranges found from a weight, which is then frozen, and the integers that it stands for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.affine import QRange
+from ptq_exp.quantization.quantizer.base import Quantizer, columns
+from ptq_exp.quantization.ranges import search_range
+
+
+class WeightQuantizer(Quantizer):
+    """Quantizer of a weight ``[out_channels, in_channels / groups, *kernel]``.
+
+    Buffers ``[out_channels, segments]`` (per output channel) or ``[1, segments]`` (per tensor). Once frozen,
+    the parameter itself holds the quantized values and the quantizer is the identity.
+    """
+
+    def __init__(self, bits: int, **settings) -> None:
+        super().__init__(bits, **settings)
+        self.register_buffer("frozen", torch.tensor(False))
+        self.baked = False  # mirrors `frozen`, as `ready` mirrors `calibrated`
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """As `Quantizer.forward`; the identity once the weight is frozen."""
+        return weight if self.baked else super().forward(weight)
+
+    @torch.no_grad()
+    def search(self, weight: Tensor, metric: str) -> None:
+        """Search the ranges that minimise `metric` (or the quantizer's own) over `weight`.
+
+        Raises:
+            QuantizationError: the weight is already frozen, i.e. no longer the full-precision one.
+            PTQError: `weight` holds NaN or infinity; the message names the layer.
+        """
+        if self.baked:
+            raise QuantizationError(
+                f"{self.name}: the weight is already quantized and frozen; "
+                "start from the full-precision model to calibrate it again"
+            )
+        rows = self.scale.shape[0]
+        found = [
+            search_range(
+                part,
+                self.bits,
+                symmetric=self.symmetric,
+                channel_axis=0 if rows > 1 else None,
+                metric=self.metric or metric,
+                name=self.name,
+            )
+            for part in self.split(weight)
+        ]
+        self.set_range(columns(found, rows))
+
+    @torch.no_grad()
+    def freeze(self, weight: nn.Parameter) -> None:
+        """Replace the values of `weight` by their quantized ones, once; a frozen weight is left alone."""
+        if not self.baked:
+            weight.copy_(Quantizer.forward(self, weight))
+            self.frozen.fill_(True)
+            self.baked = True
+
+    @torch.no_grad()
+    def integers(self, weight: Tensor) -> Tensor:
+        """The integers q - qmin of a frozen `weight`, int32 >= 0 of its shape; `restore` makes the same weight of them.
+
+        Raises:
+            QuantizationError: the weight is not frozen, or not exactly on the grid of its ranges.
+        """
+        if not self.baked:
+            raise QuantizationError(f"{self.name}: the weight is not frozen and has no integers; calibrate it first")
+        scale, lowest, highest = self._levels(weight)
+        nearest = torch.div(weight, scale).round_().float()
+        found = torch.zeros_like(weight, dtype=torch.int32)
+        left = torch.ones_like(weight, dtype=torch.bool)
+        # in 16-bit types a quotient can be off by one, and two levels can be one number: any that gives it will do
+        for shift in (0, -1, 1):
+            integers = ((nearest + shift).clamp_(lowest, highest) - lowest).to(torch.int32)
+            same = left & (self._values(integers, weight) == weight)
+            found = torch.where(same, integers, found)
+            left &= ~same
+        if bool(left.any()):
+            raise QuantizationError(
+                f"{self.name}: {int(left.sum())} of {left.numel()} weights are not on the grid of their ranges: they "
+                "were changed after they had been quantized"
+            )
+        return found
+
+    @torch.no_grad()
+    def restore(self, weight: nn.Parameter, integers: Tensor) -> None:
+        """Fill and freeze `weight` with what `integers` took from a weight with the same ranges."""
+        weight.copy_(self._values(integers.to(weight.device), weight))
+        self.frozen.fill_(True)
+        self.baked = True
+
+    def _values(self, integers: Tensor, like: Tensor) -> Tensor:
+        """What `integers` stand for, in the type of the weight `like` and by the arithmetic of `fake_quantize`."""
+        scale, lowest, _ = self._levels(like)
+        # a 0-d scale leaves the type of the weight alone, as it does there
+        kind = torch.promote_types(like.dtype, scale.dtype) if scale.ndim else like.dtype
+        return (integers + lowest).to(kind).mul_(scale).to(like.dtype)
+
+    def _levels(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, lowest and highest level (counted from the zero point), each broadcasting against `weight`."""
+        scale, zero_point, qmin, qmax = (self._aligned(getattr(self, f), weight, None) for f in QRange._fields)
+        return scale, qmin - zero_point, qmax - zero_point
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.baked = bool(self.frozen)
