@@ -11,8 +11,8 @@ import pandas as pd
 
 from ptq_exp.errors import ConfigError
 
-COMPANIONS = (".std", ".n", ".delta", ".best")
-"""Endings of the columns that are printed with the column they belong to."""
+COMPANIONS = (".std", ".n", ".runs", ".delta", ".best")
+"""Endings of columns that belong to another one."""
 
 
 @dataclass(frozen=True)

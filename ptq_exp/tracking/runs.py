@@ -52,9 +52,10 @@ def gather(folders: Iterable[str | os.PathLike], source: str = "auto") -> pd.Dat
         if source != "results":
             rows |= _offline_rows(folder, beside_results=source == "wandb")
     if not rows:
-        kinds = {"results": "results.json", "wandb": "offline W&B run", "auto": "results.json and no offline W&B run"}
+        what = "offline W&B run" if source == "wandb" else "results.json"
+        also = " and no offline W&B run" if source == "auto" else ""
         where = ", ".join(map(str, folders))
-        raise DataError(f"no {kinds[source]} below {where}: run an experiment first or name another folder")
+        raise DataError(f"no {what} below {where}{also}: run an experiment first or name another folder")
     return pd.DataFrame(list(rows.values()))
 
 

@@ -21,7 +21,7 @@ _LABELS = ("name", "config.name")  # a run may be called anything; what it did i
 
 @dataclass(frozen=True)
 class Value:
-    """A number of a run: its heading, its column, by what that is multiplied, and which way it is better (1: higher)."""
+    """A number of a run: heading, column, by what that is multiplied, and which way it is better (1: higher)."""
 
     heading: str
     column: str
@@ -39,7 +39,6 @@ VALUES = {
     "fid_increase": Value("FID − FP32", "metrics.fid_increase", -1),
     "fid_increase_units": Value("FID increase", "metrics.fid_increase_units", -1),
     "psnr": Value("PSNR dB", "metrics.psnr", 1),
-    "ssim": Value("SSIM", "metrics.ssim", 1, 3),
     "eps_error": Value("eps error", "metrics.eps_error", -1, 4),
     "eps_error_percent": Value("eps error %", "metrics.eps_error", -1, factor=100),
     "coverage_percent": Value("coverage %", "quantization.coverage_conv_linear", 1, factor=100),
