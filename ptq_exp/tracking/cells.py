@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ptq_exp.errors import ConfigError
@@ -40,6 +41,8 @@ class Cell:
 
     def deviation(self, value: str, accounted: bool) -> float:
         """Standard deviation over the runs (ddof=1), NaN for a single one; of what is `accounted`, if it is any."""
+        if not np.isfinite(self.numbers[value]).all():  # of an infinite PSNR, for one
+            return float("nan")
         deviation = float(self.numbers[value].std())
         return float("nan") if accounted and deviation <= _ROUNDING * abs(self.mean(value)) else deviation
 
