@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,32 +16,15 @@ from ptq_exp.config import config_folder
 from ptq_exp.errors import ConfigError, DataError, PTQError
 from ptq_exp.files import atomic_path
 from ptq_exp.schema import setting_names
-from ptq_exp.tracking import ablation
+from ptq_exp.tracking.fixed_tables import FIXED, Runs, ablation_table, collected, experiment_table
 from ptq_exp.tracking.layouts import Layout, find_layout, layouts
 from ptq_exp.tracking.render import FORMATS, render, to_wandb
 from ptq_exp.tracking.result_table import Request, ResultTable, result_table
 from ptq_exp.tracking.runs import SOURCES, gather
 from ptq_exp.tracking.settings import VALUES
-from ptq_exp.tracking.tables import add_percent, aggregate, caption, to_latex, to_markdown
 from ptq_exp.tracking.wandb_source import online_rows
 
-TITLES = {
-    "name": "experiment",
-    "config.metric.name": "metric",
-    "metrics.fid": "FID",
-    "metrics.sfid": "sFID",
-    "metrics.is": "IS",
-    "metrics.fid_increase_units": "FID increase",
-    "metrics.psnr": "PSNR dB",
-    "metrics.eps_error_percent": "eps error %",
-    "quantization.coverage_percent": "coverage %",
-    "quantization.bops_ratio": "BOPs ratio",
-}
-"""Column of the results -> heading."""
-_SHARES = {
-    "metrics.eps_error_percent": "metrics.eps_error",
-    "quantization.coverage_percent": "quantization.coverage_conv_linear",
-}
+__all__ = ["ablation_table", "experiment_table", "layout_list", "layout_table", "make_table", "main"]
 _HELP = f"""
 what is read:
   folders with results.json (runs); offline W&B runs (runs/.../wandb/offline-run-*) where there is no results.json, or
@@ -72,67 +54,6 @@ examples:
   python -m ptq_exp.table runs/sweeps --layout ptq4dm_metric
   python -m ptq_exp.table --wandb me/ptq-exp --rows name --to-wandb me/ptq-exp
 """
-Runs = str | os.PathLike | pd.DataFrame
-
-
-def experiment_table(runs: Runs, form: str = "markdown") -> str:
-    """One row per experiment and metric, mean ± std over seeds, and the caption.
-
-    The FP32 row stands first, then the rows in the order of their FID increase, then those without a finished run.
-
-    Args:
-        runs: a folder, or what `gather` made of some.
-        form: one of `FORMATS`.
-
-    Raises:
-        PTQError: there are no results, or runs that differ in a setting would be averaged.
-    """
-    runs = add_percent(_collected(runs), _SHARES)
-    if "config.bits.name" not in runs:
-        folders = ", ".join(runs["run"])
-        raise DataError(f"no results.json below {folders} can be read: run the experiments again")
-    runs.loc[runs["config.bits.name"] == "fp32", "config.metric.name"] = "-"
-    values = [column for column in TITLES if column not in ("name", "config.metric.name")]
-    table = aggregate(runs, ["name", "config.metric.name"], values)
-    table = table.sort_values("metrics.fid_increase_units", na_position="first", kind="stable")
-    table = table.sort_values("seeds", key=lambda seeds: seeds == "", kind="stable")
-    # coverage and BOPs do not depend on the seed
-    table = table.drop(columns=[f"{column}.std" for column in values if column.startswith("quantization.")])
-    return _printed(table, TITLES, form, "tab:experiments")
-
-
-def ablation_table(runs: Runs, form: str = "markdown") -> str:
-    """The table of `ptq_exp.tracking.ablation` and its caption.
-
-    Args:
-        runs: a folder, or what `gather` made of some.
-        form: one of `FORMATS`.
-
-    Raises:
-        PTQError: there are no results, or runs that differ in a setting would be averaged.
-    """
-    table = ablation.ablation(_collected(runs))
-    if form != "csv":
-        table[ablation.ETA] = table[ablation.ETA].map("{:g}".format, na_action="ignore")
-    return _printed(table, ablation.TITLES, form, "tab:ablation", ablation.BLOCK)
-
-
-FIXED = {"experiments": experiment_table, "ablation": ablation_table}
-"""Layouts that are more than rows and columns of settings."""
-
-
-def _collected(runs: Runs) -> pd.DataFrame:
-    return runs if isinstance(runs, pd.DataFrame) else gather([runs], "results")
-
-
-def _printed(table: pd.DataFrame, titles: Mapping[str, str], form: str, label: str, blocks: Sequence[str] = ()) -> str:
-    if form == "csv":
-        return table.to_csv(index=False)
-    if form == "latex":
-        return to_latex(table, titles, digits=2, caption=caption(table), label=label, blocks=blocks)
-    return f"{to_markdown(table, titles, digits=2)}\n{caption(table)}"
-
-
 def make_table(runs: Runs, request: Request) -> ResultTable:
     """The table that `request` describes; `render` prints it.
 
@@ -142,7 +63,7 @@ def make_table(runs: Runs, request: Request) -> ResultTable:
     Raises:
         PTQError: there are no results, an unknown key or value, or runs that differ in a setting would be averaged.
     """
-    return result_table(_collected(runs), request, [f"config.{name}" for name in setting_names()])
+    return result_table(collected(runs), request, [f"config.{name}" for name in setting_names()])
 
 
 def layout_table(runs: Runs, name: str) -> ResultTable:

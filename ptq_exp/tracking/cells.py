@@ -140,16 +140,16 @@ def difference(cell: Cell, reference: Cell, value: str) -> float:
 
 
 def fate_of(runs: pd.DataFrame) -> list[str]:
-    """Notes that name the runs which did not finish."""
-    notes = []
-    for status, word in (("failed", "failed"), ("running", "unfinished"), ("unreadable", "unreadable")):
-        named = [_named(row) for row in runs[runs["status"] == status].to_dict("records")]
-        notes += [f"{word}: {'; '.join(named)}"] if named else []
-    return notes
+    """Notes that name the runs which did not finish, a note for each way of not finishing."""
+    lost = runs[runs["status"] != "finished"]
+    words = lost["status"].map(lambda status: "unfinished" if is_missing(status) or status == "running" else status)
+    return [
+        f"{word}: {'; '.join(map(_named, lost[words == word].to_dict('records')))}" for word in words.drop_duplicates()
+    ]
 
 
 def _named(row: Mapping[str, Any]) -> str:
-    reason = row.get("error") if row["status"] == "failed" else row.get("stage")
+    reason = row.get("stage") if is_missing(row.get("error")) else row["error"]
     if is_missing(reason):
         return row["run"]
     reason = " ".join(str(reason).split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +11,7 @@ import pandas as pd
 
 from ptq_exp.errors import DataError
 from ptq_exp.tracking.cells import Key, chosen, fate_of, make_cells, plain
+from ptq_exp.tracking.labels import condition, label, letter, natural
 from ptq_exp.tracking.pivot import RowKey, arranged, shares
 from ptq_exp.tracking.published import Published, published_keys
 from ptq_exp.tracking.settings import BITS, FULL_PRECISION, VALUES, Value, is_idle, key_column, prepared, value_of
@@ -88,7 +88,7 @@ class _Builder:
         if not request.fp32:
             runs = runs[~runs[FULL_PRECISION]]
         if runs.empty:
-            none_left = f"none of the runs passes the filter ({', '.join(map(_condition, request.where.items()))})"
+            none_left = f"none of the runs passes the filter ({', '.join(map(condition, request.where.items()))})"
             if not request.published:
                 raise DataError(none_left)
             self.lost.insert(0, none_left)
@@ -132,7 +132,7 @@ class _Builder:
         wide = arranged(self.cells, rows, columns, self.values, (self.rows, self.cols), blocks)
         numbers = {}
         for i, column in enumerate(columns):
-            group = ", ".join(_label(value, REFERENCE) for value in column)
+            group = ", ".join(label(value, REFERENCE) for value in column)
             for name, value in self.values.items():
                 place = f"{group}/{name}" if group else name
                 kinds = {kind: wide[kind, i, name] for kind in ("mean", "std", "n", "delta", "best")}
@@ -175,14 +175,14 @@ class _Builder:
         for column, value in zip(columns, key, strict=True):
             order = self.order.get(column, [])
             rank = order.index(value) if value in order else len(order)
-            places.append((not (full_precision and is_idle(column)), rank, _natural(value)))
+            places.append((not (full_precision and is_idle(column)), rank, natural(value)))
         return (*places, not full_precision)
 
     def _texts(self, rows: Sequence[RowKey], specs: Sequence[str]) -> pd.DataFrame:
         """The choices of every row as text, "FP32" once in a full-precision row, and a letter where specs differ."""
         texts = []
         for full_precision, key, spec in rows:
-            cells = [_label(value, "" if full_precision and is_idle(column) else "—")
+            cells = [label(value, "" if full_precision and is_idle(column) else "—")
                      for column, value in zip(self.rows, key, strict=True)]
             if full_precision:
                 idle = [i for i, column in enumerate(self.rows) if is_idle(column)]
@@ -190,7 +190,7 @@ class _Builder:
                     cells[idle[0]] = REFERENCE
                 elif cells:
                     cells[-1] += f" ({REFERENCE})"
-            texts.append(cells + ([_letter(specs, spec)] if len(specs) > 1 else []))
+            texts.append(cells + ([letter(specs, spec)] if len(specs) > 1 else []))
         heads = [*self.request.rows, *(["scored"] if len(specs) > 1 else [])]
         return pd.DataFrame(texts, columns=heads, dtype=str)
 
@@ -218,9 +218,9 @@ class _Builder:
         for spec in specs:
             text = ", ".join(f"{key} {value}" for key, value in json.loads(spec).items()) or "no metric spec"
             members = dict.fromkeys(m for cell in self.cells if cell.spec == spec for m in cell.members)
-            members = sorted(members, key=lambda member: [*map(_natural, member)])
-            told = ", ".join("/".join(map(_label, member)) for member in members)
-            notes.append(f"{_letter(specs, spec) + ' ' if len(specs) > 1 else ''}{text}; {over} {told}")
+            members = sorted(members, key=lambda member: [*map(natural, member)])
+            told = ", ".join("/".join(map(label, member)) for member in members)
+            notes.append(f"{letter(specs, spec) + ' ' if len(specs) > 1 else ''}{text}; {over} {told}")
         if counts and max(counts) > 1:
             differs = ", n where it is another number" if len(set(counts)) > 1 else ""
             notes.append(f"mean ± std of n={usual} runs{differs}")
@@ -229,30 +229,3 @@ class _Builder:
         if self.request.delta:
             notes.append(f"in brackets: difference to {REFERENCE} over the runs of the same {over}")
         return notes
-
-
-def _label(value: Any, missing: str = "—") -> str:
-    if value is None:
-        return missing
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _letter(specs: Sequence[str], spec: str) -> str:
-    return f"({chr(ord('a') + specs.index(spec))})" if spec in specs else "—"
-
-
-def _condition(item: tuple[str, Sequence[Any]]) -> str:
-    key, allowed = item
-    return f"{key}={','.join(map(str, allowed))}"
-
-
-def _natural(value: Any) -> tuple:
-    """Sort key of settings of any type: bit-widths from wide to narrow, numbers by size, missing ones last."""
-    if value is None:
-        return (3,)
-    if isinstance(value, bool | int | float):
-        return (0, value)
-    widths = re.fullmatch(r"w(\d+)a(\d+)", value)
-    return (1, *(-int(width) for width in widths.groups())) if widths else (2, value)

@@ -130,7 +130,11 @@ def test_unfinished_runs_are_named_and_their_rows_are_shown_as_missing(two_by_tw
     table = table_of(two_by_two, cols=["bits"])
     assert "| raw | — | — |" in lines(table)
     assert cells(table, "w8a8/fid")["ndtc"] == 2.0
-    for note in ("failed: failed (no images)", "unfinished: killed (fp32)", "unreadable: broken"):
+    write_run(two_by_two / "large", "w8a8", "ndtc", 6, status="infeasible", error="too many bit operations")
+    table = table_of(two_by_two, cols=["bits"])
+    expected = ("failed: failed (no images)", "unfinished: killed (fp32)", "unreadable: broken",
+                "infeasible: large (too many bit operations)")  # fmt: skip
+    for note in expected:
         assert note in table.notes
     assert "failed: failed (no images)" not in table_of(two_by_two, where={"bits": ["w8a8"]}).notes
 
