@@ -36,9 +36,10 @@ class Published:
 
 
 def published_keys(published: Sequence[Published], key: str) -> list[Any]:
-    """The choices of `key` in order of appearance."""
+    """The choices of `key` in order of appearance; none where they are numbers, which stand by size."""
     rows = [row for entry in published for row in entry.rows]
-    return list(dict.fromkeys(row.settings[key] for row in rows if key in row.settings))
+    choices = list(dict.fromkeys(row.settings[key] for row in rows if key in row.settings))
+    return choices if all(isinstance(choice, str) for choice in choices) else []
 
 
 def idle_key(key: str) -> bool:
