@@ -8,6 +8,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pandas as pd
 import pytest
 
 from ptq_exp.errors import ConfigError, DataError
@@ -193,6 +194,14 @@ class _Server(BaseHTTPRequestHandler):
         pass
 
 
+class _Quiet(ThreadingHTTPServer):
+    """Does not tell that a client hung up."""
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def node(name, values, state="finished", created="2026-01-01T00:00:00Z", tags=()):
     summary = values["metrics"] | {"metric_spec": values["metric_spec"], "_step": 5}
     config = {key: {"value": value} for key, value in (values["config"] | {"_wandb": {}}).items()}
@@ -218,7 +227,7 @@ def server(run_values):
         ],
     }
     _Server.keys = set()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    http = _Quiet(("127.0.0.1", 0), _Server)
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{http.server_port}"
@@ -228,8 +237,6 @@ def server(run_values):
 
 
 def test_a_table_of_an_online_project(server):
-    import pandas as pd
-
     runs = pd.DataFrame(online_rows("me/ours", server, "0" * 40))
     assert len(runs) == 4 and _Server.keys  # the logged table is left out; every page was asked for
     table = result_table(runs, Request(rows=["bits"], values=["fid"]))
