@@ -217,6 +217,8 @@ def _log_to_wandb(logger, folder: Path, values: dict, report: Report | None, pic
         numbers |= {key: account[key] for key in ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")}
         wandb_run.log_table(logger, "layers", report.table())
     wandb_run.log_metrics(logger, numbers)
+    sections = ("metric_spec", "quantization", "real")  # with them a table can be made from the W&B run alone
+    wandb_run.log_summary(logger, {key: values[key] for key in sections if key in values})
     wandb_run.log_image(logger, "grid", folder / "grid.png", caption="full precision over quantized, same seeds")
     for name in pictures:
         wandb_run.log_image(logger, Path(name).stem, folder / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 FULL_PRECISION = "fp32"
@@ -233,3 +233,13 @@ class ExperimentConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def setting_names(node: Any = ExperimentConfig, prefix: str = "") -> list[str]:
+    """Every setting of the schema, dotted: "name", "sampler.eta", ..."""
+    names = []
+    for setting in fields(node):
+        inner = setting.default_factory
+        nested = is_dataclass(inner)
+        names += setting_names(inner, f"{prefix}{setting.name}.") if nested else [f"{prefix}{setting.name}"]
+    return names

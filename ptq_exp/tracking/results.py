@@ -77,16 +77,17 @@ def read_json(path: str | os.PathLike) -> Any:
         DataError: the file is missing or holds no JSON.
     """
     try:
-        return _restore(json.loads(Path(path).read_text(encoding="utf-8")))
+        return restore(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is no readable JSON file: {error}") from error
 
 
-def _restore(value: Any) -> Any:
+def restore(value: Any) -> Any:
+    """`value` with the strings "NaN", "Infinity" and "-Infinity" turned back into floats, at any depth."""
     if isinstance(value, dict):
-        return {key: _restore(item) for key, item in value.items()}
+        return {key: restore(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_restore(item) for item in value]
+        return [restore(item) for item in value]
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 

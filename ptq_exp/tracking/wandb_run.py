@@ -112,6 +112,12 @@ def log_metrics(logger: WandbLogger | None, metrics: Mapping[str, float], step: 
         logger.log_metrics(dict(metrics), step=step)
 
 
+def log_summary(logger: WandbLogger | None, sections: Mapping[str, Any]) -> None:
+    """Set what a run is summed up by, nested settings and numbers alike; nothing happens without a logger."""
+    if logger is not None:
+        logger.experiment.summary.update(to_plain(dict(sections), "summary"))
+
+
 def log_image(
     logger: WandbLogger | None, key: str, path: str | os.PathLike, caption: str | None = None
 ) -> None:

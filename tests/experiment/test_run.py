@@ -11,6 +11,7 @@ from PIL import Image
 
 from ptq_exp.config import config_folder
 from ptq_exp.tracking.results import read_json, read_samples
+from ptq_exp.tracking.runs import gather
 
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem != "evaluate")
 RECONSTRUCTED = [name for name in EXPERIMENTS if name.startswith(("brecq", "qdrop", "qdiffusion", "tfmq", "best"))]
@@ -72,6 +73,10 @@ def test_keep_fp_leaves_operations_alone_and_says_so(command):
 def test_wandb_offline_run_holds_config_metrics_and_tags(command):
     folder = command("+experiment=ndtc_w8a8", "metric=minmax", "logger.tags=[mine]", "logger.group=g1")
     (run,) = (folder / "wandb").glob("offline-run-*")
+    results, logged = (gather([folder], source).iloc[0] for source in ("results", "wandb"))
+    numbers = ("metrics.", "metric_spec.", "quantization.", "real.", "fp32.")
+    same = {key: value for key, value in results.items() if key.startswith(numbers)}
+    assert len(same) > 20 and {key: logged.get(key) for key in same} == same  # the same table from either
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
     lines = subprocess.run(inspect, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
     records = [json.loads(line) for line in lines]

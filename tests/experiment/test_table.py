@@ -119,3 +119,44 @@ def test_help_names_layouts_and_formats(capsys):
     assert all(word in text for word in ("experiments", "ablation", "markdown", "latex", "booktabs"))
     with pytest.raises(SystemExit):
         main(["--layout", "ablatoin"])
+
+
+def test_rows_columns_and_values_by_key(runs, capsys):
+    main([str(runs), "--rows", "name", "--cols", "bits", "--values", "fid,is", "--where", "metric=lp", "--delta"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| name | w8a8: FID ↓ | w8a8: IS ↑ | w4a4: FID ↓ | w4a4: IS ↑ |"
+    assert lines[2].startswith("| FP32 | 2.00 ± 1.41 | 9.00 ± 0.00 | 2.00 ± 1.41 |")
+    assert lines[3] == "| ndtc_w4a4 | — | — | 2.00 ± 1.41 (+0.00) | 9.00 ± 0.00 (+0.00) |"
+    main([str(runs), "--rows", "metric", "--where", "bits=w8a8", "--no-fp32", "--format", "csv"])
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].startswith("lp,2.0,1.41") and "seed 0, 2" in err
+
+
+def test_a_ready_made_layout_can_be_narrowed_and_written_to_a_file(runs, tmp_path, capsys):
+    main([str(runs), "--layout", "ptq4dm_metric", "--where", "bits=w2a2", "--output", str(tmp_path / "t.md")])
+    assert capsys.readouterr().out == ""
+    text = (tmp_path / "t.md").read_text()
+    assert text.startswith("**PTQ4DM, metric of the range search, W8A8**") and "| ddim_imagenet64 | l1 |" in text
+    main(["--list"])
+    assert "+experiment=ndtc_w8a8 metric=l1,cosine,kl,mse,lp seed=0,1,2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "metrc"], "metrc: no such configuration key; did you mean metric"),
+        (["--layout", "ablatoin"], "no such layout; did you mean ablation"),
+        (["--layout", "ablation", "--rows", "bits"], "the layout ablation cannot be changed"),
+        (["--rows", "bits", "--where", "bits"], "--where bits: expected KEY=VALUE"),
+        (["--to-wandb", "offline"], "--to-wandb: not with the layout experiments"),
+        (["--wandb", "project", "--rows", "bits"], "--wandb project: expected entity/project"),
+    ],
+)
+def test_mistakes_end_in_one_line(runs, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        main([str(runs), *arguments])
+
+
+def test_a_folder_that_is_not_there_is_named():
+    with pytest.raises(SystemExit, match="there is no such folder"):
+        main(["no/such/folder"])

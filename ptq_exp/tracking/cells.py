@@ -1,0 +1,156 @@
+"""The cells of a table: runs filtered, checked, freed of repetitions and averaged, and notes of what was left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ptq_exp.errors import ConfigError
+from ptq_exp.tracking.notation import is_missing
+from ptq_exp.tracking.settings import FULL_PRECISION, SPEC, Value, is_idle
+from ptq_exp.tracking.tables import exact
+
+# Top-level settings that say where and how a run is executed and recorded, not what its numbers are.
+_EXECUTION = ("name", "cache", "cache_dir", "logger", "trainer", "save_quantized")
+_ROUNDING = 1e-9  # a relative deviation below this, of bit operations and sizes, is the rounding of equal numbers
+Key = tuple[Any, ...]
+
+
+@dataclass
+class Cell:
+    """The runs of one row and column that were scored alike.
+
+    `numbers` holds a series for each value, indexed by what tells the runs apart (their seeds), without missing ones.
+    """
+
+    row: Key
+    column: Key
+    spec: str
+    full_precision: bool
+    numbers: dict[str, pd.Series] = field(default_factory=dict)
+    members: tuple[Key, ...] = ()
+
+    def mean(self, value: str) -> float:
+        """Mean over the runs; NaN without any."""
+        return float(self.numbers[value].mean())
+
+    def deviation(self, value: str, accounted: bool) -> float:
+        """Standard deviation over the runs (ddof=1), NaN for a single one; of what is `accounted`, if it is any."""
+        if not np.isfinite(self.numbers[value]).all():  # of an infinite PSNR, for one
+            return float("nan")
+        deviation = float(self.numbers[value].std())
+        return float("nan") if accounted and deviation <= _ROUNDING * abs(self.mean(value)) else deviation
+
+
+def plain(value: Any) -> Any:
+    """A setting as it is compared and grouped: None for missing, 8 for 8.0, text for lists."""
+    if is_missing(value):
+        return None
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, list | dict):
+        return json.dumps(value)
+    return exact(value.item() if hasattr(value, "item") else value)
+
+
+def chosen(runs: pd.DataFrame, where: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    """The runs whose column is one of the given values, for each column of `where` (None: a missing one).
+
+    What has no effect in full precision does not exclude the runs of the full-precision model.
+    """
+    keep = pd.Series(True, index=runs.index)
+    for column, allowed in where.items():
+        fits = runs[column].map(lambda value, allowed=allowed: _among(plain(value), allowed))
+        keep &= fits | runs[FULL_PRECISION] if is_idle(column) else fits
+    return runs[keep.astype(bool)]
+
+
+def _among(value: Any, allowed: Sequence[Any]) -> bool:
+    # True == 1 in Python, but not here
+    return any(value == plain(other) and isinstance(value, bool) == isinstance(other, bool) for other in allowed)
+
+
+def make_cells(
+    runs: pd.DataFrame, rows: Sequence[str], columns: Sequence[str], values: Mapping[str, Value], agg: Sequence[str]
+) -> tuple[list[Cell], list[str]]:
+    """The cells of the finished `runs`, which `prepared` has seen, and notes about repeated ones.
+
+    Runs are grouped by the settings of `rows` and `columns` and by their metric spec. Of runs that agree in `agg`, too,
+    the newest counts.
+
+    Raises:
+        ConfigError: the runs of a cell differ in a setting that is none of these.
+    """
+    by = [*rows, *columns]
+    keys = pd.DataFrame({column: runs[column].map(plain).astype(object) for column in dict.fromkeys([*by, *agg])})
+    keys[SPEC], keys[FULL_PRECISION] = runs[SPEC], runs[FULL_PRECISION]
+    over = " and ".join(column.removeprefix("config.") for column in agg) or "nothing else"
+    cells, notes = [], []
+    for _, index in keys.groupby([FULL_PRECISION, SPEC, *by], dropna=False, sort=False).groups.items():
+        group = runs.loc[index].assign(**{column: keys.loc[index, column] for column in keys})
+        _same_settings(group, {*by, *agg})
+        group = group.sort_values("modified", kind="stable")
+        repeated = group.duplicated(list(agg) or [SPEC], keep="last")
+        if repeated.any():
+            older = ", ".join(sorted(group.loc[repeated, "run"]))
+            notes.append(f"several runs of one configuration and {over}: the newest counts, not {older}")
+        cells.append(_cell(group[~repeated], rows, columns, values, agg))
+    return cells, notes
+
+
+def _cell(
+    group: pd.DataFrame, rows: Sequence[str], columns: Sequence[str], values: Mapping[str, Value], agg: Sequence[str]
+) -> Cell:
+    first = group.iloc[0]
+    members = [tuple(row) for row in group[list(agg)].to_numpy(dtype=object)]
+    cell = Cell(
+        tuple(plain(first[column]) for column in rows), tuple(plain(first[column]) for column in columns),
+        first[SPEC], bool(first[FULL_PRECISION]), members=tuple(members),
+    )  # fmt: skip
+    for name, value in values.items():
+        numbers = group.get(value.column, pd.Series(dtype=float, index=group.index))
+        series = pd.to_numeric(numbers, errors="coerce").astype(float) * value.factor
+        cell.numbers[name] = series.set_axis(pd.Index(members, tupleize_cols=False, dtype=object)).dropna()
+    return cell
+
+
+def _same_settings(group: pd.DataFrame, allowed: Iterable[str]) -> None:
+    """Refuse to average runs whose configuration differs in more than `allowed` and how they were executed."""
+    for column in map(str, group):
+        section, _, key = column.partition(".")
+        if section != "config" or column in allowed or key.split(".")[0] in _EXECUTION:
+            continue
+        found = {json.dumps(plain(value)) for value in group[column]}
+        if len(found) > 1:
+            values = ", ".join(sorted(found))
+            raise ConfigError(
+                f"the runs {', '.join(group['run'])} would be averaged but differ in {key} ({values}): add {key} to "
+                f"rows, cols or agg, or choose with where: {key}=..."
+            )
+
+
+def difference(cell: Cell, reference: Cell, value: str) -> float:
+    """Mean difference to the reference over the runs that both have (the same seeds); NaN without any."""
+    return float((cell.numbers[value] - reference.numbers[value]).mean())
+
+
+def fate_of(runs: pd.DataFrame) -> list[str]:
+    """Notes that name the runs which did not finish, a note for each way of not finishing."""
+    lost = runs[runs["status"] != "finished"]
+    words = lost["status"].map(lambda status: "unfinished" if is_missing(status) or status == "running" else status)
+    return [
+        f"{word}: {'; '.join(map(_named, lost[words == word].to_dict('records')))}" for word in words.drop_duplicates()
+    ]
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    reason = row.get("stage") if is_missing(row.get("error")) else row["error"]
+    if is_missing(reason):
+        return row["run"]
+    reason = " ".join(str(reason).split())
+    return f"{row['run']} ({reason if len(reason) <= 100 else reason[:97] + '...'})"
