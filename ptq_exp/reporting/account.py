@@ -53,8 +53,8 @@ def _totals(totals: Mapping[str, Any]) -> Table:
         for scope, title in (("conv_linear", "conv + linear"), ("everything", "everything"))
     ]  # fmt: skip
     note = (
-        "Of one network evaluation of one sample. Coverage: share of multiply-accumulates (MACs) whose two operands are "
-        "quantized. BOPs: MACs times the bits of both operands, an operand in full precision counting 32."
+        "Of one network evaluation of one sample. Coverage: share of multiply-accumulates (MACs) whose two operands "
+        "are quantized. BOPs: MACs times the bits of both operands, an operand in full precision counting 32."
     )
     return Table(columns, rows, "Totals", sortable=False, note=note)
 

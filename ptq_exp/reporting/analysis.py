@@ -1,4 +1,4 @@
-"""What `+experiment=analyze` measured: activation ranges per step, sensitivity of layers; from analysis.npz of a run."""
+"""What `+experiment=analyze` measured: activation ranges per step and sensitivity of layers, from analysis.npz."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ _LOW, _HIGH = 1, -2  # columns of the 1 % and the 99 % quantile
 
 
 def activation_section(folder: Path) -> Section | None:
-    """Box plots of the sites whose range changes most over the steps, and all sites in a table; None without them."""
+    """Box plots of the first and last site and of those whose range changes most, all in a table; None without them."""
     arrays = _arrays(folder)
     if "activations" not in arrays:
         return None
     sites, steps, activations = arrays["sites"].tolist(), arrays["steps"].tolist(), arrays["activations"]
-    shown = {_called(sites[i]): activations[i] for i in most_changing(activations)[:PANELS]}
+    ends = list(dict.fromkeys([0, len(sites) - 1]))
+    chosen = [*ends, *(i for i in most_changing(activations) if i not in ends)][:PANELS]
+    shown = {_called(sites[i]): activations[i] for i in chosen}
     caption = (
         "Boxes: quartiles and median; whiskers: 1 % and 99 %; dots: minimum and maximum of all values. Of the full-"
-        f"precision model, the {len(shown)} activations whose 1 % to 99 % range changes most between steps."
+        "precision model: its first and its last quantized activation, and those whose 1 % to 99 % range changes most "
+        "between steps. Where extremes would hide the boxes, the axis is logarithmic away from zero."
     )
     picture = drawn(lambda width: box_plots(shown, steps, width), "Box plots of activations per sampling step", caption)
     table = _site_table(sites, steps, activations)
@@ -53,12 +56,12 @@ def sensitivity_section(folder: Path) -> Section | None:
     columns = [("layer", False), ("", True), ("eps error", True), ("at worst", True), ("in step", True)]
     sentence = (
         "Weight and activations of one layer at a time are quantized, all else stays in full precision. The error is "
-        f"‖ε_layer − ε‖ / ‖ε‖, mean over {error.shape[1]} steps of full-precision trajectories that no range was chosen "
-        "on. Attention stands for its softmax map."
+        f"‖ε_layer − ε‖ / ‖ε‖, mean over {error.shape[1]} steps of full-precision trajectories that no range was "
+        "chosen on. Attention stands for its softmax map."
     )
     return Section(
         "sensitivity", "Sensitivity of each layer", text=[sentence],
-        tables=[Table(columns, rows, "Sensitivity of each layer")],
+        tables=[Table(columns, rows, "Sensitivity of each layer", order=(2, "descending"))],
     )  # fmt: skip
 
 
@@ -93,7 +96,7 @@ def _site_table(sites: list[str], steps: list[int], activations: np.ndarray) -> 
                ("maximum", True), ("narrowest", True), ("in step", True), ("widest", True), ("in step", True),
                ("ratio", True)]  # fmt: skip
     note = "Extremes over all steps; narrowest and widest: the range from 1 % to 99 % within a step."
-    return Table(columns, rows, "All activations", note=note)
+    return Table(columns, rows, "All activations", note=note, order=(len(columns) - 1, "descending"))
 
 
 def _called(site: str) -> str:

@@ -64,7 +64,7 @@ def groups(runs: pd.DataFrame) -> pd.DataFrame:
     newest = finished.sort_values("modified", kind="stable")
     keys = newest[[*settings, "seed"]].map(_comparable)
     newest = newest[~keys.duplicated(keep="last")].sort_index()
-    keys = newest[settings].map(_comparable).agg(json.dumps, axis=1) if len(settings) > 1 else newest["name"]
+    keys = newest[settings].map(_comparable).agg("\n".join, axis=1)
     rows: list[dict[str, Any]] = []
     for _, members in newest.groupby(keys, sort=False):
         members = members.sort_values("seed")

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, SymmetricalLogLocator
 
 from ptq_exp.reporting.page import data_uri
 
@@ -83,6 +83,10 @@ def box_plots(sites: dict[str, np.ndarray], steps: Sequence[int], width: float) 
                  boxprops={"facecolor": "#9ecae1", "edgecolor": BLUE}, medianprops={"color": ORANGE, "linewidth": 1.5},
                  whiskerprops={"color": BLUE}, capprops={"color": BLUE},
                  flierprops={"marker": ".", "markersize": 3, "markeredgecolor": GREY})  # fmt: skip
+        extreme, box = np.abs(quantiles[:, [0, -1]]).max(), np.median(quantiles[:, 4] - quantiles[:, 2])
+        if 0 < _LOG_RANGE * box < extreme:
+            axes.set_yscale("symlog", linthresh=box)
+            axes.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=box, base=10))
         shown = np.unique(np.linspace(0, len(steps) - 1, min(6, len(steps))).round().astype(int))
         axes.set_xticks(shown, [str(steps[i]) for i in shown])
         axes.set_title(title, fontsize=9, parse_math=False, wrap=True)

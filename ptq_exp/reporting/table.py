@@ -22,7 +22,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns (title, whether it holds numbers), rows of as many cells, and what is said about them."""
+    """Columns (title, whether it holds numbers), rows of as many cells, and what is said about them.
+
+    A column without a title cannot be sorted by. `order`: the column that rows come sorted by, and "ascending" or
+    "descending".
+    """
 
     columns: Sequence[tuple[str, bool]]
     rows: list[list[Cell]]
@@ -30,6 +34,7 @@ class Table:
     sortable: bool = True
     note: str = ""
     head: bool = True
+    order: tuple[int, str] | None = None
 
 
 def number(value: Any, form: str = "{:.4g}", deviation: Any = None) -> Cell:

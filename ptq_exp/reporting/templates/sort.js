@@ -2,9 +2,9 @@
 // A click (or Enter, or Space) on a heading sorts its table; missing values stay last either way.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
-  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+  heads.forEach((head, column) => head.querySelector("button")?.addEventListener("click", () => {
     const descending = head.getAttribute("aria-sort") === "ascending";
-    heads.forEach((other) => other.setAttribute("aria-sort", "none"));
+    for (const other of heads) if (other.hasAttribute("aria-sort")) other.setAttribute("aria-sort", "none");
     head.setAttribute("aria-sort", descending ? "descending" : "ascending");
     const numeric = head.classList.contains("number");
     const key = (row) => row.cells[column].dataset.key;
