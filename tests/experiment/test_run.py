@@ -12,7 +12,8 @@ from PIL import Image
 from ptq_exp.config import config_folder
 from ptq_exp.tracking.results import read_json, read_samples
 
-EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem != "evaluate")
+OTHERS = ("evaluate", "analyze")  # tested in files of their own
+EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem not in OTHERS)
 RECONSTRUCTED = ("brecq_w4a8", "qdrop_w4a4")
 OF_LDM4 = [name for name in EXPERIMENTS if "_ldm4_" in name]
 
