@@ -26,6 +26,7 @@ ALLOWED = {
     "deploy": ALGORITHMS | {"evaluation", "embedded"},
     "lightning": ALGORITHMS | {"evaluation", "embedded", "deploy"},
     "tracking": {"evaluation"},
+    "reporting": {"tracking"},
 }
 HYDRA = {"hydra", "omegaconf"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}

@@ -17,7 +17,7 @@ MEASURED = {
     "metrics.psnr": ("PSNR dB", "{:.2f}"),
     "metrics.eps_error_percent": ("eps error %", "{:.2f}"),
     "quantization.coverage_percent": ("coverage %", "{:.2f}"),
-    "quantization.bops.conv_linear": ("BOPs", "{:.4g}"),
+    "quantization.bops_giga": ("BOPs, G", "{:.4g}"),
     "quantization.bops_ratio": ("FP32 BOPs / BOPs", "{:.2f}"),
 }
 """Column of the results -> heading and number format."""
@@ -29,9 +29,12 @@ _PERCENT = {
 }
 
 
-def with_percent(runs: pd.DataFrame) -> pd.DataFrame:
-    """Runs of `ptq_exp.tracking.tables.collect`, with shares as percent beside them."""
-    return add_percent(runs, _PERCENT)
+def with_readable_units(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs of `ptq_exp.tracking.tables.collect`, with shares as percent and bit operations in billions beside them."""
+    nothing = pd.Series(float("nan"), index=runs.index)
+    giga = {f"quantization.{new}": runs.get(f"quantization.{old}.conv_linear", nothing) / 1e9
+            for new, old in (("bops_giga", "bops"), ("bops_fp32_giga", "bops_fp32"))}  # fmt: skip
+    return add_percent(runs, _PERCENT).assign(**giga)
 
 
 def varied_settings(runs: pd.DataFrame) -> list[str]:

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, SymmetricalLogLocator
 
 from ptq_exp.reporting.page import data_uri
 
-WIDE, NARROW = 9.0, 4.0
+WIDE, NARROW = 9.0, 3.7
 """Inches; the narrow one is for windows below 640 pixels."""
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 STEP = "sampling step (0 = noisiest)"

@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ptq_exp.reporting.compare import SETTINGS
 from ptq_exp.reporting.figures import GREY, drawn
 from ptq_exp.reporting.section import Section
 
-COST = "quantization.bops.conv_linear"
+COST = "quantization.bops_giga"
 LOSSES = {
     "metrics.fid_increase_units": "FID increase over FP32",
     "metrics.eps_error_percent": "relative eps error, %",
@@ -63,7 +64,7 @@ def pareto_front(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 
 def _figure(points: pd.DataFrame, column: str, title: str, full: float | None, width: float) -> Figure:
-    cost, loss = points[COST].to_numpy(float) / 1e9, points[column].to_numpy(float)
+    cost, loss = points[COST].to_numpy(float), points[column].to_numpy(float)
     named = [*pareto_front(cost, loss)]
     named += [i for i in np.argsort(loss, kind="stable") if i not in set(named)]
     columns = 1 if width < 6 else 2
@@ -75,8 +76,11 @@ def _figure(points: pd.DataFrame, column: str, title: str, full: float | None, w
     axes.step(cost[front], loss[front], where="post", color=GREY, linewidth=1.2, zorder=1)
     _draw_points(axes, points, column, named, cost, loss)
     if full is not None:
-        axes.plot([full / 1e9], [0], "*", color=GREY, markersize=11, label="full precision", zorder=3)
+        axes.plot([full], [0], "*", color=GREY, markersize=11, label="full precision", zorder=3)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("BOPs of an evaluation, G (conv + linear)")
     axes.set_ylabel(title, parse_math=False)
     figure.legend(loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
@@ -92,7 +96,7 @@ def _draw_points(
         known = place < _NAMED
         axes.errorbar(
             [cost[i]], [loss[i]], yerr=None if np.isnan(deviations[i]) else [deviations[i]], capsize=2, zorder=2,
-            fmt=_MARKERS[place // len(_COLORS) % len(_MARKERS)] if known else ".",
+            fmt=_MARKERS[(place + place // len(_COLORS)) % len(_MARKERS)] if known else ".",
             color=_COLORS[place % len(_COLORS)] if known else GREY,
             # a label that begins with "_" would be no label
             label=labels[i].lstrip("_").replace("$", r"\$") if known else None,
@@ -107,8 +111,8 @@ def _called(row: dict, settings: list[str]) -> str:
 
 
 def _full_precision(runs: pd.DataFrame, model: str) -> float | None:
-    """Bit operations of the full-precision model, as any of its quantized runs counted them."""
-    column = "quantization.bops_fp32.conv_linear"
+    """Bit operations of the full-precision model in billions, as any of its quantized runs counted them."""
+    column = "quantization.bops_fp32_giga"
     if column not in runs:
         return None
     found = runs.loc[runs["config.model.name"] == model, column].dropna()

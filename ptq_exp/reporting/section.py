@@ -1,4 +1,4 @@
-"""`Section`: one part of a report, as the template `report.html.j2` shows it."""
+"""`Section`: one part of a report, as `templates/report.html.j2` shows it."""
 
 from __future__ import annotations
 

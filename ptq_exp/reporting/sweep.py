@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from ptq_exp.reporting.compare import MEASURED, SETTINGS, groups, with_percent
+from ptq_exp.reporting.compare import MEASURED, SETTINGS, groups, with_readable_units
 from ptq_exp.reporting.page import NAME, write_page
 from ptq_exp.reporting.pareto import pareto_section
 from ptq_exp.reporting.section import Section
@@ -23,7 +23,7 @@ def write_sweep_report(folder: Path) -> Path:
         DataError: there is no results.json below `folder`.
         PTQError: the report cannot be written.
     """
-    runs = with_percent(collect(folder))
+    runs = with_readable_units(collect(folder))
     status = runs["status"].value_counts()
     subtitle = f"{len(runs)} runs: " + ", ".join(f"{count} {name}" for name, count in status.items())
     averaged = groups(runs)
@@ -46,7 +46,7 @@ def _compared(averaged: pd.DataFrame) -> Section | None:
     rows = [
         [
             *(text(row[column]) for column in settings), text(row["seeds"]),
-            *(number(row[column], MEASURED[column][1], row[f"{column}.std"]) for column in values),
+            *(number(row[column], MEASURED[column][1], _deviation(row, column)) for column in values),
         ]
         for row in averaged.to_dict("records")
     ]  # fmt: skip
@@ -94,6 +94,11 @@ def _reproduce(runs: pd.DataFrame, folder: Path) -> Section | None:
         return None
     tables = [Table([("", False), ("", False)], rows, "Environment", sortable=False, head=False)] if rows else []
     return Section("reproduce", "How to reproduce it", code=[command] if command else [], tables=tables)
+
+
+def _deviation(row: dict, column: str) -> float | None:
+    """Over seeds; coverage and bit operations do not depend on them."""
+    return None if column.startswith("quantization.") else row[f"{column}.std"]
 
 
 def _heading(column: str) -> str:

@@ -12,7 +12,8 @@ from ptq_exp.models import MODELS
 from ptq_exp.quantization import METRICS
 
 CONF = config_folder()
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem not in ("evaluate", "analyze"))
+OTHERS = ("evaluate", "analyze")  # tested in files of their own
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem not in OTHERS)
 GROUPS = sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name != "experiment")
 REQUIRED = {
     "fp32", "ndtc_w8a8", "uniform_w8a8", "training_mimic_w8a8", "raw_w8a8", "noise_w8a8", "naive_first_w8a8",

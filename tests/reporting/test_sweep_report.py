@@ -10,7 +10,7 @@ import pytest
 
 from ptq_exp.errors import DataError
 from ptq_exp.reporting import write_sweep_report
-from ptq_exp.reporting.compare import SETTINGS, groups, varied_settings, with_percent
+from ptq_exp.reporting.compare import SETTINGS, groups, varied_settings, with_readable_units
 from ptq_exp.reporting.pareto import pareto_front
 from ptq_exp.tracking.tables import collect
 
@@ -49,7 +49,7 @@ def test_rows_are_means_over_the_seeds_of_finished_runs(sweep, read_page):
     assert (rows["ndtc_w4a8"]["seeds"], rows["fp32"]["seeds"]) == ("0, 1", "0")
     for name, fids in (("ndtc_w8a8", [1.1, 1.3]), ("ndtc_w4a8", [2.0, 3.0])):
         assert rows[name]["FID"] == f"{np.mean(fids):.2f} ± {np.std(fids, ddof=1):.2f}"
-    assert rows["fp32"]["FID"] == "1.00" and rows["fp32"]["BOPs"] == "—"
+    assert rows["fp32"]["FID"] == "1.00" and rows["fp32"]["BOPs, G"] == "—"
 
 
 def test_every_run_is_linked_to_its_report_or_its_folder(sweep, read_page):
@@ -71,7 +71,7 @@ def test_settings_that_a_name_implies_are_no_columns_and_others_are(make_run, tm
         config = base | {"bits": {"name": bits, "weight": int(bits[1])}, "calibration": {"n_samples": n},
                          "trainer": {"threads": i}, "seed": 0, "name": "one"}  # fmt: skip
         make_run(tmp_path / str(i), name="one", config=config, fid=float(i))
-    runs = with_percent(collect(tmp_path))
+    runs = with_readable_units(collect(tmp_path))
     assert varied_settings(runs) == ["name", "config.bits.name", "config.calibration.n_samples"]
     table = groups(runs)
     assert len(table) == 4 and table.attrs[SETTINGS][1:] == ["config.bits.name", "config.calibration.n_samples"]
@@ -82,7 +82,7 @@ def test_a_repeated_run_counts_once_and_the_newest_wins(make_run, tmp_path):
     for i, fid in enumerate([5.0, 7.0]):
         folder = make_run(tmp_path / str(i), fid=fid)
         os.utime(folder / "results.json", (1000 - i, 1000 - i))
-    table = groups(with_percent(collect(tmp_path)))
+    table = groups(with_readable_units(collect(tmp_path)))
     assert table["metrics.fid"].tolist() == [5.0] and np.isnan(table["metrics.fid.std"][0])
 
 
