@@ -20,12 +20,12 @@ from ptq_exp.lightning import ActivationModule, SensitivityModule, measure_sensi
 from ptq_exp.noise_stages import twin_spec
 from ptq_exp.npz import npz_arrays
 from ptq_exp.quantization import ActivationQuantizer, probe_of, quantized_layers, quantizers
+from ptq_exp.reporting.analysis import FILE
 from ptq_exp.setup import Setup
 from ptq_exp.twin import Twin
 
 log = logging.getLogger("ptq_exp")
 
-FILE = "analysis.npz"
 FRACTIONS = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 """Quantiles that are recorded: minimum, 1 %, quartiles, 99 %, maximum."""
 Arrays = dict[str, np.ndarray]

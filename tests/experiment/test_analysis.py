@@ -111,7 +111,8 @@ def test_mistakes_name_the_setting(command, capsys):
     assert "analysis.active=true" in refused(command, capsys, analysis, "bits=fp32", "calibration=none")
     assert "quantization.smooth=false" in refused(command, capsys, analysis, "quantization.smooth=true")
     assert "analysis.steps=0: choose 1 or more" in refused(command, capsys, analysis, "analysis.steps=0")
-    assert "analysis.layers: '*nothing*' matches no" in refused(command, capsys, analysis, "analysis.layers=['*nothing*']")
+    said = refused(command, capsys, analysis, "analysis.layers=['*nothing*']")
+    assert "analysis.layers: '*nothing*' matches no quantized layer" in said
 
 
 def test_a_report_that_cannot_be_written_spoils_no_results(command, monkeypatch):
