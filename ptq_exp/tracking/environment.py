@@ -13,14 +13,14 @@ from typing import Any
 import torch
 import yaml
 
-import ptq_exp
+from ptq_exp import __version__
 
 _PACKAGES = ("torch", "diffusers", "numpy", "scipy", "pytorch-lightning")
 
 
 def environment() -> dict[str, Any]:
     """Versions, platform, processor, threads and, in a git checkout, the commit, as plain values for results.json."""
-    found: dict[str, Any] = {"ptq_exp": ptq_exp.__version__, "python": platform.python_version()}
+    found: dict[str, Any] = {"ptq_exp": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     found["threads"] = torch.get_num_threads()
-    if commit := git_commit(Path(ptq_exp.__file__).parents[1]):
+    if commit := git_commit(Path(__file__).parents[2]):
         found["commit"] = commit
     return found
 
