@@ -81,15 +81,16 @@ def test_what_was_measured_is_reused_and_a_layer_more_is_not(analysed):
     "overrides",
     [
         ("model=digits_ldm", "bits=w4a8"),
-        ("bits=[8]*2+[4]", "sampler=pndm"),
-        ("quantization.temporal=binned", "quantization.temporal_bins=3", "quantization.shortcut=split"),
-        ("bits=w4a8", "reconstruction=adaround", "correction=mean"),
+        ("bits=[8]*3+[4]", "sampler=pndm"),
+        ("quantization.temporal=binned", "quantization.temporal_bins=3", "calibration=uniform", "correction=mean"),
     ],
 )
 def test_every_kind_of_model_can_be_analysed(overrides, analysed):
     _, results, found = analysed(FEW, *overrides)
     assert results["status"] == "finished" and np.isfinite(found["activations"]).all()
-    assert (found["sensitivity"].mean(1) > 0).all() and found["sensitivity"].mean() < 1
+    found = dict(zip(found["layers"], found["sensitivity"].mean(1), strict=True))
+    assert all(error > 0 for name, error in found.items() if ".attentions" not in name), found
+    assert 0 < max(found.values()) < 1
 
 
 def test_ranges_alone_can_be_measured(analysed):
