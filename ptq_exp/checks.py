@@ -52,6 +52,7 @@ def check(config: ExperimentConfig) -> None:
             f"evaluation.reference is not set, but evaluation={config.evaluation.name} compares with real images: give "
             "an ADM .npz file, a folder of images, a folder of CIFAR-10's python files, or saved statistics"
         )
+    _check_analysis(config)
     if config.bits.name == FULL_PRECISION:
         _check_full_precision(config)
     else:
@@ -59,6 +60,21 @@ def check(config: ExperimentConfig) -> None:
         _check_bits(config.bits)
         _check_reconstruction(config)
         _check_correction(config)
+
+
+def _check_analysis(config: ExperimentConfig) -> None:
+    analysis = config.analysis
+    if not analysis.active:
+        return
+    for name in ("n_samples", "batch_size", "steps", "values", "sensitivity_samples", "sensitivity_steps"):
+        _at_least(f"analysis.{name}", getattr(analysis, name), 1)
+    if config.bits.name == FULL_PRECISION:
+        raise ConfigError("analysis.active=true looks at quantized layers, but bits=fp32 has none: choose bits=w8a8")
+    if config.quantization.smooth:
+        raise ConfigError(
+            "analysis.active=true switches layers between full precision and quantized, which quantization.smooth=true "
+            "rules out, as it changes several layers together: set quantization.smooth=false"
+        )
 
 
 def _check_full_precision(config: ExperimentConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from ptq_exp import noise_stages, stages
+from ptq_exp.analysis_stage import analyse
 from ptq_exp.artifact import SUBFOLDER
 from ptq_exp.evaluation import half_split_fid, inception_score, score
 from ptq_exp.evaluation.images import mean_psnr
@@ -23,10 +22,12 @@ from ptq_exp.noise_account import eps_errors, noise_account, write_account
 from ptq_exp.quantization import Report
 from ptq_exp.quantized import load_twin, save_twin
 from ptq_exp.reconstruction_stage import reconstruct, reconstruction_account
+from ptq_exp.reporting import write_run_report
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.setup import Setup
 from ptq_exp.summary import summary
 from ptq_exp.tracking import wandb_run
+from ptq_exp.tracking.environment import environment, run_command
 from ptq_exp.tracking.pictures import save_grid
 from ptq_exp.tracking.results import Results, write_samples
 from ptq_exp.twin import Twin
@@ -37,9 +38,9 @@ log = stages.log
 def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
     """Run one experiment and leave its results in `folder`.
 
-    Writes results.json (after every stage), samples.npz, grid.png, quantization.json, the quantized model, the W&B run
-    and, where there is a bit schedule or a correction, their files and pictures. Where `config.quantized` names a saved
-    model, that one is evaluated instead.
+    Writes results.json (after every stage), samples.npz, grid.png, report.html, quantization.json, the quantized
+    model, the W&B run and, where there is a bit schedule, a correction or an analysis, their files and pictures. Where
+    `config.quantized` names a saved model, that one is evaluated instead.
 
     Returns:
         The content of results.json.
@@ -54,6 +55,7 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
     ):
         clock = _Clock(results)
         setup = Setup.of(config)
+        results.update("start", environment=environment(), command=run_command(folder))
         reference = clock("reference", stages.reference_features, setup) if setup.extractor else None
         scorer = _Scorer(setup, reference)
         fp_images = images = clock("fp32_images", stages.full_precision_images, setup)
@@ -75,6 +77,8 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
             pictures = write_account(setup, twin, error, folder)
             if config.save_quantized and not setup.artifact:
                 saved = clock("save_quantized", save_twin, setup, twin, evaluations, folder)
+            if config.analysis.active:
+                results.update("analysis", analysis=clock("analysis", analyse, setup, twin, folder))
             images = clock("quantized_images", stages.quantized_images, setup, twin, samples)
             spec = {"images": file_digest(samples)}
             metrics = clock("scores", scorer, images, f"{config.bits.name.upper()} features", spec)
@@ -82,7 +86,8 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
         _picture(config, folder, fp_images, images)
         results.finish(metrics=metrics)
         if saved is not None:
-            write_card(folder / SUBFOLDER, saved, results.values, _command(folder))
+            write_card(folder / SUBFOLDER, saved, results.values, results.values["command"])
+        _report(folder)
         _log_to_wandb(logger, folder, results.values, report, pictures)
     log.info("\n%s", summary(results.values, report))
     log.info("\n%s in %s", ", ".join(_left_in(folder)), folder)
@@ -109,11 +114,12 @@ def _loaded(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
     return clock("load_quantized", load_twin, setup), setup.artifact.description["evaluations"]
 
 
-def _command(folder: Path) -> str:
-    """The command that made the run in `folder`, from what Hydra left there."""
-    path = folder / ".hydra" / "overrides.yaml"
-    overrides = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else []
-    return shlex.join(["python", "-m", "ptq_exp", *overrides])
+def _report(folder: Path) -> None:
+    """Write report.html; what goes wrong there is said and spoils no results."""
+    try:
+        write_run_report(folder)
+    except Exception as error:
+        log.warning("report.html was not written (%s: %s)", type(error).__name__, error)
 
 
 @contextmanager
@@ -226,5 +232,5 @@ def _log_to_wandb(logger, folder: Path, values: dict, report: Report | None, pic
 
 def _left_in(folder: Path) -> list[str]:
     """The files of a finished run, the ones that people look for first."""
-    names = [path.name for path in folder.iterdir() if path.suffix in (".json", ".npz", ".png")]
+    names = [path.name for path in folder.iterdir() if path.suffix in (".json", ".npz", ".png", ".html")]
     return sorted(names, key=lambda name: (name != "results.json", name))

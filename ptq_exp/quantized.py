@@ -27,7 +27,9 @@ from ptq_exp.tracking.results import to_plain
 from ptq_exp.twin import Twin
 
 log = logging.getLogger("ptq_exp")
-_NOT_SAVED = ("name", "cache", "cache_dir", "save_quantized", "quantized", "evaluation", "logger", "trainer")
+_NOT_SAVED = (
+    "name", "cache", "cache_dir", "save_quantized", "quantized", "evaluation", "analysis", "logger", "trainer"
+)  # fmt: skip
 _OF_MODEL = ("name", "checkpoint", "dtype", "ema", "channels_last", "compile")
 
 

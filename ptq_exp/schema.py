@@ -191,6 +191,26 @@ class EvaluationConfig:
 
 
 @dataclass
+class AnalysisConfig:
+    """Whether a run also measures activation ranges per step and the sensitivity of each layer, and on how much.
+
+    `layers` are globs of quantized layers; `values` are drawn of each activation tensor of each of `n_samples`
+    trajectories in at most `steps` steps; the error of single layers is measured on `sensitivity_samples` of them in at
+    most `sensitivity_steps`. No range was chosen on any of them.
+    """
+
+    active: bool = False
+    layers: list[str] = field(default_factory=lambda: ["*"])
+    n_samples: int = 32
+    batch_size: int = 16
+    steps: int = 20
+    values: int = 256
+    sensitivity: bool = True
+    sensitivity_samples: int = 4
+    sensitivity_steps: int = 10
+
+
+@dataclass
 class LoggerConfig:
     """Weights & Biases."""
 
@@ -231,6 +251,7 @@ class ExperimentConfig:
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 

@@ -27,6 +27,7 @@ ALLOWED = {
     "lightning": ALGORITHMS | {"evaluation", "embedded", "deploy"},
     "tracking": {"evaluation"},
     "search": {"tracking", "config"},
+    "reporting": {"tracking"},
 }
 HYDRA = {"hydra", "omegaconf"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}

@@ -55,6 +55,12 @@ def test_the_embedded_weights_are_packed(wheel):
     assert in_wheel(wheel, "ptq_exp/embedded/weights/") == weights
 
 
+def test_the_templates_of_reports_are_packed(wheel):
+    templates = files_below("ptq_exp/reporting/templates", "*")
+    assert {Path(name).suffix for name in templates} == {".j2", ".css", ".js"}
+    assert in_wheel(wheel, "ptq_exp/reporting/templates/") == templates
+
+
 def test_the_command_is_installed(wheel):
     (name,) = in_wheel(wheel, "ptq_exp-", "entry_points.txt")
     entries = configparser.ConfigParser()

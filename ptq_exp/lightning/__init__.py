@@ -1,5 +1,11 @@
-"""Thin Lightning adapters: they run calibration, evaluation and the training of the embedded networks."""
+"""Thin Lightning adapters: they run calibration, evaluation, analysis and the training of the embedded networks."""
 
+from ptq_exp.lightning.analysis import (
+    ActivationModule,
+    SensitivityModule,
+    measure_sensitivity,
+    record_activations,
+)
 from ptq_exp.lightning.calibration import CalibrationModule, collect_calibration_set
 from ptq_exp.lightning.evaluation import EvaluationModule, draw_images
 from ptq_exp.lightning.noise import NoiseModule, PropagationModule, measure
@@ -7,6 +13,7 @@ from ptq_exp.lightning.reconstruction import reconstruct_network
 from ptq_exp.lightning.trainer import make_trainer
 
 __all__ = [
-    "CalibrationModule", "EvaluationModule", "NoiseModule", "PropagationModule", "collect_calibration_set",
-    "draw_images", "make_trainer", "measure", "reconstruct_network",
+    "ActivationModule", "CalibrationModule", "EvaluationModule", "NoiseModule", "PropagationModule",
+    "SensitivityModule", "collect_calibration_set", "draw_images", "make_trainer", "measure", "measure_sensitivity",
+    "reconstruct_network", "record_activations",
 ]  # fmt: skip

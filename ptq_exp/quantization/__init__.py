@@ -34,15 +34,18 @@ from ptq_exp.quantization.concats import depending_on_alone, find_chunks, find_c
 from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
 from ptq_exp.quantization.placement import quantize_
 from ptq_exp.quantization.policy_rules import default_rules, segmented, with_outputs
+from ptq_exp.quantization.probe import one_layer_quantized, probe_of, quantized_layers
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from ptq_exp.quantization.ranges import METRICS, RangeSketch, search_range
 from ptq_exp.quantization.report import Report, Row
 from ptq_exp.quantization.rules import QuantSpec, Rule, TensorSpec
 from ptq_exp.quantization.step import Step, of_samples, select_row, step_of
+from ptq_exp.quantization.tap import ActivationTap
 
 __all__ = [
     "METRICS",
     "ActivationQuantizer",
+    "ActivationTap",
     "Mode",
     "QRange",
     "QuantAttention",
@@ -74,8 +77,11 @@ __all__ = [
     "integer_range",
     "load_quantized_",
     "of_samples",
+    "one_layer_quantized",
+    "probe_of",
     "quantize",
     "quantize_",
+    "quantized_layers",
     "quantizers",
     "ranges",
     "save_quantized",

@@ -12,9 +12,10 @@ from ptq_exp.models import MODELS
 from ptq_exp.quantization import METRICS
 
 CONF = config_folder()
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "evaluate")
 NO_GROUPS = ("experiment", "search", "table")  # folders of conf/ that no run is composed of, or by a plus alone
 GROUPS = sorted((p.parent.name, p.stem) for p in CONF.glob("*/*.yaml") if p.parent.name not in NO_GROUPS)
+OTHERS = ("evaluate", "analyze")  # tested in files of their own
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem not in OTHERS)
 REQUIRED = {
     "fp32", "ndtc_w8a8", "uniform_w8a8", "training_mimic_w8a8", "raw_w8a8", "noise_w8a8", "naive_first_w8a8",
     "naive_last_w8a8", "ndtc_w6a6", "ndtc_w4a8", "ndtc_w4a4", "ptqd_w8a8", "ptqd_w4a8", "ptqd_w3a8", "ptqd_mp",

@@ -13,7 +13,8 @@ from ptq_exp.config import config_folder
 from ptq_exp.tracking.results import read_json, read_samples
 from ptq_exp.tracking.runs import gather
 
-EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem != "evaluate")
+OTHERS = ("evaluate", "analyze")  # tested in files of their own
+EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem not in OTHERS)
 RECONSTRUCTED = [name for name in EXPERIMENTS if name.startswith(("brecq", "qdrop", "qdiffusion", "tfmq", "best"))]
 OF_LDM4 = [name for name in EXPERIMENTS if "_ldm4_" in name]
 

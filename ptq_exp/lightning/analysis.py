@@ -1,0 +1,147 @@
+"""Modules that analyse a network with `Trainer.predict`: its activations per step, and the error of each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.diffusion import DiffusionModel, TimeGrid
+from ptq_exp.diffusion.sampler import StepRecord
+from ptq_exp.lightning.writer import predict_to_file, sample_indices
+from ptq_exp.parts import Parts
+from ptq_exp.quantization.probe import one_layer_quantized
+from ptq_exp.quantization.tap import ActivationTap
+
+
+class ActivationModule(pl.LightningModule):
+    """`predict` on sample indices [B] -> {"low": [B, O, S], "high": [B, O, S], "values": [B, O, S, K]}.
+
+    What reaches O activation quantizers in S steps of the trajectories that `denoiser`, guided already, makes; see
+    `ActivationTap` for K.
+
+    Args:
+        probe: the network inside `denoiser`, its quantizers off.
+        sites: names of its activation quantizers.
+        steps: positions in `grid`, ascending.
+        copies: of each sample in a batch: 2 with guidance.
+    """
+
+    names = ("low", "high", "values")
+
+    def __init__(
+        self, model: DiffusionModel, denoiser: nn.Module, probe: nn.Module, grid: TimeGrid, sites: Sequence[str],
+        steps: Sequence[int], *, seed: int, values: int, copies: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.denoiser, self.probe = denoiser, probe
+        self.model, self.grid, self.sample_seed = model, grid, seed
+        self.sites, self.steps, self.values, self.copies = list(sites), list(steps), values, copies
+
+    def predict_step(self, indices: Tensor) -> dict[str, np.ndarray]:
+        tap = ActivationTap(self.probe, self.sites, self.values, self.copies)
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def record(r: StepRecord) -> None:
+            if r.step in self.steps:
+                found.append(tap.take())
+            if r.step + 1 in self.steps:
+                tap.start(len(indices))
+
+        try:
+            if 0 in self.steps:
+                tap.start(len(indices))
+            with torch.no_grad():
+                self.model.run(
+                    self.denoiser, self.grid, indices.tolist(), self.sample_seed, device=self.device, on_step=record
+                )
+        finally:
+            tap.remove()
+        return {name: torch.stack(part, 2).numpy() for name, part in zip(self.names, zip(*found, strict=True),
+                                                                          strict=True)}  # fmt: skip
+
+
+class _State(NamedTuple):
+    column: int  # which of the steps
+    x: Tensor
+    t: Tensor
+    y: Tensor | None
+    eps: Tensor
+
+
+class SensitivityModule(pl.LightningModule):
+    """`predict` on the number of a layer [1] -> {"error": [1, S]}: relative eps error with that layer alone quantized.
+
+    ||eps_l - eps|| / ||eps|| over all samples of each of S steps, on full-precision trajectories.
+
+    Args:
+        denoiser: around `probe`, guided already.
+        probe, quantized: see `ptq_exp.quantization.probe`.
+        layers: names of the layers, in the order of their numbers.
+        steps: positions in `grid`, ascending.
+        samples: indices of the trajectories.
+        batch_size: trajectories at a time.
+    """
+
+    names = ("error",)
+
+    def __init__(
+        self, model: DiffusionModel, denoiser: nn.Module, probe: nn.Module, quantized: nn.Module, grid: TimeGrid,
+        layers: Sequence[str], steps: Sequence[int], samples: Sequence[int], *, seed: int, batch_size: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.denoiser, self.probe, self.quantized = denoiser, probe, quantized
+        self.model, self.grid, self.sample_seed = model, grid, seed
+        self.layers, self.steps, self.samples, self.batch_size = list(layers), list(steps), list(samples), batch_size
+        self._states: list[_State] = []
+
+    def on_predict_start(self) -> None:
+        """Draw the trajectories, once: their states and estimates serve all layers."""
+        self._states = []
+        for start in range(0, len(self.samples), self.batch_size):
+            self._follow(self.samples[start : start + self.batch_size])
+
+    def predict_step(self, layer: Tensor) -> dict[str, np.ndarray]:
+        error = torch.zeros(len(self.steps), dtype=torch.float64)
+        norm = torch.zeros_like(error)
+        with one_layer_quantized(self.probe, self.quantized, self.layers[int(layer)]), torch.no_grad():
+            for state in self._states:
+                estimate = self.denoiser(state.x, state.t, state.y)
+                error[state.column] += float((estimate - state.eps).double().square().sum())
+                norm[state.column] += float(state.eps.double().square().sum())
+        return {"error": (error / norm).sqrt()[None].numpy()}
+
+    def _follow(self, samples: Sequence[int]) -> None:
+        y = self.model.labels(samples, self.sample_seed)
+        y = None if y is None else y.to(self.device)
+
+        def record(r: StepRecord) -> None:
+            if r.step in self.steps:
+                t = self.grid.network_time(r.step, len(r.x)).to(r.x.device)
+                self._states.append(_State(self.steps.index(r.step), r.x, t, y, r.eps))
+
+        with torch.no_grad():
+            self.model.run(
+                self.denoiser, self.grid, samples, self.sample_seed, device=self.device, on_step=record,
+                steps=self.steps[-1] + 1,
+            )  # fmt: skip
+
+
+def record_activations(
+    module: ActivationModule, trainer: pl.Trainer, n: int, batch_size: int, folder: Path, path: Path
+) -> None:
+    """Record trajectories 0..n-1 into the file `path`; batches already in `folder` are not drawn again."""
+    parts = Parts(folder, range(0, n, batch_size), n, module.names)
+    predict_to_file(module, trainer, parts, lambda start: sample_indices(start, batch_size), path)
+
+
+def measure_sensitivity(module: SensitivityModule, trainer: pl.Trainer, folder: Path, path: Path) -> None:
+    """Measure all layers into the file `path` (error [L, S]); layers already in `folder` are not measured again."""
+    count = len(module.layers)
+    parts = Parts(folder, range(count), count, module.names)
+    predict_to_file(module, trainer, parts, lambda start: torch.tensor([start]), path)

@@ -1,0 +1,49 @@
+"""Write report.html of finished runs and of sweeps again: `python -m ptq_exp.report runs/sweeps/<time>`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ptq_exp.errors import DataError, PTQError
+from ptq_exp.reporting import write_run_report, write_sweep_report
+from ptq_exp.tracking.results import read_json
+
+
+def write_reports(folder: Path) -> list[Path]:
+    """The report of the run in `folder`; or those of all finished runs below it, and one over all runs.
+
+    Raises:
+        DataError: `folder` holds no run.
+        PTQError: a report cannot be written.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; name that of a run or of a sweep")
+    if (folder / "results.json").exists():
+        return [write_run_report(folder)]
+    finished = [path.parent for path in sorted(folder.rglob("results.json")) if _finished(path)]
+    return [*map(write_run_report, finished), write_sweep_report(folder)]
+
+
+def _finished(path: Path) -> bool:
+    try:
+        return read_json(path)["status"] == "finished"
+    except (DataError, KeyError, TypeError):  # the report of the sweep says which
+        return False
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m ptq_exp.report", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="of a run (it holds results.json), or of a sweep")
+    try:
+        for folder in parser.parse_args(argv).folders:
+            for path in write_reports(folder):
+                print(path)
+    except PTQError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
