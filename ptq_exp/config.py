@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,19 @@ from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 
 
-def run_name(calibration: str, bits: str, correction: str = "none", reconstruction: str = "none") -> str:
+def run_name(
+    calibration: str, bits: str, correction: str = "none", reconstruction: str = "none",
+    groups: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
     """`<calibration>[_<reconstruction>]_<bits>`, `fp32` for the full-precision model.
 
+    With bits per group of layers `_groups` is added.
     Where noise is corrected, the correction stands in place of the calibration.
     """
     if bits == FULL_PRECISION:
         return FULL_PRECISION
-    parts = [calibration if correction == "none" else correction, reconstruction, bits]
+    mixed = "groups" if any((groups or {}).values()) else "none"
+    parts = [calibration if correction == "none" else correction, reconstruction, bits, mixed]
     return "_".join(part for part in parts if part != "none")
 
 
