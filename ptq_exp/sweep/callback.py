@@ -13,6 +13,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+import ptq_exp.config  # noqa: F401  (its resolvers: the processes of a launcher import this module first)
 from ptq_exp.errors import PTQError
 from ptq_exp.sweep.end import finish_sweep
 from ptq_exp.sweep.plugins import check_plugins

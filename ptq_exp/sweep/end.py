@@ -41,7 +41,7 @@ def finish_sweep(folder: Path) -> list[str]:
 
 
 def read_jobs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Folder name of each job -> its results, in the order of their numbers; one that was killed has status "killed"."""
+    """Folder name of each job -> its results, in the order of their numbers; one that was killed says so."""
     jobs = {}
     for path in sorted(folder.glob("[0-9]*_*"), key=lambda path: int(path.name.partition("_")[0])):
         try:

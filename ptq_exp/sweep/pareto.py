@@ -30,7 +30,8 @@ def write_pareto(folder: Path, jobs: dict[str, dict[str, Any]], swept: list[str]
         table.to_csv(temporary, index=False)
     front = table[table["front"]].sort_values(COST)
     labels = [" ".join(f"{group} {row[group]}" for group in groups) for _, row in front.iterrows()]
-    plot_front(folder / "pareto.png", table[done], COST, error, labels, title=f"bits per group of layers, {folder.name}")
+    title = f"bits per group of layers, {folder.name}"
+    plot_front(folder / "pareto.png", table[done], COST, error, labels, title=title)
     shown = front.drop(columns=["status", "front"]).to_string(index=False, float_format="{:.4g}".format)
     return f"Pareto front of {error} and bit operations ({len(front)} of {int(done.sum())} runs):\n{shown}"
 

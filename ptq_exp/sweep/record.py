@@ -35,13 +35,11 @@ class SweepRecord:
     def of(cls, config: DictConfig) -> SweepRecord:
         """The sweep that a composed configuration (with its node `hydra`) starts."""
         overrides = config.hydra.overrides
-        swept = [
-            override.key_or_group
-            for override in OverridesParser.create().parse_overrides(list(overrides.task))
-            if override.is_sweep_override()
-        ]
+        parsed = OverridesParser.create().parse_overrides(list(overrides.task))
+        swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+        given = [override.key_or_group for override in parsed]
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-        swept += [plain_key(key) for key in params if plain_key(key) not in swept]
+        swept += [plain_key(key) for key in params if plain_key(key) not in given]
         ours = ("hydra.mode", "hydra.sweep.dir")  # told by the folder
         hydra = [override for override in overrides.hydra if plain_key(override) not in ours]
         return cls(list(overrides.task), hydra, swept)
