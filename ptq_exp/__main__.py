@@ -120,8 +120,8 @@ _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 def main() -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     _failures.clear()
-    # conf/hydra has files for launchers and sweepers whose plugins have defaults of the same name: Hydra joins the two
-    warnings.filterwarnings("ignore", message=r"\s*'hydra/\w+/\w+' is validated against ConfigStore schema")
+    # conf/hydra has files for launchers whose plugins have defaults of the same name: Hydra joins the two
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     sys.argv[1:] = _spelt_out(sys.argv[1:])
     before = os.environ.get(TRACEBACK)
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line

@@ -15,10 +15,7 @@ DONE = ("finished", "infeasible")
 
 
 def finish_sweep(folder: Path) -> list[str]:
-    """Print the end of the sweep in `folder`; returns the names of its failed jobs.
-
-    A report over the sweep is written here, too, where there is one to write.
-    """
+    """Print the end of the sweep in `folder`; returns the names of its failed jobs."""
     jobs = read_jobs(folder)
     if not jobs:
         return []

@@ -34,7 +34,7 @@ def test_two_jobs_in_parallel_one_of_which_fails(launcher, threads, sweep, jobs,
     [
         ("hydra/launcher=joblib", "hydra_joblib_launcher", "joblib"),
         ("hydra/launcher=submitit_slurm", "hydra_submitit_launcher", "slurm"),
-        ("hydra/sweeper=optuna", "hydra_optuna_sweeper", "optuna"),
+        ("hydra/sweeper=optuna_bits", "hydra_optuna_sweeper", "optuna"),
     ],
 )
 def test_a_missing_plugin_is_named_with_what_installs_it(choice, module, extra, sweep, monkeypatch, tmp_path):
@@ -52,7 +52,7 @@ def test_a_missing_plugin_is_named_with_what_installs_it(choice, module, extra, 
         ("launcher/joblib", "hydra_joblib_launcher", "JobLibLauncherConf"),
         ("launcher/submitit_local", "hydra_submitit_launcher", "LocalQueueConf"),
         ("launcher/submitit_slurm", "hydra_submitit_launcher", "SlurmQueueConf"),
-        ("sweeper/optuna", "hydra_optuna_sweeper", "OptunaSweeperConf"),
+        ("sweeper/optuna_bits", "hydra_optuna_sweeper", "OptunaSweeperConf"),
     ],
 )
 def test_our_configurations_of_plugins_have_only_settings_that_the_plugins_know(file, module, schema):
