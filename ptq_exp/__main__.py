@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ptq_exp.config import config_folder, nearest
 from ptq_exp.errors import ConfigError, PTQError
-from ptq_exp.schema import ExperimentConfig
+from ptq_exp.schema import ExperimentConfig, SweepConfig
 from ptq_exp.sweep.callback import end_of_sweep
 from ptq_exp.sweep.resume import with_resumed_sweep
 
@@ -74,7 +74,7 @@ def _known_settings() -> list[str]:
                 yield from walk(value, f"{prefix}{key}.")
 
     container = OmegaConf.to_container(OmegaConf.structured(ExperimentConfig()))
-    return list(walk(container, ""))
+    return [*walk(container, ""), *walk({"sweep": vars(SweepConfig())}, "")]
 
 
 def _spelt_out(arguments: list[str]) -> list[str]:

@@ -91,10 +91,10 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
     try:
         if OmegaConf.select(composed, "quantized") is not None:
             composed = with_saved_settings(composed, given)
+        plain = OmegaConf.to_container(composed, resolve=True)
+        plain.pop("sweep", None)  # of the command, see `SweepConfig`
         # only this order of merging refuses `+group.extra=1`
-        merged = OmegaConf.merge(
-            OmegaConf.structured(ExperimentConfig()), OmegaConf.to_container(composed, resolve=True)
-        )
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), plain)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_schema_message(error)) from error

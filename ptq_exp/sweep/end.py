@@ -20,12 +20,13 @@ def finish_sweep(folder: Path) -> list[str]:
     if not jobs:
         return []
     print(f"\nsweep {folder}")
-    _show(lambda: sweep_table(folder))
     swept = SweepRecord.load(folder).swept
     if any(key.startswith("bits.groups") for key in swept):
         from ptq_exp.sweep.pareto import write_pareto  # matplotlib takes a second
 
         _show(lambda: write_pareto(folder, jobs, swept))
+    else:
+        _show(lambda: sweep_table(folder))
     print(cache_line(jobs))
     failed = {name: values for name, values in jobs.items() if values["status"] not in DONE}
     counts = Counter(values["status"] for values in jobs.values())

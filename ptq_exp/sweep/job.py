@@ -77,7 +77,6 @@ def run_job(composed: DictConfig) -> Objectives:
 
 def _run(composed: DictConfig, job: Job) -> dict[str, Any]:
     sweep = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepConfig()), composed.get("sweep") or {}))
-    composed = OmegaConf.masked_copy(composed, [key for key in composed if key != "sweep"])
     done = job.folder / RESULTS
     if sweep.resume is None:
         done.unlink(missing_ok=True)  # of an earlier run into the same folder
