@@ -5,29 +5,29 @@ from __future__ import annotations
 import os
 import re
 import sys
-from pathlib import Path
+import warnings
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ptq_exp.config import config_folder, nearest, validated
+from ptq_exp.config import config_folder, nearest
 from ptq_exp.errors import ConfigError, PTQError
-from ptq_exp.schema import ExperimentConfig
+from ptq_exp.schema import ExperimentConfig, SweepConfig
+from ptq_exp.sweep.callback import end_of_sweep
+from ptq_exp.sweep.resume import with_resumed_sweep
 
 TRACEBACK = "HYDRA_FULL_ERROR"
 _failures: list[str] = []
 
 
-def _job(composed: DictConfig) -> float | None:
-    """One composed experiment; in a sweep, a failure is said and the next job goes on. Returns its FID, if any."""
-    try:
-        config = validated(composed, HydraConfig.get().overrides.task)
-        from ptq_exp.experiment import run_experiment  # a misspelt setting is told before torch is loaded
+def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
+    """One composed experiment; see `run_job`."""
+    from ptq_exp.sweep.job import run_job
 
-        return run_experiment(config, Path(HydraConfig.get().runtime.output_dir))["metrics"].get("fid")
+    try:
+        return run_job(composed)
     except PTQError as error:
         if _traceback_wanted:
             raise
@@ -74,7 +74,7 @@ def _known_settings() -> list[str]:
                 yield from walk(value, f"{prefix}{key}.")
 
     container = OmegaConf.to_container(OmegaConf.structured(ExperimentConfig()))
-    return list(walk(container, ""))
+    return [*walk(container, ""), *walk({"sweep": vars(SweepConfig())}, "")]
 
 
 def _spelt_out(arguments: list[str]) -> list[str]:
@@ -120,11 +120,14 @@ _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 def main() -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     _failures.clear()
+    # conf/hydra has files for launchers whose plugins have defaults of the same name: Hydra joins the two
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     sys.argv[1:] = _spelt_out(sys.argv[1:])
     before = os.environ.get(TRACEBACK)
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
+    failed = []
     try:
-        sys.argv[1:] = _with_saved_model(sys.argv[1:])
+        sys.argv[1:] = _with_saved_model(with_resumed_sweep(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
     except PTQError as error:  # of the command line; those of jobs are told as they occur
         if _traceback_wanted:
@@ -139,7 +142,8 @@ def main() -> None:
             del os.environ[TRACEBACK]
         else:
             os.environ[TRACEBACK] = before
-    if _failures:
+        failed = end_of_sweep()
+    if _failures or failed:
         sys.exit(1)
 
 

@@ -8,7 +8,7 @@ from ptq_exp.diffusion.compare import FOLLOW
 from ptq_exp.diffusion.solvers import SOLVERS
 from ptq_exp.diffusion.time_grid import SPACINGS
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import METRICS
+from ptq_exp.quantization import METRICS, group_bits
 from ptq_exp.quantization.policy_rules import SITES
 from ptq_exp.quantization.rules import GRANULARITIES, SOFTMAX_BITS, check_bits
 from ptq_exp.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
@@ -58,6 +58,7 @@ def check(config: ExperimentConfig) -> None:
     else:
         _check_quantization(config)
         _check_bits(config.bits)
+        _check_groups(config)
         _check_reconstruction(config)
         _check_correction(config)
 
@@ -80,6 +81,7 @@ def _check_analysis(config: ExperimentConfig) -> None:
 def _check_full_precision(config: ExperimentConfig) -> None:
     settings = ("weight", "activation", "softmax", "first_last", "boundary", "schedule")
     given = [key for key in settings if getattr(config.bits, key) is not None]
+    given += [f"groups.{key}" for key, bits in config.bits.groups.items() if bits is not None]
     if given:
         raise ConfigError(f"bits.{given[0]} is set, but bits=fp32 quantizes nothing: choose bits=w8a8 or another")
     if config.calibration.name != "none":
@@ -155,6 +157,26 @@ def _check_bits(bits: BitsConfig) -> None:
             raise ConfigError(f"bits.bops_ratio={bits.bops_ratio}: say how many times fewer bit operations than FP32")
         _at_least("bits.gain_steps", bits.gain_steps, 2)
         _at_least("bits.gain_samples", bits.gain_samples, 1)
+
+
+def _check_groups(config: ExperimentConfig) -> None:
+    bits = config.bits
+    given = {key: value for key, value in bits.groups.items() if value is not None}
+    for key, value in given.items():
+        group_bits(f"bits.groups.{key}", value)
+        if key not in config.model.groups and not set("*?[.") & set(key):
+            raise ConfigError(
+                f"bits.groups.{key}: model={config.model.name} has no such group; choose one of "
+                f"{', '.join(config.model.groups) or 'none'}, or give a glob such as *conv1"
+            )
+    if bits.min_bops_ratio is not None and bits.min_bops_ratio < 1:
+        raise ConfigError(f"bits.min_bops_ratio={bits.min_bops_ratio}: choose 1 or more, times fewer BOPs than FP32")
+    for setting, value in (("groups", given), ("min_bops_ratio", bits.min_bops_ratio)):
+        if value and bits.schedule is not None:
+            raise ConfigError(
+                f"bits.{setting}={value} contradicts bits.schedule, which has a width per step and its own budget: "
+                "choose bits without a schedule"
+            )
 
 
 def _check_reconstruction(config: ExperimentConfig) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,14 +22,19 @@ from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 
 
-def run_name(calibration: str, bits: str, correction: str = "none", reconstruction: str = "none") -> str:
+def run_name(
+    calibration: str, bits: str, correction: str = "none", reconstruction: str = "none",
+    groups: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
     """`<calibration>[_<reconstruction>]_<bits>`, `fp32` for the full-precision model.
 
+    With bits per group of layers `_groups` is added.
     Where noise is corrected, the correction stands in place of the calibration.
     """
     if bits == FULL_PRECISION:
         return FULL_PRECISION
-    parts = [calibration if correction == "none" else correction, reconstruction, bits]
+    mixed = "groups" if any((groups or {}).values()) else "none"
+    parts = [calibration if correction == "none" else correction, reconstruction, bits, mixed]
     return "_".join(part for part in parts if part != "none")
 
 
@@ -35,7 +43,24 @@ def evaluation_name(path: str) -> str:
     return f"evaluate_{_saved(path).settings['bits']['name']}"
 
 
+def job_threads() -> int | None:
+    """CPU threads for a job of a sweep whose launcher runs several at once; None = as many as torch takes.
+
+    Jobs that take more threads than there are cores slow each other down many times over.
+    """
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    launcher = HydraConfig.get().launcher
+    jobs = launcher.get("n_jobs")
+    if jobs is None:
+        return launcher.get("cpus_per_task")
+    cores = len(os.sched_getaffinity(0))
+    jobs = jobs if jobs > 0 else max(1, cores + 1 + jobs)  # as joblib counts: -1 = all cores, -2 = all but one
+    return None if jobs == 1 else max(1, cores // jobs)
+
+
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("job_threads", job_threads, replace=True)
 OmegaConf.register_new_resolver("evaluation_name", evaluation_name, replace=True)
 
 
@@ -66,15 +91,35 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
     try:
         if OmegaConf.select(composed, "quantized") is not None:
             composed = with_saved_settings(composed, given)
+        plain = OmegaConf.to_container(composed, resolve=True)
+        plain.pop("sweep", None)  # of the command, see `SweepConfig`
         # only this order of merging refuses `+group.extra=1`
-        merged = OmegaConf.merge(
-            OmegaConf.structured(ExperimentConfig()), OmegaConf.to_container(composed, resolve=True)
-        )
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), plain)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_schema_message(error)) from error
     check(config)
     return config
+
+
+def check_experiment_bits(given: Sequence[str]) -> None:
+    """Raise ConfigError where values of bits in an experiment's file would be mixed with another choice of `bits`.
+
+    Hydra exchanges the choice alone: what the file sets beside it stays, unless the command line sets it, too.
+
+    Args:
+        given: the overrides of the command line.
+    """
+    values = dict(override.lstrip("+").partition("=")[::2] for override in given)
+    file = config_folder() / "experiment" / f"{values.get('experiment')}.yaml"
+    if "bits" not in values or not file.exists():
+        return
+    for key, value in (OmegaConf.load(file).get("bits") or {}).items():
+        if f"bits.{key}" not in values:
+            raise ConfigError(
+                f"bits={values['bits']} would take over bits.{key}={value}, which experiment={values['experiment']} "
+                f"sets for its own bits: add bits.{key}= with the value that you mean"
+            )
 
 
 _MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.channels_last", "model.compile")

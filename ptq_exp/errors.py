@@ -9,6 +9,10 @@ class ConfigError(PTQError):
     """A setting is misspelt, impossible, or contradicts another one."""
 
 
+class InfeasibleError(PTQError):
+    """A configuration exceeds a limit that was set for it: nothing was computed, and nothing is wrong."""
+
+
 class CheckpointError(PTQError):
     """A checkpoint file is missing, truncated, or belongs to another architecture."""
 

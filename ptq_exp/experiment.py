@@ -14,6 +14,7 @@ import numpy as np
 from ptq_exp import noise_stages, stages
 from ptq_exp.analysis_stage import analyse
 from ptq_exp.artifact import SUBFOLDER
+from ptq_exp.budget import check_budget
 from ptq_exp.evaluation import half_split_fid, inception_score, score
 from ptq_exp.evaluation.images import mean_psnr
 from ptq_exp.files import file_digest
@@ -35,12 +36,15 @@ from ptq_exp.twin import Twin
 log = stages.log
 
 
-def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
+def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | None = None) -> dict:
     """Run one experiment and leave its results in `folder`.
 
     Writes results.json (after every stage), samples.npz, grid.png, report.html, quantization.json, the quantized
     model, the W&B run and, where there is a bit schedule, a correction or an analysis, their files and pictures. Where
     `config.quantized` names a saved model, that one is evaluated instead.
+
+    Args:
+        fresh_since: with cache=refresh, the age from which on shared artefacts are not computed anew; None = now.
 
     Returns:
         The content of results.json.
@@ -54,12 +58,13 @@ def run_experiment(config: ExperimentConfig, folder: Path) -> dict:
         _tracked(config, folder) as logger,
     ):
         clock = _Clock(results)
-        setup = Setup.of(config)
+        setup = clock.setup = Setup.of(config, fresh_since)
         results.update("start", environment=environment(), command=run_command(folder))
+        check_budget(setup, results)
         reference = clock("reference", stages.reference_features, setup) if setup.extractor else None
         scorer = _Scorer(setup, reference)
         fp_images = images = clock("fp32_images", stages.full_precision_images, setup)
-        fp_scores = clock("fp32_scores", scorer, fp_images, "FP32 features", setup.images_spec())
+        fp_scores = clock("fp32_scores", scorer.full_precision, fp_images)
         results.update("fp32", fp32=fp_scores, real=scorer.real_data, metric_spec=scorer.metric_spec())
         metrics, report, pictures, saved = dict(fp_scores), None, [], None
         samples = folder / "samples.npz"
@@ -140,15 +145,17 @@ def _tracked(config: ExperimentConfig, folder: Path) -> Iterator:
 
 
 class _Clock:
-    """Runs a stage and records its wall seconds in the results."""
+    """Runs a stage and records its wall seconds, and what the cache of `setup` had, in the results."""
 
     def __init__(self, results: Results) -> None:
         self.results = results
+        self.setup: Setup | None = None
 
     def __call__(self, stage: str, function, *args):
         started = time.perf_counter()
         value = function(*args)
-        self.results.update(stage, seconds={stage: round(time.perf_counter() - started, 2)})
+        seconds = {stage: round(time.perf_counter() - started, 2)}
+        self.results.update(stage, seconds=seconds, cache=self.setup.cache.counts())
         return value
 
 
@@ -166,6 +173,12 @@ class _Scorer:
         if self.reference is None:
             return {}
         return score(stages.image_features(self.setup, images, title, spec), self.reference)
+
+    def full_precision(self, images: np.ndarray) -> dict[str, float]:
+        """Scores of the full-precision images, whose features are shared by runs."""
+        if self.reference is None:
+            return {}
+        return score(stages.full_precision_features(self.setup, images), self.reference)
 
     @cached_property
     def real_data(self) -> dict[str, float]:

@@ -13,8 +13,10 @@ from ptq_exp.quantization import (
     find_chunks,
     find_concats,
     segmented,
+    with_groups,
     with_outputs,
 )
+from ptq_exp.quantization.layers import QUANTIZED
 from ptq_exp.setup import Setup
 
 log = logging.getLogger("ptq_exp")
@@ -26,12 +28,13 @@ def policy(setup: Setup, network: nn.Module, example: tuple[Tensor, ...]) -> lis
     `example`: one sample for the forward that finds concatenations and split embeddings.
     """
     quantization, bits, model = setup.config.quantization, setup.config.bits, setup.model
+    first = model.first_layers if quantization.first is None else quantization.first
+    last = model.last_layers if quantization.last is None else quantization.last
     rules = [Rule(pattern, None, "quantization.keep_fp") for pattern in quantization.keep_fp]
     rules += default_rules(
         bits.weight, setup.activation_widths, softmax_bits=bits.softmax, first_last_bits=bits.first_last,
         boundary_bits=bits.boundary, attention=quantization.attention,
-        first=model.first_layers if quantization.first is None else quantization.first,
-        last=model.last_layers if quantization.last is None else quantization.last,
+        first=first, last=last,
         weight_symmetric=quantization.weight_symmetric, weight_granularity=quantization.weight_granularity,
         group_size=quantization.group_size if quantization.weight_granularity == "group" else None,
         activation_symmetric=quantization.activation_symmetric, activation_site=quantization.activation_site,
@@ -48,6 +51,9 @@ def policy(setup: Setup, network: nn.Module, example: tuple[Tensor, ...]) -> lis
         _say("quantization.time_embedding", f"{len(parts)} embedding projections are cut into pieces, {each}", parts)
         output = TensorSpec(tuple(setup.activation_widths), quantization.activation_symmetric, bins=setup.n_bins)
         rules = with_outputs(rules, parts if split else dict.fromkeys(parts), output)
+    if groups := setup.bit_groups:
+        names = [name for name, module in network.named_modules() if type(module) in QUANTIZED]
+        rules = with_groups(rules, groups, names, [*first, *last])
     return rules
 
 

@@ -40,7 +40,8 @@ class ModelConfig:
     """`build` makes the `DiffusionModel`, `images` its real images (uint8 [N, H, W, C]) or None.
 
     `ema` chooses between the averaged weights and those of the last step, where a checkpoint holds both;
-    `channels_last` and `compile` are how denoisers are run, full-precision and quantized alike.
+    `groups` are names for globs of layers; `channels_last` and `compile` are how denoisers
+    are run, full-precision and quantized alike.
     """
 
     name: str = ""
@@ -51,6 +52,7 @@ class ModelConfig:
     compile: bool = False
     build: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] | None = None
+    groups: dict[str, str] = field(default_factory=dict)
     sampler: PublishedSampler = field(default_factory=PublishedSampler)
 
 
@@ -79,6 +81,9 @@ class BitsConfig:
 
     With a `schedule` ("snr", "budget", a list of one width per step, or the file of one) activations have a width per
     sampling step, out of `candidates` (None for a list: the widths in it), and `activation` is None.
+
+    `groups`: widths such as "w4a8" for groups of layers, by a name in `model.groups` or a glob; None = those above.
+    `min_bops_ratio`: configurations with more bit operations than FP32 / this are infeasible.
     """
 
     name: str = ""
@@ -92,6 +97,8 @@ class BitsConfig:
     bops_ratio: float | None = None
     gain_steps: int = 20
     gain_samples: int = 64
+    groups: dict[str, Any] = field(default_factory=dict)
+    min_bops_ratio: float | None = None
 
 
 @dataclass
@@ -230,6 +237,13 @@ class TrainerConfig:
     strategy: str = "auto"
     progress_bar: bool = True
     threads: int | None = None
+
+
+@dataclass
+class SweepConfig:
+    """Of the command, not of an experiment. `resume`: folder of a sweep whose missing and failed jobs are to be run."""
+
+    resume: str | None = None
 
 
 @dataclass

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +24,7 @@ from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.errors import ConfigError
 from ptq_exp.evaluation import FeatureExtractor, content_digest
 from ptq_exp.lightning import make_trainer
+from ptq_exp.quantization import group_bits
 from ptq_exp.schema import BitsConfig, ExperimentConfig
 from ptq_exp.tracking.cache import ArtifactCache, digest
 
@@ -38,10 +43,12 @@ class Setup:
     artifact: Artifact | None = None
 
     @classmethod
-    def of(cls, config: ExperimentConfig) -> Setup:
-        """Build the objects that `config` names."""
+    def of(cls, config: ExperimentConfig, fresh_since: float | None = None) -> Setup:
+        """Build the objects that `config` names; `fresh_since`: see `ArtifactCache`."""
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
+            if config.trainer.devices > 1:  # the processes that Lightning starts read it
+                os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)
         artifact = Artifact.open(config.quantized) if config.quantized is not None else None
         model = build(config.model.build, "model.build", name=config.model.name)
         if artifact is not None:
@@ -56,7 +63,8 @@ class Setup:
             extractor = build(node, "evaluation.extractor")
         sampler = config.sampler
         grid = model.time_grid(sampler.steps, sampler.spacing, eta=sampler.eta, solver=sampler.solver)
-        setup = cls(config, model, grid, extractor, ArtifactCache(config.cache_dir, config.cache), device, artifact)
+        cache = ArtifactCache(config.cache_dir, config.cache, fresh_since)
+        setup = cls(config, model, grid, extractor, cache, device, artifact)
         if artifact is not None:
             artifact.check_grid(grid, setup.guidance_scale)
         return setup
@@ -120,11 +128,23 @@ class Setup:
     def _quantizer_settings(self) -> dict[str, Any]:
         bits = asdict(self.config.bits)
         widths = {key: bits[key] for key in ("weight", "softmax", "first_last", "boundary")}
-        return {
+        spec = {
             "metric": self.config.metric.name,
             "bits": widths | {"activation": self.activation_widths},
             "quantization": asdict(self.config.quantization),
         }
+        return spec | ({"groups": list(self.bit_groups.values())} if self.bit_groups else {})
+
+    @cached_property
+    def bit_groups(self) -> dict[str, tuple[str, int, int]]:
+        """Setting -> (glob, weight bits, activation bits) of the groups of layers that have widths of their own.
+
+        Globs on the command line come before the names that the model declares: they are narrower.
+        """
+        named, groups = self.config.model.groups, self.config.bits.groups
+        given = sorted((key for key in groups if groups[key] is not None), key=lambda key: key in named)
+        settings = {key: f"bits.groups.{key}" for key in given}
+        return {settings[key]: (named.get(key, key), *group_bits(settings[key], groups[key])) for key in given}
 
     def quantization_spec(self) -> dict[str, Any]:
         """All that decides the quantized network: its ranges and, where there is one, its reconstruction."""
@@ -165,8 +185,17 @@ class Setup:
         return self.sampling_spec() | {"n_samples": evaluation.n_samples, "batch_size": evaluation.batch_size}
 
     def working_folder(self, kind: str, spec: dict[str, Any]) -> Path:
-        """Where a killed run finds its pieces again."""
-        return Path(self.config.cache_dir) / "parts" / digest(kind, spec)
+        """Where a killed run finds its pieces again; with cache=off nobody else looks there."""
+        alone = f"-{os.getpid()}" if self.config.cache == "off" else ""
+        return Path(self.config.cache_dir) / "parts" / f"{digest(kind, spec)}{alone}"
+
+    @contextmanager
+    def working_in(self, kind: str, spec: dict[str, Any]) -> Iterator[Path]:
+        """The `working_folder` for one process at a time, which removes it when the block ends well."""
+        folder = self.working_folder(kind, spec)
+        with self.cache.alone("parts", folder.name):
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def needs_images(self) -> bool:

@@ -149,22 +149,19 @@ def full_precision_images(setup: Setup) -> np.ndarray:
 def quantized_images(setup: Setup, twin: Twin, path: Path) -> np.ndarray:
     """Draw the images of the quantized model into `path`; a killed run with the same settings is continued."""
     config = setup.config
-    folder = setup.working_folder("quantized images", setup.images_spec() | twin_spec(setup, twin))
-    images = draw(
-        setup, twin.corrected(setup), f"{config.bits.name.upper()} images", folder, path, **twin.noise_in_eps(setup)
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    return images
+    with setup.working_in("quantized images", setup.images_spec() | twin_spec(setup, twin)) as folder:
+        return draw(
+            setup, twin.corrected(setup), f"{config.bits.name.upper()} images", folder, path, **twin.noise_in_eps(setup)
+        )
 
 
 def image_features(setup: Setup, images: np.ndarray, title: str, spec: dict[str, Any]) -> FeatureStatistics:
     """Features of `images`, batch by batch on disk: a killed run with the same `spec` goes on where it stopped."""
     spec = spec | {"extractor": setup.extractor.name}
-    folder = setup.working_folder("features", spec)
     batches = {rows.start: rows for rows in slices(len(images), FEATURE_BATCH)}
-    parts = Parts(folder, list(batches), len(images), ("pooled", "spatial", "probabilities"))
-    joined = folder / "joined.npz"
-    with setup.progress(len(images), title) as bar:
+    with setup.working_in("features", spec) as folder, setup.progress(len(images), title) as bar:
+        parts = Parts(folder, list(batches), len(images), ("pooled", "spatial", "probabilities"))
+        joined = folder / "joined.npz"
         while not parts.join(joined, name=np.array(title), extractor=np.array(setup.extractor.name)):
             missing = parts.missing()
             bar.n = len(images) - sum(len(range(*batches[start].indices(len(images)))) for start in missing)
@@ -174,9 +171,17 @@ def image_features(setup: Setup, images: np.ndarray, title: str, spec: dict[str,
                     start, pooled=found.pooled, spatial=found.spatial, probabilities=found.probabilities
                 )
                 bar.update(len(found))
-    features = FeatureStatistics.load(joined)
-    parts.remove()
-    return features
+        return FeatureStatistics.load(joined)
+
+
+def full_precision_features(setup: Setup, images: np.ndarray) -> FeatureStatistics:
+    """Features of the full-precision images, computed or reused."""
+    spec = setup.images_spec() | {"extractor": setup.extractor.name}
+    found = setup.cache.get_or_make(
+        "features", spec, save=lambda value, path: value.save(path), load=FeatureStatistics.load,
+        make=lambda: image_features(setup, images, "FP32 features", setup.images_spec()),
+    )  # fmt: skip
+    return _said("FP32 features", found)
 
 
 def reference_features(setup: Setup) -> Reference:

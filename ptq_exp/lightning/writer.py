@@ -39,7 +39,10 @@ def predict_to_file(
     """
     while not parts.join(path, **extra):
         trainer.callbacks.append(writer := PartWriter(parts))
-        batches = [batch_of(start) for start in parts.missing()]
+        missing = parts.missing()
+        # no device may be without a batch; one that is computed twice is written twice, and is the same
+        missing += missing[-1:] * (trainer.world_size - len(missing))
+        batches = [batch_of(start) for start in missing]
         try:
             trainer.predict(module, DataLoader(batches, batch_size=None), return_predictions=False)
         finally:

@@ -31,6 +31,7 @@ from ptq_exp.quantization.calibrate import (
     set_mode,
 )
 from ptq_exp.quantization.concats import depending_on_alone, find_chunks, find_concats
+from ptq_exp.quantization.group_rules import group_bits, with_groups
 from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
 from ptq_exp.quantization.placement import quantize_
 from ptq_exp.quantization.policy_rules import default_rules, segmented, with_outputs
@@ -74,6 +75,7 @@ __all__ = [
     "find_concats",
     "finish_calibration",
     "freeze_weights_",
+    "group_bits",
     "integer_range",
     "load_quantized_",
     "of_samples",
@@ -90,5 +92,6 @@ __all__ = [
     "select_row",
     "set_mode",
     "step_of",
+    "with_groups",
     "with_outputs",
 ]

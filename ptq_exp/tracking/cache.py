@@ -7,13 +7,17 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ptq_exp.errors import ConfigError, DataError, PTQError
 from ptq_exp.files import file_digest
+from ptq_exp.tracking.locks import only_one
 from ptq_exp.tracking.results import read_json, to_plain, write_json
 
 T = TypeVar("T")
@@ -36,22 +40,36 @@ class ArtifactCache:
     """Values computed once and reused by every run whose specification is the same.
 
     An entry is the folder `root/kind/<digest>` with the artefact and `entry.json` (the specification, and the
-    checksum of the artefact). It is filled under a temporary name and renamed, so two processes may build the
-    same entry at once: one of them is kept. An entry whose checksum is wrong is logged and built again.
+    checksum of the artefact). It is filled under a temporary name and renamed: nobody sees half of one. Of several
+    processes that need the same entry one computes it, the others wait; when that one dies, the next takes over. An
+    entry whose checksum is wrong is logged and built again.
 
     Args:
         root: folder of the cache, created when the first entry is stored.
-        mode: "on" reuses and stores, "off" does neither, "refresh" builds anew and replaces.
+        mode: "on" reuses and stores, "off" does neither, "refresh" replaces what is older than `fresh_since`.
+        fresh_since: time (seconds since 1970) from which on an entry counts as fresh; None = now. The jobs of a sweep
+            share the start of the sweep, so that only the first of them computes anew.
+
+    Attributes:
+        hits, misses: per kind, how many entries were reused, and computed.
 
     Raises:
         ConfigError: an unknown mode.
     """
 
-    def __init__(self, root: str | os.PathLike, mode: str = "on") -> None:
+    def __init__(self, root: str | os.PathLike, mode: str = "on", fresh_since: float | None = None) -> None:
         if mode not in MODES:
             raise ConfigError(f"cache mode {mode!r} is unknown, expected one of {', '.join(MODES)}")
         self.root = Path(root)
         self.mode = mode
+        self.fresh_since = time.time() if fresh_since is None else fresh_since
+        self.hits: Counter[str] = Counter()
+        self.misses: Counter[str] = Counter()
+
+    def counts(self) -> dict[str, Any]:
+        """{"hits", "misses": totals; "kinds": {kind: {"hits", "misses"}}}."""
+        kinds = {kind: {"hits": self.hits[kind], "misses": self.misses[kind]} for kind in self.hits | self.misses}
+        return {"hits": self.hits.total(), "misses": self.misses.total(), "kinds": kinds}
 
     def get_or_make(
         self,
@@ -80,18 +98,51 @@ class ArtifactCache:
             PTQError: the entry cannot be written, or is whole but cannot be loaded (made by another version).
         """
         if self.mode == "off":
+            self.misses[kind] += 1
             return make(), False
-        entry = self.root / kind / digest(kind, spec)
-        if self.mode == "on" and entry.exists():
-            if (problem := _problem(entry)) is None:
-                value = _load(entry, load)
-                _log.info("reusing %s from %s", kind, entry)
-                return value, True
-            _log.warning("cache entry %s is damaged (%s): building it again", entry, problem)
-            _discard(entry)
-        value = make()
-        self._store(entry, spec, value, save, suffix)
+        key = digest(kind, spec)
+        entry = self.root / kind / key
+        with suppress(PTQError):  # looked at without the lock, it may be replaced meanwhile: tell it below
+            if (found := self._reused(kind, entry, load)) is not None:
+                return found[0], True
+        with self.alone(kind, key) as waited_for:
+            if (found := self._reused(kind, entry, load, say=True)) is not None:
+                return found[0], True
+            if waited_for is not None:
+                _log.info("%s: %s ended without it, computing it here", kind, waited_for)
+            self.misses[kind] += 1
+            value = make()
+            self._store(entry, spec, value, save, suffix)
         return value, False
+
+    @contextmanager
+    def alone(self, kind: str, key: str) -> Iterator[str | None]:
+        """Keep other processes out of what is computed under this kind and key; see `only_one`.
+
+        Raises:
+            PTQError: the cache cannot be written.
+        """
+        with ExitStack() as held:
+            try:
+                waited_for = held.enter_context(only_one(self.root / ".locks" / f"{kind}-{key[:32]}.lock", kind))
+            except OSError as error:
+                raise PTQError(f"cannot write the cache entry {self.root / kind / key}: {error.strerror}") from error
+            yield waited_for
+
+    def _reused(self, kind: str, entry: Path, load: Callable[[Path], T], say: bool = False) -> tuple[T] | None:
+        """The value of an entry that is there, whole and not to be replaced; None if there is none."""
+        if not entry.exists():
+            return None
+        if (problem := _problem(entry)) is not None:
+            if say and self.mode == "on":
+                _log.warning("cache entry %s is damaged (%s): building it again", entry, problem)
+            return None
+        if self.mode == "refresh" and _made_at(entry) < self.fresh_since:
+            return None
+        value = _load(entry, load)
+        self.hits[kind] += 1
+        _log.info("reusing %s from %s", kind, entry)
+        return (value,)
 
     def _store(self, entry: Path, spec: Mapping[str, Any], value: T, save: Callable, suffix: str) -> None:
         """Fill a folder under a temporary name, then rename it to the entry."""
@@ -100,10 +151,11 @@ class ArtifactCache:
             temporary.mkdir(parents=True)
             artefact = temporary / f"artefact{suffix}"
             save(value, artefact)
-            record = {"artefact": artefact.name, "sha256": file_digest(artefact), "spec": spec}
+            record = {
+                "artefact": artefact.name, "sha256": file_digest(artefact), "spec": spec, "made_at": time.time()
+            }  # fmt: skip
             write_json(temporary / "entry.json", record)
-            if self.mode == "refresh":
-                _discard(entry)
+            _discard(entry)  # damaged, or to be replaced
             _rename_unless_present(temporary, entry)
         except OSError as error:
             raise PTQError(f"cannot write the cache entry {entry}: {error.strerror or error}") from error
@@ -116,7 +168,7 @@ def _temporary(entry: Path) -> Path:
 
 
 def _rename_unless_present(temporary: Path, entry: Path) -> None:
-    """Move a complete entry into place; if another process was faster, its entry has the same meaning."""
+    """Move a complete entry into place; if another process was faster (without locks), its entry means the same."""
     try:
         temporary.rename(entry)
     except OSError:
@@ -142,6 +194,11 @@ def _problem(entry: Path) -> str | None:
         return None if found == record["sha256"] else "its checksum differs"
     except (DataError, KeyError, TypeError) as error:
         return str(error)
+
+
+def _made_at(entry: Path) -> float:
+    """Seconds since 1970; 0 for an entry that does not say."""
+    return float(read_json(entry / "entry.json").get("made_at", 0.0))
 
 
 def _load(entry: Path, load: Callable[[Path], T]) -> T:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ptq_exp.errors import DataError, PTQError
+from ptq_exp.errors import DataError, InfeasibleError, PTQError
 from ptq_exp.files import atomic_path, write_npz
 from ptq_exp.npz import npz_arrays
 
@@ -95,7 +95,8 @@ class Results:
     """The results of one run, on disk after every stage.
 
     As a context manager it sets the final status: "finished", or "failed" with the error's text when the
-    block raises (the error goes on). A run that is killed leaves its last complete stage, status "running".
+    block raises ("infeasible" for an `InfeasibleError`; the error goes on). A run that is killed leaves
+    its last complete stage, status "running".
 
     Args:
         path: the results.json to write; it is written at once, with status "running".
@@ -125,7 +126,8 @@ class Results:
         """Last update: status "failed" and the error's text; the stage stays the last one reached."""
         text = error if isinstance(error, str) else str(error) or type(error).__name__
         kind = "" if isinstance(error, str) else type(error).__name__
-        self.update(self.values["stage"], status="failed", error=text, error_type=kind)
+        status = "infeasible" if isinstance(error, InfeasibleError) else "failed"
+        self.update(self.values["stage"], status=status, error=text, error_type=kind)
 
     def __enter__(self) -> Results:
         return self

@@ -1,6 +1,7 @@
 """The real `conf/` composes, and every mistake ends in one line that names the setting and the valid values."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -10,6 +11,7 @@ from ptq_exp.config import build, config_folder, run_name, validated
 from ptq_exp.errors import ConfigError
 from ptq_exp.models import MODELS
 from ptq_exp.quantization import METRICS
+from ptq_exp.setup import Setup
 
 CONF = config_folder()
 NO_GROUPS = ("experiment", "search", "table")  # folders of conf/ that no run is composed of, or by a plus alone
@@ -158,6 +160,13 @@ def test_a_group_on_the_command_line_wins_over_the_experiment_and_renames_the_ru
         (["bits=step_budget", "bits.candidates=[8]"], r"bits.candidates=[8]: give two or more widths"),
         (["bits=step_snr", "bits.candidates=[4,9]"], "bits.candidates=9: choose 2..8"),
         (["bits=step_snr", "bits.activation=8"], "bits.activation=8 contradicts bits.schedule"),
+        (["+bits.groups.dwon=w4a4"], "bits.groups.dwon: model=digits has no such group; choose one of time, "),
+        (["bits.groups.down=4"], "bits.groups.down=4: give a weight and an activation width, such as w4a8"),
+        (["bits.groups.down=w4a9"], "bits.groups.down=9: choose 2..8"),
+        (["bits.min_bops_ratio=0.5"], "bits.min_bops_ratio=0.5: choose 1 or more"),
+        (["bits=step_snr", "bits.groups.down=w4a4"], "bits.groups={'down': 'w4a4'} contradicts bits.schedule"),
+        (["bits=step_snr", "bits.min_bops_ratio=20"], "bits.min_bops_ratio=20.0 contradicts bits.schedule"),
+        (["+experiment=fp32", "bits.groups.down=w4a4"], "bits.groups.down is set, but bits=fp32 quantizes nothing"),
         (["bits=step_snr", "bits.schedule=8"], "bits.schedule=8: give snr, budget, a list of one width per step"),
         (["bits=step_snr", "quantization.temporal=per_step"], "quantization.temporal=per_step contradicts bits.sched"),
         (["quantization.temporal=binned", "quantization.temporal_bins=21"], "temporal_bins=21: choose 1..20"),
@@ -193,6 +202,16 @@ def test_run_name():
     assert run_name("none", "fp32") == "fp32"
     assert run_name("ndtc", "w4a8", "none", "brecq") == "ndtc_brecq_w4a8"
     assert run_name("ndtc", "w4a8", "ptqd", "brecq") == "ptqd_brecq_w4a8"
+    assert run_name("ndtc", "w8a8", groups={"down": None}) == "ndtc_w8a8"
+    assert run_name("ndtc", "w8a8", groups={"down": "w4a4"}) == "ndtc_w8a8_groups"
+
+
+def test_globs_of_layers_come_before_the_groups_of_the_model():
+    config = composed("bits.groups.up=w4a4", "+bits.groups={*up_blocks.0.*: w6a6}")
+    assert config.name == "ndtc_w8a8_groups"
+    assert list(Setup.bit_groups.func(SimpleNamespace(config=config)).values()) == [
+        ("*up_blocks.0.*", 6, 6), ("*up_blocks.*", 4, 4)
+    ]  # fmt: skip
 
 
 def test_build_names_the_wrong_argument_and_the_nearest():

@@ -1,10 +1,11 @@
-"""Entries are found by what made them, never trusted when damaged, and survive two builders at once."""
+"""Entries are found by what made them, never trusted when damaged, and computed by one process at a time."""
 
 import hashlib
 import json
 import logging
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ def save(value, path):
 
 
 def entry_files(root):
-    return sorted(path for path in root.rglob("*") if path.is_file())
+    """Files of the entries; locks lie beside them."""
+    return sorted(path for path in root.rglob("*") if path.is_file() and path.parent.name != ".locks")
 
 
 def test_the_second_call_reuses_what_the_first_made(tmp_path, caplog):
@@ -116,7 +118,7 @@ def test_a_maker_or_a_writer_that_fails_leaves_nothing(tmp_path):
         fetch(cache, broken)
     with pytest.raises(RuntimeError):
         cache.get_or_make("calibration", SPEC, make=Counter(), save=broken, load=np.load)
-    assert [path for path in tmp_path.rglob("*") if path.name != "calibration"] == []
+    assert entry_files(tmp_path) == [] and list((tmp_path / "calibration").iterdir()) == []
 
 
 def test_a_whole_entry_that_cannot_be_loaded_says_what_to_do(tmp_path):
@@ -136,34 +138,96 @@ def test_an_unwritable_cache_names_the_entry(tmp_path):
         fetch(ArtifactCache(tmp_path / "file"), Counter())
 
 
-# Each process says that it is building, and waits for the other: neither finds the entry of the other.
-BUILDER = """
-import pathlib, sys, time
+def test_refresh_replaces_once_for_all_jobs_of_a_sweep(tmp_path):
+    fetch(ArtifactCache(tmp_path), Counter(1.0))
+    start, make = time.time(), Counter(2.0)
+    jobs = [ArtifactCache(tmp_path, "refresh", start) for _ in range(3)]
+    assert [fetch(job, make)[1] for job in jobs] == [False, True, True] and make.calls == 1
+    assert fetch(ArtifactCache(tmp_path, "refresh"), Counter(3.0))[0][0] == 3
+
+
+def test_hits_and_misses_are_counted_by_kind(tmp_path):
+    cache = ArtifactCache(tmp_path)
+    for _ in range(3):
+        fetch(cache, Counter())
+    cache.get_or_make("ranges", {}, make=Counter(), save=save, load=np.load, suffix=".npy")
+    kinds = {"calibration": {"hits": 2, "misses": 1}, "ranges": {"hits": 0, "misses": 1}}
+    assert cache.counts() == {"hits": 2, "misses": 2, "kinds": kinds}
+    switched_off = ArtifactCache(tmp_path, "off")
+    fetch(switched_off, Counter())
+    assert switched_off.counts() == {"hits": 0, "misses": 1, "kinds": {"calibration": {"hits": 0, "misses": 1}}}
+
+
+# A process that needs an entry. As the "owner" it says when it computes, and goes on when it is told to.
+PROCESS = """
+import logging, pathlib, sys, time
 import numpy as np
 from ptq_exp.tracking.cache import ArtifactCache
 
-root, mine, other = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+root, role = pathlib.Path(sys.argv[1]), sys.argv[2]
+logging.basicConfig(level=logging.INFO, filename=root / f"{role}.log")
 
 def make():
-    (root / mine).touch()
-    deadline = time.monotonic() + 60
-    while not (root / other).exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return np.full(1000, float(mine))
+    (root / f"{role} computes").touch()
+    while role == "owner" and not (root / "go on").exists():
+        time.sleep(0.01)
+    return np.full(1000, len(role))
 
 value, reused = ArtifactCache(root / "cache").get_or_make(
     "calibration", {"a": 1}, make=make, save=lambda v, p: np.save(p, v), load=np.load, suffix=".npy")
-assert not reused and (value == float(mine)).all()
+(root / f"{role} has").write_text(f"{value[0]} {reused}")
 """
 
 
-def test_two_processes_may_build_the_same_entry(tmp_path):
-    pairs = [("1", "2"), ("2", "1")]
-    builders = [subprocess.Popen([sys.executable, "-c", BUILDER, tmp_path, *pair]) for pair in pairs]
-    assert [builder.wait(90) for builder in builders] == [0, 0]
-    value, reused = fetch(ArtifactCache(tmp_path / "cache"), Counter(3.0), {"a": 1})
-    assert reused and len(set(value)) == 1 and value[0] in (1.0, 2.0)
+@pytest.fixture
+def processes(tmp_path):
+    """Start a process by its role; those that are left are killed."""
+    started = []
+
+    def start(role):
+        started.append(subprocess.Popen([sys.executable, "-c", PROCESS, tmp_path, role]))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def until(found):
+    deadline = time.monotonic() + 60
+    while not found():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+def owner_and_waiter(processes, folder):
+    """An owner that computes, and a second process that has said that it waits for this one."""
+    owner = processes("owner")
+    until((folder / "owner computes").exists)
+    waiter, log = processes("second"), folder / "second.log"
+    until(lambda: log.exists() and f"process {owner.pid} on" in log.read_text())
+    assert "is computing it, waiting" in log.read_text()
+    return owner, waiter
+
+
+def test_of_two_processes_one_computes_and_the_other_waits(tmp_path, processes):
+    owner, waiter = owner_and_waiter(processes, tmp_path)
+    (tmp_path / "go on").touch()
+    assert (owner.wait(60), waiter.wait(60)) == (0, 0)
+    assert (tmp_path / "owner has").read_text() == "5 False"
+    assert (tmp_path / "second has").read_text() == "5 True"
+    assert not (tmp_path / "second computes").exists()
     assert len(entry_files(tmp_path / "cache")) == 2
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, processes):
+    owner, waiter = owner_and_waiter(processes, tmp_path)
+    owner.kill()
+    assert waiter.wait(60) == 0
+    assert (tmp_path / "second has").read_text() == "6 False"
+    assert f"process {owner.pid}" in (log := (tmp_path / "second.log").read_text()) and "ended without it" in log
+    assert fetch(ArtifactCache(tmp_path / "cache"), Counter(), {"a": 1})[1]
 
 
 def test_file_digest_and_wrong_modes(tmp_path):

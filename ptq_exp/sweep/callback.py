@@ -1,0 +1,45 @@
+"""What happens around a sweep in the process that starts it: checks and a record before, the table after.
+
+Hydra turns what a callback raises into a warning. So the start ends the command itself, and the end is called by the
+command (`end_of_sweep`), which also happens when Hydra has raised.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+import ptq_exp.config  # noqa: F401  (its resolvers: the processes of a launcher import this module first)
+from ptq_exp.errors import PTQError
+from ptq_exp.sweep.end import finish_sweep
+from ptq_exp.sweep.plugins import check_plugins
+from ptq_exp.sweep.record import FILE, SweepRecord
+
+_folders: list[Path] = []
+
+
+class SweepCallback(Callback):
+    """Named in conf/config.yaml."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse what cannot run, and leave sweep.json; that of a sweep which is resumed stays."""
+        try:
+            check_plugins(config)
+            folder = Path(config.hydra.sweep.dir)
+            if config.sweep.resume is None or not (folder / FILE).exists():
+                SweepRecord.of(config).save(folder)
+        except PTQError as error:
+            sys.exit(f"error: {error}")
+        _folders.append(folder)
+
+
+def end_of_sweep() -> list[str]:
+    """Print and write what a sweep that was started ends with; returns its failed jobs (none without a sweep)."""
+    failed = []
+    while _folders:
+        failed += finish_sweep(_folders.pop())
+    return failed

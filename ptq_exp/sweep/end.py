@@ -1,0 +1,95 @@
+"""What a sweep ends with: its jobs, the cache, its table, and the front where it searched bits per group."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ptq_exp.errors import DataError, PTQError
+from ptq_exp.sweep.record import SweepRecord, plain_key
+from ptq_exp.tracking.results import read_json
+
+DONE = ("finished", "infeasible")
+
+
+def finish_sweep(folder: Path) -> list[str]:
+    """Print the end of the sweep in `folder`; returns the names of its failed jobs."""
+    jobs = read_jobs(folder)
+    if not jobs:
+        return []
+    print(f"\nsweep {folder}")
+    swept = SweepRecord.load(folder).swept
+    if any(key.startswith("bits.groups") for key in swept):
+        from ptq_exp.sweep.pareto import write_pareto  # matplotlib takes a second
+
+        _show(lambda: write_pareto(folder, jobs, swept))
+    else:
+        _show(lambda: sweep_table(folder))
+    print(cache_line(jobs))
+    failed = {name: values for name, values in jobs.items() if values["status"] not in DONE}
+    counts = Counter(values["status"] for values in jobs.values())
+    print(f"{len(jobs)} jobs: {', '.join(f'{n} {status}' for status, n in counts.items())}")
+    for name, values in failed.items():
+        print(f"failed: {name} ({_changed(values, swept)}): {values['error']}")
+    if failed:
+        print(f"again: python -m ptq_exp sweep.resume={shlex.quote(str(folder))}")
+    return list(failed)
+
+
+def read_jobs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Folder name of each job -> its results, in the order of their numbers; one that was killed says so."""
+    jobs = {}
+    for path in sorted(folder.glob("[0-9]*_*"), key=lambda path: int(path.name.partition("_")[0])):
+        try:
+            values = read_json(path / "results.json")
+        except DataError as error:
+            values = {"status": "killed", "error": str(error)}
+        if values["status"] == "running":
+            values |= {"status": "killed", "error": f"it ended in the stage after {values['stage']}"}
+        jobs[path.name] = values
+    return jobs
+
+
+def sweep_table(folder: Path) -> str:
+    """The table of the sweep, its best row marked."""
+    from ptq_exp.table import experiment_table
+
+    lines = experiment_table(str(folder)).splitlines()
+    # rows stand in the order of their FID increase, full precision first, those without a number last
+    rows = [i for i, line in enumerate(lines) if line.startswith("| ") and i > 1 and not line.startswith("| fp32")]
+    increase = _cells(lines[0]).index("FID increase")
+    if rows and _cells(lines[rows[0]])[increase] != "—":
+        lines[rows[0]] += " <- best"
+    return "\n".join(lines)
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| ").split(" | ")]
+
+
+def cache_line(jobs: dict[str, dict[str, Any]]) -> str:
+    """Hits and misses of all jobs, in sum and by kind of artefact."""
+    hits, misses = Counter(), Counter()
+    for values in jobs.values():
+        for kind, counts in values.get("cache", {}).get("kinds", {}).items():
+            hits[kind] += counts["hits"]
+            misses[kind] += counts["misses"]
+    kinds = ", ".join(f"{kind} {hits[kind]}/{hits[kind] + misses[kind]}" for kind in hits | misses)
+    total = hits.total() + misses.total()
+    return f"cache: {hits.total()} of {total} artefacts reused" + (f" ({kinds})" if kinds else "")
+
+
+def _changed(values: dict[str, Any], swept: list[str]) -> str:
+    """The swept settings of a job, as far as it says."""
+    overrides = [item for item in values.get("overrides", []) if plain_key(item) in swept]
+    return " ".join(overrides) or values.get("name", "no results")
+
+
+def _show(make: Any) -> None:
+    """Print what `make` returns, or why it cannot: the results themselves are there."""
+    try:
+        print(make())
+    except PTQError as error:
+        print(f"no table: {error}")

@@ -1,0 +1,61 @@
+"""A lock that one process at a time holds, of those that share a folder; the system frees it when its owner dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+_log = logging.getLogger("ptq_exp")
+_POLL_SECONDS = 0.1
+
+
+@contextmanager
+def only_one(path: Path, what: str) -> Iterator[str | None]:
+    """Hold the lock file `path` (created, and never removed: removing it would race with those who wait).
+
+    Who has to wait says so once, with the owner's process. The lock belongs to the open file, so that the system
+    itself frees it when the owner ends, however that happens. On a file system without locks a warning is logged and
+    nobody waits.
+
+    Args:
+        what: is being computed, for the messages.
+
+    Yields:
+        None, or the owner that was waited for ("process 4711 on host").
+
+    Raises:
+        OSError: the lock file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, waited_for = FileLock(path), None
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waited_for = _owner(path)
+            _log.info("%s: %s is computing it, waiting", what, waited_for)
+            lock.acquire(poll_interval=_POLL_SECONDS)
+        _owner_file(path).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except NotImplementedError:
+        _log.warning("%s knows no file locks: several runs may compute the same thing at once", path.parent)
+    try:
+        yield waited_for
+    finally:
+        lock.release()
+
+
+def _owner_file(path: Path) -> Path:
+    return path.with_suffix(".owner")
+
+
+def _owner(path: Path) -> str:
+    try:
+        return _owner_file(path).read_text() or "another process"
+    except OSError:  # it has just taken the lock
+        return "another process"
