@@ -26,6 +26,7 @@ Leaves in the folder: search.json (all trials), search.md (their table), experim
 examples:
   python -m ptq_exp.search bits=w4a8
   python -m ptq_exp.search bits=w4a4 model=digits_ldm --jobs 2
+  python -m ptq_exp.search bits=w8a8 --until placement
   python -m ptq_exp.search bits=w6a6 --space my_space.yaml --folder runs/search/mine
 """
 
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("overrides", nargs="+", help="settings of all trials, bits= among them")
     parser.add_argument("--space", default="best", help="name in conf/search, or a YAML file (best)")
+    parser.add_argument("--until", help="the last stage to decide (all)")
     parser.add_argument("--folder", help="where it is left (runs/search/<space>_<bits>[_<model>])")
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time, one thread each (1)")
     return parser
@@ -60,6 +62,8 @@ def _search(arguments: argparse.Namespace) -> None:
     conf = config_folder()
     path = Path(arguments.space) if arguments.space.endswith(".yaml") else conf / "search" / f"{arguments.space}.yaml"
     space = Space.load(path)
+    if arguments.until:
+        space = space.until(arguments.until)
     names = [path.stem, given["bits"], *([given["model"]] if "model" in given else [])]
     folder = Path(arguments.folder or Path("runs/search") / "_".join(names))
     search = Search(
@@ -71,7 +75,8 @@ def _search(arguments: argparse.Namespace) -> None:
         _leave(search.trials, folder)
     text = experiment_file(
         (*decided, f"bits={given['bits']}"), f"{path.stem}_${{bits.name}}",
-        f"Found by: python -m ptq_exp.search {' '.join(arguments.overrides)}\n"
+        f"Found by: python -m ptq_exp.search {' '.join(arguments.overrides)}"
+        f"{f' --until {arguments.until}' if arguments.until else ''}\n"
         f"({space.objective}, mean over seeds {', '.join(map(str, space.seeds))}).",
         config_groups(conf),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,17 @@ class Space:
             )._checked()  # fmt: skip
         except (TypeError, ValueError, KeyError) as error:
             raise ConfigError(f"{path}: {error}") from error
+
+    def until(self, stage: str) -> Space:
+        """The same search that ends with the decision of `stage`.
+
+        Raises:
+            ConfigError: there is no such stage.
+        """
+        names = [one.name for one in self.stages]
+        if stage not in names:
+            raise ConfigError(f"no stage {stage} in the search: choose one of {', '.join(names)}")
+        return replace(self, stages=self.stages[: names.index(stage) + 1])
 
     def better(self, value: float, than: float) -> bool:
         """Whether `value` of the objective is better `than` another one by more than the tolerance."""

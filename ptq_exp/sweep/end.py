@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import DataError, PTQError
+from ptq_exp.reporting import write_sweep_report
 from ptq_exp.sweep.record import SweepRecord, plain_key
 from ptq_exp.tracking.results import read_json
+from ptq_exp.tracking.sweep_table import sweep_table
 
 DONE = ("finished", "infeasible")
 
@@ -26,7 +29,8 @@ def finish_sweep(folder: Path) -> list[str]:
 
         _show(lambda: write_pareto(folder, jobs, swept))
     else:
-        _show(lambda: sweep_table(folder))
+        _show(lambda: sweep_table(folder, swept))
+    _show(lambda: f"report: {write_sweep_report(folder)}", "no report")
     print(cache_line(jobs))
     failed = {name: values for name, values in jobs.items() if values["status"] not in DONE}
     counts = Counter(values["status"] for values in jobs.values())
@@ -52,23 +56,6 @@ def read_jobs(folder: Path) -> dict[str, dict[str, Any]]:
     return jobs
 
 
-def sweep_table(folder: Path) -> str:
-    """The table of the sweep, its best row marked."""
-    from ptq_exp.table import experiment_table
-
-    lines = experiment_table(str(folder)).splitlines()
-    # rows stand in the order of their FID increase, full precision first, those without a number last
-    rows = [i for i, line in enumerate(lines) if line.startswith("| ") and i > 1 and not line.startswith("| fp32")]
-    increase = _cells(lines[0]).index("FID increase")
-    if rows and _cells(lines[rows[0]])[increase] != "—":
-        lines[rows[0]] += " <- best"
-    return "\n".join(lines)
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip("| ").split(" | ")]
-
-
 def cache_line(jobs: dict[str, dict[str, Any]]) -> str:
     """Hits and misses of all jobs, in sum and by kind of artefact."""
     hits, misses = Counter(), Counter()
@@ -87,9 +74,9 @@ def _changed(values: dict[str, Any], swept: list[str]) -> str:
     return " ".join(overrides) or values.get("name", "no results")
 
 
-def _show(make: Any) -> None:
+def _show(make: Callable[[], object], otherwise: str = "no table") -> None:
     """Print what `make` returns, or why it cannot: the results themselves are there."""
     try:
         print(make())
     except PTQError as error:
-        print(f"no table: {error}")
+        print(f"{otherwise}: {error}")

@@ -81,6 +81,12 @@ def test_later_overrides_replace_earlier_ones_and_a_group_takes_its_settings_alo
     assert merged(first, ("reconstruction=none",)) == ("metric=mse", "reconstructions=1", "reconstruction=none")
 
 
+def test_a_search_may_end_early():
+    assert Search(space().until("one"), table(SCORES)).best() == ("a=1",)
+    with pytest.raises(ConfigError, match="no stage three in the search: choose one of one, two"):
+        space().until("three")
+
+
 def test_experiment_file_by_hand():
     decided = ("quantization.shortcut=split", "metric=mse", "reconstruction=brecq", "reconstruction.step_lr=0.01")
     text = experiment_file(decided, "best_${bits.name}", "Found by\na search.", ["metric", "reconstruction"])

@@ -58,10 +58,11 @@ def test_a_sweep_with_a_failing_job_and_its_resume(sweep, command, jobs, monkeyp
     assert f"failed: {FAILING} (bits=w4a8 seed=1): device lost" in printed.out
     assert f"error: {FAILING}: device lost" in printed.err
     assert "4 jobs: 3 finished, 1 failed" in printed.out and f"sweep.resume={folder}" in printed.out
-    (best,) = (line for line in printed.out.splitlines() if line.endswith("<- best"))
-    fid = {bits: [v["metrics"]["fid_increase"] for v in found.values() if v["name"] == bits and "metrics" in v]
-           for bits in ("ndtc_w8a8", "ndtc_w4a8")}  # fmt: skip
-    assert best.split(" | ")[0] == f"| {min(fid, key=lambda bits: sum(fid[bits]) / len(fid[bits]))}"
+    (best,) = (line for line in printed.out.splitlines() if "← best FID" in line)
+    fid = {bits: [v["metrics"]["fid"] for v in found.values() if v["name"] == f"ndtc_{bits}" and "metrics" in v]
+           for bits in ("w8a8", "w4a8")}  # fmt: skip
+    assert min(fid, key=lambda bits: sum(fid[bits]) / len(fid[bits])) in best.split(" | ")[0].lower()
+    assert (folder / "report.html").exists() and f"report: {folder / 'report.html'}" in printed.out
 
     # of each seed one calibration set, one set of images and their features; one reference; ranges of every job
     misses = {"reference": 1, "images": 2, "features": 2, "calibration": 2, "ranges": 4, "NoiseModule": 4}
