@@ -19,14 +19,17 @@ from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 
 
-def run_name(calibration: str, bits: str, correction: str = "none", reconstruction: str = "none") -> str:
-    """`<calibration>[_<reconstruction>]_<bits>`, `fp32` for the full-precision model.
+def run_name(
+    calibration: str, bits: str, correction: str = "none", reconstruction: str = "none", labels: str = "paired"
+) -> str:
+    """`<calibration>[_<labels>][_<reconstruction>]_<bits>`, `fp32` for the full-precision model.
 
-    Where noise is corrected, the correction stands in place of the calibration.
+    Where noise is corrected, the correction stands in place of the calibration. Paired labels are not mentioned.
     """
     if bits == FULL_PRECISION:
         return FULL_PRECISION
-    parts = [calibration if correction == "none" else correction, reconstruction, bits]
+    labels = "none" if labels == "paired" else labels
+    parts = [calibration if correction == "none" else correction, labels, reconstruction, bits]
     return "_".join(part for part in parts if part != "none")
 
 

@@ -98,6 +98,8 @@ class Setup:
     def calibration_spec(self, calibration_round: int) -> dict[str, Any]:
         """All that decides the calibration set of a round, from 1; later ones also depend on the quantized model."""
         calibration = asdict(self.config.calibration) | {"rounds": calibration_round}
+        if calibration["labels"] == "paired":
+            del calibration["labels"]  # artefacts of versions without this setting are paired, and stay valid
         spec = self.sampling_spec() | {"calibration": calibration}
         if calibration_round > 1:
             spec |= self._quantizer_settings()

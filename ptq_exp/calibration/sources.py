@@ -30,6 +30,8 @@ class ImageSource(Protocol):
 class StateRequest:
     """Which states are wanted: sample `indices` [N] of `seed`, sample i as it enters step `steps[i]` of `grid`.
 
+    `denoise` takes `len(grid)` for a step, too: the state behind the last one.
+
     `denoiser` (the model's own where None) makes the trajectories of `denoise`, guided if guidance is wanted; `images`
     are the real images that `diffuse` and `raw` start from.
     """
