@@ -79,7 +79,7 @@ def _check_full_precision(config: ExperimentConfig) -> None:
 
 def _check_quantization(config: ExperimentConfig) -> None:
     bits, calibration = config.bits, config.calibration
-    _one_of("metric.name", config.metric.name, METRICS)
+    _one_of("metric.name", config.metric.name, tuple(METRICS))
     _check_placement(config)
     if calibration.source is None:
         raise ConfigError(f"calibration={calibration.name} has no samples, but bits={bits.name} needs some to choose "

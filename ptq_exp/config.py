@@ -6,6 +6,7 @@ import copy
 import difflib
 import inspect
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,25 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_schema_message(error)) from error
+    import_all(config.imports)
     check(config)
     return config
+
+
+def import_all(modules: Sequence[str]) -> None:
+    """Import `modules` for what they register.
+
+    Raises:
+        ConfigError: one is not there, or what it imports is not.
+    """
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"imports={module}: {error}; start where {module.replace('.', '/')}.py lies, or add its folder to "
+                "PYTHONPATH"
+            ) from error
 
 
 _MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.channels_last", "model.compile")

@@ -222,6 +222,7 @@ class ExperimentConfig:
 
     name: str = ""
     seed: int = 0
+    imports: list[str] = field(default_factory=list)
     cache: str = "on"
     cache_dir: str = ""
     save_quantized: bool = True

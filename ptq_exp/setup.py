@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import ptq_exp
 from ptq_exp.artifact import Artifact
-from ptq_exp.calibration import time_bins
+from ptq_exp.calibration import WITHOUT_IMAGES, time_bins
 from ptq_exp.config import build
 from ptq_exp.correction import BitSchedule, parse_widths
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
@@ -172,8 +172,8 @@ class Setup:
 
     @property
     def needs_images(self) -> bool:
-        """Whether calibration starts from real images."""
-        return self.config.calibration.source in ("raw", "diffuse")
+        """Whether calibration may start from real images; a source of somebody else's is offered them."""
+        return self.config.calibration.source not in (None, *WITHOUT_IMAGES)
 
 
 def given_schedule(bits: BitsConfig, grid: TimeGrid) -> BitSchedule:

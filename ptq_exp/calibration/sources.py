@@ -147,7 +147,12 @@ SOURCES: dict[str, Callable[[DiffusionModel, StateRequest], tuple[Tensor, Tensor
     "raw": raw,
     "noise": noise,
 }
-"""Each: (model, request) -> (states float32 [N, C, H, W] on the CPU, network evaluations spent on each, int64 [N])."""
+"""Each: (model, request) -> (states float32 [N, C, H, W] on the CPU, network evaluations spent on each, int64 [N]).
+
+Add your own; `request.images` are there for it where the model has any.
+"""
+WITHOUT_IMAGES = ("denoise", "noise")
+"""Sources that never ask for real images."""
 
 
 def source(name: str) -> Callable[[DiffusionModel, StateRequest], tuple[Tensor, Tensor]]:

@@ -95,6 +95,7 @@ def test_every_experiment_file_says_what_it_follows():
         ("quantization.smooth_alpha=2", "quantization.smooth_alpha=2.0: choose 0..1"),
         ("quantization.group_size=0", "quantization.group_size=0: choose 1 or more"),
         ("calibration.rounds=0", "calibration.rounds=0: choose 1 or more"),
+        ("imports=[nowhere.to_be]", "imports=nowhere.to_be: No module named 'nowhere'; start where"),
         ("calibration.labels=mixed", "calibration.labels=mixed: choose one of paired, reversed"),
         ("seed=-1", "seed=-1: choose 0 or more"),
         ("+bits.weigth=4", "weigth"),
