@@ -18,6 +18,9 @@ from ptq_exp.quantization.artifact import DESCRIPTION_FILE, TENSORS_FILE, read_d
 
 SUBFOLDER = "quantized"
 SCHEDULE_FILE, STATISTICS_FILE = "bit_schedule.json", "noise_statistics.npz"
+SECTIONS = ("seed", "model", "sampler", "calibration", "metric", "bits", "quantization", "reconstruction", "correction")
+OF_MODEL = ("name", "checkpoint", "dtype", "ema", "channels_last", "compile")
+"""The settings that are saved with a model. No others are taken from a file: some name code that a run executes."""
 _EXPECTED = {
     "model.name": str, "model.digest": str, "model.dtype": str, "model.options": dict, "settings.model": dict,
     "settings.sampler": dict, "settings.bits": dict, "settings.bits.name": str, "settings.correction": dict,
@@ -56,6 +59,10 @@ class Artifact:
                 found = found.get(key, ...) if isinstance(found, dict) else ...
             if not isinstance(found, kind):
                 raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {name} is missing or of another type")
+        settings = description["settings"]
+        of_model = set(settings["model"]) - set(OF_MODEL)
+        if foreign := [*(set(settings) - set(SECTIONS)), *(f"model.{key}" for key in of_model)]:
+            raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {min(foreign)} is no setting of a saved model")
         return cls(folder, description)
 
     @property

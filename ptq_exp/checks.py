@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ptq_exp.calibration import SOURCES, TEMPORAL
+from ptq_exp.calibration import LABELS, SOURCES, TEMPORAL
 from ptq_exp.correction.statistics import CONVENTIONS
 from ptq_exp.diffusion.compare import FOLLOW
 from ptq_exp.diffusion.solvers import SOLVERS
@@ -97,7 +97,7 @@ def _check_full_precision(config: ExperimentConfig) -> None:
 
 def _check_quantization(config: ExperimentConfig) -> None:
     bits, calibration = config.bits, config.calibration
-    _one_of("metric.name", config.metric.name, METRICS)
+    _one_of("metric.name", config.metric.name, tuple(METRICS))
     _check_placement(config)
     if calibration.source is None:
         raise ConfigError(f"calibration={calibration.name} has no samples, but bits={bits.name} needs some to choose "
@@ -115,6 +115,25 @@ def _check_quantization(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"calibration.rounds={calibration.rounds} contradicts bits.schedule, which is decided after calibration: "
             "choose calibration.rounds=1"
+        )
+    _check_labels(config)
+
+
+def _check_labels(config: ExperimentConfig) -> None:
+    calibration, temporal = config.calibration, config.quantization.temporal
+    _one_of("calibration.labels", calibration.labels, LABELS)
+    if calibration.labels == "paired":
+        return
+    if calibration.source != "denoise":
+        raise ConfigError(
+            f"calibration.labels={calibration.labels} is about states of denoising runs, but "
+            f"calibration.source={calibration.source}: choose calibration.source=denoise, or calibration.labels=paired"
+        )
+    if temporal != "static":
+        raise ConfigError(
+            f"calibration.labels={calibration.labels} contradicts quantization.temporal={temporal}: "
+            "a state with a wrong time belongs to no step's ranges; choose quantization.temporal=static, or "
+            "calibration.labels=paired"
         )
 
 

@@ -7,6 +7,7 @@ import difflib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,19 @@ from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 
 
 def run_name(
-    calibration: str, bits: str, correction: str = "none", reconstruction: str = "none",
+    calibration: str, bits: str, correction: str = "none", reconstruction: str = "none", labels: str = "paired",
     groups: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
-    """`<calibration>[_<reconstruction>]_<bits>`, `fp32` for the full-precision model.
+    """`<calibration>[_<labels>][_<reconstruction>]_<bits>[_groups]`, `fp32` for the full-precision model.
 
-    With bits per group of layers `_groups` is added.
-    Where noise is corrected, the correction stands in place of the calibration.
+    Where noise is corrected, the correction stands in place of the calibration. Paired labels are not mentioned, bits
+    per group of layers are.
     """
     if bits == FULL_PRECISION:
         return FULL_PRECISION
+    labels = "none" if labels == "paired" else labels
     mixed = "groups" if any((groups or {}).values()) else "none"
-    parts = [calibration if correction == "none" else correction, reconstruction, bits, mixed]
+    parts = [calibration if correction == "none" else correction, labels, reconstruction, bits, mixed]
     return "_".join(part for part in parts if part != "none")
 
 
@@ -98,6 +100,7 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_schema_message(error)) from error
+    import_all(config.imports)
     check(config)
     return config
 
@@ -120,6 +123,22 @@ def check_experiment_bits(given: Sequence[str]) -> None:
                 f"bits={values['bits']} would take over bits.{key}={value}, which experiment={values['experiment']} "
                 f"sets for its own bits: add bits.{key}= with the value that you mean"
             )
+
+
+def import_all(modules: Sequence[str]) -> None:
+    """Import `modules` for what they register.
+
+    Raises:
+        ConfigError: one is not there, or what it imports is not.
+    """
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"imports={module}: {error}; start where {module.replace('.', '/')}.py lies, or add its folder to "
+                "PYTHONPATH"
+            ) from error
 
 
 _MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.channels_last", "model.compile")

@@ -13,7 +13,15 @@ import torch
 
 import ptq_exp
 from ptq_exp.api import QuantizedModel
-from ptq_exp.artifact import SCHEDULE_FILE, STATISTICS_FILE, SUBFOLDER, Artifact, grid_account
+from ptq_exp.artifact import (
+    OF_MODEL,
+    SCHEDULE_FILE,
+    SECTIONS,
+    STATISTICS_FILE,
+    SUBFOLDER,
+    Artifact,
+    grid_account,
+)
 from ptq_exp.config import from_settings
 from ptq_exp.diffusion import DiffusionModel
 from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
@@ -27,10 +35,6 @@ from ptq_exp.tracking.results import to_plain
 from ptq_exp.twin import Twin
 
 log = logging.getLogger("ptq_exp")
-_NOT_SAVED = (
-    "name", "cache", "cache_dir", "save_quantized", "quantized", "evaluation", "analysis", "logger", "trainer"
-)  # fmt: skip
-_OF_MODEL = ("name", "checkpoint", "dtype", "ema", "channels_last", "compile")
 
 
 def save_twin(setup: Setup, twin: Twin, evaluations: int, run_folder: Path) -> dict[str, Any]:
@@ -151,8 +155,8 @@ def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, 
 def _account(setup: Setup, evaluations: int) -> dict[str, Any]:
     """What quantization.json says of model, sampler and recipe."""
     config = setup.config
-    settings = {key: value for key, value in asdict(config).items() if key not in _NOT_SAVED}
-    settings["model"] = {key: settings["model"][key] for key in _OF_MODEL}
+    settings = {key: value for key, value in asdict(config).items() if key in SECTIONS}
+    settings["model"] = {key: settings["model"][key] for key in OF_MODEL}
     built_by_others = ("_target_", "name", "checkpoint", "dtype")
     return {
         "ptq_exp": ptq_exp.__version__,

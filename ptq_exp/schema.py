@@ -58,7 +58,10 @@ class ModelConfig:
 
 @dataclass
 class CalibrationConfig:
-    """Source of states, distribution over time steps, how many; later `rounds` take states of the quantized model."""
+    """Source of states, distribution over time steps, how many; later `rounds` take states of the quantized model.
+
+    `labels`: the time each state is shown with, its own or the mismatch of PTQ4DM's code.
+    """
 
     name: str = ""
     source: str | None = None
@@ -66,6 +69,7 @@ class CalibrationConfig:
     n_samples: int = 0
     batch_size: int = 0
     rounds: int = 1
+    labels: str = "paired"
 
 
 @dataclass
@@ -252,6 +256,7 @@ class ExperimentConfig:
 
     name: str = ""
     seed: int = 0
+    imports: list[str] = field(default_factory=list)
     cache: str = "on"
     cache_dir: str = ""
     save_quantized: bool = True

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import ptq_exp
 from ptq_exp.artifact import Artifact
-from ptq_exp.calibration import time_bins
+from ptq_exp.calibration import WITHOUT_IMAGES, time_bins
 from ptq_exp.config import build
 from ptq_exp.correction import BitSchedule, parse_widths
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
@@ -106,6 +106,8 @@ class Setup:
     def calibration_spec(self, calibration_round: int) -> dict[str, Any]:
         """All that decides the calibration set of a round, from 1; later ones also depend on the quantized model."""
         calibration = asdict(self.config.calibration) | {"rounds": calibration_round}
+        if calibration["labels"] == "paired":
+            del calibration["labels"]  # artefacts of versions without this setting are paired, and stay valid
         spec = self.sampling_spec() | {"calibration": calibration}
         if calibration_round > 1:
             spec |= self._quantizer_settings()
@@ -199,8 +201,8 @@ class Setup:
 
     @property
     def needs_images(self) -> bool:
-        """Whether calibration starts from real images."""
-        return self.config.calibration.source in ("raw", "diffuse")
+        """Whether calibration may start from real images; a source of somebody else's is offered them."""
+        return self.config.calibration.source not in (None, *WITHOUT_IMAGES)
 
 
 def given_schedule(bits: BitsConfig, grid: TimeGrid) -> BitSchedule:

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 import ptq_exp
-from ptq_exp.calibration import CalibrationSet, positions
+from ptq_exp.calibration import CalibrationSet, labelled, positions
 from ptq_exp.config import build
 from ptq_exp.evaluation import (
     FeatureStatistics,
@@ -66,7 +66,8 @@ def make_calibration_set(setup: Setup, previous: Twin | None = None, calibration
 
     def make() -> CalibrationSet:
         distribution = build(config.distribution, "calibration.distribution")
-        steps = positions(distribution, config.n_samples, len(setup.grid), setup.config.seed)
+        drawn = positions(distribution, config.n_samples, len(setup.grid), setup.config.seed)
+        states = labelled(drawn, setup.grid, config.labels)
         images = None
         if setup.needs_images and (setup.config.model.images or {}).get("path", "shipped") is not None:
             images = build(setup.config.model.images, "model.images")
@@ -77,7 +78,7 @@ def make_calibration_set(setup: Setup, previous: Twin | None = None, calibration
         null_label = None if setup.guidance_scale == 1 else setup.model.null_label
         joined = folder / "joined.npz"
         collect_calibration_set(
-            module, setup.trainer("calibration set"), steps, config.batch_size, folder, joined, null_label
+            module, setup.trainer("calibration set"), states, config.batch_size, folder, joined, null_label
         )
         return CalibrationSet.load(joined)
 

@@ -2,10 +2,11 @@
 
 from ptq_exp.calibration.bins import TEMPORAL, check_bins, time_bins
 from ptq_exp.calibration.calibration_set import CalibrationSet
-from ptq_exp.calibration.sources import SOURCES, StateRequest, source
+from ptq_exp.calibration.labels import LABELS, Labelled, labelled
+from ptq_exp.calibration.sources import SOURCES, WITHOUT_IMAGES, StateRequest, source
 from ptq_exp.calibration.timesteps import Constant, Normal, SkewNormal, Uniform, positions
 
 __all__ = [
-    "SOURCES", "TEMPORAL", "CalibrationSet", "Constant", "Normal", "SkewNormal", "StateRequest", "Uniform",
-    "check_bins", "positions", "source", "time_bins",
+    "LABELS", "SOURCES", "TEMPORAL", "WITHOUT_IMAGES", "CalibrationSet", "Constant", "Labelled", "Normal", "SkewNormal",
+    "StateRequest", "Uniform", "check_bins", "labelled", "positions", "source", "time_bins",
 ]  # fmt: skip

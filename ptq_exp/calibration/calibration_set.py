@@ -24,7 +24,7 @@ class CalibrationSet:
     Attributes:
         x: float32 [N, C, H, W], the state that enters the step.
         step: int64 [N], the position in the `TimeGrid` (0 = noisiest).
-        t: float32 [N], the network time of that step.
+        t: float32 [N], the network time that the state is shown with: that of the step (see `labelled`).
         evaluations: int64 [N], network evaluations spent on each.
         y: int64 [N] labels, or None for an unconditional model.
         null_label: with guidance, the label of "no class": each state is then seen with its own label and without.

@@ -30,6 +30,8 @@ class ImageSource(Protocol):
 class StateRequest:
     """Which states are wanted: sample `indices` [N] of `seed`, sample i as it enters step `steps[i]` of `grid`.
 
+    `denoise` takes `len(grid)` for a step, too: the state behind the last one.
+
     `denoiser` (the model's own where None) makes the trajectories of `denoise`, guided if guidance is wanted; `images`
     are the real images that `diffuse` and `raw` start from.
     """
@@ -145,7 +147,12 @@ SOURCES: dict[str, Callable[[DiffusionModel, StateRequest], tuple[Tensor, Tensor
     "raw": raw,
     "noise": noise,
 }
-"""Each: (model, request) -> (states float32 [N, C, H, W] on the CPU, network evaluations spent on each, int64 [N])."""
+"""Each: (model, request) -> (states float32 [N, C, H, W] on the CPU, network evaluations spent on each, int64 [N]).
+
+Add your own; `request.images` are there for it where the model has any.
+"""
+WITHOUT_IMAGES = ("denoise", "noise")
+"""Sources that never ask for real images."""
 
 
 def source(name: str) -> Callable[[DiffusionModel, StateRequest], tuple[Tensor, Tensor]]:

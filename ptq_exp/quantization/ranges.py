@@ -9,6 +9,7 @@ nothing clipped; `percentile` the range that holds 99.99 % of the values on eith
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +20,10 @@ from ptq_exp.quantization.errors_by_metric import CodeDivergence, ErrorSource, H
 from ptq_exp.quantization.search import EndSpace, search_ends
 from ptq_exp.quantization.sketch import Histogram, describe, finite_ends
 
-METRICS = ("mse", "l1", "cosine", "kl", "lp", "minmax", "percentile")
+OwnErrors = Callable[[Tensor, Tensor, int], ErrorSource]
+METRICS: dict[str, OwnErrors | None] = dict.fromkeys(("mse", "l1", "cosine", "kl", "lp", "minmax", "percentile"))
+"""Name -> None for the metrics above. Add your own: a function (edges [cells, bins + 1], counts [cells, bins], bits) ->
+`ErrorSource` of a histogram of the data, whose errors are then minimised."""
 PERCENTILE = 0.9999
 SKETCH_BINS = 8192
 MOST_KL_BINS = 2048
@@ -114,9 +118,9 @@ def _rows(x: Tensor, channel_axis: int | None) -> tuple[Tensor, list[int]]:
 
 
 def _sources(rows: Tensor, metric: str, space: EndSpace) -> tuple[ErrorSource, ErrorSource]:
-    """Errors for the coarse and the last stages: on a histogram, and on the values (never so for `kl`)."""
+    """Errors for the coarse and the last stages: on a histogram, and on the values (not so for `kl` and own ones)."""
     cells, n = rows.shape
-    if metric == "kl":
+    if metric == "kl" or METRICS[metric] is not None:
         histogram = Histogram(cells, MOST_KL_BINS)
         histogram.update(rows)
         source = _histogram_source(histogram, metric, space)
@@ -138,6 +142,8 @@ def _histogram_source(histogram: Histogram, metric: str, space: EndSpace) -> Err
         return CodeDivergence(histogram.width, *histogram.occupied(), space.bits)
     first, counts = histogram.occupied()
     edges = histogram.width * torch.arange(first, first + counts.shape[1] + 1, device=counts.device)
+    if (own := METRICS[metric]) is not None:
+        return own(edges, counts, space.bits)
     return HistogramErrors(edges, counts, metric, space.minmax.scale)
 
 

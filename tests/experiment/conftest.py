@@ -1,12 +1,17 @@
 """The command run in this process, in small, with a cache that the tests of a module share."""
 
 import logging
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from guide_text import PAGES, blocks
 
+from ptq_exp import MODELS
 from ptq_exp.__main__ import main
+from ptq_exp.calibration import SOURCES
+from ptq_exp.quantization import METRICS
 
 SMALL = [
     "sampler.steps=3", "evaluation.n_samples=10", "evaluation.batch_size=5", "evaluation.eps_error_samples=2",
@@ -37,3 +42,30 @@ def command(monkeypatch, tmp_path, cache):
         if isinstance(handler, logging.FileHandler):
             logging.root.removeHandler(handler)
             handler.close()
+
+
+@pytest.fixture(scope="module")
+def guide_folder(tmp_path_factory):
+    """A folder with the Python files of the guide, as the reader has it."""
+    folder = tmp_path_factory.mktemp("here")
+    for page in PAGES:
+        for code in blocks(page, "python"):
+            name = re.match(r"# (\w+\.py)\n", code)
+            assert name, f"a code block of {page} has no file name"
+            (folder / name[1]).write_text(code)
+    registries = [(registry, dict(registry)) for registry in (MODELS, METRICS, SOURCES)]
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+    for registry, before in registries:
+        registry.clear()
+        registry.update(before)
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def here(guide_folder, monkeypatch):
+    """The same, and the command is started there."""
+    monkeypatch.chdir(guide_folder)
+    return guide_folder

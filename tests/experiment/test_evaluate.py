@@ -221,3 +221,21 @@ def test_ranges_per_step_demand_their_grid(run_of, command, capsys):
     folder = run_of("+experiment=tfmq_w4a8")
     said = refused(command, capsys, "+experiment=evaluate", f"quantized={folder}", "sampler.steps=2")
     assert "has ranges for each sampling step (quantization.temporal=per_step) of another grid" in said
+
+
+@pytest.mark.parametrize(
+    ("added", "named"),
+    [({"imports": ["antigravity"]}, "imports"),
+     ({"evaluation": {"extractor": {"_target_": "os.system"}}}, "evaluation"),
+     ({"model": {"name": "digits", "build": {"_target_": "os.system"}}}, "model.build")],
+)  # fmt: skip
+def test_nothing_in_a_saved_model_names_code_to_run(added, named, run_of, monkeypatch):
+    """Whoever writes such a file can also write the right checksums."""
+    from ptq_exp import artifact
+
+    folder = run_of("bits=w8a8") / "quantized"
+    whole = artifact.read_description(folder)
+    edited = whole | {"settings": whole["settings"] | added}
+    monkeypatch.setattr(artifact, "read_description", lambda folder: edited)
+    with pytest.raises(DataError, match=f"damaged: {named} is no setting of a saved model"):
+        artifact.Artifact.open(folder)

@@ -1,0 +1,125 @@
+"""The guide in docs/: its commands compose, its settings exist, its estimates are what the formula gives."""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+from guide_text import ALL, DOCS, OF_CIFAR, PAGES, RUNS, commands, conf, jobs
+from omegaconf import OmegaConf
+
+from ptq_exp import table
+from ptq_exp.errors import ConfigError
+from ptq_exp.models import load_model
+from ptq_exp.schema import ExperimentConfig
+from ptq_exp.search.__main__ import _parser as search_parser
+
+
+def test_every_command_is_of_a_kind_that_is_checked():
+    kinds = {" ".join(words[:3]) for _, words in ALL}
+    assert kinds == {"python -m ptq_exp", "python -m ptq_exp.table"} and len(RUNS) > 30
+
+
+@pytest.mark.parametrize("page, arguments", RUNS, ids=[f"{page}{i}" for i, (page, _) in enumerate(RUNS)])
+def test_every_run_composes_and_a_table_can_tell_its_rows_apart(page, arguments, here):
+    configs = [conf(*job) for job in jobs(arguments)]
+    assert len({(config.name, config.metric.name, config.seed) for config in configs}) == len(configs)
+
+
+@pytest.mark.parametrize("arguments", OF_CIFAR)
+def test_runs_for_imagenet_compose_for_cifar(arguments):
+    assert conf(*jobs(arguments)[-1]).model.name == "ddim_cifar10"
+
+
+@pytest.mark.parametrize("words", [words for _, words in ALL if words[2] == "ptq_exp.table"])
+def test_every_table_command_is_one(words, monkeypatch):
+    asked = []
+    fakes = {name: lambda runs, form: asked.append(runs) or "" for name in table.LAYOUTS}
+    monkeypatch.setattr(table, "LAYOUTS", fakes)
+    table.main(words[3:])
+    assert asked == ["runs/sweeps"]
+
+
+def known_settings() -> set[str]:
+    def walk(node, prefix=""):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+
+    schema = OmegaConf.to_container(OmegaConf.structured(ExperimentConfig()))
+    return {*walk(schema), "model.images.path", "experiment"}
+
+
+def test_every_setting_in_the_text_exists_and_takes_that_value(here):
+    known, seen = known_settings(), set()
+    for page, text in PAGES.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for code in re.findall(r"`([^`]+)`", prose):
+            if code.startswith("python -m ptq_exp.search "):
+                seen.update(search_parser().parse_args(shlex.split(code)[3:]).overrides)
+            elif re.fullmatch(r"[a-z_]+\.[a-z_]+", code) and code.partition(".")[0] in known and code != "model.ckpt":
+                assert code in known, f"{page}: {code}"
+            seen.update(word for word in shlex.split(code) if re.match(r"\+?[a-z_.]+=", word))
+    assert len(seen) > 60
+    for setting in sorted(seen):
+        key, _, value = setting.lstrip("+").partition("=")
+        assert key in known, setting
+        try:
+            conf(f"{setting.partition('=')[0]}={value.partition(',')[0] if value[0] != '[' else value}")
+        except ConfigError as error:  # alone it may lack its companions, but never be an unknown word
+            assert "choose one of" not in str(error) and "no such" not in str(error), setting
+
+
+def table_of_hours() -> list[list[str]]:
+    text = PAGES["reproduce"].partition("| section |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    assert len(rows) > 10
+    return rows
+
+
+@pytest.mark.parametrize("row", table_of_hours(), ids=lambda row: row[0])
+def test_estimated_hours_are_what_the_formula_gives(row):
+    section, images, steps, halves, macs, sets, hours = row
+    work = float(sets) * float(images) * float(steps) * float(halves) * float(macs) * 1e9
+    assert float(hours) == round(work / 5e12 / 3600, 1)
+    if "one full-precision or quantized set" in section:
+        return
+    text = re.split(rf"^##+ {re.escape(section)}\n", PAGES["reproduce"], flags=re.MULTILINE)
+    assert len(text) == 2, f"no section {section}"
+    variables = {}
+    commands(text[0], variables)
+    found = commands(re.split(r"^##", text[1], flags=re.MULTILINE)[0], variables)
+    runs = [job for words in found if words[2] == "ptq_exp" for job in jobs(words[3:])]
+    assert int(sets) == 1 + len(runs)
+
+
+@pytest.mark.parametrize("row", table_of_hours(), ids=lambda row: row[0])
+def test_images_and_steps_of_the_estimate_are_those_of_the_commands(row):
+    section, images, steps, halves = row[0], *map(int, row[1:4])
+    if "one full-precision or quantized set" in section:
+        return
+    text, variables = re.split(rf"^##+ {re.escape(section)}\n", PAGES["reproduce"], flags=re.MULTILINE), {}
+    commands(text[0], variables)
+    words = commands(re.split(r"^##", text[1], flags=re.MULTILINE)[0], variables)[0]
+    config = conf(*jobs(words[3:])[0])
+    assert (config.evaluation.n_samples, config.sampler.steps) == (images, steps)
+    assert halves == (1 if config.sampler.guidance_scale == 1 else 2)
+
+
+@pytest.mark.filterwarnings("ignore:model .*random weights")
+@pytest.mark.parametrize("name, wanted", [("ddim_cifar10", "8.14"), ("ddpm_cifar10", "6.05")])
+def test_multiplications_of_the_estimate_are_those_of_the_network(name, wanted):
+    model, total = load_model(name), []
+    for module in model.denoiser.to("meta").modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_hook(lambda m, _, out: total.append(out.numel() * m.weight[0].numel()))
+    model.denoiser(*(part.to("meta") for part in model.example_inputs()))
+    assert f"{sum(total) / 1e9:.2f}" == wanted
+    assert wanted in {row[4] for row in table_of_hours()}
+
+
+def test_multiplications_of_ldm4_are_those_of_the_original():
+    layers = json.loads((DOCS.parent / "tests" / "golden" / "ldm4_macs.json").read_text())
+    assert f"{sum(row[2] for row in layers) / 1e9:.2f}" == "99.77"
