@@ -1,10 +1,12 @@
-"""The command: `python -m ptq_exp +experiment=ndtc_w8a8`; `--help` lists groups and settings."""
+"""The command: `python -m ptq_exp +experiment=ndtc_w8a8`; without arguments it says what there is to choose from."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -18,6 +20,13 @@ from ptq_exp.errors import ConfigError, PTQError
 from ptq_exp.schema import ExperimentConfig
 
 TRACEBACK = "HYDRA_FULL_ERROR"
+COMMANDS = {
+    "doctor": "ptq_exp.cli.doctor",
+    "cache": "ptq_exp.cli.cache",
+    "table": "ptq_exp.table",
+    "report": "ptq_exp.report",
+}
+"""First argument -> module whose `main` takes the others; without the module there is no such command."""
 _failures: list[str] = []
 
 
@@ -45,12 +54,25 @@ def _about_composition(error: Exception) -> bool:
 def _composition_message(error: Exception) -> str:
     """Hydra's complaint about the command line in one line, with the nearest valid name."""
     text = str(error)
+    if stray := _stray(sys.argv[1:]):
+        return stray
     if wrong := _wrong_choice(sys.argv[1:]):
         return wrong
     if unknown := re.search(r"Could not override '([^']+)'", text):
         key = unknown[1]
         return f"{key}: no such setting; {nearest(key, _known_settings())}"
     return " ".join(text.split())
+
+
+def _stray(arguments: list[str]) -> str | None:
+    """What is wrong with the first argument that is neither KEY=VALUE nor a flag nor the value of one."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if re.fullmatch(r"\w[\w.-]*", word) and (not before.startswith("-") or before in ("-m", "--multirun")):
+            settings = _known_settings()
+            if word in settings:
+                return f"{word}: give it a value, {word}=VALUE"
+            return f"{word}: neither a command nor KEY=VALUE; {nearest(word, [*_commands(), *settings])}"
+    return None
 
 
 def _wrong_choice(overrides: list[str]) -> str | None:
@@ -114,6 +136,28 @@ def _with_saved_model(arguments: list[str]) -> list[str]:
     return [*arguments, f"model={min(names)}"]
 
 
+def _commands() -> list[str]:
+    return [name for name, module in COMMANDS.items() if find_spec(module)]
+
+
+def _told(arguments: list[str]) -> bool:
+    """Whether the arguments ask for something else than an experiment, which is done then."""
+    if not arguments:
+        from ptq_exp.cli.overview import overview
+
+        print(overview(_commands()))
+    elif arguments[0] in _commands():
+        sys.argv[0] = f"{Path(sys.argv[0]).name} {arguments[0]}"
+        import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+    elif {"--help", "-h"} & set(arguments):
+        from ptq_exp.cli.overview import full_help
+
+        print(full_help([argument for argument in arguments if not argument.startswith("-")], _commands()))
+    else:
+        return False
+    return True
+
+
 _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 
 
@@ -124,6 +168,8 @@ def main() -> None:
     before = os.environ.get(TRACEBACK)
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
     try:
+        if _told(sys.argv[1:]):
+            return
         sys.argv[1:] = _with_saved_model(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
     except PTQError as error:  # of the command line; those of jobs are told as they occur

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
-from ptq_exp.checks import check
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 
@@ -73,6 +72,8 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_schema_message(error)) from error
+    from ptq_exp.checks import check  # loads torch: help and tab completion do without
+
     check(config)
     return config
 
@@ -138,9 +139,10 @@ def _schema_message(error: OmegaConfBaseException) -> str:
 
 
 def nearest(word: str, valid: list[str]) -> str:
-    """`did you mean 'x'?` if something is near, else the list of valid words."""
-    near = difflib.get_close_matches(word, valid, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(valid))}"
+    """`did you mean 'x'?` if something is near, else the list of valid words, or where to find a long one."""
+    if near := difflib.get_close_matches(word, valid, n=1):
+        return f"did you mean {near[0]!r}?"
+    return f"valid: {', '.join(sorted(valid))}" if len(valid) < 40 else "python -m ptq_exp --help lists what there is"
 
 
 def build(node: dict[str, Any], setting: str, **extra: Any) -> Any:

@@ -26,6 +26,7 @@ ALLOWED = {
     "deploy": ALGORITHMS | {"evaluation", "embedded"},
     "lightning": ALGORITHMS | {"evaluation", "embedded", "deploy"},
     "tracking": {"evaluation"},
+    "cli": {"tracking", "config"},
 }
 HYDRA = {"hydra", "omegaconf"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
