@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ptq_exp.cli.failures import cannot_write, refusal
 from ptq_exp.config import config_folder, nearest, validated
 from ptq_exp.errors import ConfigError, PTQError
 from ptq_exp.schema import ExperimentConfig
@@ -28,10 +30,13 @@ COMMANDS = {
 }
 """First argument -> module whose `main` takes the others; without the module there is no such command."""
 _failures: list[str] = []
+_started = False  # whether Hydra has made the run folder and called the job
 
 
 def _job(composed: DictConfig) -> float | None:
     """One composed experiment; in a sweep, a failure is said and the next job goes on. Returns its FID, if any."""
+    global _started
+    _started = True
     try:
         config = validated(composed, HydraConfig.get().overrides.task)
         from ptq_exp.experiment import run_experiment  # a misspelt setting is told before torch is loaded
@@ -40,9 +45,17 @@ def _job(composed: DictConfig) -> float | None:
     except PTQError as error:
         if _traceback_wanted:
             raise
-        _failures.append(str(error))
-        print(f"error: {error}", file=sys.stderr)
-        return None
+        return _failed(str(error))
+    except Exception as error:
+        refused = refusal(error)
+        if _traceback_wanted or refused is None:
+            raise
+        return _failed(refused)
+
+
+def _failed(line: str) -> None:
+    _failures.append(line)
+    print(f"error: {line}", file=sys.stderr)
 
 
 def _about_composition(error: Exception) -> bool:
@@ -163,7 +176,10 @@ _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 
 def main() -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
+    global _started
     _failures.clear()
+    _started = False
+    logging.raiseExceptions = _traceback_wanted  # a log file on a full disk is no second error
     sys.argv[1:] = _spelt_out(sys.argv[1:])
     before = os.environ.get(TRACEBACK)
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
@@ -176,6 +192,10 @@ def main() -> None:
         if _traceback_wanted:
             raise
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if _traceback_wanted or _started:
+            raise
+        sys.exit(f"error: {cannot_write(error)}")
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if _traceback_wanted or not _about_composition(error):
             raise
