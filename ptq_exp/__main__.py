@@ -1,17 +1,22 @@
-"""The command: `python -m ptq_exp +experiment=ndtc_w8a8`; `--help` lists groups and settings."""
+"""The command: `python -m ptq_exp +experiment=ndtc_w8a8`; without arguments it says what there is to choose from."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 import warnings
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ptq_exp.cli.failures import cannot_write, refusal
 from ptq_exp.config import config_folder, nearest
 from ptq_exp.errors import ConfigError, PTQError
 from ptq_exp.schema import ExperimentConfig, SweepConfig
@@ -19,11 +24,21 @@ from ptq_exp.sweep.callback import end_of_sweep
 from ptq_exp.sweep.resume import with_resumed_sweep
 
 TRACEBACK = "HYDRA_FULL_ERROR"
+COMMANDS = {
+    "doctor": "ptq_exp.cli.doctor",
+    "cache": "ptq_exp.cli.cache",
+    "table": "ptq_exp.table",
+    "report": "ptq_exp.report",
+}
+"""First argument -> module whose `main` takes the others; without the module there is no such command."""
 _failures: list[str] = []
+_started = False  # whether Hydra has made the run folder and called the job
 
 
 def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
     """One composed experiment; see `run_job`."""
+    global _started
+    _started = True
     from ptq_exp.sweep.job import run_job
 
     try:
@@ -31,9 +46,17 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
     except PTQError as error:
         if _traceback_wanted:
             raise
-        _failures.append(str(error))
-        print(f"error: {error}", file=sys.stderr)
-        return None
+        return _failed(str(error))
+    except Exception as error:
+        refused = refusal(error)
+        if _traceback_wanted or refused is None:
+            raise
+        return _failed(refused)
+
+
+def _failed(line: str) -> None:
+    _failures.append(line)
+    print(f"error: {line}", file=sys.stderr)
 
 
 def _about_composition(error: Exception) -> bool:
@@ -45,12 +68,25 @@ def _about_composition(error: Exception) -> bool:
 def _composition_message(error: Exception) -> str:
     """Hydra's complaint about the command line in one line, with the nearest valid name."""
     text = str(error)
+    if stray := _stray(sys.argv[1:]):
+        return stray
     if wrong := _wrong_choice(sys.argv[1:]):
         return wrong
     if unknown := re.search(r"Could not override '([^']+)'", text):
         key = unknown[1]
         return f"{key}: no such setting; {nearest(key, _known_settings())}"
     return " ".join(text.split())
+
+
+def _stray(arguments: list[str]) -> str | None:
+    """What is wrong with the first argument that is neither KEY=VALUE nor a flag nor the value of one."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if re.fullmatch(r"\w[\w.-]*", word) and (not before.startswith("-") or before in ("-m", "--multirun")):
+            settings = _known_settings()
+            if word in settings:
+                return f"{word}: give it a value, {word}=VALUE"
+            return f"{word}: neither a command nor KEY=VALUE; {nearest(word, [*_commands(), *settings])}"
+    return None
 
 
 def _wrong_choice(overrides: list[str]) -> str | None:
@@ -114,12 +150,37 @@ def _with_saved_model(arguments: list[str]) -> list[str]:
     return [*arguments, f"model={min(names)}"]
 
 
+def _commands() -> list[str]:
+    return [name for name, module in COMMANDS.items() if find_spec(module)]
+
+
+def _told(arguments: list[str]) -> bool:
+    """Whether the arguments ask for something else than an experiment, which is done then."""
+    if not arguments:
+        from ptq_exp.cli.overview import overview
+
+        print(overview(_commands()))
+    elif arguments[0] in _commands():
+        sys.argv[0] = f"{Path(sys.argv[0]).name} {arguments[0]}"
+        import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+    elif {"--help", "-h"} & set(arguments):
+        from ptq_exp.cli.overview import full_help
+
+        print(full_help([argument for argument in arguments if not argument.startswith("-")], _commands()))
+    else:
+        return False
+    return True
+
+
 _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 
 
 def main() -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
+    global _started
     _failures.clear()
+    _started = False
+    logging.raiseExceptions = _traceback_wanted  # a log file on a full disk is no second error
     # conf/hydra has files for launchers whose plugins have defaults of the same name: Hydra joins the two
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     sys.argv[1:] = _spelt_out(sys.argv[1:])
@@ -127,12 +188,18 @@ def main() -> None:
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
     failed = []
     try:
+        if _told(sys.argv[1:]):
+            return
         sys.argv[1:] = _with_saved_model(with_resumed_sweep(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
     except PTQError as error:  # of the command line; those of jobs are told as they occur
         if _traceback_wanted:
             raise
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if _traceback_wanted or _started:
+            raise
+        sys.exit(f"error: {cannot_write(error)}")
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if _traceback_wanted or not _about_composition(error):
             raise

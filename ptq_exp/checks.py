@@ -42,9 +42,12 @@ def check(config: ExperimentConfig) -> None:
     _at_least("evaluation.batch_size", config.evaluation.batch_size, 1)
     _at_least("evaluation.eps_error_samples", config.evaluation.eps_error_samples, 1)
     _at_least("evaluation.grid_images", config.evaluation.grid_images, 1)
-    _at_least("trainer.devices", config.trainer.devices, 1)
+    _between("trainer.devices", config.trainer.devices, 1, 1024)
     if config.trainer.threads is not None:
-        _at_least("trainer.threads", config.trainer.threads, 1)
+        _between("trainer.threads", config.trainer.threads, 1, 4096)
+    reference = config.evaluation.reference
+    if reference is not None and not (isinstance(reference, dict | str) and reference):
+        raise ConfigError(f"evaluation.reference={reference!r}: give a path, or null where nothing is compared")
     if config.model.ema is not None and "ema" not in config.model.build:
         raise ConfigError(f"model.ema: a checkpoint of model={config.model.name} has one set of weights, not two")
     if config.evaluation.extractor is not None and config.evaluation.reference is None:

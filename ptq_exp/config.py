@@ -6,21 +6,21 @@ import copy
 import difflib
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
-from ptq_exp.checks import check
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
+from ptq_exp.strict import check_argument, check_types
 
 
 def run_name(
@@ -37,7 +37,7 @@ def run_name(
     labels = "none" if labels == "paired" else labels
     mixed = "groups" if any((groups or {}).values()) else "none"
     parts = [calibration if correction == "none" else correction, labels, reconstruction, bits, mixed]
-    return "_".join(part for part in parts if part != "none")
+    return "_".join(str(part) for part in parts if part != "none")  # a name that is no text is told later
 
 
 def evaluation_name(path: str) -> str:
@@ -90,17 +90,22 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
         ConfigError: one line that names the setting, what was found and what is valid.
         DataError: the saved model is missing or damaged.
     """
+    if deleted := next((override for override in given if override.startswith("~")), None):
+        raise ConfigError(f"{deleted}: a setting cannot be deleted; give it another value, such as null or GROUP=none")
     try:
         if OmegaConf.select(composed, "quantized") is not None:
             composed = with_saved_settings(composed, given)
-        plain = OmegaConf.to_container(composed, resolve=True)
-        plain.pop("sweep", None)  # of the command, see `SweepConfig`
+        settings = _in_order(OmegaConf.to_container(composed, resolve=True))
+        settings.pop("sweep", None)  # of the command, see `SweepConfig`
+        check_types(settings, ExperimentConfig)
         # only this order of merging refuses `+group.extra=1`
-        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), plain)
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_schema_message(error)) from error
     import_all(config.imports)
+    from ptq_exp.checks import check  # loads torch: help and tab completion do without
+
     check(config)
     return config
 
@@ -139,6 +144,12 @@ def import_all(modules: Sequence[str]) -> None:
                 f"imports={module}: {error}; start where {module.replace('.', '/')}.py lies, or add its folder to "
                 "PYTHONPATH"
             ) from error
+
+
+def _in_order(settings: dict[str, Any]) -> dict[str, Any]:
+    """The sections in the order of the schema: a mistake is told of the section where it is, not of one that copies."""
+    known = [key for key in ExperimentConfig.__dataclass_fields__ if key in settings]
+    return {key: settings[key] for key in known} | settings
 
 
 _MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.channels_last", "model.compile")
@@ -187,6 +198,8 @@ def from_settings(settings: dict[str, Any], where: str) -> ExperimentConfig:
 
 
 def _saved(path: str):
+    if not isinstance(path, str):
+        raise ConfigError(f"quantized={path}: give the folder of one saved model")
     from ptq_exp.artifact import Artifact  # takes seconds to import, and is seldom needed
 
     return Artifact.open(path)
@@ -202,26 +215,46 @@ def _schema_message(error: OmegaConfBaseException) -> str:
 
 
 def nearest(word: str, valid: list[str]) -> str:
-    """`did you mean 'x'?` if something is near, else the list of valid words."""
-    near = difflib.get_close_matches(word, valid, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(valid))}"
+    """`did you mean 'x'?` if something is near, else the list of valid words, or where to find a long one."""
+    if near := difflib.get_close_matches(word, valid, n=1):
+        return f"did you mean {near[0]!r}?"
+    return f"valid: {', '.join(sorted(valid))}" if len(valid) < 40 else "python -m ptq_exp --help lists what there is"
 
 
 def build(node: dict[str, Any], setting: str, **extra: Any) -> Any:
     """Call the constructor that `node["_target_"]` names with the node's other entries as plain arguments.
 
     Raises:
-        ConfigError: there is no such constructor, or it has no argument of that name.
+        ConfigError: there is no such constructor, or it does not take these arguments.
     """
+    target, arguments = constructor(node, setting, **extra)
+    return target(**arguments)
+
+
+def constructor(node: Any, setting: str, **extra: Any) -> tuple[Callable, dict[str, Any]]:
+    """What `build` calls, and with which arguments; nothing is built yet.
+
+    Raises:
+        ConfigError: there is no such constructor, an argument is unknown, missing, or of another type.
+    """
+    name = node.get("_target_") if isinstance(node, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{setting}={node}: {setting}._target_ must name a function or class")
     arguments = {key: value for key, value in node.items() if key != "_target_"} | extra
     try:
-        target = get_object(node["_target_"])
-    except (KeyError, ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{setting}._target_={node.get('_target_')}: no such function or class ({error})") from error
-    parameters = inspect.signature(target).parameters
-    valid = list(parameters)
+        target = pkgutil.resolve_name(name)
+        parameters = inspect.signature(target).parameters
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{setting}._target_={name}: no such function or class ({reason})") from error
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in arguments:
-        if key not in valid and not open_ended:
-            raise ConfigError(f"{setting}.{key}: {node['_target_']} has no such argument; {nearest(key, valid)}")
-    return target(**arguments)
+        if key not in parameters and not open_ended:
+            raise ConfigError(f"{setting}.{key}: {name} has no such argument; {nearest(key, list(parameters))}")
+    for key, parameter in parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and key not in arguments:
+            raise ConfigError(f"{setting}.{key}: {name} needs it, and it is not set")
+    for key in arguments.keys() & parameters.keys():
+        check_argument(f"{setting}.{key}", arguments[key], parameters[key].annotation)
+    return target, arguments

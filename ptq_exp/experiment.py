@@ -29,6 +29,7 @@ from ptq_exp.setup import Setup
 from ptq_exp.summary import summary
 from ptq_exp.tracking import wandb_run
 from ptq_exp.tracking.environment import environment, run_command
+from ptq_exp.tracking.in_use import using
 from ptq_exp.tracking.pictures import save_grid
 from ptq_exp.tracking.results import Results, write_samples
 from ptq_exp.twin import Twin
@@ -55,6 +56,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
     log.info("%s: seed %d, results in %s", config.name, config.seed, folder)
     with (
         Results(folder / "results.json", name=config.name, seed=config.seed, config=asdict(config)) as results,
+        using(config.cache_dir),
         _tracked(config, folder) as logger,
     ):
         clock = _Clock(results)

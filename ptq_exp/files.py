@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import uuid
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from ptq_exp.errors import DataError, PTQError
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 @contextmanager
@@ -32,13 +35,23 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         _flush_to_disk(temporary)
         os.replace(temporary, path)
         _flush_to_disk(path.parent)
-    except OSError as error:
-        raise PTQError(
-            f"cannot write {path}: {error.strerror or error}; free space there or choose another folder"
-        ) from error
+    except Exception as error:
+        if (reason := _refused(error)) is None:
+            raise
+        raise PTQError(f"cannot write {path}: {reason}; free space there or choose another folder") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _refused(error: Exception) -> str | None:
+    """Why the system did not let a file be written; None for an error of another kind.
+
+    Libraries in other languages (safetensors) have errors of their own, with the system's words in the text.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return next((os.strerror(number) for number in _DISK_ERRORS if os.strerror(number) in str(error)), None)
 
 
 def file_digest(*paths: str | os.PathLike) -> str:

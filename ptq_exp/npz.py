@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -33,6 +34,7 @@ def open_npz(path: str | os.PathLike, what: str = ".npz file") -> Iterator[np.li
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is no {what}: it holds one array without a name")
             with archive:
+                _check_sizes(path, archive)
                 yield archive
     except PTQError:  # also a ValueError, and clear already
         raise
@@ -53,6 +55,8 @@ def npz_keys(path: str | os.PathLike) -> list[str]:
 def npz_array(path: str | os.PathLike, key: str) -> np.ndarray:
     """One array; mapped read-only from the file where it is stored uncompressed (as `numpy.savez` does), else loaded.
 
+    Mapped or not, the file is read once in full to compare its checksum.
+
     Raises:
         DataError: as `open_npz`, or no such array; the message names those that were found.
     """
@@ -60,7 +64,10 @@ def npz_array(path: str | os.PathLike, key: str) -> np.ndarray:
         if key not in archive.files:
             raise DataError(f"{path}: found the arrays {', '.join(archive.files) or '(none)'}; expected {key}")
         mapped = _map(path, archive.zip, f"{key}.npy")
-        return archive[key] if mapped is None else mapped
+        if mapped is None:
+            return archive[key]
+        _check_sum(archive.zip, f"{key}.npy")
+        return mapped
 
 
 def npz_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -70,6 +77,46 @@ def npz_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
         DataError: as `open_npz`.
     """
     return {key: npz_array(path, key) for key in npz_keys(path)}
+
+
+def require_arrays(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[str, int]]
+) -> None:
+    """Nothing, if `arrays`, read from `path`, are what a file of its kind holds.
+
+    Args:
+        expected: name -> (kinds of number as in `numpy.dtype.kind`, number of dimensions).
+
+    Raises:
+        DataError: one is missing, or of another type or number of dimensions.
+    """
+    for name, (kinds, dimensions) in expected.items():
+        if name not in arrays:
+            found = ", ".join(arrays) or "(none)"
+            raise DataError(f"{path}: found the arrays {found}; expected {', '.join(expected)}")
+        array = arrays[name]
+        if array.dtype.kind not in kinds or array.ndim != dimensions:
+            raise DataError(f"{path}: {name} is {array.dtype} of shape {array.shape}, which is not what belongs there")
+
+
+def _check_sizes(path: str | os.PathLike, archive: np.lib.npyio.NpzFile) -> None:
+    """Raise DataError for a header that promises more or less than there is, before memory is taken for it."""
+    for info in archive.zip.infolist():
+        with archive.zip.open(info) as stream:
+            read_header = _HEADER_READERS.get(npy.read_magic(stream)) if info.filename.endswith(".npy") else None
+            if read_header is None:
+                continue
+            shape, _, dtype = read_header(stream)
+            promised, there = math.prod(shape) * dtype.itemsize, info.file_size - stream.tell()
+            if not dtype.hasobject and (min(shape, default=0) < 0 or promised != there):
+                raise DataError(f"{path}: {info.filename} promises {promised} bytes of numbers, but has {there}")
+
+
+def _check_sum(archive: zipfile.ZipFile, member: str) -> None:
+    """Raise BadZipFile if the member is not what was written."""
+    with archive.open(member) as stream:
+        while stream.read(1 << 20):
+            pass
 
 
 def _map(path: str | os.PathLike, archive: zipfile.ZipFile, member: str) -> np.ndarray | None:

@@ -18,14 +18,14 @@ from tqdm import tqdm
 import ptq_exp
 from ptq_exp.artifact import Artifact
 from ptq_exp.calibration import WITHOUT_IMAGES, time_bins
-from ptq_exp.config import build
+from ptq_exp.config import build, constructor
 from ptq_exp.correction import BitSchedule, parse_widths
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.errors import ConfigError
 from ptq_exp.evaluation import FeatureExtractor, content_digest
 from ptq_exp.lightning import make_trainer
 from ptq_exp.quantization import group_bits
-from ptq_exp.schema import BitsConfig, ExperimentConfig
+from ptq_exp.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
 from ptq_exp.tracking.cache import ArtifactCache, digest
 
 
@@ -45,6 +45,7 @@ class Setup:
     @classmethod
     def of(cls, config: ExperimentConfig, fresh_since: float | None = None) -> Setup:
         """Build the objects that `config` names; `fresh_since`: see `ArtifactCache`."""
+        _check_constructors(config)
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
             if config.trainer.devices > 1:  # the processes that Lightning starts read it
@@ -67,6 +68,8 @@ class Setup:
         setup = cls(config, model, grid, extractor, cache, device, artifact)
         if artifact is not None:
             artifact.check_grid(grid, setup.guidance_scale)
+        elif config.bits.name != FULL_PRECISION:
+            _ = setup.activation_widths  # a schedule that does not fit is told before anything is computed
         return setup
 
     def trainer(self, title: str):
@@ -179,6 +182,8 @@ class Setup:
         bits = self.config.bits
         if bits.schedule is None:
             return [bits.activation]
+        if bits.schedule not in RULES:
+            given_schedule(bits, self.grid)
         return sorted(set(bits.candidates or given_schedule(bits, self.grid).widths))
 
     def images_spec(self) -> dict[str, Any]:
@@ -221,6 +226,16 @@ def given_schedule(bits: BitsConfig, grid: TimeGrid) -> BitSchedule:
             )
         return schedule
     return BitSchedule(bits.weight, tuple(parse_widths(bits.schedule)), tuple(grid.timesteps.tolist()))
+
+
+def _check_constructors(config: ExperimentConfig) -> None:
+    """Raise ConfigError for what would be built hours later and cannot be."""
+    if config.calibration.source is not None:
+        build(config.calibration.distribution, "calibration.distribution")
+    if isinstance(config.evaluation.reference, dict) and config.evaluation.extractor is not None:
+        constructor(config.evaluation.reference, "evaluation.reference")
+    if config.model.images is not None and config.calibration.source in ("raw", "diffuse"):
+        constructor(config.model.images, "model.images")
 
 
 def _trainer_settings(config: ExperimentConfig) -> dict[str, Any]:

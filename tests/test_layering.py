@@ -28,6 +28,7 @@ ALLOWED = {
     "tracking": {"evaluation"},
     "search": {"tracking", "config"},
     "reporting": {"tracking"},
+    "cli": {"tracking", "config"},
 }
 HYDRA = {"hydra", "omegaconf"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}

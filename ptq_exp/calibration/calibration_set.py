@@ -13,7 +13,7 @@ from torch import Tensor
 from ptq_exp.diffusion.guidance import both_halves
 from ptq_exp.errors import DataError
 from ptq_exp.files import write_npz
-from ptq_exp.npz import npz_arrays
+from ptq_exp.npz import npz_arrays, require_arrays
 from ptq_exp.parts import slices
 
 
@@ -82,10 +82,13 @@ class CalibrationSet:
         """
         arrays = npz_arrays(path)
         null_label = arrays.pop("null_label", None)
+        require_arrays(path, arrays, {"x": ("f", 4), "step": ("iu", 1), "t": ("f", 1), "evaluations": ("iu", 1)})
         try:
             return cls(**arrays, null_label=None if null_label is None else int(null_label))
         except TypeError as error:
             raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}") from error
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
 
     def _arrays(self) -> dict[str, np.ndarray]:
         arrays = {"x": self.x, "step": self.step, "t": self.t, "evaluations": self.evaluations, "y": self.y}

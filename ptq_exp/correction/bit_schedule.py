@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,9 +111,15 @@ class BitSchedule:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             activation, times = content["activation"], [float(time) for time in content["timesteps"]]
             weight, rule = content["weight"], str(content.get("rule", "list"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is no bit schedule (bit_schedule.json of a run): {error!r}") from error
-        return cls(weight, tuple(parse_widths(activation)), tuple(times), rule)
+            if type(weight) is not int or not times or not all(math.isfinite(time) for time in times):
+                raise ValueError(f"weight={weight!r}, timesteps={times}"[:100])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = " ".join(repr(error).split())[:200]
+            raise DataError(f"{path} is no bit schedule (bit_schedule.json of a run): {reason}") from error
+        try:
+            return cls(weight, tuple(parse_widths(activation)), tuple(times), rule)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
 
 def parse_widths(text: str | Sequence[int]) -> list[int]:

@@ -20,7 +20,7 @@ from ptq_exp.correction.moments import Chunk, Merged, at, pooled, residual_momen
 from ptq_exp.correction.shrinkage import bias_stderr, shrunk_bias, shrunk_slope, slope_stderr
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.files import write_npz
-from ptq_exp.npz import npz_arrays
+from ptq_exp.npz import npz_arrays, require_arrays
 from ptq_exp.parts import slices
 
 CONVENTIONS = ("paper", "code")
@@ -112,8 +112,19 @@ class NoiseStatistics:
             raise DataError(
                 f"{path} holds no noise statistics: {', '.join(missing)} missing; give noise_statistics.npz"
             )
+        expected = {name: ("iuf" if name == "counts" else "f", 2 if "bias" in name else 1) for name in _TENSORS}
+        require_arrays(path, arrays, expected)
+        if len({len(arrays[name]) for name in _TENSORS}) != 1 or arrays["bias"].shape != arrays["bias_stderr"].shape:
+            raise DataError(f"{path}: its arrays are of different numbers of steps or channels")
+        # standard errors of a single sample are infinite
+        if not all(np.isfinite(arrays[name]).all() for name in ("k", "bias", "residual_std", "k_unshrunk")):
+            raise DataError(f"{path} holds NaN or infinity: fit the statistics again")
         tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in _TENSORS}
-        return cls(**tensors, convention=str(arrays["convention"]), made_for=json.loads(str(arrays["made_for"])))
+        try:
+            made_for = json.loads(str(arrays["made_for"]))
+        except ValueError as error:
+            raise DataError(f"{path}: made_for is no JSON text") from error
+        return cls(**tensors, convention=str(arrays["convention"]), made_for=made_for)
 
 
 def fit_statistics(

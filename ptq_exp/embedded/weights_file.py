@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ptq_exp.errors import CheckpointError
 from ptq_exp.files import file_digest
@@ -27,7 +27,9 @@ def load_weights(network: nn.Module, path: Path) -> str:
         CheckpointError: the file is missing, is no safetensors file, or has other keys or shapes than the network.
     """
     try:
-        network.load_state_dict(load_file(path))
+        state = load_file(path)
+        _check_numbers(path, state)
+        network.load_state_dict(state)
     except FileNotFoundError as error:
         raise CheckpointError(f"model.checkpoint={path}: no such file") from error
     except OSError as error:
@@ -39,3 +41,11 @@ def load_weights(network: nn.Module, path: Path) -> str:
         raise CheckpointError(f"model.checkpoint={path}: weights of another network ({reason})") from error
     network.eval().requires_grad_(False)
     return file_digest(path)
+
+
+def _check_numbers(path: Path, state: dict[str, Tensor]) -> None:
+    """Raise CheckpointError for a tensor that is no weight: the network would take over any numbers."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            what = "holds NaN or infinity" if tensor.is_floating_point() else f"is {tensor.dtype}"
+            raise CheckpointError(f"model.checkpoint={path}: {name} {what}, which is no weight; train it again")

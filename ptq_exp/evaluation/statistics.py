@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ptq_exp.errors import DataError
 from ptq_exp.files import write_npz
-from ptq_exp.npz import open_npz
+from ptq_exp.npz import open_npz, require_arrays
 
 SPATIAL_CHANNELS = 7
 """sFID uses the first seven channels of a mid-level feature map, as the ADM evaluator does."""
@@ -67,7 +68,9 @@ class FeatureStatistics:
             DataError: the file is missing, truncated, or holds something else.
         """
         with open_npz(path, _WHAT) as archive:
-            return cls(*(archive[field] for field in _FEATURES), **_read_labels(archive))
+            arrays = {field: archive[field] for field in _FEATURES}
+            require_arrays(path, arrays, dict.fromkeys(_FEATURES, ("f", 2)))
+            return _named(path, cls, **arrays, **_read_labels(archive))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +132,7 @@ class GaussianStatistics:
             labels = _read_labels(archive)
             arrays = {field: archive[field] for field in _POOLED_GAUSSIAN}
             arrays |= {field: archive[field] for field in _SPATIAL_GAUSSIAN if field in archive.files}
+            require_arrays(path, arrays, {field: ("f", 2 if "sigma" in field else 1) for field in arrays})
             if "mu_s" in arrays and "layout" not in archive.files:
                 order = _channels_first(arrays["mu_s"].size, path)
                 arrays["mu_s"] = arrays["mu_s"][order]
@@ -137,7 +141,7 @@ class GaussianStatistics:
                 name = str(archive["features_name"]) if "features_name" in archive.files else labels["name"]
                 features = (archive[field] for field in _FEATURES)
                 arrays["features"] = FeatureStatistics(*features, name=name, extractor=labels["extractor"])
-            return cls(**arrays, **labels)
+            return _named(path, cls, **arrays, **labels)
 
 
 def load_statistics(path: str | os.PathLike) -> FeatureStatistics | GaussianStatistics:
@@ -188,6 +192,14 @@ def require_sizes(
                 f"{statistics.name or 'the reference'} has {found} {kind} features, {extractor} gives {expected}; "
                 "choose an evaluation.reference that was made with this extractor"
             )
+
+
+def _named(path: str | os.PathLike, make: type, **arguments: Any) -> Any:
+    """`make(**arguments)`; what it objects to is said of the file."""
+    try:
+        return make(**arguments)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _labels(statistics: FeatureStatistics | GaussianStatistics) -> dict[str, np.ndarray]:

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from ptq_exp.errors import ConfigError
 
 _HARMLESS = (
     ".*does not have many workers.*",  # an item is a sample index: loader processes would have nothing to do
@@ -38,6 +41,9 @@ def make_trainer(
     """A Trainer for one stage; `title` names its progress bar.
 
     `callbacks` (with a bar of their own, if any) and further `settings` of the Trainer are for `fit`.
+
+    Raises:
+        ConfigError: Lightning knows no such accelerator or strategy, or it is not in this machine.
     """
     for name in ("pytorch_lightning.utilities.rank_zero", "pytorch_lightning.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -45,8 +51,14 @@ def make_trainer(
         warnings.filterwarnings("ignore", message=message)
     if callbacks is None:
         callbacks = [StageProgressBar(title)] if progress_bar else []
-    return pl.Trainer(
-        accelerator=accelerator, devices=devices, strategy=strategy, logger=False,
-        enable_model_summary=False, enable_progress_bar=progress_bar, inference_mode=False,
-        callbacks=list(callbacks), **{"enable_checkpointing": False} | settings,
-    )  # fmt: skip
+    try:
+        return pl.Trainer(
+            accelerator=accelerator, devices=devices, strategy=strategy, logger=False,
+            enable_model_summary=False, enable_progress_bar=progress_bar, inference_mode=False,
+            callbacks=list(callbacks), **{"enable_checkpointing": False} | settings,
+        )  # fmt: skip
+    except (ValueError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"trainer.accelerator={accelerator}, trainer.devices={devices}, trainer.strategy={strategy}: {reason}"
+        ) from error

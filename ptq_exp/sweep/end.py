@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import DataError, PTQError
-from ptq_exp.reporting import write_sweep_report
 from ptq_exp.sweep.record import SweepRecord, plain_key
 from ptq_exp.tracking.results import read_json
-from ptq_exp.tracking.sweep_table import sweep_table
 
 DONE = ("finished", "infeasible")
 
 
 def finish_sweep(folder: Path) -> list[str]:
     """Print the end of the sweep in `folder`; returns the names of its failed jobs."""
+    from ptq_exp.reporting import write_sweep_report  # pandas and matplotlib take seconds
+    from ptq_exp.tracking.sweep_table import sweep_table
+
     jobs = read_jobs(folder)
     if not jobs:
         return []

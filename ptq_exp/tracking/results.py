@@ -15,7 +15,7 @@ import numpy as np
 
 from ptq_exp.errors import DataError, InfeasibleError, PTQError
 from ptq_exp.files import atomic_path, write_npz
-from ptq_exp.npz import npz_arrays
+from ptq_exp.npz import npz_arrays, require_arrays
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -78,7 +78,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """
     try:
         return restore(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is no readable JSON file: {error}") from error
 
 
@@ -176,4 +176,5 @@ def read_samples(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None
     arrays = npz_arrays(path)
     if "arr_0" not in arrays:
         raise DataError(f"{path} is no readable samples file: it holds {', '.join(arrays) or 'nothing'}, but no arr_0")
+    require_arrays(path, arrays, {"arr_0": ("u", 4)} | ({"arr_1": ("iu", 1)} if "arr_1" in arrays else {}))
     return arrays["arr_0"], arrays.get("arr_1")

@@ -40,6 +40,7 @@ class _Findings:
     unexpected: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
+    mistyped: list[str] = field(default_factory=list)
 
     def sentence(self) -> str:
         parts = []
@@ -62,8 +63,8 @@ def fill(
         unused: patterns of names that are deliberately not used.
 
     Raises:
-        CheckpointError: a tensor is neither used nor in `unused`, a parameter has no tensor, or a shape differs; the
-            message names the first of each and says what the file looks like.
+        CheckpointError: a tensor is neither used nor in `unused`, a parameter has no tensor, a shape differs, or
+            values are no real numbers; the message names the first of each and says what the file looks like.
     """
     findings = _Findings()
     targets: list[dict[str, tuple[str, Tensor]]] = [{} for _ in parts]
@@ -78,7 +79,12 @@ def fill(
             f"{looks_like(state)}; wanted is {wanted}"
         )
     for part, target in zip(parts, targets, strict=True):
-        part.module.load_state_dict({name: _own(tensor) for name, (_, tensor) in target.items()}, assign=True)
+        owned = {name: _own(tensor) for name, (_, tensor) in target.items()}
+        if broken := next((target[name][0] for name, tensor in owned.items() if not tensor.isfinite().all()), None):
+            raise CheckpointError(
+                f"model.checkpoint={path}: {broken} holds NaN or infinity, in float32; download the file again"
+            )
+        part.module.load_state_dict(owned, assign=True)
 
 
 def _place(key: str, tensor: Tensor, parts: Sequence[Part], targets: list[dict[str, tuple[str, Tensor]]]) -> bool:
@@ -105,6 +111,8 @@ def _compare(
         elif tuple(tensor.shape) != expected[name]:
             times = f"{parts[key]} x " if parts[key] > 1 else ""
             findings.misshaped.append(f"{key} {list(state[key].shape)} instead of {times}{list(expected[name])}")
+        elif not tensor.is_floating_point():
+            findings.mistyped.append(f"{key} of {str(tensor.dtype).removeprefix('torch.')} instead of real numbers")
 
 
 def _own(tensor: Tensor) -> Tensor:

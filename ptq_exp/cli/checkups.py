@@ -1,0 +1,222 @@
+"""The checks of `python -m ptq_exp doctor`, each a function that yields findings."""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import netrc
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from configparser import ConfigParser
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+from packaging.requirements import Requirement
+
+from ptq_exp import __version__
+from ptq_exp.cli.cache import size_text
+from ptq_exp.cli.cache_entries import entries, total
+from ptq_exp.errors import PTQError
+
+OK, WARNING, PROBLEM = LEVELS = ("ok", "warning", "problem")
+_PACKAGE = Path(__file__).parents[1]
+_OLDEST_PYTHON = (3, 11)
+_LITTLE, _TOO_LITTLE = 5e9, 2e8
+"""Bytes free: a sweep fills the first, a single run the second."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: level, what was found, and what to do (empty where all is well)."""
+
+    level: str
+    text: str
+    fix: str = ""
+
+
+def python() -> Iterator[Finding]:
+    """The interpreter."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < _OLDEST_PYTHON:
+        yield Finding(PROBLEM, f"Python {version}", "ptq-exp needs Python 3.11 or newer")
+    else:
+        yield Finding(OK, f"Python {version}, ptq-exp {__version__}")
+
+
+def requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
+    """What is needed, and what each optional extra needs: as setup.cfg says, or the installed package."""
+    config = ConfigParser()
+    if config.read(_PACKAGE.parent / "setup.cfg") and config.has_section("options"):
+        extras = dict(config["options.extras_require"])
+        return _parsed(config["options"]["install_requires"]), {name: _parsed(text) for name, text in extras.items()}
+    found = [Requirement(text) for text in metadata.requires("ptq-exp") or ()]
+    about = metadata.metadata("ptq-exp")
+    names = about.get_all("Provides-Extra") or []
+    extras = {
+        name: [item for item in found if item.marker and item.marker.evaluate({"extra": name})] for name in names
+    }
+    return [item for item in found if item.marker is None], extras
+
+
+def _parsed(text: str) -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def _wrong(requirement: Requirement) -> str | None:
+    """`name: missing` or `name 1.0, but >=2 is needed`; None where all is well. Extras of our own always are."""
+    if requirement.name == "ptq-exp":
+        return None
+    try:
+        found = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        return f"{requirement.name}: not installed"
+    if not requirement.specifier.contains(found, prereleases=True):
+        return f"{requirement.name} {found}, but {requirement.specifier} is needed"
+    return None
+
+
+def packages() -> Iterator[Finding]:
+    """The packages that every run needs."""
+    needed, _ = requirements()
+    wrong = [(item, text) for item in needed if (text := _wrong(item))]
+    for item, text in wrong:
+        yield Finding(PROBLEM, text, f"pip install '{item}'")
+    if not wrong:
+        shown = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "diffusers", "hydra-core", "wandb"))
+        yield Finding(OK, f"{len(needed)} packages: {shown}, ...")
+
+
+def extras() -> Iterator[Finding]:
+    """Packages for optional features; none is needed, so that a missing one is no fault."""
+    for name, needed in requirements()[1].items():
+        wrong = [text for item in needed if (text := _wrong(item))]
+        if wrong:
+            yield Finding(OK, f"extra {name} (optional): {', '.join(wrong)}", f"pip install 'ptq-exp[{name}]' adds it")
+        else:
+            yield Finding(OK, f"extra {name} (optional): installed")
+
+
+def devices() -> Iterator[Finding]:
+    """CPU cores, CUDA, MPS."""
+    import torch
+
+    yield Finding(OK, f"CPU: {_cores()} cores")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(i)
+            yield Finding(OK, f"CUDA {i}: {about.name}, {size_text(about.total_memory)}, CUDA {torch.version.cuda}")
+    else:
+        yield Finding(OK, "CUDA: none, runs use the CPU")
+    mps = getattr(torch.backends, "mps", None)
+    yield Finding(OK, f"MPS: {'available' if mps is not None and mps.is_available() else 'none'}")
+
+
+def _cores() -> int:
+    """Cores that this process may use, which a container or a batch system may limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads() -> Iterator[Finding]:
+    """Whether torch's threads fit the cores and what else runs there."""
+    import torch
+
+    count, cores, load = torch.get_num_threads(), _cores(), os.getloadavg()[0]
+    text = f"threads: torch uses {count} on {cores} cores, load {load:.1f}"
+    if count > cores:
+        yield Finding(WARNING, text, f"set trainer.threads={cores} or OMP_NUM_THREADS={cores}: more than cores is slow")
+    elif count > 1 and load + count > cores + 1.5:
+        yield Finding(WARNING, text, "others are busy here: trainer.threads=1 is faster than threads that wait")
+    else:
+        yield Finding(OK, text)
+
+
+def wandb() -> Iterator[Finding]:
+    """Whether there is a login, and whether the environment asks for what only a login gives. Keys are not read out."""
+    mode, logged_in = os.environ.get("WANDB_MODE", ""), _logged_in()
+    login = "there is a login" if logged_in else "no login"
+    if mode == "online" and not logged_in:
+        yield Finding(PROBLEM, "W&B: WANDB_MODE=online, but no login", "run `wandb login`, or unset WANDB_MODE")
+    elif mode not in ("", "online", "offline", "disabled", "dryrun", "run", "shared"):
+        yield Finding(WARNING, f"W&B: WANDB_MODE={mode} is no mode", "unset it, or set offline or online")
+    else:
+        needs = "" if logged_in else " (logger.mode=online needs `wandb login`; offline, the default, needs none)"
+        yield Finding(OK, f"W&B: {login}, WANDB_MODE {mode or 'not set'}{needs}")
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        return host in netrc.netrc(path).hosts
+    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        return False
+
+
+def disk(setting: str, folder: Path) -> Iterator[Finding]:
+    """Space below `folder`, and whether it can be written; the nearest folder that exists stands for it."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    called = f"{setting}: {folder}"
+    try:
+        with tempfile.TemporaryFile(dir=place) as stream:
+            stream.write(b"ptq-exp")
+    except OSError as error:
+        fix = "make it writable" if setting == "runs" else "make it writable, or set cache_dir=PATH"
+        yield Finding(PROBLEM, f"{called} cannot be written ({error.strerror or error})", fix)
+        return
+    free = shutil.disk_usage(place).free
+    text = f"{called}, {size_text(free)} free"
+    if free < _TOO_LITTLE:
+        yield Finding(PROBLEM, text, "free some, or choose another disk: runs write images and models")
+    elif free < _LITTLE:
+        yield Finding(WARNING, text, "enough for small runs; `python -m ptq_exp cache prune --max-size GB` makes room")
+    else:
+        yield Finding(OK, text)
+
+
+def cache(folder: Path) -> Iterator[Finding]:
+    """Size of the cache, and what is of no use in it."""
+    try:
+        found = entries(folder)
+    except PTQError as error:
+        yield Finding(PROBLEM, str(error), "choose cache_dir=PATH")
+        return
+    useless = [entry for entry in found if entry.problem]
+    text = f"cache: {len(found)} entries, {size_text(total(found))}"
+    if useless:
+        text += f", {len(useless)} of them damaged or half-written"
+        yield Finding(WARNING, text, "`python -m ptq_exp cache prune` removes them")
+    else:
+        yield Finding(OK, text)
+
+
+def weights() -> Iterator[Finding]:
+    """The weights inside the package against the digests on their cards."""
+    import json
+
+    from ptq_exp.files import file_digest
+
+    folder = _PACKAGE / "embedded" / "weights"
+    cards = sorted(folder.glob("*.json"))
+    wrong = []
+    for card in cards:
+        try:
+            whole = file_digest(card.with_suffix(".safetensors")) == json.loads(card.read_text())["sha256"]
+        except (PTQError, OSError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            wrong.append(card.stem)
+    strays = [path.stem for path in folder.glob("*.safetensors") if not path.with_suffix(".json").exists()]
+    for name in wrong + strays:
+        yield Finding(PROBLEM, f"embedded weights {name}: not the file on their card", "install ptq-exp again")
+    if not cards:
+        yield Finding(PROBLEM, f"embedded weights: none in {folder}", "install ptq-exp again")
+    elif not wrong + strays:
+        yield Finding(OK, f"embedded weights: {', '.join(card.stem for card in cards)} are whole")

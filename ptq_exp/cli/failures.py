@@ -1,0 +1,31 @@
+"""What the machine refuses (disk, folder, memory) in one line that names the place and the setting to change."""
+
+from __future__ import annotations
+
+import errno
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
+_MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "Unable to allocate")
+
+
+def refusal(error: BaseException) -> str | None:
+    """The line about an error of a run that the machine is to blame for; None for any other error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return cannot_write(error)
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    if named or (isinstance(error, RuntimeError) and any(words in text for words in _MEMORY)):
+        return (
+            f"out of memory ({text[:160] or type(error).__name__}): lower batch_size of evaluation, calibration, "
+            "correction or reconstruction, or reconstruction.cache_gb"
+        )
+    return None
+
+
+def cannot_write(error: OSError) -> str:
+    """The line about a file or folder that cannot be made or written."""
+    place = error.filename or "a file"
+    return (
+        f"cannot write {place}: {error.strerror or error}; free space there, or choose another folder: "
+        "hydra.run.dir=PATH for the run, cache_dir=PATH for what runs share"
+    )

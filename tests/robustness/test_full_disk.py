@@ -1,0 +1,67 @@
+"""A disk that takes no more, or nothing at all: one line that names the folder and the fix; earlier files stay."""
+
+import pytest
+
+from ptq_exp.files import file_digest
+
+JOB = ["+experiment=ndtc_w8a8"]
+
+
+def digests(folder):
+    return {path.relative_to(folder): file_digest(path) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def earlier(job, tmp_path):
+    """A finished run and its cache; a folder for the next one beside it."""
+    folder = tmp_path / "earlier"
+    ended = job(*JOB, f"hydra.run.dir={folder}/run", f"cache_dir={folder}/cache")
+    assert ended.status == 0, ended.output
+    return folder
+
+
+def test_a_full_disk_in_the_middle_of_a_run(job, earlier, mounted, tmp_path):
+    """At several sizes, so that different writers are the first to find no room."""
+    before = digests(earlier)
+    size = sum(path.stat().st_size for path in (earlier / "run").rglob("*") if path.is_file()) // 1024
+    for share in (0.0, 0.02, 0.5, 0.9):
+        disk = mounted(max(4, int(share * size)))
+        error = job(*JOB, f"hydra.run.dir={disk}/run", f"cache_dir={earlier}/cache").error
+        assert str(disk) in error and "No space left on device" in error and "free space" in error
+        left = [path for path in (disk / "run").glob("*.npz")]
+        assert not left or share > 0.02
+    assert {path: digest for path, digest in digests(earlier).items() if path in before} == before
+
+
+def test_a_full_cache_disk(job, earlier, mounted):
+    disk = mounted(8)
+    error = job(*JOB, "seed=1", f"hydra.run.dir={earlier}/again", f"cache_dir={disk}/cache").error
+    assert f"{disk}/cache" in error and "No space left on device" in error and "free space" in error
+
+
+@pytest.mark.parametrize("limit_kb", [1, 40, 400])
+def test_files_that_may_not_grow(job, earlier, limit_kb):
+    """The same without a disk of its own: the system refuses to let a file grow."""
+    before = digests(earlier)
+    ended = job(*JOB, f"hydra.run.dir={earlier}/again", f"cache_dir={earlier}/cache", limit_kb=limit_kb)
+    assert f"{earlier}/again" in ended.error and "File too large" in ended.error and "free space" in ended.error
+    assert {path: digest for path, digest in digests(earlier).items() if path in before} == before
+
+
+def test_a_read_only_disk(job, earlier, mounted):
+    disk = mounted(100)
+    mounted(read_only=disk)
+    error = job(*JOB, f"hydra.run.dir={disk}/run", f"cache_dir={earlier}/cache").error
+    assert f"{disk}/run" in error and "Read-only file system" in error and "hydra.run.dir" in error
+    error = job(*JOB, f"hydra.run.dir={earlier}/again", f"cache_dir={disk}/cache").error
+    assert f"cache_dir={disk}/cache" in error and "Read-only file system" in error
+
+
+def test_folders_that_cannot_be(job, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for setting in ("hydra.run.dir", "cache_dir"):
+        other = f"{'cache_dir' if setting == 'hydra.run.dir' else 'hydra.run.dir'}={tmp_path}/other"
+        for place in (tmp_path / "file" / "x", "/proc/nothing/x"):
+            error = job(*JOB, other, f"{setting}={place}").error
+            assert str(place) in error and setting in error
+    assert (tmp_path / "file").read_text() == "mine"
