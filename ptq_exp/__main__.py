@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "ptq_exp.cli.doctor",
     "cache": "ptq_exp.cli.cache",
     "table": "ptq_exp.table",
+    "search": "ptq_exp.search.__main__",
     "report": "ptq_exp.report",
 }
 """First argument -> module whose `main` takes the others; without the module there is no such command."""

@@ -23,14 +23,19 @@ EXAMPLES = """\
 COMMANDS = {
     "doctor": "checks Python, packages, devices, disk space, W&B, weights",
     "cache": "cache ls | prune: what runs share on disk",
-    "table": "a table of many runs",
+    "table": "a table of many runs; --list: layouts, one of conf/table each",
+    "search": "the best combination of settings at given bits, stage by stage as conf/search says",
     "report": "a report of many runs",
 }
 
 
+OTHERS = ("hydra", "search", "table")
+"""Folders of `conf/` that are no groups of an experiment."""
+
+
 def groups() -> dict[str, list[Path]]:
-    """The files of each configuration group, Hydra's own left out; groups and files in alphabetical order."""
-    folders = sorted(path for path in config_folder().iterdir() if path.is_dir() and path.name != "hydra")
+    """The files of each configuration group of an experiment; groups and files in alphabetical order."""
+    folders = sorted(path for path in config_folder().iterdir() if path.is_dir() and path.name not in OTHERS)
     found = {folder.name: sorted(folder.glob("*.yaml")) for folder in folders}
     return {group: files for group, files in found.items() if files}
 
