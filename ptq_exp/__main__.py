@@ -101,6 +101,20 @@ def _wrong_choice(overrides: list[str]) -> str | None:
     return None
 
 
+def _check_groups(arguments: list[str]) -> None:
+    """Raise ConfigError for what Hydra would take: several options merged into one, settings in place of an option."""
+    for argument in arguments:
+        group, equals, choice = argument.lstrip("+").partition("=")
+        bare = choice.strip("'\" ")
+        if group == "name" and "/" in bare:
+            raise ConfigError(f"name={bare}: folders are called after it, give a name without /")
+        if not equals or not group or not (config_folder() / group).is_dir():
+            continue
+        if not bare or bare[0] in "[{" or "/" in bare:
+            options = ", ".join(sorted(path.stem for path in (config_folder() / group).glob("*.yaml")))
+            raise ConfigError(f"{group}={choice}: choose one of {options}; -m {group}=A,B runs one after another")
+
+
 def _known_settings() -> list[str]:
     """Every setting and group of the schema, dotted."""
 
@@ -191,20 +205,23 @@ def main() -> None:
     try:
         if _told(sys.argv[1:]):
             return
-        sys.argv[1:] = _with_saved_model(with_resumed_sweep(sys.argv[1:]))
+        sys.argv[1:] = with_resumed_sweep(sys.argv[1:])
+        _check_groups(sys.argv[1:])
+        sys.argv[1:] = _with_saved_model(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
     except PTQError as error:  # of the command line; those of jobs are told as they occur
         if _traceback_wanted:
             raise
         sys.exit(f"error: {error}")
-    except OSError as error:
-        if _traceback_wanted or _started:
-            raise
-        sys.exit(f"error: {cannot_write(error)}")
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if _traceback_wanted or not _about_composition(error):
+    except (HydraException, OmegaConfBaseException) as error:  # some of them are OSErrors, too
+        if _traceback_wanted:
             raise
         sys.exit(f"error: {_composition_message(error)}")
+    except (OSError, ValueError) as error:
+        broken = error if isinstance(error, OSError) else error.__cause__  # logging hides the file that it cannot open
+        if _traceback_wanted or not (_about_composition(error) or (isinstance(broken, OSError) and not _started)):
+            raise
+        sys.exit(f"error: {cannot_write(broken) if isinstance(broken, OSError) else _composition_message(error)}")
     finally:
         if before is None:
             del os.environ[TRACEBACK]

@@ -82,6 +82,8 @@ class CalibrationSet:
         """
         arrays = npz_arrays(path)
         null_label = arrays.pop("null_label", None)
+        if "x" not in arrays:
+            raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}")
         require_arrays(path, arrays, {"x": ("f", 4), "step": ("iu", 1), "t": ("f", 1), "evaluations": ("iu", 1)})
         try:
             return cls(**arrays, null_label=None if null_label is None else int(null_label))

@@ -28,7 +28,7 @@ def load_weights(network: nn.Module, path: Path) -> str:
     """
     try:
         state = load_file(path)
-        _check_numbers(path, state)
+        _check_numbers(path, state, network.state_dict())
         network.load_state_dict(state)
     except FileNotFoundError as error:
         raise CheckpointError(f"model.checkpoint={path}: no such file") from error
@@ -43,9 +43,13 @@ def load_weights(network: nn.Module, path: Path) -> str:
     return file_digest(path)
 
 
-def _check_numbers(path: Path, state: dict[str, Tensor]) -> None:
-    """Raise CheckpointError for a tensor that is no weight: the network would take over any numbers."""
+def _check_numbers(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise CheckpointError for numbers that the network would take over, but that are no weights."""
     for name, tensor in state.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            what = "holds NaN or infinity" if tensor.is_floating_point() else f"is {tensor.dtype}"
-            raise CheckpointError(f"model.checkpoint={path}: {name} {what}, which is no weight; train it again")
+        if name not in expected or not expected[name].is_floating_point():
+            continue
+        what = None if tensor.is_floating_point() else f"is {tensor.dtype}, not real numbers"
+        if what is None and not tensor.isfinite().all():
+            what = "holds NaN or infinity"
+        if what:
+            raise CheckpointError(f"model.checkpoint={path}: {name} {what}: train it again, or give another file")

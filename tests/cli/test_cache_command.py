@@ -88,7 +88,7 @@ def test_ls_shows_kind_size_age_entries_and_totals(cache, root):
     assert {kind: row[1] for kind, row in totals.items()} == {
         "calibration": "1", "images": "2", "parts": "1", "total": "4",
     }  # fmt: skip
-    files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    files = [path for path in root.rglob("*") if path.is_file() and ".locks" not in path.parts]
     whole = sum(path.stat().st_size for path in files)
     assert " ".join(totals["total"][2:4]) == size_text(whole)
     assert any("half-written" in line for line in lines)
@@ -150,7 +150,8 @@ def test_all_removes_entries_and_nothing_else(cache, root):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text("mine")
     cache("prune", "--all")
-    left = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    files = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+    left = {path.as_posix() for path in files if path.parts[0] != ".locks"}
     assert left == {"images/readme", "photo.png", "images/short/photo.png"}
 
 

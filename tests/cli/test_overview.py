@@ -23,8 +23,8 @@ def said(monkeypatch, capsys, *arguments):
 
 
 def test_groups_are_the_folders_of_conf():
-    found = {path.parent.name for path in config_folder().glob("*/*.yaml")}
-    assert set(groups()) == found and len(FILES) == len(list(config_folder().glob("*/*.yaml")))
+    found = [path for path in config_folder().glob("*/*.yaml") if path.parent.name not in ("search", "table")]
+    assert set(groups()) == {path.parent.name for path in found} and len(FILES) == len(found)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -109,7 +109,7 @@ def test_help_and_overview_do_without_torch():
     code = (
         "import sys; from ptq_exp.__main__ import main\n"
         "for sys.argv in (['x'], ['x', '--help']): main()\n"
-        "print('heavy:', *{'torch', 'diffusers', 'wandb', 'numpy'} & set(sys.modules))"
+        "print('heavy:', *{'torch', 'diffusers', 'wandb', 'pandas', 'matplotlib'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1].strip() == "heavy:"

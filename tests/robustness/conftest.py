@@ -38,15 +38,15 @@ class Ended:
         return line
 
 
-@pytest.fixture
-def job(tmp_path):
+@pytest.fixture(scope="session")
+def job(tmp_path_factory):
     """Run the command with small settings in a forked process.
 
     Arguments: overrides, and `kill_at`, CPU seconds after which it gets SIGKILL; `limit_kb`: the largest file.
     """
 
     def run(*overrides: str, kill_at: float | None = None, limit_kb: int | None = None) -> Ended:
-        log = tmp_path / "output.txt"
+        log = tmp_path_factory.mktemp("output") / "output.txt"
         pid = os.fork()
         if pid == 0:
             _child([*SMALL, *overrides], log, limit_kb)

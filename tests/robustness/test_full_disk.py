@@ -11,10 +11,10 @@ def digests(folder):
     return {path.relative_to(folder): file_digest(path) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture
-def earlier(job, tmp_path):
-    """A finished run and its cache; a folder for the next one beside it."""
-    folder = tmp_path / "earlier"
+@pytest.fixture(scope="module")
+def earlier(job, tmp_path_factory):
+    """A finished run and its cache, which must stay as they are; other runs may lie beside it."""
+    folder = tmp_path_factory.mktemp("earlier")
     ended = job(*JOB, f"hydra.run.dir={folder}/run", f"cache_dir={folder}/cache")
     assert ended.status == 0, ended.output
     return folder

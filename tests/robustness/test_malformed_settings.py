@@ -177,7 +177,7 @@ def test_the_line_names_setting_and_fix(override, message, bases):
     assert outcome(bases[""], override) == message
 
 
-@pytest.mark.parametrize("override", ["logger.group=7", "logger.tags=[1,a]", "seed=4294967295", "name=größe"])
+@pytest.mark.parametrize("override", ["logger.group=7", "logger.tags=[1,a]", "seed=4294967295", "name='größe'"])
 def test_unusual_but_right_values_are_taken(override, bases):
     assert outcome(bases[""], override) is None
 

@@ -101,7 +101,8 @@ def _place(key: str, tensor: Tensor, parts: Sequence[Part], targets: list[dict[s
 def _compare(
     part: Part, target: dict[str, tuple[str, Tensor]], state: Mapping[str, Tensor], findings: _Findings
 ) -> None:
-    expected = {name: tuple(value.shape) for name, value in part.module.state_dict().items()}
+    wanted = part.module.state_dict()
+    expected = {name: tuple(value.shape) for name, value in wanted.items()}
     of = f" of {part.prefix.rstrip('.')}" if part.prefix else ""
     findings.missing += [name + of for name in expected if name not in target]
     parts = Counter(key for key, _ in target.values())  # a fused weight becomes several
@@ -111,7 +112,7 @@ def _compare(
         elif tuple(tensor.shape) != expected[name]:
             times = f"{parts[key]} x " if parts[key] > 1 else ""
             findings.misshaped.append(f"{key} {list(state[key].shape)} instead of {times}{list(expected[name])}")
-        elif not tensor.is_floating_point():
+        elif wanted[name].is_floating_point() and not tensor.is_floating_point():
             findings.mistyped.append(f"{key} of {str(tensor.dtype).removeprefix('torch.')} instead of real numbers")
 
 
