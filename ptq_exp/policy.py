@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
@@ -31,10 +32,11 @@ def policy(setup: Setup, network: nn.Module, example: tuple[Tensor, ...]) -> lis
     first = model.first_layers if quantization.first is None else quantization.first
     last = model.last_layers if quantization.last is None else quantization.last
     rules = [Rule(pattern, None, "quantization.keep_fp") for pattern in quantization.keep_fp]
+    # a rule that matches nothing is an error, but not this one: a network without attention is whole, too
+    attention = quantization.attention and any(fnmatchcase(name, "*to_[qkv]") for name, _ in network.named_modules())
     rules += default_rules(
         bits.weight, setup.activation_widths, softmax_bits=bits.softmax, first_last_bits=bits.first_last,
-        boundary_bits=bits.boundary, attention=quantization.attention,
-        first=first, last=last,
+        boundary_bits=bits.boundary, attention=attention, first=first, last=last,
         weight_symmetric=quantization.weight_symmetric, weight_granularity=quantization.weight_granularity,
         group_size=quantization.group_size if quantization.weight_granularity == "group" else None,
         activation_symmetric=quantization.activation_symmetric, activation_site=quantization.activation_site,

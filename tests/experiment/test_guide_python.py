@@ -40,10 +40,15 @@ def test_a_diffusers_folder(command, here):
     assert results["status"] == "finished" and results["quantization"]["coverage_conv_linear"] == 1
 
 
-def test_a_python_function_through_the_command_and_in_python(command, here):
+def weights(here):
+    """The weights of the guide's own model."""
     model = runpy.run_path(str(here / "my_model.py"))
     torch.manual_seed(0)
-    torch.save(model["Denoiser"]().state_dict(), "my_weights.pt")
+    torch.save(model["Denoiser"]().state_dict(), here / "my_weights.pt")
+
+
+def test_a_python_function_through_the_command_and_in_python(command, here):
+    weights(here)
     results = read_json(command(*run_of("own_model", "imports=[my_model]"), *QUICK) / "results.json")
     assert results["status"] == "finished" and results["quantization"]["coverage_conv_linear"] == 1
     assert results["config"]["model"]["name"] == "mine"
@@ -71,8 +76,10 @@ def test_ranges_of_the_metric_have_the_smallest_loss(symmetric, here):
 
 
 def test_the_command_takes_the_metric(command, here):
+    weights(here)
     arguments = run_of("extend", "w8a8 imports=[my_metric] metric.name=huber")
-    results = read_json(command(*arguments, *QUICK) / "results.json")
+    small = ("imports=[my_metric,my_model]", "model=diffusers", "model.name=mine", "model.checkpoint=my_weights.pt")
+    results = read_json(command(*arguments, *small, *QUICK) / "results.json")
     assert results["status"] == "finished" and results["metrics"]["psnr"] > 20
 
 
