@@ -19,7 +19,9 @@ _log = logging.getLogger(__name__)
 
 # Settings that may differ between the runs of one average: they change where and how a run is
 # executed and recorded, not its numbers.
-EXECUTION_SETTINGS = ("seed", "cache", "cache_dir", "logger", "trainer")
+EXECUTION_SETTINGS = ("seed", "cache", "cache_dir", "logger", "trainer", "imports")
+# What runs did that are older than a setting.
+_BEFORE = {"config.calibration.labels": "paired"}
 
 
 def collect(runs_dir: str | os.PathLike) -> pd.DataFrame:
@@ -48,7 +50,8 @@ def _row(path: Path, runs_dir: Path) -> dict[str, Any]:
     except DataError as error:
         _log.warning("%s", error)
         return row | {"status": "unreadable"}
-    return row | flatten(values)
+    flat = flatten(values)
+    return row | (_BEFORE if "config.calibration.name" in flat else {}) | flat
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
