@@ -14,6 +14,8 @@ from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.tracking.results import read_json
 
 SOURCES = ("auto", "results", "wandb")
+_BEFORE = {"config.calibration.labels": "paired"}
+"""What runs did that are older than a setting."""
 _log = logging.getLogger(__name__)
 
 
@@ -87,7 +89,8 @@ def _row(path: Path, runs_dir: Path) -> dict[str, Any]:
     except DataError as error:
         _log.warning("%s", error)
         return row | {"status": "unreadable"}
-    return row | flatten(values)
+    flat = flatten(values)
+    return row | (_BEFORE if "config.calibration.name" in flat else {}) | flat
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

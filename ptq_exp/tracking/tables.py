@@ -19,7 +19,7 @@ __all__ = [
 
 # Settings that may differ between the runs of one average: they change where and how a run is
 # executed and recorded, not its numbers.
-EXECUTION_SETTINGS = ("seed", "cache", "cache_dir", "logger", "trainer")
+EXECUTION_SETTINGS = ("seed", "cache", "cache_dir", "logger", "trainer", "imports")
 
 
 def aggregate(

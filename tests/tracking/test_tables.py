@@ -103,6 +103,16 @@ def test_a_setting_that_only_some_runs_have_is_a_difference(tmp_path):
     assert len(table_of(tmp_path, by=("name", "config.correction"))) == 2  # missing is a group of its own
 
 
+def test_runs_from_before_labels_are_averaged_with_paired_ones_alone(tmp_path):
+    write(tmp_path, "old", seed=0, config={"calibration": {"name": "ndtc"}}, fid=1.0)
+    now = {"calibration": {"name": "ndtc", "labels": "paired"}, "imports": ["mine"]}
+    write(tmp_path, "new", seed=1, config=now, fid=3.0)
+    assert table_of(tmp_path).loc[0, "metrics.fid"] == 2.0
+    write(tmp_path, "other", seed=2, config={"calibration": {"name": "ndtc", "labels": "reversed"}})
+    with pytest.raises(ConfigError, match="differ in config.calibration.labels"):
+        table_of(tmp_path)
+
+
 def test_unknown_columns_are_named(tmp_path):
     write(tmp_path, "a")
     with pytest.raises(ConfigError, match="'nome'.*metrics.fid"):
