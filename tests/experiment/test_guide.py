@@ -35,10 +35,11 @@ def test_runs_for_imagenet_compose_for_cifar(arguments):
 @pytest.mark.parametrize("words", [words for _, words in ALL if words[2] == "ptq_exp.table"])
 def test_every_table_command_is_one(words, monkeypatch):
     asked = []
-    fakes = {name: lambda runs, form: asked.append(runs) or "" for name in table.LAYOUTS}
-    monkeypatch.setattr(table, "LAYOUTS", fakes)
+    fakes = {name: lambda runs, form: asked.append(runs) or "" for name in table.FIXED}
+    monkeypatch.setattr(table, "FIXED", fakes)
+    monkeypatch.setattr(table, "_runs", lambda arguments: arguments.runs)
     table.main(words[3:])
-    assert asked == ["runs/sweeps"]
+    assert asked == [["runs/sweeps"]]
 
 
 def known_settings() -> set[str]:
