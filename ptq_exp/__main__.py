@@ -49,10 +49,18 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
             raise
         return _failed(str(error))
     except Exception as error:
-        refused = refusal(error)
+        refused = refusal(error, _run_folder())
         if _traceback_wanted or refused is None:
             raise
         return _failed(refused)
+
+
+def _run_folder() -> str:
+    """Where Hydra puts the run; as it was asked to, before there is a run."""
+    if HydraConfig.initialized():
+        return HydraConfig.get().runtime.output_dir
+    asked = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
+    return asked.get("hydra.run.dir") or asked.get("hydra.sweep.dir") or "a new folder below runs"
 
 
 def _failed(line: str) -> None:
@@ -221,7 +229,9 @@ def main() -> None:
         broken = error if isinstance(error, OSError) else error.__cause__  # logging hides the file that it cannot open
         if _traceback_wanted or not (_about_composition(error) or (isinstance(broken, OSError) and not _started)):
             raise
-        sys.exit(f"error: {cannot_write(broken) if isinstance(broken, OSError) else _composition_message(error)}")
+        if isinstance(broken, OSError):
+            sys.exit(f"error: {cannot_write(broken, _run_folder())}")
+        sys.exit(f"error: {_composition_message(error)}")
     finally:
         if before is None:
             del os.environ[TRACEBACK]

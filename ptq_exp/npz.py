@@ -34,7 +34,8 @@ def open_npz(path: str | os.PathLike, what: str = ".npz file") -> Iterator[np.li
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is no {what}: it holds one array without a name")
             with archive:
-                _check_sizes(path, archive)
+                for info in archive.zip.infolist():
+                    _check_size(path, archive, info)
                 yield archive
     except PTQError:  # also a ValueError, and clear already
         raise
@@ -63,11 +64,7 @@ def npz_array(path: str | os.PathLike, key: str) -> np.ndarray:
     with open_npz(path) as archive:
         if key not in archive.files:
             raise DataError(f"{path}: found the arrays {', '.join(archive.files) or '(none)'}; expected {key}")
-        mapped = _map(path, archive.zip, f"{key}.npy")
-        if mapped is None:
-            return archive[key]
-        _check_sum(archive.zip, f"{key}.npy")
-        return mapped
+        return _read(path, archive, key)
 
 
 def npz_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -76,7 +73,8 @@ def npz_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises:
         DataError: as `open_npz`.
     """
-    return {key: npz_array(path, key) for key in npz_keys(path)}
+    with open_npz(path) as archive:
+        return {key: _read(path, archive, key) for key in archive.files}
 
 
 def require_arrays(
@@ -99,17 +97,27 @@ def require_arrays(
             raise DataError(f"{path}: {name} is {array.dtype} of shape {array.shape}, which is not what belongs there")
 
 
-def _check_sizes(path: str | os.PathLike, archive: np.lib.npyio.NpzFile) -> None:
+def _check_size(path: str | os.PathLike, archive: np.lib.npyio.NpzFile, info: zipfile.ZipInfo) -> None:
     """Raise DataError for a header that promises more or less than there is, before memory is taken for it."""
-    for info in archive.zip.infolist():
-        with archive.zip.open(info) as stream:
-            read_header = _HEADER_READERS.get(npy.read_magic(stream)) if info.filename.endswith(".npy") else None
-            if read_header is None:
-                continue
-            shape, _, dtype = read_header(stream)
-            promised, there = math.prod(shape) * dtype.itemsize, info.file_size - stream.tell()
-            if not dtype.hasobject and (min(shape, default=0) < 0 or promised != there):
-                raise DataError(f"{path}: {info.filename} promises {promised} bytes of numbers, but has {there}")
+    if not info.filename.endswith(".npy"):
+        return
+    with archive.zip.open(info) as stream:
+        read_header = _HEADER_READERS.get(npy.read_magic(stream))
+        if read_header is None:
+            return
+        shape, _, dtype = read_header(stream)
+        promised, there = math.prod(shape) * dtype.itemsize, info.file_size - stream.tell()
+    if not dtype.hasobject and (min(shape, default=0) < 0 or promised != there):
+        raise DataError(f"{path}: {info.filename} promises {promised} bytes of numbers, but has {there}")
+
+
+def _read(path: str | os.PathLike, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+    """One array, mapped where it can be; its checksum is compared either way."""
+    mapped = _map(path, archive.zip, f"{key}.npy")
+    if mapped is None:
+        return archive[key]
+    _check_sum(archive.zip, f"{key}.npy")
+    return mapped
 
 
 def _check_sum(archive: zipfile.ZipFile, member: str) -> None:

@@ -8,11 +8,11 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, err
 _MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "Unable to allocate")
 
 
-def refusal(error: BaseException) -> str | None:
-    """The line about an error of a run that the machine is to blame for; None for any other error."""
+def refusal(error: BaseException, folder: str) -> str | None:
+    """The line about an error of a run in `folder` that the machine is to blame for; None for any other error."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in _DISK:
-        return cannot_write(error)
+        return cannot_write(error, folder)
     named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     if named or (isinstance(error, RuntimeError) and any(words in text for words in _MEMORY)):
         return (
@@ -22,9 +22,9 @@ def refusal(error: BaseException) -> str | None:
     return None
 
 
-def cannot_write(error: OSError) -> str:
-    """The line about a file or folder that cannot be made or written."""
-    place = error.filename or "a file"
+def cannot_write(error: OSError, folder: str) -> str:
+    """The line about a file or folder that cannot be made or written; in `folder`, if the error does not say where."""
+    place = error.filename or f"to {folder}"
     return (
         f"cannot write {place}: {error.strerror or error}; free space there, or choose another folder: "
         "hydra.run.dir=PATH for the run, cache_dir=PATH for what runs share"
