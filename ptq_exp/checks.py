@@ -68,10 +68,10 @@ def check(config: ExperimentConfig) -> None:
 
 def _check_analysis(config: ExperimentConfig) -> None:
     analysis = config.analysis
-    if not analysis.active:
-        return
     for name in ("n_samples", "batch_size", "steps", "values", "sensitivity_samples", "sensitivity_steps"):
         _at_least(f"analysis.{name}", getattr(analysis, name), 1)
+    if not analysis.active:
+        return
     if config.bits.name == FULL_PRECISION:
         raise ConfigError("analysis.active=true looks at quantized layers, but bits=fp32 has none: choose bits=w8a8")
     if config.quantization.smooth:

@@ -35,7 +35,7 @@ def run_name(
     if bits == FULL_PRECISION:
         return FULL_PRECISION
     labels = "none" if labels == "paired" else labels
-    mixed = "groups" if any((groups or {}).values()) else "none"
+    mixed = "groups" if isinstance(groups, Mapping) and any(groups.values()) else "none"
     parts = [calibration if correction == "none" else correction, labels, reconstruction, bits, mixed]
     return "_".join(str(part) for part in parts if part != "none")  # a name that is no text is told later
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import ptq_exp
 from ptq_exp.calibration import CalibrationSet, labelled, positions
 from ptq_exp.config import build
+from ptq_exp.errors import DataError
 from ptq_exp.evaluation import (
     FeatureStatistics,
     GaussianStatistics,
@@ -199,7 +200,10 @@ def reference_features(setup: Setup) -> Reference:
         return extract_features(extractor, images, name=name, batch_size=FEATURE_BATCH)
 
     if isinstance(node, str):
-        spec["content"] = content_digest(node)
+        try:
+            spec["content"] = content_digest(node)
+        except DataError as error:
+            raise DataError(f"evaluation.reference: {error}") from error
     found = setup.cache.get_or_make(
         "reference", spec, make=make, save=lambda value, path: value.save(path), load=load_statistics
     )
