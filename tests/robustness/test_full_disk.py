@@ -8,7 +8,8 @@ JOB = ["+experiment=ndtc_w8a8"]
 
 
 def digests(folder):
-    files = [path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts]
+    moving = {".locks", "again"}  # the cache's locks, and the run that fails
+    files = [path for path in folder.rglob("*") if path.is_file() and not moving & set(path.parts)]
     return {path.relative_to(folder): file_digest(path) for path in files}
 
 
@@ -64,5 +65,5 @@ def test_folders_that_cannot_be(job, tmp_path):
         other = f"{'cache_dir' if setting == 'hydra.run.dir' else 'hydra.run.dir'}={tmp_path}/other"
         for place in (tmp_path / "file" / "x", "/proc/nothing/x"):
             error = job(*JOB, other, f"{setting}={place}").error
-            assert str(place) in error and setting in error
+            assert str(place.parent) in error and setting in error
     assert (tmp_path / "file").read_text() == "mine"
