@@ -13,7 +13,7 @@ PIP := PIP_REQUIRE_VIRTUALENV=1 $(RUN) -m pip --disable-pip-version-check
 help:
 	@echo 'make demo    quantize the embedded model to 8 bits, draw images, score them (runs/ndtc_w8a8/...)'
 	@echo '             MODEL=name chooses conf/model/name.yaml, ARGS="seed=1 bits=w4a8" overrides settings'
-	@echo 'make test    run the tests; ARGS="-k metrics" chooses'
+	@echo 'make test    run the tests, two files at a time; ARGS="-k metrics" chooses'
 	@echo 'make bench   run the benchmarks'
 	@echo 'PYTHON=python3.12 chooses the interpreter that .venv is made with; the first call installs about 6 GB.'
 
@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(RUN) -m ptq_exp +experiment=ndtc_w8a8 model=$(MODEL) $(ARGS)
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.installed
 	@set -e; for benchmark in benchmarks/*.py; do \

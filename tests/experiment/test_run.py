@@ -15,7 +15,8 @@ from ptq_exp.tracking.runs import gather
 
 OTHERS = ("evaluate", "analyze")  # tested in files of their own
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem not in OTHERS)
-RECONSTRUCTED = [name for name in EXPERIMENTS if name.startswith(("brecq", "qdrop", "qdiffusion", "tfmq", "best"))]
+FILES = {name: (config_folder() / "experiment" / f"{name}.yaml").read_text() for name in EXPERIMENTS}
+RECONSTRUCTED = [name for name, text in FILES.items() if "override /reconstruction:" in text]
 OF_LDM4 = [name for name in EXPERIMENTS if "_ldm4_" in name]
 
 
