@@ -204,6 +204,7 @@ def main() -> None:
     global _started
     _failures.clear()
     _started = False
+    logging_raises = logging.raiseExceptions
     logging.raiseExceptions = _traceback_wanted  # a log file on a full disk is no second error
     # conf/hydra has files for launchers whose plugins have defaults of the same name: Hydra joins the two
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
@@ -234,6 +235,7 @@ def main() -> None:
             sys.exit(f"error: {cannot_write(broken, _run_folder())}")
         sys.exit(f"error: {_composition_message(error)}")
     finally:
+        logging.raiseExceptions = logging_raises
         if before is None:
             del os.environ[TRACEBACK]
         else:
