@@ -58,7 +58,7 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
 
 def _run_folder() -> str:
     """Where Hydra puts the run; as it was asked to, before there is a run."""
-    if HydraConfig.initialized():
+    if _started:  # before, Hydra may still hold what an earlier call in this process left
         return HydraConfig.get().runtime.output_dir
     asked = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
     return asked.get("hydra.run.dir") or asked.get("hydra.sweep.dir") or "a new folder below runs"

@@ -149,6 +149,7 @@ def import_all(modules: Sequence[str]) -> None:
 def _in_order(settings: dict[str, Any]) -> dict[str, Any]:
     """The sections in the order of the schema: a mistake is told of the section where it is, not of one that copies."""
     known = [key for key in ExperimentConfig.__dataclass_fields__ if key in settings]
+    known.sort(key=lambda key: key == "name")  # made of the others: last
     return {key: settings[key] for key in known} | settings
 
 

@@ -22,12 +22,12 @@ _NUMBERS_AS_TEXT = ("logger.",)
 def check_types(settings: Mapping[str, Any], schema: type, prefix: str = "") -> None:
     """Raise ConfigError at the first setting whose value has not the type that the dataclass `schema` declares.
 
-    Unknown keys, and text in place of numbers, are left to the schema itself.
+    They are looked at in the order of `settings`. Unknown keys, and text in place of numbers, are left to the schema
+    itself.
     """
-    for key, hint in typing.get_type_hints(schema).items():
-        if key not in settings:
-            continue
-        name, value = f"{prefix}{key}", settings[key]
+    hints = typing.get_type_hints(schema)
+    for key in (key for key in settings if key in hints):
+        name, value, hint = f"{prefix}{key}", settings[key], hints[key]
         if not is_dataclass(hint):
             check_value(name, value, hint)
         elif isinstance(value, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 _MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "Unable to allocate")
@@ -25,6 +26,8 @@ def refusal(error: BaseException, folder: str) -> str | None:
 def cannot_write(error: OSError, folder: str) -> str:
     """The line about a file or folder that cannot be made or written; in `folder`, if the error does not say where."""
     place = error.filename or f"to {folder}"
+    if error.filename and Path(error.filename) in Path(folder).parents:
+        place = folder  # what was asked for, not the part of its path where it ended
     return (
         f"cannot write {place}: {error.strerror or error}; free space there, or choose another folder: "
         "hydra.run.dir=PATH for the run, cache_dir=PATH for what runs share"

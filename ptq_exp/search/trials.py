@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import DataError
-from ptq_exp.tracking.results import read_json
 
 
 def trial_folder(folder: Path, overrides: Sequence[str]) -> Path:
@@ -40,6 +39,8 @@ def run_trial(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _finished(place: Path) -> dict[str, Any] | None:
+    from ptq_exp.tracking.results import read_json  # loads numpy: help does without
+
     try:
         found = read_json(place / "results.json")
     except DataError:

@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 
 import ptq_exp.config  # noqa: F401  (its resolvers: the processes of a launcher import this module first)
 from ptq_exp.errors import PTQError
-from ptq_exp.sweep.end import finish_sweep
 from ptq_exp.sweep.plugins import check_plugins
 from ptq_exp.sweep.record import FILE, SweepRecord
 
@@ -40,6 +39,8 @@ class SweepCallback(Callback):
 def end_of_sweep() -> list[str]:
     """Print and write what a sweep that was started ends with; returns its failed jobs (none without a sweep)."""
     failed = []
+    if _folders:
+        from ptq_exp.sweep.end import finish_sweep  # loads numpy: help does without
     while _folders:
         failed += finish_sweep(_folders.pop())
     return failed

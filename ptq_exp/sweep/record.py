@@ -10,7 +10,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from ptq_exp.errors import DataError
-from ptq_exp.tracking.results import read_json, write_json
 
 FILE = "sweep.json"
 
@@ -51,6 +50,8 @@ class SweepRecord:
         Raises:
             DataError: it is missing or damaged.
         """
+        from ptq_exp.tracking.results import read_json  # loads numpy: help does without
+
         try:
             return cls(**read_json(folder / FILE))
         except TypeError as error:
@@ -58,6 +59,8 @@ class SweepRecord:
 
     def save(self, folder: Path) -> None:
         """Write `folder`/sweep.json."""
+        from ptq_exp.tracking.results import write_json
+
         write_json(folder / FILE, asdict(self))
 
 

@@ -109,7 +109,7 @@ def test_help_and_overview_do_without_torch():
     code = (
         "import sys; from ptq_exp.__main__ import main\n"
         "for sys.argv in (['x'], ['x', '--help']): main()\n"
-        "print('heavy:', *{'torch', 'diffusers', 'wandb', 'pandas', 'matplotlib'} & set(sys.modules))"
+        "print('heavy:', *{'torch', 'diffusers', 'wandb', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1].strip() == "heavy:"

@@ -1,7 +1,5 @@
 """A disk that takes no more, or nothing at all: one line that names the folder and the fix; earlier files stay."""
 
-from pathlib import Path
-
 import pytest
 
 from ptq_exp.files import file_digest
@@ -67,5 +65,5 @@ def test_folders_that_cannot_be(job, tmp_path):
         other = f"{'cache_dir' if setting == 'hydra.run.dir' else 'hydra.run.dir'}={tmp_path}/other"
         for place in (tmp_path / "file" / "x", "/proc/nothing/x"):
             error = job(*JOB, other, f"{setting}={place}").error
-            assert str(Path(place).parent) in error and setting in error
+            assert str(place) in error and setting in error
     assert (tmp_path / "file").read_text() == "mine"
