@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ptq_exp.cli.failures import cannot_write, refusal
 from ptq_exp.config import config_folder, nearest
-from ptq_exp.errors import ConfigError, PTQError
+from ptq_exp.errors import ConfigError, PTQError, reader_gone
 from ptq_exp.schema import ExperimentConfig, SweepConfig
 from ptq_exp.sweep.callback import end_of_sweep
 from ptq_exp.sweep.resume import with_resumed_sweep
@@ -214,6 +214,7 @@ def main() -> None:
     failed = []
     try:
         if _told(sys.argv[1:]):
+            sys.stdout.flush()
             return
         sys.argv[1:] = with_resumed_sweep(sys.argv[1:])
         _check_groups(sys.argv[1:])
@@ -227,6 +228,8 @@ def main() -> None:
         if _traceback_wanted:
             raise
         sys.exit(f"error: {_composition_message(error)}")
+    except BrokenPipeError:
+        reader_gone()
     except (OSError, ValueError) as error:
         broken = error if isinstance(error, OSError) else error.__cause__  # logging hides the file that it cannot open
         if _traceback_wanted or not (_about_composition(error) or (isinstance(broken, OSError) and not _started)):

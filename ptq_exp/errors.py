@@ -1,5 +1,16 @@
 """Errors that a user can mend: the message says what was found, what was expected and which setting to change."""
 
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+READER_GONE = 141
+"""Exit status of a command whose output nobody reads any more: 128 + SIGPIPE, as shells show it."""
+
 
 class PTQError(ValueError):
     """Root of the errors that end a run in one clear line instead of a traceback."""
@@ -23,3 +34,22 @@ class DataError(PTQError):
 
 class QuantizationError(PTQError):
     """A quantizer cannot be placed, calibrated or run."""
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Around a command: a `PTQError` becomes one line on standard error and status 1, a closed pipe a quiet end."""
+    try:
+        yield
+        sys.stdout.flush()
+    except PTQError as error:
+        sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        reader_gone()
+
+
+def reader_gone() -> NoReturn:
+    """End quietly: whoever read the output, `head` for instance, has what it wanted."""
+    # what is still buffered must go somewhere when the interpreter ends
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(READER_GONE)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from ptq_exp.errors import DataError, PTQError
+from ptq_exp.errors import DataError, command_line
 from ptq_exp.reporting import write_run_report, write_sweep_report
 from ptq_exp.tracking.results import read_json
 
@@ -37,12 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m ptq_exp.report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="of a run (it holds results.json), or of a sweep")
-    try:
+    with command_line():
         for folder in parser.parse_args(argv).folders:
             for path in write_reports(folder):
                 print(path)
-    except PTQError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

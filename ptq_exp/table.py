@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from ptq_exp.config import config_folder
-from ptq_exp.errors import ConfigError, DataError, PTQError
+from ptq_exp.errors import ConfigError, DataError, command_line
 from ptq_exp.files import atomic_path
 from ptq_exp.schema import setting_names
 from ptq_exp.tracking.fixed_tables import FIXED, Runs, ablation_table, collected, experiment_table
@@ -115,15 +115,13 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     logging.basicConfig(format="%(message)s")
     arguments = _parser().parse_args(argv)
-    try:
+    with command_line():
         text = layout_list() if arguments.list else _table(arguments)
         if arguments.output:
             with atomic_path(arguments.output) as temporary:
                 temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
         else:
             print(text.rstrip("\n"))
-    except PTQError as error:
-        sys.exit(f"error: {error}")
 
 
 def _table(arguments: argparse.Namespace) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from omegaconf import OmegaConf
 from ptq_exp.cli.cache_entries import PARTS, Entry, entries, total
 from ptq_exp.cli.cache_prune import Limits, Signs, chosen, remove
 from ptq_exp.config import config_folder
-from ptq_exp.errors import PTQError
+from ptq_exp.errors import PTQError, command_line
 
 _HELP = f"""
 An entry is computed once and reused by every run with the same settings: calibration sets, ranges, full-precision
@@ -38,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     arguments = _parser().parse_args(with_plain_options(argv))
     root = arguments.cache_dir or default_folder()
-    try:
+    with command_line():
         if root.exists() and not root.is_dir():
             raise PTQError(f"cache_dir={root} is no folder")
         if arguments.action == "ls":
@@ -48,8 +47,6 @@ def main(argv: Sequence[str]) -> None:
                 arguments.older_than, None if arguments.max_size is None else arguments.max_size * 1e9, arguments.all
             )
             prune(root, limits, dry_run=arguments.dry_run)
-    except PTQError as error:
-        sys.exit(f"error: {error}")
 
 
 def with_plain_options(argv: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ptq_exp.cli import checkups
 from ptq_exp.cli.cache import default_folder, with_plain_options
 from ptq_exp.cli.checkups import OK, PROBLEM, Finding
+from ptq_exp.errors import command_line
 
 _HELP = "Exit status 1 if there is a problem, 0 otherwise. Nothing is changed, and no network is used."
 
@@ -20,7 +21,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--cache-dir", type=Path, metavar="PATH", help="default: cache_dir of conf/config.yaml")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="PATH", help="where runs are written (runs)")
     arguments = parser.parse_args(with_plain_options(argv))
-    sys.exit(report(examination(arguments.cache_dir or default_folder(), arguments.runs)))
+    with command_line():
+        status = report(examination(arguments.cache_dir or default_folder(), arguments.runs))
+    sys.exit(status)
 
 
 def examination(cache_dir: Path, runs: Path) -> list[Callable[[], Iterable[Finding]]]:

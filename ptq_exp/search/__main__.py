@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from ptq_exp.config import config_folder
-from ptq_exp.errors import ConfigError, PTQError
+from ptq_exp.errors import ConfigError, command_line
 from ptq_exp.files import atomic_path
 from ptq_exp.search.coordinate import Search, Trial
 from ptq_exp.search.report import config_groups, experiment_file, markdown
@@ -34,10 +33,8 @@ examples:
 def main(argv: list[str] | None = None) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     arguments = _parser().parse_args(argv)
-    try:
+    with command_line():
         _search(arguments)
-    except PTQError as error:
-        sys.exit(f"error: {error}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -137,3 +137,14 @@ def test_the_console_script_completes_groups_and_options(tmp_path):
     named = {path.stem for path in groups()["experiment"] if path.stem.startswith("nd")}
     assert len(named) > 2 and experiments == {f"+experiment={name}" for name in named}
     assert bits == {f"bits={path.stem}" for path in groups()["bits"]}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["doctor"], ["table", "--list"], ["cache", "ls"]], ids=" ".join)
+def test_a_reader_that_went_away_is_no_error(tmp_path, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does after its lines
+    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    command = [sys.executable, "-m", "ptq_exp", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, env=environment, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr.decode()) == (141, "")  # 128 + SIGPIPE, as of other commands
