@@ -18,14 +18,14 @@ def block_generator(seed: int, block: str, what: str, device: torch.device) -> t
 
 
 def random_mask(shape: torch.Size, probability: float, generator: torch.Generator) -> Tensor:
-    """bool of `shape` on the generator's device, True with `probability`, to the nearest 1/65536.
+    """float32 of `shape` on the generator's device: 1 with `probability`, to the nearest 1/65536, else 0.
 
     16 random bits per element: several times faster on a CPU than to draw a float for each.
     """
     levels = round(probability * _LEVELS)
     if levels in (0, _LEVELS):
-        return torch.full(shape, levels > 0, device=generator.device)
+        return torch.full(shape, float(levels > 0), device=generator.device)
     n = math.prod(shape)
     words = torch.empty(-(-n // 4), dtype=torch.int64, device=generator.device)
     bits = words.random_(-(1 << 63), None, generator=generator).view(torch.int16)[:n]
-    return (bits < levels - _LEVELS // 2).view(shape)
+    return (bits < levels - _LEVELS // 2).float().view(shape)

@@ -67,13 +67,13 @@ def dropping(
         generator: of the device that the activations are on.
     """
 
-    def drop(_, args: tuple[Tensor, ...], quantized: Tensor) -> Tensor:
-        x = args[0]
-        return torch.where(random_mask(x.shape, drop_prob, generator), x, quantized)
+    def kept(x: Tensor) -> Tensor:
+        return random_mask(x.shape, drop_prob, generator).to(x.dtype)
 
-    handles = [q.register_forward_hook(drop) for q in quantizers.values()] if drop_prob else []
+    for quantizer in quantizers.values():
+        quantizer.kept = kept if drop_prob else None
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for quantizer in quantizers.values():
+            quantizer.kept = None

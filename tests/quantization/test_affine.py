@@ -137,6 +137,16 @@ def test_straight_through_gradients_by_hand():
     torch.testing.assert_close(scale.grad, (weight * by_element).sum())
 
 
+def test_kept_elements_pass_and_have_no_part_in_the_gradient_of_the_scale():
+    x = torch.tensor([-2.0, -0.6, 0.1, 0.8, 1.2, 3.0], requires_grad=True)
+    scale, kept = torch.tensor(0.5, requires_grad=True), torch.tensor([1.0, 1, 0, 0, 0, 1])
+    out = fake_quantize(x, scale, *(torch.tensor(v) for v in (1.0, 0.0, 3.0)), kept)
+    assert torch.equal(out, torch.tensor([-2, -0.6, 0, 1, 1, 3]))
+    (out * torch.arange(1.0, 7.0)).sum().backward()
+    assert x.grad.tolist() == [1, 2, 3, 4, 5, 6]
+    assert float(scale.grad) == pytest.approx(3 * (0 - 0.2) + 4 * (2 - 1.6) + 5 * (2 - 2.4), abs=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(), (4, 1, 1)])
 def test_gradients_match_autograd_through_a_detached_rounding(shape):
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ The simulated integer is ``clamp(round(x / scale) + zero_point, qmin, qmax)``, s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 
 import torch
@@ -57,6 +58,8 @@ class Quantizer(nn.Module):
         super().__init__()
         self.bits, self.symmetric, self.axis, self.segments = bits, symmetric, axis, segments
         self.metric, self.name, self.mode = metric, name, Mode.QUANTIZE
+        # While a block is reconstructed: which elements of x stay as they are, see `fake_quantize`.
+        self.kept: Callable[[Tensor], Tensor] | None = None
         shape = (rows, len(segments) if segments else 1)
         for buffer in QRange._fields:
             self.register_buffer(buffer, torch.zeros(shape))
@@ -84,7 +87,8 @@ class Quantizer(nn.Module):
             raise QuantizationError(
                 f"{self.name}: not calibrated, it cannot quantize; calibrate the model or load its state dict"
             )
-        return fake_quantize(x, *self.cells(x, row))
+        kept = None if self.kept is None else self.kept(x)
+        return fake_quantize(x, *self.cells(x, row), kept)
 
     def cells(self, x: Tensor, row: Tensor | None = None) -> QRange:
         """Return the range of each element of `x`, in shapes that broadcast against it; `row` as in `forward`."""
