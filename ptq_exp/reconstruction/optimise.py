@@ -172,7 +172,7 @@ class BlockOptimisation:
         if probability == 1:
             return quantized
         return [
-            torch.lerp(f, q, random_mask(q.shape, probability, self.generator).to(q.dtype)) if q.is_floating_point() else q
+            torch.lerp(f, q, random_mask(q, probability, self.generator)) if q.is_floating_point() else q
             for f, q in zip(full, quantized, strict=True)
         ]
 

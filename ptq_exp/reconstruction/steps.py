@@ -68,7 +68,7 @@ def dropping(
     """
 
     def kept(x: Tensor) -> Tensor:
-        return random_mask(x.shape, drop_prob, generator).to(x.dtype)
+        return random_mask(x, drop_prob, generator)
 
     for quantizer in quantizers.values():
         quantizer.kept = kept if drop_prob else None
