@@ -25,10 +25,9 @@ from ptq_exp.quantization import (
     QuantSpec,
     Rule,
     TensorSpec,
+    calibrate_activations_,
     calibrate_weights_,
-    calibrating,
     default_rules,
-    finish_calibration,
     quantize_,
 )
 from ptq_exp.reconstruction import Annealing, BlockData, BlockOptimisation, Calls, Settings, find_blocks
@@ -72,9 +71,7 @@ def optimisation(network: nn.Module, inputs: tuple, method: str, iterations: int
         rules = [Rule("*", QuantSpec(weight=TensorSpec(4, granularity="channel")))]
     quantize_(twin, rules, one)
     calibrate_weights_(twin, "mse")
-    with calibrating(twin), torch.no_grad():
-        twin(*inputs)
-    finish_calibration(twin, "minmax")
+    calibrate_activations_(twin, "minmax", [inputs])
     (block,) = find_blocks(twin, ("block",), one)
     calls = Calls.of(inputs, {}, full(*inputs))
     extra = {"input_prob": 0.5, "drop_prob": 0.5, "step_lr": 1e-3} if method == "qdrop" else {}

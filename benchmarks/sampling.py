@@ -22,7 +22,7 @@ from torch import nn
 
 from ptq_exp import load_model
 from ptq_exp.diffusion import DiffusionModel
-from ptq_exp.quantization import calibrate_weights_, calibrating, default_rules, finish_calibration, quantize_
+from ptq_exp.quantization import calibrate_, default_rules, quantize_
 
 
 def quantized_twin(model: DiffusionModel, inputs: tuple, device: str, activation: int | Sequence[int] = 8) -> nn.Module:
@@ -30,10 +30,7 @@ def quantized_twin(model: DiffusionModel, inputs: tuple, device: str, activation
     twin = model.twin()
     rules = default_rules(8, activation, first=model.first_layers, last=model.last_layers)
     quantize_(twin, rules, tuple(part.to(device) for part in model.example_inputs()))
-    calibrate_weights_(twin, "minmax")
-    with calibrating(twin):
-        twin(*(part[:1] for part in inputs))
-    finish_calibration(twin, "minmax")
+    calibrate_(twin, "minmax", [tuple(part[:1] for part in inputs)])
     return twin
 
 

@@ -1,10 +1,7 @@
 """Post-training quantization of PyTorch networks: quantizers, range search, placement by rules, accounting.
 
 report = quantize_(model, default_rules(8, 8), example_inputs)
-calibrate_weights_(model, "lp")
-with calibrating(model):
-    ...  # forwards over the calibration set
-finish_calibration(model, "lp")
+calibrate_(model, "lp", batches)
 
 Activations may have several candidate widths, ``default_rules(8, (4, 8))``, or ranges for several bins of sampling
 steps, ``default_rules(8, 8, bins=4)``, of which ``select_row(model, row)`` puts one in force from one sampling step to
@@ -22,6 +19,8 @@ from ptq_exp.quantization.affine import (
 )
 from ptq_exp.quantization.artifact import load_quantized_, save_quantized
 from ptq_exp.quantization.calibrate import (
+    calibrate_,
+    calibrate_activations_,
     calibrate_weights_,
     calibrating,
     disabled,
@@ -62,6 +61,8 @@ __all__ = [
     "Step",
     "TensorSpec",
     "WeightQuantizer",
+    "calibrate_",
+    "calibrate_activations_",
     "calibrate_weights_",
     "calibrating",
     "choose_qparams",

@@ -1,5 +1,7 @@
 """Finding the ranges of a quantized model: weights first, then activations of the weight-quantized model.
 
+`calibrate_` is the whole of it; in parts it is
+
 calibrate_weights_(model, metric)
 with calibrating(model):
     for batch in calibration_set:
@@ -9,9 +11,10 @@ finish_calibration(model, metric)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from ptq_exp.errors import QuantizationError
@@ -73,6 +76,27 @@ def calibrating(model: nn.Module, chosen: Collection[str] | None = None) -> Iter
         for _, quantizer in _activations(model):
             quantizer.forget()
         raise
+
+
+def calibrate_(model: nn.Module, metric: str, batches: Iterable[Sequence]) -> None:
+    """Find all ranges of `model` by `metric`: of its weights, which are frozen, then of its activations on `batches`.
+
+    Args:
+        batches: positional arguments of one call of `model` each.
+
+    Raises:
+        PTQError: as the parts of it, see above.
+    """
+    calibrate_weights_(model, metric)
+    calibrate_activations_(model, metric, batches)
+
+
+def calibrate_activations_(model: nn.Module, metric: str, batches: Iterable[Sequence]) -> None:
+    """Find the activation ranges of `model`, whose weights are calibrated, on `batches` (of the bin in force)."""
+    with calibrating(model), torch.no_grad():
+        for batch in batches:
+            model(*batch)
+    finish_calibration(model, metric)
 
 
 def calibrate_weights_(model: nn.Module, metric: str, on_layer: Callable[[], object] = lambda: None) -> None:

@@ -9,8 +9,7 @@ from torch import nn
 from ptq_exp.correction import BitSchedule, Scheduled, parse_widths
 from ptq_exp.diffusion import NoiseSchedule, TimeGrid
 from ptq_exp.errors import ConfigError, DataError, QuantizationError
-from ptq_exp.quantization import calibrating, default_rules, finish_calibration, quantize_, select_row
-from ptq_exp.quantization.calibrate import calibrate_weights_
+from ptq_exp.quantization import calibrate_, default_rules, quantize_, select_row
 
 GRID = TimeGrid.from_schedule(NoiseSchedule.latent_diffusion(), 4)
 TIMES = tuple(GRID.timesteps.tolist())
@@ -88,10 +87,7 @@ def quantized():
     x = torch.randn(16, 1, 8, 8)
     rules = default_rules(8, (4, 8), first=(), last=(), attention=False)
     quantize_(network, rules, (x[:1], torch.zeros(1)))
-    calibrate_weights_(network, "mse")
-    with calibrating(network), torch.no_grad():
-        network(x, None)
-    finish_calibration(network, "mse")
+    calibrate_(network, "mse", [(x, None)])
     return network, x
 
 

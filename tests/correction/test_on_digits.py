@@ -19,7 +19,7 @@ from ptq_exp.diffusion.compare import paired_estimates
 from ptq_exp.diffusion.noise import CALIBRATION, EVALUATION
 from ptq_exp.embedded import digits_model
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import calibrate_weights_, calibrating, default_rules, finish_calibration, quantize_
+from ptq_exp.quantization import calibrate_, default_rules, quantize_
 
 STEPS, SEED = 5, 0
 
@@ -43,14 +43,10 @@ def model():
 def quantized(model):
     network = model.twin()
     quantize_(network, default_rules(3, 8), model.example_inputs())
-    calibrate_weights_(network, "minmax")
     grid = model.time_grid(STEPS)
     states = []
     model.run(model.denoiser, grid, range(8), 7, on_step=lambda r: states.append((r.x, grid.network_time(r.step, 8))))
-    with calibrating(network), torch.no_grad():
-        for x, t in states:
-            network(x, t)
-    finish_calibration(network, "minmax")
+    calibrate_(network, "minmax", states)
     return network
 
 
@@ -139,12 +135,9 @@ def test_residuals_are_counted_in_units_of_their_deviation(model, quantized):
 def test_a_schedule_can_be_corrected_too(model):
     network = model.twin()
     quantize_(network, default_rules(8, (4, 8)), model.example_inputs())
-    calibrate_weights_(network, "minmax")
     grid = model.time_grid(STEPS)
-    with calibrating(network), torch.no_grad():
-        for step in range(STEPS):
-            network(torch.randn(4, 1, 16, 16), grid.network_time(step, 4))
-    finish_calibration(network, "minmax")
+    batches = [(torch.randn(4, 1, 16, 16), grid.network_time(step, 4)) for step in range(STEPS)]
+    calibrate_(network, "minmax", batches)
     scheduled = Scheduled(network, torch.tensor([0, 1, 0, 1, 1]), grid)
     statistics = fitted(model, scheduled, grid)
     errors = relative_error(MomentChunks(moments(model, scheduled, grid, 8, EVALUATION)), STEPS, None)

@@ -10,16 +10,7 @@ from guide_text import conf, run_of
 
 from ptq_exp.calibration import CalibrationSet, StateRequest, source
 from ptq_exp.embedded import digits_model
-from ptq_exp.quantization import (
-    METRICS,
-    calibrate_weights_,
-    calibrating,
-    default_rules,
-    fake_quantize,
-    finish_calibration,
-    quantize_,
-    search_range,
-)
+from ptq_exp.quantization import METRICS, calibrate_, default_rules, fake_quantize, quantize_, search_range
 from ptq_exp.setup import Setup
 from ptq_exp.stages import make_calibration_set
 from ptq_exp.tracking.results import read_json
@@ -103,13 +94,9 @@ def test_the_correction_lowers_the_error_of_other_trajectories(here):
     model = digits_model()
     grid, quantized = model.time_grid(4), model.twin()
     quantize_(quantized, default_rules(3, 8), model.example_inputs())
-    calibrate_weights_(quantized, "minmax")
     records = []
     model.run(model.denoiser, grid, range(16), 0, on_step=records.append)
-    with calibrating(quantized), torch.no_grad():
-        for r in records:
-            quantized(r.x, grid.network_time(r.step, 16))
-    finish_calibration(quantized, "minmax")
+    calibrate_(quantized, "minmax", [(r.x, grid.network_time(r.step, 16)) for r in records])
     corrected = made.WithoutPattern(quantized, made.mean_errors(model, quantized, grid, 32, seed=1), grid)
     with torch.no_grad():
         before, after = (

@@ -15,11 +15,9 @@ from ptq_exp.npz import npz_arrays
 from ptq_exp.parts import Parts
 from ptq_exp.quantization import (
     ActivationTap,
-    calibrate_weights_,
-    calibrating,
+    calibrate_,
     default_rules,
     fake_quantize,
-    finish_calibration,
     one_layer_quantized,
     probe_of,
     quantize_,
@@ -62,11 +60,9 @@ def quantized(model) -> nn.Module:
         3, 3, first=["first"], last=["last"], first_last_bits=3, boundary_bits=3, attention=False
     )
     quantize_(network, rules, model.example_inputs())
-    calibrate_weights_(network, "minmax")
     generator = torch.Generator().manual_seed(1)
-    with calibrating(network), torch.no_grad():
-        network(torch.randn(64, 1, 4, 4, generator=generator), torch.arange(64.0) % 40, torch.arange(64) % 4)
-    finish_calibration(network, "minmax")
+    x = torch.randn(64, 1, 4, 4, generator=generator)
+    calibrate_(network, "minmax", [(x, torch.arange(64.0) % 40, torch.arange(64) % 4)])
     return network
 
 

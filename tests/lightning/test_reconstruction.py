@@ -25,8 +25,7 @@ SCRIPT = textwrap.dedent('''
     torch.set_num_threads(1)
     from ptq_exp.calibration import CalibrationSet
     from ptq_exp.lightning import reconstruct_network
-    from ptq_exp.quantization import (
-        calibrate_weights_, calibrating, default_rules, finish_calibration, quantize_, select_row)
+    from ptq_exp.quantization import calibrate_activations_, calibrate_weights_, default_rules, quantize_, select_row
     from ptq_exp.reconstruction import Annealing, BlockOptimisation, Reconstruction, Settings, find_blocks
 
     class Net(nn.Module):
@@ -54,10 +53,8 @@ SCRIPT = textwrap.dedent('''
         calibrate_weights_(twin, "minmax")
         for row in (0, 1):
             select_row(twin, row)
-            with calibrating(twin), torch.no_grad():
-                for x, t, _ in calibration_set.take((steps == row).nonzero()[0]).batches(8):
-                    twin(x, t)
-            finish_calibration(twin, "minmax")
+            chosen = calibration_set.take((steps == row).nonzero()[0])
+            calibrate_activations_(twin, "minmax", [(x, t) for x, t, _ in chosen.batches(8)])
         return full, twin, calibration_set, find_blocks(twin, (), example)
 
     def main(folder, kill_at, kill_in):

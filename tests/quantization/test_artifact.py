@@ -17,10 +17,9 @@ from ptq_exp.quantization import (
     QuantSpec,
     Rule,
     TensorSpec,
+    calibrate_,
     calibrate_weights_,
-    calibrating,
     default_rules,
-    finish_calibration,
     load_quantized_,
     quantize_,
     quantizers,
@@ -33,10 +32,7 @@ from ptq_exp.quantization.artifact import _description_hash, rule_from_dict, rul
 def quantized(network, rules, inputs, example):
     """Quantize and calibrate `network` in place; returns its report, shares of candidates included."""
     report = quantize_(network, rules, example)
-    calibrate_weights_(network, "minmax")
-    with calibrating(network), torch.no_grad():
-        network(*inputs)
-    finish_calibration(network, "minmax")
+    calibrate_(network, "minmax", [inputs])
     return report.mixed([1 / report.candidates] * report.candidates) if report.candidates > 1 else report
 
 

@@ -12,6 +12,7 @@ from ptq_exp.quantization import (
     QuantSpec,
     Rule,
     TensorSpec,
+    calibrate_activations_,
     calibrate_weights_,
     calibrating,
     default_rules,
@@ -124,9 +125,7 @@ def test_bins_of_a_whole_unet_share_one_step(unet, example, batch):
     calibrate_weights_(unet, "minmax")
     for row in (0, 1):
         select_row(unet, row)
-        with calibrating(unet), torch.no_grad():
-            unet(*batch)
-        finish_calibration(unet, "minmax")
+        calibrate_activations_(unet, "minmax", [batch])
     assert all(len(q.scale) == 2 for name, q in quantizers(unet) if "weight" not in name)
 
 

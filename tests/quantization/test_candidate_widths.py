@@ -14,6 +14,8 @@ from ptq_exp.quantization import (
     QuantSpec,
     Rule,
     TensorSpec,
+    calibrate_,
+    calibrate_activations_,
     calibrate_weights_,
     calibrating,
     default_rules,
@@ -146,10 +148,7 @@ def test_candidates_concern_layer_inputs_and_q_k_v():
 
 def test_ranges_list_the_candidates(unet, example, batch):
     quantize_(unet, default_rules(8, (4, 8)), example)
-    calibrate_weights_(unet, "minmax")
-    with calibrating(unet), torch.no_grad():
-        unet(*batch)
-    finish_calibration(unet, "minmax")
+    calibrate_(unet, "minmax", [batch])
     stored = json.loads(json.dumps(ranges(unet), allow_nan=False))
     found = stored["mid_block.resnets.0.conv1.input_quantizer"]
     assert found["bits"] == [4, 8] and found["qmax"] == [[15.0], [255.0]] and len(found["scale"]) == 2
@@ -160,9 +159,7 @@ def test_ranges_list_the_candidates(unet, example, batch):
 def test_the_softmax_map_can_have_candidates(unet, example, batch):
     softmax = TensorSpec((4, 8), symmetric=True)
     quantize_(unet, [Rule("*attentions.0", QuantSpec(softmax=softmax))], example)
-    with calibrating(unet), torch.no_grad():
-        unet(*batch)
-    finish_calibration(unet, "minmax")
+    calibrate_activations_(unet, "minmax", [batch])
     quantizer = unet.mid_block.attentions[0].softmax_quantizer
     assert quantizer.qmax.tolist() == [[15], [255]] and quantizer.zero_point.tolist() == [[0], [0]]
     outputs = []
@@ -182,9 +179,7 @@ def test_digits_at_each_row_is_the_network_of_that_width():
         network = model.twin()
         quantize_(network, default_rules(8, activation_bits), model.example_inputs())
         calibrate_weights_(network, "minmax")
-        with calibrating(network), torch.no_grad():
-            network(x, t)
-        finish_calibration(network, "mse")
+        calibrate_activations_(network, "mse", [(x, t)])
         return network
 
     mixed = calibrated((4, 8))

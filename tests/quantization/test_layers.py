@@ -21,6 +21,7 @@ from ptq_exp.quantization import (
     QuantSpec,
     Rule,
     TensorSpec,
+    calibrate_,
     calibrate_weights_,
     calibrating,
     default_rules,
@@ -37,11 +38,7 @@ METRIC = "minmax"  # these tests are about placement; the cheapest search will d
 
 
 def calibrate(model, *batches):
-    calibrate_weights_(model, METRIC)
-    with calibrating(model), torch.no_grad():
-        for batch in batches:
-            model(*batch)
-    finish_calibration(model, METRIC)
+    calibrate_(model, METRIC, batches)
     return model
 
 

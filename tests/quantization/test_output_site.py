@@ -5,18 +5,7 @@ import torch
 from torch import nn
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import (
-    QuantSpec,
-    Rule,
-    TensorSpec,
-    calibrate_weights_,
-    calibrating,
-    default_rules,
-    describe,
-    finish_calibration,
-    quantize_,
-    quantizers,
-)
+from ptq_exp.quantization import QuantSpec, Rule, TensorSpec, calibrate_, default_rules, describe, quantize_, quantizers
 
 METRIC = "minmax"
 
@@ -70,10 +59,7 @@ def test_a_network_quantized_at_its_outputs_runs_on_their_grids():
     model, x = nn.Sequential(nn.Linear(4, 3), nn.SiLU(), nn.Linear(3, 2)), torch.randn(64, 4)
     rules = default_rules(8, 2, activation_site="output", first=(), last=("2",), first_last_bits=3, attention=False)
     quantize_(model, rules, (x[:1],))
-    calibrate_weights_(model, METRIC)
-    with calibrating(model), torch.no_grad():
-        model(x)
-    finish_calibration(model, METRIC)
+    calibrate_(model, METRIC, [(x,)])
     assert len(model[0](x).unique()) == 4 and len(model(x).unique()) > 8
 
 
@@ -84,10 +70,7 @@ def test_state_and_output_can_be_quantized_for_a_study(unet, example, batch):
     assert plain[1].spec.output is None and studied[1].spec.output.bits == 8
     assert studied[1].spec.input == plain[1].spec.input and studied[2:] == plain[2:]
     quantize_(unet, studied, example)
-    calibrate_weights_(unet, METRIC)
-    with calibrating(unet), torch.no_grad():
-        unet(*batch)
-    finish_calibration(unet, METRIC)
+    calibrate_(unet, METRIC, [batch])
     with torch.no_grad():
         assert len(unet(*batch).sample.unique()) <= 256
 

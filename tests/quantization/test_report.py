@@ -15,11 +15,9 @@ from ptq_exp.quantization import (
     QuantSpec,
     Rule,
     TensorSpec,
-    calibrate_weights_,
-    calibrating,
+    calibrate_,
     default_rules,
     describe,
-    finish_calibration,
     quantize_,
     quantizers,
     ranges,
@@ -240,10 +238,7 @@ def test_ranges_are_plain_lists(unet, example, batch):
     quantize_(unet, default_rules(4, 8), example)
     with pytest.raises(QuantizationError, match="not calibrated"):
         ranges(unet)
-    calibrate_weights_(unet, "minmax")
-    with calibrating(unet), torch.no_grad():
-        unet(*batch)
-    finish_calibration(unet, "minmax")
+    calibrate_(unet, "minmax", [batch])
     stored = json.loads(json.dumps(ranges(unet), allow_nan=False))
     assert set(stored) == {name for name, _ in quantizers(unet)}
     weight = stored["mid_block.resnets.0.conv1.weight_quantizer"]

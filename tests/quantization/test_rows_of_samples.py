@@ -12,10 +12,10 @@ from ptq_exp.quantization import (
     QuantSpec,
     Rule,
     TensorSpec,
+    calibrate_activations_,
     calibrate_weights_,
     calibrating,
     default_rules,
-    finish_calibration,
     of_samples,
     quantize_,
     quantizers,
@@ -32,9 +32,7 @@ def calibrated(model, rules, example, batches):
     calibrate_weights_(model, "minmax")
     for row, batch in enumerate(batches):
         select_row(model, row)
-        with calibrating(model), torch.no_grad():
-            model(*batch)
-        finish_calibration(model, "minmax")
+        calibrate_activations_(model, "minmax", [batch])
     return model
 
 

@@ -14,10 +14,8 @@ from ptq_exp.quantization import (
     Rule,
     Step,
     TensorSpec,
-    calibrate_weights_,
-    calibrating,
+    calibrate_,
     default_rules,
-    finish_calibration,
     quantize_,
     select_row,
     step_of,
@@ -51,10 +49,7 @@ def net(x):
     net = Net()
     rules = [Rule("last", spec(8)), Rule("conv", spec((2, 8), segments=(1, 1))), Rule("*", spec((2, 8)))]
     quantize_(net, rules, (x[:1],))
-    calibrate_weights_(net, "minmax")
-    with calibrating(net), torch.no_grad():
-        net(x)
-    finish_calibration(net, "minmax")
+    calibrate_(net, "minmax", [(x,)])
     return net
 
 

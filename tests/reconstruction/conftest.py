@@ -8,16 +8,7 @@ import torch
 from torch import nn
 
 from ptq_exp.calibration import CalibrationSet
-from ptq_exp.quantization import (
-    QuantSpec,
-    Rule,
-    TensorSpec,
-    calibrate_weights_,
-    calibrating,
-    default_rules,
-    finish_calibration,
-    quantize_,
-)
+from ptq_exp.quantization import QuantSpec, Rule, TensorSpec, calibrate_, default_rules, quantize_
 
 
 class Residual(nn.Module):
@@ -81,11 +72,7 @@ def quantized(toy, calibration_set):
         else:
             rules = default_rules(weight, activation, first=(), last=(), attention=False)
         quantize_(twin, rules, (torch.zeros(1, 1, 6, 6), torch.zeros(1)))
-        calibrate_weights_(twin, "minmax")
-        with calibrating(twin), torch.no_grad():
-            for x, t, _ in calibration_set.batches(16):
-                twin(x, t)
-        finish_calibration(twin, "minmax")
+        calibrate_(twin, "minmax", [(x, t) for x, t, _ in calibration_set.batches(16)])
         return twin
 
     return make

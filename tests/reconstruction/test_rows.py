@@ -9,10 +9,9 @@ import torch
 
 from ptq_exp.calibration import CalibrationSet
 from ptq_exp.quantization import (
+    calibrate_activations_,
     calibrate_weights_,
-    calibrating,
     default_rules,
-    finish_calibration,
     load_quantized_,
     quantize_,
     quantizers,
@@ -51,10 +50,7 @@ def twin(toy, samples, row_of_step, bits=4):
         if bins > 1:
             select_row(network, row)
         chosen = (row_of_step[torch.from_numpy(samples.step)] == row).nonzero().flatten().numpy()
-        with calibrating(network), torch.no_grad():
-            for x, t, _ in samples.take(chosen).batches(16):
-                network(x, t)
-        finish_calibration(network, "minmax")
+        calibrate_activations_(network, "minmax", [(x, t) for x, t, _ in samples.take(chosen).batches(16)])
     return network
 
 

@@ -11,11 +11,10 @@ from ptq_exp.calibration import CalibrationSet
 from ptq_exp.errors import QuantizationError
 from ptq_exp.models import load_model
 from ptq_exp.quantization import (
+    calibrate_activations_,
     calibrate_weights_,
-    calibrating,
     default_rules,
     depending_on_alone,
-    finish_calibration,
     quantize_,
     select_row,
 )
@@ -54,10 +53,8 @@ def network(toy, samples):
     calibrate_weights_(twin, "minmax")
     for row in (0, 1):
         select_row(twin, row)
-        with calibrating(twin), torch.no_grad():
-            for x, t, _ in samples.take((ROWS.numpy()[samples.step] == row).nonzero()[0]).batches(16):
-                twin(x, t)
-        finish_calibration(twin, "minmax")
+        chosen = samples.take((ROWS.numpy()[samples.step] == row).nonzero()[0])
+        calibrate_activations_(twin, "minmax", [(x, t) for x, t, _ in chosen.batches(16)])
     return twin
 
 
