@@ -44,6 +44,20 @@ def command(monkeypatch, tmp_path, cache):
             handler.close()
 
 
+@pytest.fixture
+def refused(command, capsys):
+    """Run the command, which must refuse; returns the one line that it says."""
+
+    def line(*overrides: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            command(*overrides)
+        said = (str(stop.value) + "\n" + capsys.readouterr().err).splitlines()
+        (found,) = [text for text in said if "error:" in text]
+        return found
+
+    return line
+
+
 @pytest.fixture(scope="module")
 def guide_folder(tmp_path_factory):
     """A folder with the Python files of the guide, as the reader has it."""

@@ -23,14 +23,6 @@ def analysed(command):
     return run
 
 
-def refused(command, capsys, *overrides) -> str:
-    """The one line that a refused run says."""
-    with pytest.raises(SystemExit) as stop:
-        command(*QUICK, *overrides)
-    (line,) = [x for x in (str(stop.value) + "\n" + capsys.readouterr().err).splitlines() if "error:" in x]
-    return line
-
-
 def test_analyze_measures_every_quantized_layer_and_reports_it(analysed):
     folder, results, found = analysed()
     layers = {row["name"] for row in json.loads((folder / "quantization.json").read_text())["layers"]
@@ -100,12 +92,12 @@ def test_a_saved_model_can_be_analysed_and_ranges_alone_measured(command, analys
     assert 'id="activations"' in page and 'id="sensitivity"' not in page
 
 
-def test_mistakes_name_the_setting(command, capsys):
+def test_mistakes_name_the_setting(refused):
     analysis = "+experiment=analyze"
-    assert "analysis.active=true" in refused(command, capsys, analysis, "bits=fp32", "calibration=none")
-    assert "quantization.smooth=false" in refused(command, capsys, analysis, "quantization.smooth=true")
-    assert "analysis.steps=0: choose 1 or more" in refused(command, capsys, analysis, "analysis.steps=0")
-    said = refused(command, capsys, analysis, "analysis.layers=['*nothing*']")
+    assert "analysis.active=true" in refused(*QUICK, analysis, "bits=fp32", "calibration=none")
+    assert "quantization.smooth=false" in refused(*QUICK, analysis, "quantization.smooth=true")
+    assert "analysis.steps=0: choose 1 or more" in refused(*QUICK, analysis, "analysis.steps=0")
+    said = refused(*QUICK, analysis, "analysis.layers=['*nothing*']")
     assert "analysis.layers: '*nothing*' matches no quantized layer" in said
 
 

@@ -25,14 +25,6 @@ def results_of(command):
     return run
 
 
-def refused(command, capsys, *overrides) -> str:
-    """The one line that a refused run says."""
-    with pytest.raises(SystemExit) as stop:
-        command(*QUICK, *overrides)
-    (line,) = [x for x in (str(stop.value) + "\n" + capsys.readouterr().err).splitlines() if "error:" in x]
-    return line
-
-
 def test_a_corrected_run_leaves_statistics_pictures_and_both_errors(results_of):
     folder, results = results_of("+experiment=ptqd_w4a8")
     correction = results["correction"]
@@ -72,19 +64,18 @@ def test_at_eta_0_variance_is_said_to_be_left_alone(results_of):
     assert np.array_equal(*(read_samples(f / "samples.npz")[0] for f in (folder, other)))
 
 
-def test_statistics_of_another_run_are_used_if_they_fit_and_refused_if_not(results_of, command, capsys):
+def test_statistics_of_another_run_are_used_if_they_fit_and_refused_if_not(results_of, refused):
     folder, first = results_of("+experiment=ptqd_w4a8")
     given = f"correction.statistics={folder / 'noise_statistics.npz'}"
     _, second = results_of("+experiment=ptqd_w4a8", given)
     assert second["metrics"] == first["metrics"]
-    said = refused(command, capsys, "+experiment=ptqd_w4a8", given, "bits=w3a8")
+    said = refused(*QUICK, "+experiment=ptqd_w4a8", given, "bits=w3a8")
     assert "was made for another bits" in said and "set correction.statistics=null" in said
-    assert "was made for another grid" in refused(
-        command, capsys, "+experiment=ptqd_w4a8", given, "sampler.steps=4", "metric=minmax"
-    )
-    said = refused(command, capsys, "+experiment=ptqd_w4a8", given, "correction=bias")
+    said = refused(*QUICK, "+experiment=ptqd_w4a8", given, "sampler.steps=4", "metric=minmax")
+    assert "was made for another grid" in said
+    said = refused(*QUICK, "+experiment=ptqd_w4a8", given, "correction=bias")
     assert "was made for another correction" in said and "correlation" in said
-    assert "no such file" in refused(command, capsys, "+experiment=ptqd_w4a8", "correction.statistics=no.npz").lower()
+    assert "no such file" in refused(*QUICK, "+experiment=ptqd_w4a8", "correction.statistics=no.npz").lower()
 
 
 def test_the_quantized_trajectory_can_be_followed(results_of):
@@ -109,13 +100,13 @@ def test_other_samplers_take_the_mean_correction(solver, results_of):
     assert "only the mean is corrected" in (folder / "ptqd_w4a8.log").read_text()
 
 
-def test_a_deterministic_sampler_refuses_eta(command, capsys):
-    said = refused(command, capsys, "+experiment=ptqd_w4a8", "sampler=euler")
+def test_a_deterministic_sampler_refuses_eta(refused):
+    said = refused(*QUICK, "+experiment=ptqd_w4a8", "sampler=euler")
     assert "sampler.eta=1" in said and "choose 0" in said
 
 
 @pytest.mark.parametrize("rule", ["step_snr", "step_budget"])
-def test_a_bit_schedule_is_saved_drawn_reloaded_and_edited(rule, results_of, command, capsys):
+def test_a_bit_schedule_is_saved_drawn_reloaded_and_edited(rule, results_of, refused):
     extra = SCHEDULED if rule == "step_budget" else ()
     folder, first = results_of("+experiment=ptqd_mp", f"bits={rule}", *extra)
     saved = folder / "bit_schedule.json"
@@ -129,26 +120,26 @@ def test_a_bit_schedule_is_saved_drawn_reloaded_and_edited(rule, results_of, com
     )
     assert again["bit_schedule"]["activation"] == widths
     assert again["metrics"]["psnr"] == pytest.approx(first["metrics"]["psnr"])
-    said = refused(command, capsys, "bits=step_list", f"bits.schedule={saved}", "sampler.steps=4")
+    said = refused(*QUICK, "bits=step_list", f"bits.schedule={saved}", "sampler.steps=4")
     assert "bits.schedule was made for 3 steps" in said
-    assert "set bits.weight=8" in refused(command, capsys, "bits=step_list", f"bits.schedule={saved}", "bits.weight=4")
+    assert "set bits.weight=8" in refused(*QUICK, "bits=step_list", f"bits.schedule={saved}", "bits.weight=4")
 
 
-def test_widths_of_the_steps_on_the_command_line(results_of, command, capsys):
+def test_widths_of_the_steps_on_the_command_line(results_of, refused):
     _, results = results_of("bits=[8]*2+[4]", "bits.weight=6")
     assert results["bit_schedule"]["activation"] == [8, 8, 4] and results["config"]["bits"]["weight"] == 6
     assert results["bit_schedule"]["shares"] == pytest.approx({"4": 1 / 3, "8": 2 / 3})
     _, uniform = results_of("bits=[8]*3")
     _, plain = results_of("bits=w8a8")
     assert uniform["metrics"]["psnr"] == plain["metrics"]["psnr"]
-    assert "has 2 widths, but the sampler takes 3 steps" in refused(command, capsys, "bits=[8]*2")
-    assert "give a list of one width per step" in refused(command, capsys, "bits=[8]*x")
+    assert "has 2 widths, but the sampler takes 3 steps" in refused(*QUICK, "bits=[8]*2")
+    assert "give a list of one width per step" in refused(*QUICK, "bits=[8]*x")
 
 
-def test_the_budget_is_kept_and_an_impossible_one_names_the_limits(results_of, command, capsys):
+def test_the_budget_is_kept_and_an_impossible_one_names_the_limits(results_of, refused):
     _, results = results_of("+experiment=ptqd_mp", *SCHEDULED, "bits.bops_ratio=17")
     assert results["quantization"]["bops_ratio"] >= 17
-    said = refused(command, capsys, "+experiment=ptqd_mp", *SCHEDULED, "bits.bops_ratio=40")
+    said = refused(*QUICK, "+experiment=ptqd_mp", *SCHEDULED, "bits.bops_ratio=40")
     assert "bits.bops_ratio=40.0: at 4 bits in all steps the ratio is 31" in said and "choose 15.97" not in said
 
 

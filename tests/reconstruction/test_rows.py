@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from all_blocks import run
 
 from ptq_exp.calibration import CalibrationSet
 from ptq_exp.quantization import (
@@ -60,15 +61,6 @@ def reconstruction(network, toy, samples, folder, row_of_step=ROW_OF_STEP, itera
         network, toy, find_blocks(network, ("*resnets.*",), EXAMPLE), samples, settings, seed=0, batch_size=10,
         cache_bytes=1e9, folder=folder, row_of_step=row_of_step,
     )  # fmt: skip
-
-
-def run(made):
-    for _ in made.remaining:
-        made.begin()
-        for _ in range(made.settings.annealing.iterations):
-            made.step()
-        made.end()
-    return made.reports
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from all_blocks import run
 
 from ptq_exp.errors import DataError
 from ptq_exp.quantization import fake_quantize, quantizers
@@ -20,15 +21,6 @@ def reconstruction(network, toy, calibration_set, folder, iterations=25, pattern
         network, toy, find_blocks(network, patterns, EXAMPLE), calibration_set, settings, seed=0, batch_size=16,
         cache_bytes=1e9, folder=folder,
     )  # fmt: skip
-
-
-def run(made):
-    for _ in made.remaining:
-        made.begin()
-        for _ in range(made.settings.annealing.iterations):
-            made.step()
-        made.end()
-    return made.reports
 
 
 def output_error(network, toy, calibration_set):

@@ -1,0 +1,11 @@
+"""A reconstruction from its first to its last block."""
+
+
+def run(made):
+    """Its reports."""
+    for _ in made.remaining:
+        made.begin()
+        for _ in range(made.settings.annealing.iterations):
+            made.step()
+        made.end()
+    return made.reports
