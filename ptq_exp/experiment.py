@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from ptq_exp import noise_stages, stages
 from ptq_exp.analysis_stage import analyse
 from ptq_exp.artifact import SUBFOLDER
 from ptq_exp.budget import check_budget
-from ptq_exp.evaluation import half_split_fid, inception_score, score
 from ptq_exp.evaluation.images import mean_psnr
 from ptq_exp.files import file_digest
 from ptq_exp.model_card import write_card
@@ -25,6 +23,7 @@ from ptq_exp.quantized import load_twin, save_twin
 from ptq_exp.reconstruction_stage import reconstruct, reconstruction_account
 from ptq_exp.reporting import write_run_report
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
+from ptq_exp.scoring import Scorer
 from ptq_exp.setup import Setup
 from ptq_exp.summary import summary
 from ptq_exp.tracking import wandb_run
@@ -64,44 +63,74 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         results.update("start", environment=environment(), command=run_command(folder))
         check_budget(setup, results)
         reference = clock("reference", stages.reference_features, setup) if setup.extractor else None
-        scorer = _Scorer(setup, reference)
-        fp_images = images = clock("fp32_images", stages.full_precision_images, setup)
+        scorer = Scorer(setup, reference)
+        fp_images = clock("fp32_images", stages.full_precision_images, setup)
         fp_scores = clock("fp32_scores", scorer.full_precision, fp_images)
         results.update("fp32", fp32=fp_scores, real=scorer.real_data, metric_spec=scorer.metric_spec())
-        metrics, report, pictures, saved = dict(fp_scores), None, [], None
-        samples = folder / "samples.npz"
         if config.bits.name == FULL_PRECISION:
-            labels = setup.model.labels(range(len(images)), config.seed)
-            write_samples(samples, images, None if labels is None else labels.numpy())
+            made = _full_precision(setup, fp_images, fp_scores, folder)
         else:
-            twin, evaluations = _loaded(setup, clock) if setup.artifact else _quantized(setup, clock)
-            report = twin.report
-            error = clock("eps_error", noise_stages.eps_error, setup, twin)
-            smoothed = {"smoothed": twin.smoothed} if twin.smoothed else {}
-            results.update("quantize", quantization=_account(report), evaluations=evaluations, **smoothed)
-            results.update("reconstruct", **reconstruction_account(twin, folder))
-            results.update("noise_statistics", **noise_account(setup, twin, error))
-            pictures = write_account(setup, twin, error, folder)
-            if config.save_quantized and not setup.artifact:
-                saved = clock("save_quantized", save_twin, setup, twin, evaluations, folder)
-            if config.analysis.active:
-                results.update("analysis", analysis=clock("analysis", analyse, setup, twin, folder))
-            images = clock("quantized_images", stages.quantized_images, setup, twin, samples)
-            spec = {"images": file_digest(samples)}
-            metrics = clock("scores", scorer, images, f"{config.bits.name.upper()} features", spec)
-            metrics |= scorer.paired(metrics, fp_scores) | {"psnr": mean_psnr(fp_images, images)} | eps_errors(error)
-        _picture(config, folder, fp_images, images)
-        results.finish(metrics=metrics)
-        if saved is not None:
-            write_card(folder / SUBFOLDER, saved, results.values, results.values["command"])
+            made = _quantized(setup, clock, scorer, fp_images, fp_scores, folder)
+        _picture(config, folder, fp_images, made.images)
+        results.finish(metrics=made.metrics)
+        if made.saved is not None:
+            write_card(folder / SUBFOLDER, made.saved, results.values, results.values["command"])
         _report(folder)
-        _log_to_wandb(logger, folder, results.values, report, pictures)
-    log.info("\n%s", summary(results.values, report))
+        _log_to_wandb(logger, folder, results.values, made.report, made.pictures)
+    log.info("\n%s", summary(results.values, made.report))
     log.info("\n%s in %s", ", ".join(_left_in(folder)), folder)
     return results.values
 
 
-def _quantized(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
+@dataclass
+class _Made:
+    """What a run made.
+
+    Attributes:
+        images: uint8 NHWC, also in samples.npz.
+        metrics: their scores.
+        report: account of the quantized network's layers; None in full precision.
+        pictures: names of the pictures for W&B.
+        saved: description of the saved model.
+    """
+
+    images: np.ndarray
+    metrics: dict[str, float]
+    report: Report | None = None
+    pictures: list[str] = field(default_factory=list)
+    saved: dict | None = None
+
+
+def _full_precision(setup: Setup, images: np.ndarray, scores: dict[str, float], folder: Path) -> _Made:
+    labels = setup.model.labels(range(len(images)), setup.config.seed)
+    write_samples(folder / "samples.npz", images, None if labels is None else labels.numpy())
+    return _Made(images, dict(scores))
+
+
+def _quantized(
+    setup: Setup, clock: _Clock, scorer: Scorer, fp_images: np.ndarray, fp_scores: dict[str, float], folder: Path
+) -> _Made:
+    """Quantize (or load), measure eps errors, draw and score."""
+    config, results = setup.config, clock.results
+    twin, evaluations = _loaded_twin(setup, clock) if setup.artifact else _new_twin(setup, clock)
+    error = clock("eps_error", noise_stages.eps_error, setup, twin)
+    smoothed = {"smoothed": twin.smoothed} if twin.smoothed else {}
+    results.update("quantize", quantization=_account(twin.report), evaluations=evaluations, **smoothed)
+    results.update("reconstruct", **reconstruction_account(twin, folder))
+    results.update("noise_statistics", **noise_account(setup, twin, error))
+    pictures, saved = write_account(setup, twin, error, folder), None
+    if config.save_quantized and not setup.artifact:
+        saved = clock("save_quantized", save_twin, setup, twin, evaluations, folder)
+    if config.analysis.active:
+        results.update("analysis", analysis=clock("analysis", analyse, setup, twin, folder))
+    samples = folder / "samples.npz"
+    images = clock("quantized_images", stages.quantized_images, setup, twin, samples)
+    metrics = clock("scores", scorer, images, f"{config.bits.name.upper()} features", {"images": file_digest(samples)})
+    metrics |= scorer.paired(metrics, fp_scores) | {"psnr": mean_psnr(fp_images, images)} | eps_errors(error)
+    return _Made(images, metrics, twin.report, pictures, saved)
+
+
+def _new_twin(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
     """The quantized twin, made here, and the network evaluations that its calibration took."""
     calibration_set = clock("calibration_set", stages.make_calibration_set, setup)
     twin = clock("quantize", stages.quantize_model, setup, calibration_set)
@@ -116,7 +145,7 @@ def _quantized(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
     return twin, evaluations
 
 
-def _loaded(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
+def _loaded_twin(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
     """The saved quantized twin, and the network evaluations that its calibration had taken."""
     return clock("load_quantized", load_twin, setup), setup.artifact.description["evaluations"]
 
@@ -159,55 +188,6 @@ class _Clock:
         seconds = {stage: round(time.perf_counter() - started, 2)}
         self.results.update(stage, seconds=seconds, cache=self.setup.cache.counts())
         return value
-
-
-class _Scorer:
-    """IS, FID, sFID, precision and recall against one reference; no scores at all without an extractor."""
-
-    def __init__(self, setup: Setup, reference: stages.Reference | None) -> None:
-        self.setup, self.reference = setup, reference
-        if reference is None:
-            log.info("no IS, FID, sFID: evaluation=%s compares images with their full-precision twins alone; add "
-                     "evaluation=adm evaluation.reference=PATH for scores", setup.config.evaluation.name)  # fmt: skip
-
-    def __call__(self, images: np.ndarray, title: str, spec: dict) -> dict[str, float]:
-        """Scores of `images`; `spec` says which they are."""
-        if self.reference is None:
-            return {}
-        return score(stages.image_features(self.setup, images, title, spec), self.reference)
-
-    def full_precision(self, images: np.ndarray) -> dict[str, float]:
-        """Scores of the full-precision images, whose features are shared by runs."""
-        if self.reference is None:
-            return {}
-        return score(stages.full_precision_features(self.setup, images), self.reference)
-
-    @cached_property
-    def real_data(self) -> dict[str, float]:
-        """What the real images score, and the unit of the paired increase; empty where only moments are stored."""
-        features = getattr(self.reference, "features", self.reference)
-        if features is None:
-            return {}
-        return {"is": inception_score(features.probabilities), "half_split_fid": half_split_fid(features.pooled)}
-
-    def paired(self, metrics: dict[str, float], fp_scores: dict[str, float]) -> dict[str, float]:
-        """FID increase over the full-precision twin of the same seeds, absolute and in half-split units."""
-        if self.reference is None:
-            return {}
-        increase = metrics["fid"] - fp_scores["fid"]
-        unit = self.real_data.get("half_split_fid")
-        return {"fid_increase": increase} | ({"fid_increase_units": increase / unit} if unit else {})
-
-    def metric_spec(self) -> dict:
-        """The five things that identify a number."""
-        extractor = self.setup.extractor
-        return {
-            "extractor": extractor.name if extractor else "none",
-            "preprocessing": extractor.preprocessing if extractor else "none",
-            "reference": self.reference.name if self.reference else "none",
-            "n_samples": self.setup.config.evaluation.n_samples,
-            "seed": self.setup.config.seed,
-        }
 
 
 def _account(report: Report) -> dict:
