@@ -33,6 +33,7 @@ def pareto_section(averaged: pd.DataFrame, runs: pd.DataFrame) -> Section | None
     """
     pictures = []
     for model, rows in averaged.groupby("config.model.name", sort=False) if len(averaged) else ():
+        rows = rows.reset_index(drop=True)  # the number of a row chooses its colour and marker in all plots
         for column, title in LOSSES.items():
             points = rows.dropna(subset=[COST, column])
             if len(points) < 2:
@@ -93,11 +94,11 @@ def _draw_points(
     deviations = points[f"{column}.std"].to_numpy(float)
     labels = [_called(row, points.attrs[SETTINGS]) for row in points.to_dict("records")]
     for place, i in enumerate(named):
-        known = place < _NAMED
+        known, style = place < _NAMED, points.index[i]
         axes.errorbar(
             [cost[i]], [loss[i]], yerr=None if np.isnan(deviations[i]) else [deviations[i]], capsize=2, zorder=2,
-            fmt=_MARKERS[(place + place // len(_COLORS)) % len(_MARKERS)] if known else ".",
-            color=_COLORS[place % len(_COLORS)] if known else GREY,
+            fmt=_MARKERS[(style + style // len(_COLORS)) % len(_MARKERS)] if known else ".",
+            color=_COLORS[style % len(_COLORS)] if known else GREY,
             # a label that begins with "_" would be no label
             label=labels[i].lstrip("_").replace("$", r"\$") if known else None,
         )  # fmt: skip

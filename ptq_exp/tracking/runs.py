@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def gather(folders: Iterable[str | os.PathLike], source: str = "auto") -> pd.Dat
     rows: dict[Path, dict[str, Any]] = {}
     for folder in folders:
         if source != "wandb":
-            rows |= {path.parent.resolve(): _row(path, folder) for path in sorted(folder.rglob("results.json"))}
+            rows |= {path.parent.resolve(): _row(path, folder) for path in _in_order(folder)}
         if source != "results":
             rows |= _offline_rows(folder, beside_results=source == "wandb")
     if not rows:
@@ -59,6 +60,11 @@ def gather(folders: Iterable[str | os.PathLike], source: str = "auto") -> pd.Dat
         where = ", ".join(map(str, folders))
         raise DataError(f"no {what} below {where}{also}: run an experiment first or name another folder")
     return pd.DataFrame(list(rows.values()))
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """The results below `folder`, in the order of their names, where job 2 comes before job 10."""
+    return sorted(folder.rglob("results.json"), key=lambda path: re.sub(r"\d+", lambda m: m[0].zfill(20), str(path)))
 
 
 def _offline_rows(folder: Path, *, beside_results: bool) -> dict[Path, dict[str, Any]]:

@@ -7,6 +7,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from ptq_exp.errors import DataError
 from ptq_exp.reporting import write_sweep_report
@@ -121,3 +122,26 @@ def test_the_front_is_what_nothing_else_beats():
         expected = {(cost[i], loss[i]) for i in range(n) if not beaten[i]}
         assert {(cost[i], loss[i]) for i in front} == expected and len(front) == len(expected)
         assert (np.diff(cost[front]) > 0).all()
+
+
+@pytest.fixture
+def long_sweep(make_run, tmp_path):
+    """Twelve jobs: as text, the names of the last two come before that of the third."""
+    for i in range(12):
+        make_run(tmp_path / f"{i}_run", name=f"n{i}", fid=1.0 + i % 5, bops=(1 + i) * 1e9, seed=0)
+    return tmp_path
+
+
+def test_runs_stand_in_the_order_of_their_jobs(long_sweep, read_page):
+    page = read_page(write_sweep_report(long_sweep))
+    runs = [f"{i}_run" for i in range(12)]
+    assert [row["run"] for row in page.table("run")] == runs
+    assert [row["experiment"] for row in page.table("experiment")] == [f"n{i}" for i in range(12)]
+
+
+def test_a_setting_looks_the_same_in_all_plots(long_sweep, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, **style: drawn.append(
+        (style["label"], style["fmt"], style["color"])))  # fmt: skip
+    write_sweep_report(long_sweep)
+    assert len(drawn) >= 2 * 12 and len(set(drawn)) == 12
