@@ -20,7 +20,7 @@ from ptq_exp.model_card import write_card
 from ptq_exp.noise_account import eps_errors, noise_account, write_account
 from ptq_exp.quantization import Report
 from ptq_exp.quantized import load_twin, save_twin
-from ptq_exp.reconstruction_stage import reconstruct, reconstruction_account
+from ptq_exp.reconstruction_stage import calibration_seconds, reconstruct, reconstruction_account
 from ptq_exp.reporting import write_run_report
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.scoring import Scorer
@@ -140,6 +140,7 @@ def _new_twin(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
         twin = clock(f"quantize_{n}", stages.quantize_model, setup, calibration_set, n)
         evaluations += int(calibration_set.evaluations.sum())
     twin = clock("reconstruct", reconstruct, setup, twin, calibration_set)
+    clock.results.update("reconstruct", calibration_seconds=calibration_seconds(setup, twin))
     twin = clock("bit_schedule", noise_stages.schedule_bits, setup, twin)
     twin = clock("noise_statistics", noise_stages.fit_correction, setup, twin)
     return twin, evaluations

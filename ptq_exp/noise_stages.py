@@ -235,7 +235,7 @@ def _measured(
     setup: Setup, title: str, module: NoiseModule | PropagationModule, n: int, batch_size: int, spec: dict[str, Any]
 ) -> dict[str, np.ndarray]:
     """What `module` finds on samples 0..n-1, memory-mapped; reused, or continued where a killed run stopped."""
-    kind = type(module).__name__
+    kind = "noise" if isinstance(module, NoiseModule) else "propagation"
     spec = spec | {"arrays": list(module.names)}
     folder = setup.working_folder(kind, spec)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,22 @@ def reconstruction_account(twin: Twin, folder: Path) -> dict[str, Any]:
         {"summary": said, "blocks": [report.to_dict() for report in twin.reconstruction]},
     )
     return {"reconstruction": said}
+
+
+def calibration_seconds(setup: Setup, twin: Twin) -> dict[str, float | None]:
+    """Wall seconds of calibration when it was computed: {part: seconds} and their "total"; None where unknown.
+
+    Parts: the calibration set, the ranges (with smoothing) and the roundings. What runs share counts in each of them,
+    and a part that was continued after a kill as long as its last process took.
+    """
+    seconds = setup.cache.seconds
+    parts = {
+        "calibration_set": seconds["calibration"],
+        "ranges": seconds["ranges"] + seconds["smoothing"],
+        "reconstruction": sum(report.seconds for report in twin.reconstruction or ()),
+    }
+    parts["total"] = sum(parts.values())
+    return {part: None if math.isnan(value) else round(value, 2) for part, value in parts.items()}
 
 
 def settings_of(config: ReconstructionConfig) -> Settings:

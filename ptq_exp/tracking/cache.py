@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -52,6 +53,7 @@ class ArtifactCache:
 
     Attributes:
         hits, misses: per kind, how many entries were reused, and computed.
+        seconds: per kind, the wall seconds that these entries took when they were computed; NaN where one does not say.
 
     Raises:
         ConfigError: an unknown mode.
@@ -65,6 +67,7 @@ class ArtifactCache:
         self.fresh_since = time.time() if fresh_since is None else fresh_since
         self.hits: Counter[str] = Counter()
         self.misses: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def counts(self) -> dict[str, Any]:
         """{"hits", "misses": totals; "kinds": {kind: {"hits", "misses"}}}."""
@@ -98,8 +101,7 @@ class ArtifactCache:
             PTQError: the entry cannot be written, or is whole but cannot be loaded (made by another version).
         """
         if self.mode == "off":
-            self.misses[kind] += 1
-            return make(), False
+            return self._made(kind, make)[0], False
         key = digest(kind, spec)
         entry = self.root / kind / key
         with suppress(PTQError):  # looked at without the lock, it may be replaced meanwhile: tell it below
@@ -110,10 +112,18 @@ class ArtifactCache:
                 return found[0], True
             if waited_for is not None:
                 _log.info("%s: %s ended without it, computing it here", kind, waited_for)
-            self.misses[kind] += 1
-            value = make()
-            self._store(entry, spec, value, save, suffix)
+            value, seconds = self._made(kind, make)
+            self._store(entry, {"spec": spec, "seconds": seconds}, value, save, suffix)
         return value, False
+
+    def _made(self, kind: str, make: Callable[[], T]) -> tuple[T, float]:
+        """What `make` computes, and the wall seconds that it took."""
+        self.misses[kind] += 1
+        started = time.perf_counter()
+        value = make()
+        seconds = time.perf_counter() - started
+        self.seconds[kind] += seconds
+        return value, seconds
 
     @contextmanager
     def alone(self, kind: str, key: str) -> Iterator[str | None]:
@@ -141,10 +151,11 @@ class ArtifactCache:
             return None
         value = _load(entry, load)
         self.hits[kind] += 1
+        self.seconds[kind] += float(read_json(entry / "entry.json").get("seconds", math.nan))
         _log.info("reusing %s from %s", kind, entry)
         return (value,)
 
-    def _store(self, entry: Path, spec: Mapping[str, Any], value: T, save: Callable, suffix: str) -> None:
+    def _store(self, entry: Path, about: Mapping[str, Any], value: T, save: Callable, suffix: str) -> None:
         """Fill a folder under a temporary name, then rename it to the entry."""
         temporary = _temporary(entry)
         try:
@@ -152,7 +163,7 @@ class ArtifactCache:
             artefact = temporary / f"artefact{suffix}"
             save(value, artefact)
             record = {
-                "artefact": artefact.name, "sha256": file_digest(artefact), "spec": spec, "made_at": time.time()
+                "artefact": artefact.name, "sha256": file_digest(artefact), "made_at": time.time(), **about
             }  # fmt: skip
             write_json(temporary / "entry.json", record)
             _discard(entry)  # damaged, or to be replaced

@@ -46,6 +46,7 @@ VALUES = {
     "bops_t": Value("BOPs T", "quantization.bops.conv_linear", -1, factor=1e-12),
     "bops_ratio": Value("BOPs ratio", "quantization.bops_ratio", 1),
     "size_mb": Value("size MB", "quantization.weight_bytes", -1, factor=1e-6),
+    "calibration_seconds": Value("calibration s", "calibration_seconds.total", -1, 0),
     "size_reduction": Value("size ratio", "quantization.size_reduction", 1),
 }
 """Short names of the numbers that tables usually hold; any other number of results.json can be named in full."""

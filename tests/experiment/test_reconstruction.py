@@ -18,6 +18,9 @@ def test_a_second_run_reuses_the_reconstruction_and_repeats_every_number(method,
     said = [(folder / f"ndtc_{method}_w4a8.log").read_text() for folder in folders]
     assert f"reconstruction {method}: computed" in said[0] and f"reconstruction {method}: reused" in said[1]
     assert first["metrics"] == second["metrics"] and first["reconstruction"] == second["reconstruction"]
+    took = first["calibration_seconds"]  # also where all of it is reused
+    assert second["calibration_seconds"] == took and min(took.values()) > 0
+    assert took["total"] == pytest.approx(took["calibration_set"] + took["ranges"] + took["reconstruction"], abs=0.02)
     blocks = read_json(folders[0] / "reconstruction.json")["blocks"]
     assert len(blocks) == first["reconstruction"]["blocks"] == {"adaround": 114}.get(method, 36)
     assert {"before_fp", "after_fp", "before_quantized", "after_quantized", "kept"} <= set(blocks[0])

@@ -65,7 +65,7 @@ def test_a_sweep_with_a_failing_job_and_its_resume(sweep, command, jobs, monkeyp
     assert (folder / "report.html").exists() and f"report: {folder / 'report.html'}" in printed.out
 
     # of each seed one calibration set, one set of images and their features; one reference; ranges of every job
-    misses = {"reference": 1, "images": 2, "features": 2, "calibration": 2, "ranges": 4, "NoiseModule": 4}
+    misses = {"reference": 1, "images": 2, "features": 2, "calibration": 2, "ranges": 4, "noise": 4}
     for kind, n in misses.items():
         counts = [values["cache"]["kinds"][kind] for values in found.values()]
         assert (sum(c["misses"] for c in counts), sum(c["hits"] for c in counts)) == (n, 4 - n), kind

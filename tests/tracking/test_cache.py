@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import subprocess
 import sys
 import time
@@ -144,6 +145,32 @@ def test_refresh_replaces_once_for_all_jobs_of_a_sweep(tmp_path):
     jobs = [ArtifactCache(tmp_path, "refresh", start) for _ in range(3)]
     assert [fetch(job, make)[1] for job in jobs] == [False, True, True] and make.calls == 1
     assert fetch(ArtifactCache(tmp_path, "refresh"), Counter(3.0))[0][0] == 3
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_what_an_entry_took_is_known_to_those_who_reuse_it(tmp_path, monkeypatch, mode):
+    now = [10.0]
+    monkeypatch.setattr("ptq_exp.tracking.cache.time.perf_counter", lambda: now[0])
+
+    def made_in(seconds):
+        now[0] += seconds
+        return np.ones(3)
+
+    first, second = ArtifactCache(tmp_path, mode), ArtifactCache(tmp_path, mode)
+    fetch(first, lambda: made_in(2.5)), fetch(second, lambda: made_in(1.0))
+    assert first.seconds == {"calibration": 2.5}
+    assert second.seconds == {"calibration": {"on": 2.5, "off": 1.0}[mode]}
+
+
+def test_an_entry_that_does_not_say_what_it_took_makes_the_sum_unknown(tmp_path):
+    fetch(ArtifactCache(tmp_path), Counter())
+    (record,) = tmp_path.glob("*/*/entry.json")
+    values = json.loads(record.read_text())
+    del values["seconds"]
+    record.write_text(json.dumps(values))
+    cache = ArtifactCache(tmp_path)
+    fetch(cache, Counter()), fetch(cache, Counter(), {"other": 1})
+    assert math.isnan(cache.seconds["calibration"])
 
 
 def test_hits_and_misses_are_counted_by_kind(tmp_path):
