@@ -12,11 +12,11 @@ import pandas as pd
 
 from ptq_exp.errors import ConfigError
 from ptq_exp.tracking.notation import is_missing
-from ptq_exp.tracking.settings import FULL_PRECISION, SPEC, Value, is_idle
+from ptq_exp.tracking.settings import DERIVED, FULL_PRECISION, SPEC, Value, is_idle
 from ptq_exp.tracking.tables import exact
 
-# Top-level settings that say where and how a run is executed and recorded, not what its numbers are.
-_EXECUTION = ("name", "cache", "cache_dir", "logger", "trainer", "save_quantized")
+EXECUTION = ("name", "cache", "cache_dir", "logger", "trainer", "save_quantized")
+"""Top-level settings that say where and how a run is executed and recorded, not what its numbers are."""
 _ROUNDING = 1e-9  # a relative deviation below this, of bit operations and sizes, is the rounding of equal numbers
 Key = tuple[Any, ...]
 
@@ -81,10 +81,10 @@ def make_cells(
     """The cells of the finished `runs`, which `prepared` has seen, and notes about repeated ones.
 
     Runs are grouped by the settings of `rows` and `columns` and by their metric spec. Of runs that agree in `agg`, too,
-    the newest counts.
+    the newest counts. Twins that quantized runs scored count where there is no run of the full-precision model.
 
     Raises:
-        ConfigError: the runs of a cell differ in a setting that is none of these.
+        ConfigError: the runs of a cell differ in a setting that is none of these (twins alone: there is a note).
     """
     by = [*rows, *columns]
     keys = pd.DataFrame({column: runs[column].map(plain).astype(object) for column in dict.fromkeys([*by, *agg])})
@@ -93,7 +93,14 @@ def make_cells(
     cells, notes = [], []
     for _, index in keys.groupby([FULL_PRECISION, SPEC, *by], dropna=False, sort=False).groups.items():
         group = runs.loc[index].assign(**{column: keys.loc[index, column] for column in keys})
-        _same_settings(group, {*by, *agg})
+        group = group[~group[DERIVED]] if not group[DERIVED].all() else group
+        try:
+            _same_settings(group, {*by, *agg})
+        except ConfigError as error:
+            if not group[DERIVED].all():
+                raise
+            notes.append(f"no FP32 row: {error}")
+            continue
         group = group.sort_values("modified", kind="stable")
         repeated = group.duplicated(list(agg) or [SPEC], keep="last")
         if repeated.any():
@@ -123,7 +130,7 @@ def _same_settings(group: pd.DataFrame, allowed: Iterable[str]) -> None:
     """Refuse to average runs whose configuration differs in more than `allowed` and how they were executed."""
     for column in map(str, group):
         section, _, key = column.partition(".")
-        if section != "config" or column in allowed or key.split(".")[0] in _EXECUTION:
+        if section != "config" or column in allowed or key.split(".")[0] in EXECUTION:
             continue
         found = {json.dumps(plain(value)) for value in group[column]}
         if len(found) > 1:

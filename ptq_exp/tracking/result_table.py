@@ -15,6 +15,7 @@ from ptq_exp.tracking.labels import condition, label, letter, natural
 from ptq_exp.tracking.pivot import RowKey, arranged, shares
 from ptq_exp.tracking.published import Published, published_keys
 from ptq_exp.tracking.settings import BITS, FULL_PRECISION, VALUES, Value, is_idle, key_column, prepared, value_of
+from ptq_exp.tracking.twins import with_twins
 
 REFERENCE = "FP32"
 _ARROWS = {-1: " ↓", 0: "", 1: " ↑"}
@@ -85,8 +86,7 @@ class _Builder:
         self.values: dict[str, Value] = {name: value_of(name, columns) for name in request.values}
         runs, self.lost = self._experiments(runs, [*self.rows, *self.cols, *agg, *where])
         runs = chosen(runs, where)
-        if not request.fp32:
-            runs = runs[~runs[FULL_PRECISION]]
+        runs = with_twins(runs) if request.fp32 else runs[~runs[FULL_PRECISION]]
         if runs.empty:
             none_left = f"none of the runs passes the filter ({', '.join(map(condition, request.where.items()))})"
             if not request.published:

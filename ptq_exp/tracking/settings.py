@@ -12,8 +12,9 @@ from ptq_exp.errors import ConfigError
 from ptq_exp.tracking.tables import exact, metric_spec
 
 BITS = "config.bits.name"
-FULL_PRECISION, SPEC = "full_precision", "metric_spec"
-"""Columns that `prepared` adds: whether a run is of the full-precision model, and what identifies its numbers."""
+FULL_PRECISION, SPEC, DERIVED = "full_precision", "metric_spec", "derived"
+"""Columns that are added: whether a run is of the full-precision model, what identifies its numbers, and whether it is
+no run but the twin that quantized runs scored."""
 IDLE_GROUPS = ("bits", "calibration", "metric", "quantization", "reconstruction", "correction")
 """Groups without effect on the full-precision model, though they are part of its run's configuration."""
 _LABELS = ("name", "config.name")  # a run may be called anything; what it did is in the other settings
@@ -120,7 +121,7 @@ def prepared(runs: pd.DataFrame, settings: Iterable[str] = ()) -> pd.DataFrame:
             runs = runs.assign(**{name: runs[name].where(runs[name].notna(), "none")})
     spec = [metric_spec(row) for row in runs.to_dict("records")]
     full_precision = (runs[BITS] == "fp32") if BITS in runs else pd.Series(False, index=runs.index)
-    runs = runs.assign(**added, **{SPEC: spec, FULL_PRECISION: full_precision})
+    runs = runs.assign(**added, **{SPEC: spec, FULL_PRECISION: full_precision, DERIVED: False})
     blank = {}
     for column in map(str, runs):
         idle = full_precision if is_idle(column) else None
@@ -132,12 +133,13 @@ def prepared(runs: pd.DataFrame, settings: Iterable[str] = ()) -> pd.DataFrame:
     return _with_account(runs.assign(**blank))
 
 
-_ACCOUNT = {
+ACCOUNT = {
     "quantization.bops.conv_linear": "quantization.bops_fp32.conv_linear",
     "quantization.bops.everything": "quantization.bops_fp32.everything",
     "quantization.weight_bytes": "quantization.fp32_bytes",
 }
-_RATIOS = ("quantization.bops_ratio", "quantization.bops_ratio_everything", "quantization.size_reduction")
+"""{number of a network: that of its full-precision twin, as a quantized run reports it}."""
+RATIOS = ("quantization.bops_ratio", "quantization.bops_ratio_everything", "quantization.size_reduction")
 
 
 def _with_account(runs: pd.DataFrame) -> pd.DataFrame:
@@ -146,7 +148,7 @@ def _with_account(runs: pd.DataFrame) -> pd.DataFrame:
     if model not in runs:
         return runs
     runs = runs.copy()
-    for column, of_reference in _ACCOUNT.items():
+    for column, of_reference in ACCOUNT.items():
         if column not in runs or of_reference not in runs:
             continue
         for name, rows in runs.groupby(model):
@@ -154,7 +156,7 @@ def _with_account(runs: pd.DataFrame) -> pd.DataFrame:
             if len(found) == 1:
                 mine = runs[FULL_PRECISION] & (runs[model] == name)
                 runs.loc[mine, column] = exact(found.pop())
-                for ratio in _RATIOS:
+                for ratio in RATIOS:
                     if ratio in runs:
                         runs.loc[mine, ratio] = 1.0
     return runs

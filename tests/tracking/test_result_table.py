@@ -231,3 +231,40 @@ def test_csv_holds_plain_numbers(two_by_two):
     assert "w4a8/fid" in plain_frame(table_of(two_by_two, cols=["bits"], where={"calibration": ["ndtc", "raw"]}))
     with pytest.raises(ConfigError, match="format='html'"):
         render(table, "html")
+
+
+@pytest.fixture
+def beside_their_twins(tmp_path, write_run):
+    """NDTC and uniform at seeds 0 and 1, each with the FID of its twin: 1 and 2."""
+    for calibration, extra in (("ndtc", 1.0), ("uniform", 3.0)):
+        for seed in (0, 1):
+            write_run(tmp_path / f"{calibration}{seed}", calibration=calibration, seed=seed,
+                      metrics={"fid": 1.0 + seed + extra}, fp32={"fid": 1.0 + seed})  # fmt: skip
+    return tmp_path
+
+
+def test_the_twins_of_quantized_runs_are_the_full_precision_row(beside_their_twins):
+    table = table_of(beside_their_twins, delta=True)
+    assert cells(table) == {"FP32": 1.5, "ndtc": 2.5, "uniform": 4.5}
+    assert table.frame["fid.runs"].tolist() == [2, 2, 2]
+    assert table.frame["fid.delta"].tolist()[1:] == [1.0, 3.0] and not table.frame["fid.best"][0]
+    assert list(cells(table_of(beside_their_twins, fp32=False))) == ["ndtc", "uniform"]
+    assert cells(table_of(beside_their_twins, where={"calibration": ["ndtc"]})) == {"FP32": 1.5, "ndtc": 2.5}
+
+
+def test_runs_of_the_full_precision_model_itself_come_first(beside_their_twins, write_run):
+    write_run(beside_their_twins / "fp", "fp32", "none", metrics={"fid": 0.5})
+    table = table_of(beside_their_twins, delta=True)
+    assert cells(table)["FP32"] == 0.5 and table.frame["fid.delta"][1] == 1.5  # seed 0 alone
+
+
+def test_twins_that_differ_are_no_row_and_stop_nothing(tmp_path, write_run):
+    for eta in (0.0, 1.0):
+        write_run(tmp_path / f"eta{eta}", calibration=f"c{eta:.0f}", metrics={"fid": 2.0}, fp32={"fid": eta},
+                  config={"sampler": {"eta": eta}})  # fmt: skip
+    table = table_of(tmp_path)
+    assert cells(table) == {"c0": 2.0, "c1": 2.0}
+    assert any(note.startswith("no FP32 row: ") and "differ in sampler.eta" in note for note in table.notes)
+    assert cells(table_of(tmp_path, rows=["sampler.eta", "calibration"])) == {
+        "0|FP32": 0.0, "0|c0": 2.0, "1|FP32": 1.0, "1|c1": 2.0,
+    }  # fmt: skip

@@ -74,8 +74,9 @@ def test_a_table_of_offline_runs(offline):
     runs = gather([offline], "wandb")
     assert runs["status"].tolist() == ["finished", "finished", "failed", "running"]
     table = result_table(runs, Request(rows=["calibration"], cols=["bits"], values=["fid", "psnr", "fp32.fid"]))
-    assert table.frame["w8a8/fid"].tolist() == [2.0] and table.frame["w8a8/psnr"].tolist() == [float("inf")]
-    assert table.frame["w8a8/fp32.fid"].tolist() == [0.25]
+    assert table.frame["calibration"].tolist() == ["FP32", "ndtc"]  # FP32: the twins that the runs scored
+    assert table.frame["w8a8/fid"].tolist() == [0.25, 2.0] and table.frame["w8a8/psnr"][1] == float("inf")
+    assert table.frame["w8a8/fp32.fid"][1] == 0.25
     assert "n_samples 512" in table.notes[0] and "seed 0, 1" in table.notes[0]
     assert any("failed: job2/wandb/offline-run-" in note and "exit code 1" in note for note in table.notes)
     assert any("unfinished: job3/wandb" in note for note in table.notes)
@@ -136,7 +137,9 @@ def test_a_table_is_written_into_an_offline_run_which_is_no_experiment(offline, 
     content = json.loads(content.read_text())
     columns = ["calibration", "fid", "fid.std", "fid.n", "sfid", "sfid.n"]
     assert str(tmp_path) in folder and content["columns"] == columns
-    assert content["data"] == [["ndtc", 2.0, pytest.approx(2**0.5), 2, None, None]]
+    assert content["data"] == [
+        ["FP32", 0.25, 0.0, 2, None, None], ["ndtc", 2.0, pytest.approx(2**0.5), 2, None, None],
+    ]  # fmt: skip
     log = settled(tmp_path / "tables")
     assert read_log(log)["tags"] == [TABLE_TAG] and read_log(log)["config"]["notes"] == table.notes
     with pytest.raises(DataError, match="no results.json"):

@@ -1,0 +1,36 @@
+"""The full-precision twins that quantized runs have scored, as runs beside them: a table needs no others for FP32."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+
+from ptq_exp.tracking.cells import EXECUTION, plain
+from ptq_exp.tracking.settings import ACCOUNT, DERIVED, FULL_PRECISION, RATIOS, SPEC, is_idle
+from ptq_exp.tracking.tables import exact
+
+_OF_QUANTIZED = ("quantized", "analysis")  # settings that, with the idle ones, the twin does not know of
+
+
+def with_twins(runs: pd.DataFrame) -> pd.DataFrame:
+    """`runs`, which `prepared` has seen, and the twin of each finished quantized run, once, marked as `DERIVED`."""
+    columns = [*map(str, runs)]
+    scores = {column: f"metrics.{column.removeprefix('fp32.')}" for column in columns if column.startswith("fp32.")}
+    if not scores:
+        return runs
+    makers = runs[~runs[FULL_PRECISION] & (runs["status"] == "finished") & runs[list(scores)].notna().any(axis=1)]
+    settings = [column for column in columns if column.startswith("config.") and not is_idle(column)]
+    shared = [column for column in settings if column.split(".")[1] not in (*EXECUTION, *_OF_QUANTIZED)]
+    twins = {}
+    for row in makers.to_dict("records"):
+        twin = {column: row[column] for column in (*shared, SPEC, "seed", "run", "modified", "status") if column in row}
+        twin |= {mine: row[its] for its, mine in scores.items()}
+        twin |= {mine: exact(row[its]) for mine, its in ACCOUNT.items() if its in row} | dict.fromkeys(RATIOS, 1.0)
+        key = json.dumps([plain(row[column]) for column in (*shared, SPEC)])
+        twins.setdefault(key, twin | {FULL_PRECISION: True, DERIVED: True})
+    if not twins:
+        return runs
+    added = pd.DataFrame(list(twins.values())).astype(object)
+    both = pd.concat([runs.assign(**{DERIVED: False}).astype(object), added], ignore_index=True)
+    return both.where(both.notna(), None).infer_objects()
