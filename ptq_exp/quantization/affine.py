@@ -116,8 +116,10 @@ def fake_quantize(
 def _fake_quantize_values(x, scale, zero_point, qmin, qmax, kept) -> Tensor:
     # The zero point only moves the clamp bounds, so one temporary and four passes do.
     values = torch.div(x, scale).round_().clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
+    if kept is None:
+        return values
     # exact at 0 and 1, and on a CPU several times faster than `where`, as are all masks of numbers below
-    return values if kept is None else torch.lerp(values, x, kept)
+    return torch.lerp(values, x.to(values.dtype), kept.to(values.dtype))
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -133,6 +135,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, lowest, highest, kept = ctx.saved_tensors
         # Few and reused temporaries: on a CPU fresh memory costs more than the arithmetic.
         ratio = x / scale
+        kept = kept if kept is None else kept.to(ratio.dtype)
         level = ratio.round()
         clamped = level.clamp(lowest, highest)
         inside = level.eq_(clamped)

@@ -147,6 +147,20 @@ def test_kept_elements_pass_and_have_no_part_in_the_gradient_of_the_scale():
     assert float(scale.grad) == pytest.approx(3 * (0 - 0.2) + 4 * (2 - 1.6) + 5 * (2 - 2.4), abs=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(), (3, 1)])
+def test_kept_elements_of_narrower_floats_than_the_scales(shape):
+    """As on a GPU: a 0-d scale leaves bfloat16 alone, one for each sample gives float32."""
+    x = torch.tensor([[0.3, 0.8], [0.3, 0.8], [0.3, 9.0]], dtype=torch.bfloat16, requires_grad=True)
+    scale = torch.full(shape, 0.5, requires_grad=True)
+    kept = torch.tensor([[1, 0], [0, 1], [0, 1]], dtype=torch.bfloat16)
+    out = fake_quantize(x, scale, *(torch.full(shape, v) for v in (1.0, 0.0, 3.0)), kept)
+    exact = x.detach()
+    assert out.detach().bfloat16().tolist() == [[exact[0, 0], 1], [0.5, exact[1, 1]], [0.5, 9]]
+    out.sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and x.grad.tolist() == [[1, 1], [1, 1], [1, 1]]
+    assert scale.grad.shape == shape and float(scale.grad.sum()) == pytest.approx(2 - 1.6 + 2 * (1 - 0.6), abs=0.02)
+
+
 @pytest.mark.parametrize("shape", [(), (4, 1, 1)])
 def test_gradients_match_autograd_through_a_detached_rounding(shape):
     generator = torch.Generator().manual_seed(0)
