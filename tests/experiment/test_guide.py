@@ -4,16 +4,21 @@ import json
 import re
 import shlex
 
+import pandas as pd
 import pytest
 import torch
-from guide_text import ALL, DOCS, OF_CIFAR, PAGES, RUNS, commands, conf, jobs
+from guide_text import ALL, DOCS, OF_CIFAR, PAGES, RUNS, blocks, commands, conf, jobs
 from omegaconf import OmegaConf
 
 from ptq_exp import table
+from ptq_exp.config import config_folder
 from ptq_exp.errors import ConfigError
 from ptq_exp.models import load_model
 from ptq_exp.schema import ExperimentConfig
 from ptq_exp.search.__main__ import _parser as search_parser
+from ptq_exp.tracking.layouts import find_layout
+from ptq_exp.tracking.result_table import ResultTable
+from ptq_exp.tracking.settings import VALUES
 
 
 def test_every_command_is_of_a_kind_that_is_checked():
@@ -24,7 +29,20 @@ def test_every_command_is_of_a_kind_that_is_checked():
 @pytest.mark.parametrize("page, arguments", RUNS, ids=[f"{page}{i}" for i, (page, _) in enumerate(RUNS)])
 def test_every_run_composes_and_a_table_can_tell_its_rows_apart(page, arguments, here):
     configs = [conf(*job) for job in jobs(arguments)]
-    assert len({(config.name, config.metric.name, config.seed) for config in configs}) == len(configs)
+    rows = {(config.name, config.metric.name, config.seed, config.calibration.labels,
+             json.dumps(config.calibration.distribution)) for config in configs}  # fmt: skip
+    assert len(rows) == len(configs)
+
+
+def test_the_tables_are_filled_by_the_sweeps_of_their_layouts():
+    shown = {}
+    for block in blocks("tables", "bash"):
+        *sweeps, made = block.strip().splitlines()
+        if name := re.search(r"--layout (\w+)", made):
+            shown[name[1]] = sweeps
+    assert set(shown) == {"ptq4dm_calibration", "ptq4dm_timesteps", "ptq4dm_metric"}
+    folder = config_folder() / "table"
+    assert {name: [*find_layout(name, folder, ()).command] for name in shown} == shown
 
 
 @pytest.mark.parametrize("arguments", OF_CIFAR)
@@ -37,6 +55,15 @@ def test_every_table_command_is_one(words, monkeypatch):
     asked = []
     fakes = {name: lambda runs, form: asked.append(runs) or "" for name in table.FIXED}
     monkeypatch.setattr(table, "FIXED", fakes)
+    empty = ResultTable(pd.DataFrame({"x": ["y"]}), {"x": "x"}, {}, {}, [])
+
+    def made(runs, request):
+        asked.append(runs)
+        keys = (*request.rows, *request.cols)  # of calibration.distribution anything may be asked
+        assert {key.removesuffix(".mean") for key in keys} <= known_settings() and set(request.values) <= set(VALUES)
+        return empty
+
+    monkeypatch.setattr(table, "make_table", made)
     monkeypatch.setattr(table, "_runs", lambda arguments: arguments.runs)
     table.main(words[3:])
     assert asked == [["runs/sweeps"]]

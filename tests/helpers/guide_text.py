@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from ptq_exp.config import config_folder, validated
 
 DOCS = Path(__file__).parents[2] / "docs"
-NAMES = ("README", "reproduce", "own_model", "extend", "differences")
+NAMES = ("README", "reproduce", "tables", "own_model", "extend", "differences")
 PAGES = {name: (DOCS / f"{name}.md").read_text() for name in NAMES}
 
 
