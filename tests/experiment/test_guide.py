@@ -29,8 +29,9 @@ def test_every_command_is_of_a_kind_that_is_checked():
 @pytest.mark.parametrize("page, arguments", RUNS, ids=[f"{page}{i}" for i, (page, _) in enumerate(RUNS)])
 def test_every_run_composes_and_a_table_can_tell_its_rows_apart(page, arguments, here):
     configs = [conf(*job) for job in jobs(arguments)]
-    rows = {(config.name, config.metric.name, config.seed, config.calibration.labels,
-             json.dumps(config.calibration.distribution)) for config in configs}  # fmt: skip
+    # names tell rows apart; the tables page asks for these settings by their keys
+    keys = [(c.calibration.labels, json.dumps(c.calibration.distribution)) if page == "tables" else () for c in configs]
+    rows = {(config.name, config.metric.name, config.seed, key) for config, key in zip(configs, keys, strict=True)}
     assert len(rows) == len(configs)
 
 
