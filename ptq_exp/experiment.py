@@ -209,8 +209,9 @@ def _picture(config: ExperimentConfig, folder: Path, fp_images: np.ndarray, imag
 def _log_to_wandb(logger, folder: Path, values: dict, report: Report | None, pictures: list[str]) -> None:
     for step, error in enumerate(values.get("eps_error_per_step", [])):
         row = {"eps_error_of_step": error, "sampling_step": step}
-        if before := values.get("eps_error_uncorrected_per_step"):
-            row["eps_error_uncorrected_of_step"] = before[step]
+        for name in ("eps_error_uncorrected", "fixed_pattern_share", "fixed_pattern_share_uncorrected"):
+            if per_step := values.get(f"{name}_per_step"):
+                row[f"{name}_of_step"] = per_step[step]
         wandb_run.log_metrics(logger, row)
     numbers = dict(values["metrics"]) | {"calibration/evaluations": values.get("evaluations", 0)}
     numbers |= {f"fp32/{key}": value for key, value in values["fp32"].items()}

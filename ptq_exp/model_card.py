@@ -11,6 +11,8 @@ _METRICS = {
     "fid": "FID", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall",
     "fid_increase": "FID increase over full precision, same seeds", "psnr": "PSNR to full precision, same seeds (dB)",
     "eps_error": "relative error of the noise estimate, mean over steps",
+    "eps_error_without_last": "the same without the last step",
+    "fixed_pattern_share": "share of this error that is the same for all samples, mean over steps",
 }  # fmt: skip
 
 _CARD = """---

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ptq_exp.correction import EDGES, forward_snr
+from torch import Tensor
+
+from ptq_exp.correction import EDGES, forward_snr, share_of_noise
 from ptq_exp.noise_stages import EpsError
 from ptq_exp.quantization import ranges
 from ptq_exp.setup import Setup
@@ -15,16 +17,32 @@ from ptq_exp.twin import Twin
 
 
 def eps_errors(error: EpsError) -> dict[str, float]:
-    """Mean over steps of the relative eps error as sampled, and before the correction where there is one."""
-    found = {"eps_error": float(error.after.mean())}
-    return found | ({"eps_error_uncorrected": float(error.before.mean())} if error.corrected else {})
+    """Means over steps of the relative eps error and its share of a fixed pattern as sampled; see `EpsError`.
+
+    Where there is a correction, also before it. The last step, whose error is often many times that of the others, is
+    left out of `eps_error_without_last`.
+    """
+    found = _means("", error.after, error.share_after)
+    return found | (_means("_uncorrected", error.before, error.share_before) if error.corrected else {})
+
+
+def _means(suffix: str, errors: Tensor, shares: Tensor) -> dict[str, float]:
+    found = {f"eps_error{suffix}": float(errors.mean())}
+    if len(errors) > 1:
+        found[f"eps_error{suffix}_without_last"] = float(errors[:-1].mean())
+    return found | {f"fixed_pattern_share{suffix}": float(shares.mean())}
 
 
 def noise_account(setup: Setup, twin: Twin, error: EpsError) -> dict[str, Any]:
     """Eps errors, bit schedule and correction for results.json."""
-    found: dict[str, Any] = {"eps_error_per_step": error.after.tolist()}
+    found: dict[str, Any] = {
+        "eps_error_samples": error.samples,
+        "eps_error_per_step": error.after.tolist(),
+        "fixed_pattern_share_per_step": error.share_after.tolist(),
+    }
     if error.corrected:
         found["eps_error_uncorrected_per_step"] = error.before.tolist()
+        found["fixed_pattern_share_uncorrected_per_step"] = error.share_before.tolist()
     if twin.schedule is not None:
         schedule = twin.schedule
         found["bit_schedule"] = {
@@ -52,7 +70,7 @@ def noise_account(setup: Setup, twin: Twin, error: EpsError) -> dict[str, Any]:
 
 
 def write_account(setup: Setup, twin: Twin, error: EpsError, folder: Path) -> list[str]:
-    """Write quantization.json and, where they exist, bit schedule, noise statistics and their pictures to `folder`.
+    """Write quantization.json, eps_error.png and, where they exist, bit schedule, noise statistics and their pictures.
 
     Returns:
         The names of the pictures.
@@ -60,7 +78,11 @@ def write_account(setup: Setup, twin: Twin, error: EpsError, folder: Path) -> li
     account = twin.report.to_dict() | {"quantizers": ranges(twin.network), "smoothed": twin.smoothed}
     write_json(folder / "quantization.json", account)
     title = f"{setup.model.name}, {setup.config.bits.name}, {len(setup.grid)} steps, eta {setup.grid.eta:g}"
-    pictures = []
+    pictures = ["eps_error.png"]
+    plot_eps_error(
+        folder / "eps_error.png", error.before.tolist() if error.corrected else None, error.after.tolist(), title=title,
+        share=error.share_after.tolist(), share_of_noise=share_of_noise(error.samples),
+    )  # fmt: skip
     if twin.schedule is not None:
         twin.schedule.save(folder / "bit_schedule.json")
         plot_bit_schedule(
@@ -71,10 +93,9 @@ def write_account(setup: Setup, twin: Twin, error: EpsError, folder: Path) -> li
     if twin.statistics is not None:
         statistics = twin.statistics
         statistics.save(folder / "noise_statistics.npz")
-        plot_eps_error(folder / "eps_error.png", error.before.tolist(), error.after.tolist(), title=title)
         plot_noise(
             folder / "noise.png", k=statistics.k.tolist(), r=statistics.r.tolist(), title=title,
             kurtosis=statistics.kurtosis.tolist(), histogram=error.histogram, edges=EDGES.tolist(),
         )  # fmt: skip
-        pictures += ["eps_error.png", "noise.png"]
+        pictures.append("noise.png")
     return pictures

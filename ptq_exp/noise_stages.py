@@ -18,6 +18,7 @@ from ptq_exp.correction import (
     NoiseStatistics,
     budget_rows,
     fit_moments,
+    fixed_pattern_share,
     forward_snr,
     gains,
     mean_square_error,
@@ -82,12 +83,17 @@ class EpsError(NamedTuple):
 
     Attributes:
         before, after: relative eps error of each step without and with the correction, [S].
+        share_before, share_after: of a fixed pattern in these errors, [S]; see `fixed_pattern_share`.
+        samples: trajectories that they were measured on.
         histogram: of the standardised residuals, [S, bins]; None without a correction.
         step_correlation: of residuals of consecutive steps, [S - 1]; None without a correction.
     """
 
     before: Tensor
     after: Tensor
+    share_before: Tensor
+    share_after: Tensor
+    samples: int
     histogram: np.ndarray | None = None
     step_correlation: Tensor | None = None
 
@@ -100,17 +106,20 @@ class EpsError(NamedTuple):
 def eps_error(setup: Setup, twin: Twin) -> EpsError:
     """Relative eps error of each step, before and after the correction, on the first full-precision trajectories."""
     evaluation, grid = setup.config.evaluation, setup.grid
+    n, batch_size = evaluation.eps_error_samples, min(evaluation.eps_error_samples, evaluation.batch_size)
     module = NoiseModule(
         setup.model, setup.guided(setup.model.denoiser), [twin.guided(setup)], grid, seed=setup.config.seed,
-        stream=EVALUATION, statistics=twin.statistics,
+        stream=EVALUATION, statistics=twin.statistics, summed=n,
     )  # fmt: skip
-    n, batch_size = evaluation.eps_error_samples, min(evaluation.eps_error_samples, evaluation.batch_size)
     spec = twin_spec(setup, twin) | {"stream": EVALUATION, "samples": [n, batch_size]}
     found = _measured(setup, "eps error", module, n, batch_size, spec)
     chunks = MomentChunks(found["moments"])
-    errors = [relative_error(chunks, len(grid), statistics) for statistics in (None, twin.statistics)]
+    sums = [torch.from_numpy(np.array(found[name])) for name in module.totals]
+    both = (None, twin.statistics)
+    errors = [relative_error(chunks, len(grid), statistics) for statistics in both]
+    errors += [fixed_pattern_share(sums[0], n, chunks, len(grid), statistics, sums[-1]) for statistics in both]
     if twin.statistics is None:
-        return EpsError(*errors)
+        return EpsError(*errors, n)
     change = errors[1] / errors[0] - 1
     worst = int(change.argmax())
     log.log(
@@ -124,7 +133,7 @@ def eps_error(setup: Setup, twin: Twin) -> EpsError:
             "residuals of consecutive steps correlate by %.2f to %.2f (variance correction takes them for independent)",
             float(correlation.min()), float(correlation.max()),
         )  # fmt: skip
-    return EpsError(*errors, np.asarray(found["histogram"]).sum(0), correlation)
+    return EpsError(*errors, n, np.asarray(found["histogram"]).sum(0), correlation)
 
 
 def twin_spec(setup: Setup, twin: Twin) -> dict[str, Any]:
@@ -236,7 +245,7 @@ def _measured(
 ) -> dict[str, np.ndarray]:
     """What `module` finds on samples 0..n-1, memory-mapped; reused, or continued where a killed run stopped."""
     kind = "noise" if isinstance(module, NoiseModule) else "propagation"
-    spec = spec | {"arrays": list(module.names)}
+    spec = spec | {"arrays": [*module.names, *module.totals]}
     folder = setup.working_folder(kind, spec)
 
     def make() -> dict[str, np.ndarray]:

@@ -25,10 +25,14 @@ class Parts:
         starts: first row of each piece, ascending.
         n: rows in all; what the last piece holds beyond is cut.
         names: of the arrays that every piece holds.
+        totals: of further arrays of every piece, without rows: those of all pieces are added up, in their order.
     """
 
-    def __init__(self, folder: Path, starts: Sequence[int], n: int, names: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, starts: Sequence[int], n: int, names: Sequence[str], totals: Sequence[str] = ()
+    ) -> None:
         self.folder, self.starts, self.n, self.names = folder, list(starts), n, tuple(names)
+        self.totals = tuple(totals)
 
     def path(self, start: int) -> Path:
         """File of the piece whose first row is `start`."""
@@ -39,7 +43,7 @@ class Parts:
         return [start for start in self.starts if not self.path(start).exists()]
 
     def write(self, start: int, **arrays: np.ndarray) -> None:
-        """Write one piece, atomically; each array [rows, ...]."""
+        """Write one piece, atomically; each array [rows, ...], but for the totals."""
         write_npz(self.path(start), **arrays)
 
     def join(self, path: Path, **extra: np.ndarray) -> bool:
@@ -54,7 +58,7 @@ class Parts:
             with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
                 for name in self.names:
                     self._join_array(archive, name)
-                for name, array in extra.items():
+                for name, array in (extra | {name: self._total(name) for name in self.totals}).items():
                     with archive.open(f"{name}.npy", "w") as stream:
                         np.lib.format.write_array(stream, np.asarray(array), allow_pickle=False)
         except DataError:  # of a piece; what cannot be written is another error
@@ -76,6 +80,12 @@ class Parts:
             np.lib.format.write_array_header_1_0(stream, header)
             for start in self.starts:
                 stream.write(np.ascontiguousarray(self._read(start, name)[: self.n - start]).data)
+
+    def _total(self, name: str) -> np.ndarray:
+        total = self._read(self.starts[0], name)
+        for start in self.starts[1:]:
+            total = total + self._read(start, name)
+        return total
 
     def _read(self, start: int, name: str) -> np.ndarray:
         try:

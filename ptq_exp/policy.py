@@ -13,6 +13,7 @@ from ptq_exp.quantization import (
     default_rules,
     find_chunks,
     find_concats,
+    kept,
     segmented,
     with_groups,
     with_outputs,
@@ -31,7 +32,8 @@ def policy(setup: Setup, network: nn.Module, example: tuple[Tensor, ...]) -> lis
     quantization, bits, model = setup.config.quantization, setup.config.bits, setup.model
     first = model.first_layers if quantization.first is None else quantization.first
     last = model.last_layers if quantization.last is None else quantization.last
-    rules = [Rule(pattern, None, "quantization.keep_fp") for pattern in quantization.keep_fp]
+    names = [name for name, module in network.named_modules() if type(module) in QUANTIZED]
+    rules = kept(quantization.keep_fp, names)
     # a rule that matches nothing is an error, but not this one: a network without attention is whole, too
     attention = quantization.attention and any(fnmatchcase(name, "*to_[qkv]") for name, _ in network.named_modules())
     rules += default_rules(
@@ -54,7 +56,6 @@ def policy(setup: Setup, network: nn.Module, example: tuple[Tensor, ...]) -> lis
         output = TensorSpec(tuple(setup.activation_widths), quantization.activation_symmetric, bins=setup.n_bins)
         rules = with_outputs(rules, parts if split else dict.fromkeys(parts), output)
     if groups := setup.bit_groups:
-        names = [name for name, module in network.named_modules() if type(module) in QUANTIZED]
         rules = with_groups(rules, groups, names, [*first, *last])
     return rules
 

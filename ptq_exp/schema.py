@@ -109,7 +109,8 @@ class BitsConfig:
 class QuantizationConfig:
     """Which operations are quantized, where, granularity and symmetry; `conf/quantization/full.yaml` explains them.
 
-    `first`, `last` and `keep_fp` are globs; None = the first and last layers that the model names.
+    `first`, `last` and `keep_fp` are globs; None = the first and last layers that the model names. `keep_fp` may name
+    sets of globs, too: `ptq_exp.quantization.kept`.
     """
 
     name: str = ""

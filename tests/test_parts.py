@@ -31,6 +31,18 @@ def test_pieces_written_in_any_order_join_in_theirs_and_the_last_is_cut(tmp_path
     assert not (tmp_path / "parts").exists() and np.array_equal(arrays["x"], X)
 
 
+def test_totals_are_added_up_over_the_pieces_and_made_again_with_a_damaged_one(tmp_path):
+    parts = Parts(tmp_path / "parts", (0, 4, 8), 11, ("y",), ("t",))
+    for start in (8, 0, 4):
+        parts.write(start, y=np.zeros(4), t=np.array([[start, 0.5]]))
+    parts.path(4).write_bytes(parts.path(4).read_bytes()[:-40])
+    assert not parts.join(tmp_path / "all.npz") and parts.missing() == [4]
+    parts.write(4, y=np.zeros(4), t=np.array([[100, 0.5]]))
+    assert parts.join(tmp_path / "all.npz")
+    arrays = npz_arrays(tmp_path / "all.npz")
+    assert arrays["t"].tolist() == [[108, 1.5]] and arrays["y"].shape == (11,)
+
+
 def test_a_missing_piece_is_named_and_nothing_is_joined(tmp_path):
     parts = written(tmp_path / "parts", (0, 8))
     assert parts.missing() == [4]

@@ -8,6 +8,7 @@ images = model.sample(corrected, grid, range(8), seed=0, eps_noise_std=statistic
 from ptq_exp.correction.assign import budget_rows, forward_snr, snr_rows
 from ptq_exp.correction.bit_schedule import BitSchedule, Scheduled, parse_widths
 from ptq_exp.correction.corrected import Corrected, VarianceFit
+from ptq_exp.correction.fixed_pattern import fixed_pattern_share, share_of_noise
 from ptq_exp.correction.moments import POWERS, Merged, MomentChunks, sample_moments
 from ptq_exp.correction.propagation import gains, measured_steps, propagated
 from ptq_exp.correction.residuals import (

@@ -30,27 +30,39 @@ class NoiseModule(pl.LightningModule):
     With `statistics` also {"histogram": [B, S, bins], "products": [B, S, 2]} of the first one's standardised residuals,
     see `ptq_exp.correction.residuals`. `denoiser` and `quantized` are guided alike; `stream` and `follow`: see
     `paired_estimates`.
+
+    With `summed` also {"error_sum": [S, C, ...]}, float64, the sum of eps_q - eps of the first quantized denoiser over
+    those samples of the batch that are below `summed`; with `statistics` as well also that of eps, "eps_sum".
     """
 
     def __init__(
         self, model: DiffusionModel, denoiser: nn.Module, quantized: Sequence[nn.Module], grid: TimeGrid, *, seed: int,
-        stream: int, follow: str = "fp32", statistics: NoiseStatistics | None = None,
+        stream: int, follow: str = "fp32", statistics: NoiseStatistics | None = None, summed: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.denoiser, self.quantized = denoiser, nn.ModuleList(quantized)
+        self.denoiser, self.quantized, self.summed = denoiser, nn.ModuleList(quantized), summed
         self.model, self.grid, self.sample_seed = model, grid, seed
         self.stream, self.follow, self.statistics = stream, follow, statistics
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the arrays that `predict` gives."""
+        """Of the arrays with a row per sample that `predict` gives."""
         return ("moments",) if self.statistics is None else ("moments", "histogram", "products")
+
+    @property
+    def totals(self) -> tuple[str, ...]:
+        """Of the sums over samples that `predict` gives."""
+        if self.summed is None:
+            return ()
+        return ("error_sum",) if self.statistics is None else ("error_sum", "eps_sum")
 
     def predict_step(self, indices: Tensor) -> dict[str, np.ndarray]:
         moments: list[Tensor] = []
         histograms: list[Tensor] = []
         products: list[Tensor] = []
         before: list[Tensor | None] = [None]
+        sums: dict[str, list[np.ndarray]] = {name: [] for name in self.totals}
+        counted = (indices < (self.summed or 0)).cpu()
 
         def add(step: int, eps: Tensor, estimates: list[Tensor]) -> None:
             moments.append(torch.stack([sample_moments(eps, eps_q) for eps_q in estimates], 1).cpu())
@@ -59,6 +71,9 @@ class NoiseModule(pl.LightningModule):
                 histograms.append(residual_histogram(residual))
                 products.append(step_products(residual, before[0]))
                 before[0] = residual
+            for name, values in sums.items():
+                of = eps.double() if name == "eps_sum" else estimates[0].double() - eps.double()
+                values.append(of.cpu()[counted].sum(0).numpy())
 
         paired_estimates(
             self.model, self.denoiser, list(self.quantized), self.grid, indices.tolist(), self.sample_seed, add,
@@ -67,13 +82,13 @@ class NoiseModule(pl.LightningModule):
         found = {"moments": torch.stack(moments, 2).numpy()}
         if self.statistics is not None:
             found |= {"histogram": torch.stack(histograms, 1).numpy(), "products": torch.stack(products, 1).numpy()}
-        return found
+        return found | {name: np.stack(values) for name, values in sums.items()}
 
 
 class PropagationModule(pl.LightningModule):
     """`predict` on sample indices [B] -> {"cause": [B, G], "effect": [B, G]} of the `steps`; see `propagated`."""
 
-    names = ("cause", "effect")
+    names, totals = ("cause", "effect"), ()
 
     def __init__(
         self, model: DiffusionModel, denoiser: nn.Module, quantized: nn.Module, grid: TimeGrid, steps: Sequence[int], *,
@@ -95,5 +110,5 @@ def measure(
     module: NoiseModule | PropagationModule, trainer: pl.Trainer, n: int, batch_size: int, folder: Path, path: Path
 ) -> None:
     """Run `module` on samples 0..n-1 into the file `path`; batches already in `folder` are not measured again."""
-    parts = Parts(folder, range(0, n, batch_size), n, module.names)
+    parts = Parts(folder, range(0, n, batch_size), n, module.names, module.totals)
     predict_to_file(module, trainer, parts, lambda start: sample_indices(start, batch_size), path)

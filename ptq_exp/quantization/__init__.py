@@ -33,7 +33,7 @@ from ptq_exp.quantization.concats import depending_on_alone, find_chunks, find_c
 from ptq_exp.quantization.group_rules import group_bits, with_groups
 from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
 from ptq_exp.quantization.placement import quantize_
-from ptq_exp.quantization.policy_rules import default_rules, segmented, with_outputs
+from ptq_exp.quantization.policy_rules import default_rules, kept, segmented, with_outputs
 from ptq_exp.quantization.probe import one_layer_quantized, probe_of, quantized_layers
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from ptq_exp.quantization.ranges import METRICS, RangeSketch, search_range
@@ -78,6 +78,7 @@ __all__ = [
     "freeze_weights_",
     "group_bits",
     "integer_range",
+    "kept",
     "load_quantized_",
     "of_samples",
     "one_layer_quantized",

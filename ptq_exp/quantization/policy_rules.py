@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from ptq_exp.errors import ConfigError
@@ -20,6 +21,14 @@ from ptq_exp.quantization.rules import (
 
 BOUNDARY_HEADROOM = 2.0
 SITES = ("input", "output")
+KEPT_SETS = {
+    # one-character globs: an AttentionBlock's own layers, but not those of the transformer blocks of other U-Nets
+    "tfmq": (
+        "*time_embedding.linear_1", "*conv_in", "*conv_out", "*conv_shortcut", "*downsamplers.*.conv",
+        "*attentions.?", "*attentions.?.to_*",
+    ),
+}  # fmt: skip
+"""Name -> globs of what published code leaves in full precision; `kept` takes them."""
 
 
 def default_rules(
@@ -125,6 +134,33 @@ def _at_the_ends(operand: TensorSpec, first_last_bits: int, boundary_bits: int) 
     if boundary.bits > LAYER_BITS[1]:
         boundary = replace(boundary, metric="minmax", headroom=BOUNDARY_HEADROOM)
     return edge, boundary
+
+
+def kept(entries: Sequence[str], names: Collection[str]) -> list[Rule]:
+    """Return rules that keep operations in full precision.
+
+    Args:
+        entries: globs, or names of `KEPT_SETS`. Of a set only what the network has becomes a rule: U-Nets differ in
+            their layers; a glob becomes one in any case, and a rule that matches nothing is an error.
+        names: of the operations that can be quantized.
+
+    Raises:
+        ConfigError: the network has no layer of a set.
+    """
+    rules = []
+    for entry in entries:
+        globs = KEPT_SETS.get(entry)
+        if globs is None:
+            rules.append(Rule(entry, None, "quantization.keep_fp"))
+            continue
+        present = [glob for glob in globs if any(fnmatchcase(name, glob) for name in names)]
+        if not present:
+            raise ConfigError(
+                f"quantization.keep_fp=[{entry}]: the model has none of the layers {', '.join(globs)}; give globs of "
+                "its own layers"
+            )
+        rules += [Rule(glob, None, f"quantization.keep_fp=[{entry}]") for glob in present]
+    return rules
 
 
 def segmented(rules: Sequence[Rule], parts: Mapping[str, tuple[int, ...]]) -> list[Rule]:

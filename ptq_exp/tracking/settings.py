@@ -42,6 +42,11 @@ VALUES = {
     "psnr": Value("PSNR dB", "metrics.psnr", 1),
     "eps_error": Value("eps error", "metrics.eps_error", -1, 4),
     "eps_error_percent": Value("eps error %", "metrics.eps_error", -1, factor=100),
+    "eps_error_without_last": Value("eps error, not last", "metrics.eps_error_without_last", -1, 4),
+    "eps_error_without_last_percent": Value(
+        "eps error %, not last", "metrics.eps_error_without_last", -1, factor=100
+    ),
+    "fixed_pattern_share": Value("fixed pattern", "metrics.fixed_pattern_share", -1),
     "coverage_percent": Value("coverage %", "quantization.coverage_conv_linear", 1, factor=100),
     "bops_g": Value("BOPs G", "quantization.bops.conv_linear", -1, factor=1e-9),
     "bops_t": Value("BOPs T", "quantization.bops.conv_linear", -1, factor=1e-12),

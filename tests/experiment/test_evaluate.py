@@ -68,7 +68,8 @@ def test_an_evaluation_repeats_the_run_bit_for_bit(overrides, run_of, command):
     second = read_json(again / "results.json")
     assert np.array_equal(images(folder), images(again))
     assert second["metrics"] == first["metrics"] and second["quantization"] == first["quantization"]
-    assert second["eps_error_per_step"] == first["eps_error_per_step"]
+    for name in ("eps_error", "fixed_pattern_share"):
+        assert second[f"{name}_per_step"] == first[f"{name}_per_step"]
     assert second["evaluations"] == first["evaluations"] and second.get("smoothed") == first.get("smoothed")
     assert second["name"] == f"evaluate_{first['config']['bits']['name']}"
     assert "calibration_set" not in second["seconds"] and not (again / "quantized").exists()

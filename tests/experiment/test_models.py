@@ -41,7 +41,10 @@ def test_real_images_are_encoded_for_calibration(command, source):
 def test_without_extractor_images_are_compared_with_their_twins_alone(command, caplog):
     folder = command("+experiment=ndtc_w8a8", "metric=minmax", "logger=none", "evaluation=paired")
     results = read_json(folder / "results.json")
-    assert set(results["metrics"]) == {"psnr", "eps_error"} and results["fp32"] == results["real"] == {}
+    assert set(results["metrics"]) == {
+        "psnr", "eps_error", "eps_error_without_last", "fixed_pattern_share"
+    }
+    assert results["fp32"] == results["real"] == {}
     assert results["metric_spec"]["extractor"] == "none"
     assert "no IS, FID, sFID: evaluation=paired" in (folder / "ndtc_w8a8.log").read_text()
 

@@ -35,6 +35,13 @@ def test_a_corrected_run_leaves_statistics_pictures_and_both_errors(results_of):
     assert correction["held_out_change_worst"] == pytest.approx(max(changes))
     assert results["metrics"]["eps_error"] == pytest.approx(np.mean(after))
     assert results["metrics"]["eps_error_uncorrected"] == pytest.approx(np.mean(before))
+    assert results["metrics"]["eps_error_without_last"] == pytest.approx(np.mean(after[:-1]))
+    assert results["metrics"]["eps_error_uncorrected_without_last"] == pytest.approx(np.mean(before[:-1]))
+    shares = [results[f"fixed_pattern_share{kind}_per_step"] for kind in ("", "_uncorrected")]
+    assert results["metrics"]["fixed_pattern_share"] == pytest.approx(np.mean(shares[0]))
+    assert results["metrics"]["fixed_pattern_share_uncorrected"] == pytest.approx(np.mean(shares[1]))
+    assert all(0 < share <= 1 for kind in shares for share in kind) and shares[0] != shares[1]
+    assert results["eps_error_samples"] == 2
     for picture in ("eps_error.png", "noise.png"):
         assert Image.open(folder / picture).width >= 800
     assert "variance correction: fits in" in (folder / "ptqd_w4a8.log").read_text()
@@ -44,9 +51,16 @@ def test_the_twin_without_correction_shares_the_network_and_the_uncorrected_erro
     _, corrected = results_of("+experiment=ptqd_w4a8")
     folder, plain = results_of("+experiment=ptqd_w4a8", "correction=none")
     assert plain["name"] == "uniform_w4a8" and "correction" not in plain
-    assert plain["eps_error_per_step"] == pytest.approx(corrected["eps_error_uncorrected_per_step"])
+    for name in ("eps_error", "fixed_pattern_share"):
+        assert plain[f"{name}_per_step"] == pytest.approx(corrected[f"{name}_uncorrected_per_step"])
     assert plain["metrics"]["psnr"] != corrected["metrics"]["psnr"]
     assert "ranges: reused from the cache" in (folder / "uniform_w4a8.log").read_text()
+
+
+def test_a_single_step_has_no_error_without_the_last_one(results_of):
+    _, results = results_of("+experiment=ndtc_w4a4", "sampler.steps=1", "evaluation.eps_error_samples=1")
+    assert "eps_error_without_last" not in results["metrics"]
+    assert results["fixed_pattern_share_per_step"] == pytest.approx([1])  # of one sample: it is its own mean
 
 
 def test_ranges_from_the_cache_give_the_same_images(results_of):

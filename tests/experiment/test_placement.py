@@ -102,3 +102,26 @@ def test_the_operation_study_runs_at_both_sites(command):
         assert found["unet.conv_in.input_quantizer"]["bits"] == found["unet.conv_out.output_quantizer"]["bits"] == 8
         coverage = read_json(folder / "results.json")["quantization"]["coverage_conv_linear"]
         assert (coverage == 1) == (site == "input")
+
+
+@pytest.mark.parametrize("model, attention_weights", [("digits", None), ("digits_ldm", 8)])
+def test_the_set_of_tfmqs_code_on_both_families_of_networks(command, model, attention_weights):
+    folder = command(*QUICK, f"model={model}", "+experiment=tfmq_release", "reconstruction=none")
+    account = json.loads((folder / "quantization.json").read_text())["layers"]
+    kept = ("conv_in", "conv_out", "time_embedding.linear_1", "conv_shortcut", "downsamplers.0.conv", ".qk", ".av")
+    widths = {row["name"]: (row["weight_bits"], row["activation_bits"]) for row in account}
+    assert all(pair == (None, None) for name, pair in widths.items() if name.endswith(kept))
+    # projections are 1-d convolutions in its AttentionBlocks, and linear layers in its transformer blocks
+    assert {pair[0] for name, pair in widths.items() if ".to_" in name} == {attention_weights}
+    others = [row["name"] for row in account if row["type"] in ("Conv2d", "Linear") and "attentions" not in row["name"]]
+    rest = [widths[name] for name in others if not name.endswith(kept)]
+    assert len(rest) > 20 and set(rest) == {(8, 8)}
+    coverage = read_json(folder / "results.json")["quantization"]["coverage"]["everything"]
+    if model == "digits":
+        assert coverage == pytest.approx(0.8427, abs=1e-4)  # 82.3 % in the code, which also skips two inputs (2.0 %)
+
+
+def test_any_method_takes_the_set(command):
+    folder = command(*QUICK, "+experiment=best_w8a8", "quantization.keep_fp=[tfmq]", "name=equal_coverage")
+    coverage = read_json(folder / "results.json")["quantization"]["coverage"]["everything"]
+    assert coverage == pytest.approx(0.8427, abs=1e-4)

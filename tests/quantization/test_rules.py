@@ -3,7 +3,7 @@
 import pytest
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import QuantSpec, Rule, TensorSpec, default_rules
+from ptq_exp.quantization import QuantSpec, Rule, TensorSpec, default_rules, kept
 from ptq_exp.quantization.rules import check_rules, first_match
 
 NAMES = ["conv_in", "mid.attn", "mid.attn.to_q", "mid.attn.to_out.0", "mid.conv1", "conv_out"]
@@ -135,3 +135,16 @@ def test_switches_of_the_default_policy():
 def test_quantizing_attention_that_is_not_there_is_an_error():
     with pytest.raises(ConfigError, match="to_"):
         check_rules(default_rules(8, 8), ["conv_in", "conv1", "conv_out"], [])
+
+
+def test_a_set_of_kept_layers_keeps_what_the_network_has_of_it_and_globs_are_kept_as_they_are():
+    names = ["u.conv_in", "u.attentions.0", "u.attentions.0.to_q", "u.resnets.0.conv1"]
+    rules = kept(["tfmq", "*resnets.7*"], names)
+    assert [rule.pattern for rule in rules] == ["*conv_in", "*attentions.?", "*attentions.?.to_*", "*resnets.7*"]
+    assert [rule.reason for rule in rules] == 3 * ["quantization.keep_fp=[tfmq]"] + ["quantization.keep_fp"]
+    assert all(rule.spec is None for rule in rules)
+
+
+def test_a_set_of_which_the_network_has_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"quantization.keep_fp=\[tfmq\]: the model has none of the layers .*conv_in"):
+        kept(["tfmq"], ["blocks.0.to_q"])

@@ -34,6 +34,7 @@ def schedule(bits=(8, 8, 4), output_snr=None, forward_snr=(0.1, 1.0, math.inf)):
     ("plot", "arguments"),
     [
         (plots.plot_eps_error, {"before": BEFORE, "after": AFTER, "title": "digits_ldm, $5 and a long title " * 5}),
+        (plots.plot_eps_error, {"before": None, "after": AFTER, "title": "t", "share": AFTER, "share_of_noise": 0.2}),
         (plots.plot_noise, NOISE | {"histogram": histogram()}),
         (plots.plot_bit_schedule, schedule(output_snr={8: [9.0, 9.0, 9.0]})),
         (plots.plot_bit_schedule, schedule()),
@@ -59,6 +60,19 @@ def test_eps_error_shows_both_curves_the_change_and_the_worst_step():
     assert worst.get_label() == "worst: step 2, +25.0 %" and worst.get_xdata() == [2]
     assert lower.get_xlabel() == "sampling step s (0 = noisiest)" and "%" in lower.get_ylabel()
     assert upper.get_yscale() == "linear"
+
+
+def test_the_share_of_a_fixed_pattern_stands_below_over_that_of_independent_errors():
+    share = np.linspace(0.8, 0.3, STEPS)
+    for before, panels in ((BEFORE, 3), (None, 2)):
+        axes = plots._eps_error_figure(before, AFTER, "title", share, 0.25).axes
+        assert len(axes) == panels and axes[-1].get_ylim()[0] == 0 and axes[-1].get_xlabel()
+        floor, curve = axes[-1].get_lines()
+        assert set(floor.get_ydata()) == {0.25} and floor.get_linestyle() == "--" and "√N" in floor.get_label()
+        np.testing.assert_array_equal(curve.get_ydata(), share)
+    (curve,) = axes[0].get_lines()  # without a correction one curve, which needs no name
+    np.testing.assert_array_equal(curve.get_ydata(), AFTER)
+    assert axes[0].get_legend() is None
 
 
 def test_eps_error_is_logarithmic_where_it_spans_more_than_a_factor_of_20():
@@ -88,6 +102,11 @@ def test_eps_error_refuses_what_does_not_fit(before, after, message, tmp_path):
     with pytest.raises(DataError, match=message):
         plots.plot_eps_error(tmp_path / "plot.png", before, after, title="")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_share_for_other_steps_is_refused(tmp_path):
+    with pytest.raises(DataError, match="share must be 7 numbers"):
+        plots.plot_eps_error(tmp_path / "plot.png", BEFORE, AFTER, title="", share=[0.5])
 
 
 def noise_figure(**changes):
