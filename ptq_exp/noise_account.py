@@ -37,6 +37,7 @@ def noise_account(setup: Setup, twin: Twin, error: EpsError) -> dict[str, Any]:
     """Eps errors, bit schedule and correction for results.json."""
     found: dict[str, Any] = {
         "eps_error_samples": error.samples,
+        "fixed_pattern_share_independent": share_of_noise(error.samples),
         "eps_error_per_step": error.after.tolist(),
         "fixed_pattern_share_per_step": error.share_after.tolist(),
     }

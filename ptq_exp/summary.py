@@ -14,11 +14,11 @@ _TITLES = {
 
 def summary(values: dict, report: Report | None) -> str:
     """The table that ends a run: real data, full precision, quantized."""
-    spec, real = values["metric_spec"], values["real"]
+    spec, real, metrics = values["metric_spec"], values["real"], values["metrics"]
     rows = {"real data": _columns(real), "FP32": _columns(values["fp32"])}
     lines = []
     if report is not None:
-        rows[values["config"]["bits"]["name"].upper()] = _columns(values["metrics"])
+        rows[values["config"]["bits"]["name"].upper()] = _columns(metrics)
         lines += [report.summary(), ""]
     table = pd.DataFrame({title: row for title, row in rows.items() if row}).T.reindex(columns=list(_TITLES.values()))
     if not table.empty:
@@ -32,7 +32,19 @@ def summary(values: dict, report: Report | None) -> str:
             ";\nFID increase over FP32 of the same seeds in units of the FID between two random halves of the real "
             f"data ({real['half_split_fid']:.4g})"
         )
+    if "fixed_pattern_share" in metrics:
+        lines.append(_of_the_error(metrics, values["eps_error_samples"], values["fixed_pattern_share_independent"]))
     return "\n".join(lines)
+
+
+def _of_the_error(metrics: dict[str, float], samples: int, independent: float) -> str:
+    """What the mean eps error alone does not say; see the README, "What is measured"."""
+    last = metrics.get("eps_error_without_last")
+    return (
+        ("" if last is None else f"eps error without the last step {last:.4g}; ")
+        + f"fixed pattern, the same for all samples: {metrics['fixed_pattern_share']:.2f} of the error (independent "
+        f"errors of {samples} samples: {independent:.2f})"
+    )
 
 
 def _columns(scores: dict[str, float]) -> dict[str, float]:

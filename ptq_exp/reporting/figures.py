@@ -53,6 +53,18 @@ def eps_error(after: Sequence[float], before: Sequence[float] | None, width: flo
     return figure
 
 
+def fixed_pattern(share: Sequence[float], independent: float, width: float) -> Figure:
+    """Share of a fixed pattern in the eps error of each step [S], over that of `independent` errors."""
+    figure, axes = figure_of(width, 0.22 * width + 0.8)
+    axes.plot(np.asarray(share, float), color=BLUE, marker="." if len(share) <= 60 else None)
+    axes.axhline(independent, color=GREY, linewidth=1, linestyle="--", label="independent errors, 1 / √N")
+    axes.legend()
+    axes.set_ylim(0, 1.05)
+    axes.set_ylabel("share of a\nfixed pattern")
+    step_axis(axes, len(share))
+    return figure
+
+
 def bit_schedule(bits: Sequence[int], width: float) -> Figure:
     """Activation width of each step [S]."""
     figure, axes = figure_of(width, 0.22 * width + 0.8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ptq_exp.errors import DataError
 from ptq_exp.reporting import figures
 from ptq_exp.reporting.account import account_section
 from ptq_exp.reporting.analysis import activation_section, sensitivity_section
-from ptq_exp.reporting.figures import drawn
+from ptq_exp.reporting.figures import Picture, drawn
 from ptq_exp.reporting.page import file_uri, write_page
 from ptq_exp.reporting.section import Image, Section
 from ptq_exp.reporting.table import Table, number, text
@@ -21,6 +22,7 @@ from ptq_exp.tracking.results import read_json
 SCORES = {
     "is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall",
     "fid_increase_units": "FID increase", "psnr": "PSNR dB", "eps_error": "eps error",
+    "eps_error_without_last": "without the last step", "fixed_pattern_share": "fixed-pattern share",
 }  # fmt: skip
 """Scores of results.json and their headings, in the order of the summary."""
 
@@ -97,7 +99,19 @@ def _eps_error(results: Mapping[str, Any]) -> Section | None:
         return None
     caption = "‖ε_q − ε‖ / ‖ε‖ of each sampling step, on full-precision trajectories."
     picture = drawn(lambda width: figures.eps_error(after, before, width), "Curve of the eps error per step", caption)
-    return Section("eps-error", "Error of the noise estimate per step", pictures=[picture])
+    pictures = [picture, *_fixed_pattern(results)]
+    return Section("eps-error", "Error of the noise estimate per step", pictures=pictures)
+
+
+def _fixed_pattern(results: Mapping[str, Any]) -> list[Picture]:
+    share = results.get("fixed_pattern_share_per_step")
+    if not share:  # of a run from before it was measured
+        return []
+    independent = results["fixed_pattern_share_independent"]
+    caption = ("Norm of the mean error over samples / root mean squared norm of the error: 1 = the same for all samples; "
+               f"independent errors of {results['eps_error_samples']} samples: {independent:.2f}.")  # fmt: skip
+    draw = partial(figures.fixed_pattern, share, independent)
+    return [drawn(draw, "Curve of the share of a fixed pattern in the eps error per step", caption)]
 
 
 def _noise(folder: Path) -> Section | None:

@@ -38,7 +38,7 @@ def plot_eps_error(
     path: str | os.PathLike, before: Sequence[float] | None, after: Sequence[float], *, title: str,
     share: Sequence[float] | None = None, share_of_noise: float = 0.0,
 ) -> None:  # fmt: skip
-    """Relative eps error of each step, its relative change by a correction in percent, and its share of a fixed pattern.
+    """Relative eps error of each step, its change by a correction in percent, and its share of a fixed pattern.
 
     Args:
         path: the .png file, written atomically.

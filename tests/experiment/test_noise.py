@@ -41,7 +41,11 @@ def test_a_corrected_run_leaves_statistics_pictures_and_both_errors(results_of):
     assert results["metrics"]["fixed_pattern_share"] == pytest.approx(np.mean(shares[0]))
     assert results["metrics"]["fixed_pattern_share_uncorrected"] == pytest.approx(np.mean(shares[1]))
     assert all(0 < share <= 1 for kind in shares for share in kind) and shares[0] != shares[1]
-    assert results["eps_error_samples"] == 2
+    assert results["eps_error_samples"] == 2 and results["fixed_pattern_share_independent"] == 2**-0.5
+    card = (folder / "quantized" / "README.md").read_text()
+    for key in ("eps_error_without_last", "fixed_pattern_share"):
+        assert f"| {results['metrics'][key]:.4g} |" in card
+    assert "independent errors of 2 samples: 0.71" in (folder / "ptqd_w4a8.log").read_text()
     for picture in ("eps_error.png", "noise.png"):
         assert Image.open(folder / picture).width >= 800
     assert "variance correction: fits in" in (folder / "ptqd_w4a8.log").read_text()

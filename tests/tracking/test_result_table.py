@@ -268,3 +268,16 @@ def test_twins_that_differ_are_no_row_and_stop_nothing(tmp_path, write_run):
     assert cells(table_of(tmp_path, rows=["sampler.eta", "calibration"])) == {
         "0|FP32": 0.0, "0|c0": 2.0, "1|FP32": 1.0, "1|c1": 2.0,
     }  # fmt: skip
+
+
+def test_numbers_that_older_runs_lack_are_gaps_in_their_rows(tmp_path, write_run):
+    write_run(tmp_path / "old", "w8a8", "uniform", metrics={"eps_error": 0.02})
+    new = {"eps_error": 0.02, "eps_error_without_last": 0.015, "fixed_pattern_share": 0.5}
+    asked = ["eps_error_percent", "eps_error_without_last_percent", "fixed_pattern_share"]
+    table = table_of(tmp_path, values=asked)
+    assert lines(table)[0] == "| calibration | eps error % ↓ | eps error %, not last ↓ | fixed pattern ↓ |"
+    assert lines(table)[2:] == ["| uniform | 2.00 | — | — |"]
+    write_run(tmp_path / "new", "w8a8", "ndtc", metrics=new)
+    assert lines(table_of(tmp_path, values=asked))[2:] == [
+        "| ndtc | 2.00 | 1.50 | 0.50 |", "| uniform | 2.00 | — | — |"
+    ]  # fmt: skip
