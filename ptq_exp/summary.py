@@ -42,8 +42,8 @@ def _of_the_error(metrics: dict[str, float], samples: int, independent: float) -
     last = metrics.get("eps_error_without_last")
     return (
         ("" if last is None else f"eps error without the last step {last:.4g}; ")
-        + f"fixed pattern, the same for all samples: {metrics['fixed_pattern_share']:.2f} of the error (independent "
-        f"errors of {samples} samples: {independent:.2f})"
+        + f"fixed pattern {metrics['fixed_pattern_share']:.2f} of the error ({independent:.2f} = independent errors of "
+        f"{samples} samples)"
     )
 
 
