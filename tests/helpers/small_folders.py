@@ -76,10 +76,10 @@ def latent_folder(path, scheduler=None, which="VQModel", **settings) -> Path:
     return Path(path)
 
 
-def dit_folder(path, scheduler=None, which="AutoencoderKL", id2label=None, **settings) -> Path:
+def dit_folder(path, scheduler=None, which="AutoencoderKL", **settings) -> Path:
     """A class-conditional transformer; 1000 classes, the number that diffusers' own pipeline is made for."""
     scheduler = scheduler or DDIMScheduler(clip_sample=False, **BETAS)
-    DiTPipeline(transformer(**settings), autoencoder(which), scheduler, id2label).save_pretrained(path)
+    DiTPipeline(transformer(**settings), autoencoder(which), scheduler).save_pretrained(path)
     return Path(path)
 
 

@@ -158,8 +158,7 @@ def _refuse_the_unknown(settings: Settings, kind: str, config: Mapping[str, Any]
     wanted = _ONLY | ({"clip_sample_range": 1.0} if config.get("clip_sample") else {})
     for key, value in wanted.items():
         found = config.get(key, value)
-        # null is what some classes take for false
-        if found != value and not (value is False and found is None):
+        if found != value:
             raise settings.error(
                 f"its scheduler ({kind}) says {key}={found}; only models with {key}={value} can be sampled here"
             )

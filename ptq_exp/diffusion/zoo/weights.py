@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import safe_open
+
 from ptq_exp.diffusion.checkpoints import read_checkpoint
 from ptq_exp.diffusion.zoo.settings import read_json
 from ptq_exp.errors import CheckpointError
@@ -77,7 +79,25 @@ def _shards(index: Path) -> tuple[Path, ...]:
     missing = [path.name for path in files if path.parent != index.parent or not path.is_file()]
     if missing:
         raise _error(index.parent, f"{index.name} names {', '.join(missing[:3])}: no such file here")
+    for path in files:
+        _check_shard(path, {name for name, file in places.items() if file == path.name})
     return files
+
+
+def _check_shard(path: Path, expected: set[str]) -> None:
+    """CheckpointError unless a shard holds the tensors that the index puts there: diffusers believes the index."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as stream:
+                found = set(stream.keys())
+        else:
+            found = set(read_checkpoint(path))
+    except Exception as error:  # whatever damaged bytes make the library stumble over
+        raise _error(path.parent, damage([path]) or f"{path.name} is not readable ({error})") from error
+    for what, names in ("lacks", expected - found), ("also holds", found - expected):
+        if names:
+            raise _error(path.parent, f"{path.name} {what} {len(names)} tensors ({', '.join(sorted(names)[:3])}): it is "
+                                      "not the shard that its index lists")  # fmt: skip
 
 
 def damage(files: Iterable[Path]) -> str | None:
