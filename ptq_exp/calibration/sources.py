@@ -97,7 +97,8 @@ def denoise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tenso
         eps = denoiser(x, grid.network_time(step, len(x)).to(x.device), y)
         z = noise.draw().to(x.device) if grid.eta > 0 else None
         alphas = float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step])
-        x = ddim_step(x, eps, *alphas, grid.eta, z, clip_sample=model.clip_sample)[0].cpu()
+        clipping = {"clip_sample": model.clip_sample, "rederive_eps": grid.rederive_eps}
+        x = ddim_step(x, eps, *alphas, grid.eta, z, **clipping)[0].cpu()
     return states, steps * (2 if isinstance(denoiser, Guided) else 1)
 
 

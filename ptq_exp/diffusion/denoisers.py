@@ -66,7 +66,8 @@ class FirstStage(nn.Module):
     """An autoencoder between images in [-1, 1] and the latents that a latent diffusion model works on.
 
     Args:
-        autoencoder: a `diffusers` `VQModel` (decoding picks the nearest codebook vectors) or `AutoencoderKL`.
+        autoencoder: a `diffusers` `VQModel` (decoding picks the nearest codebook vectors), `AutoencoderKL`,
+            `AsymmetricAutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`.
         scaling_factor: latents are multiplied by it after encoding.
     """
 
@@ -78,8 +79,9 @@ class FirstStage(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images float [N, C, H, W] in [-1, 1] -> latents; the mode where the encoder gives a distribution."""
         encoded = self.autoencoder.encode(images)
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return latents * self.scaling_factor
+        if hasattr(encoded, "latent_dist"):
+            return encoded.latent_dist.mode() * self.scaling_factor
+        return (encoded.latents if hasattr(encoded, "latents") else encoded.latent) * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

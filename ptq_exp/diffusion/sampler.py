@@ -61,13 +61,13 @@ def _positive(value: float | Tensor) -> float | Tensor:
 
 def ddim_step(
     x: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_prev: float, eta: float = 0.0, noise: Tensor | None = None,
-    eps_noise_std: float = 0.0, convention: str = "exact", *, clip_sample: bool = False,
+    eps_noise_std: float = 0.0, convention: str = "exact", *, clip_sample: bool = False, rederive_eps: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One DDIM step from noise level `alpha_bar` to `alpha_bar_prev`.
 
     `x` is x_t, `eps` is epsilon_theta(x_t, t), `noise` z ~ N(0, 1) where eta > 0; the formulas are those of
     `step_coefficients`. With `clip_sample` the predicted x0 is clamped to [-1, 1] and eps derived from it again, as ADM
-    and improved-diffusion do.
+    and improved-diffusion do; without `rederive_eps` it stays as it is, as in the DDIM of diffusers.
 
     Quantization leaves noise in eps, of standard deviation q = `eps_noise_std` once its mean is corrected. It reaches
     x_prev through c, the coefficient of eps, and takes the place of a part of the step's own noise (PTQD, section 4.2):
@@ -76,7 +76,7 @@ def ddim_step(
         eps_noise_std: q >= 0.
         convention: "exact": sigma'^2 = max(0, sigma^2 - c^2 q^2), all else unchanged, so that mean and variance of the
             full-precision step are met exactly wherever c^2 q^2 <= sigma^2. Elements whose x0 was clamped carry no
-            noise from eps: they keep sigma. "code", as published: the direction term becomes
+            noise from eps: they keep sigma, or, without `rederive_eps`, carry it with `direction` in place of c. "code", as published: the direction term becomes
             sqrt(1 - alpha_bar_prev - sigma'^2) too, which moves the mean and leaves the variance short.
 
     Returns:
@@ -94,7 +94,8 @@ def ddim_step(
     if clip_sample:
         clamped = x0.abs() > 1 if eps_noise_std > 0 else None
         x0 = x0.clamp(-1.0, 1.0)
-        eps = (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+        if rederive_eps:
+            eps = (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
     sigma, direction, c = step_coefficients(alpha_bar, alpha_bar_prev, eta)
     own = sigma
     # not by way of the formula where q = 0: the root of the square can differ in the last bit
@@ -103,7 +104,8 @@ def ddim_step(
         if convention == "code":
             direction = _positive(1 - alpha_bar_prev - own**2) ** 0.5
         elif clamped is not None:
-            own = torch.full_like(x, own).masked_fill_(clamped, sigma)
+            left = sigma if rederive_eps else max(sigma**2 - (direction * eps_noise_std) ** 2, 0.0) ** 0.5
+            own = torch.full_like(x, own).masked_fill_(clamped, left)
     x_prev = alpha_bar_prev**0.5 * x0 + direction * eps
     if sigma > 0:
         x_prev = x_prev + own * noise
@@ -151,7 +153,7 @@ def sample(
         z = noise.draw().to(device) if grid.eta > 0 else None
         x_prev, x0 = ddim_step(
             x, eps, float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step]), grid.eta, z,
-            stds[step], convention, clip_sample=clip_sample,
+            stds[step], convention, clip_sample=clip_sample, rederive_eps=grid.rederive_eps,
         )  # fmt: skip
         if on_step is not None:
             on_step(StepRecord(step, x, eps, x0, x_prev))

@@ -30,12 +30,18 @@ class NoiseSchedule:
         time_scale: network time per index of the schedule (improved-diffusion feeds index * 1000 / T).
         steps_offset: the first index of `leading` spacing (1 in latent diffusion's DDIM, 0 in the others).
         final_alpha_cumprod: noise level after the last step: 1, or alphas_cumprod[0] in latent diffusion.
+        rederive_eps: where x0 is clipped, eps is derived from it again; False = the network's own stays beside it, as
+            in the DDIM of diffusers. See `ptq_exp.diffusion.ddim_step`.
+        constant_stride: a step from t ends at the level of t - floor(T / steps), whatever the next time of the grid
+            is, as in the DDIM of diffusers; it differs in `linspace`, and in `trailing` where steps do not divide T.
     """
 
     alphas_cumprod: Tensor
     time_scale: float = 1.0
     steps_offset: int = 1
     final_alpha_cumprod: float = 1.0
+    rederive_eps: bool = True
+    constant_stride: bool = False
 
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
@@ -53,7 +59,8 @@ class TimeGrid:
     """`timesteps`, `alphas_cumprod`, `alphas_cumprod_prev`: float64 [S], noisiest step first; `eta` of DDIM.
 
     `timesteps` holds what the network receives and may be fractional (respaced and rescaled schedules); times may
-    repeat. `eta` in [0, 1] is the share of DDPM's noise that each step adds (Song et al. 2021, eq. 16).
+    repeat. `eta` in [0, 1] is the share of DDPM's noise that each step adds (Song et al. 2021, eq. 16);
+    `rederive_eps` as in `NoiseSchedule`.
 
     `solver` names what walks the grid, one step per network evaluation: "ddim", or a scheduler of diffusers, of which
     `make_scheduler` builds a fresh one; see `ptq_exp.diffusion.solvers`.
@@ -65,6 +72,7 @@ class TimeGrid:
     eta: float = 0.0
     solver: str = "ddim"
     make_scheduler: Callable[[], Any] | None = field(default=None, compare=False, repr=False)
+    rederive_eps: bool = True
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -122,9 +130,13 @@ class TimeGrid:
         if not 0 <= eta <= 1:
             raise ConfigError(f"sampler.eta={eta}: choose 0..1")
         index = _spaced(total, steps, spacing, schedule.steps_offset).flip(0)
-        levels = schedule.alphas_cumprod.double()[index.long()]
-        previous = torch.cat([levels[1:], levels.new_tensor([schedule.final_alpha_cumprod])])
-        return cls(index * schedule.time_scale, levels, previous, eta)
+        all_levels = schedule.alphas_cumprod.double()
+        levels, final = all_levels[index.long()], all_levels.new_tensor([schedule.final_alpha_cumprod])
+        previous = torch.cat([levels[1:], final])
+        if schedule.constant_stride and spacing != "quad":
+            end = index.long() - total // steps
+            previous = torch.where(end >= 0, all_levels[end.clamp(min=0)], final)
+        return cls(index * schedule.time_scale, levels, previous, eta, rederive_eps=schedule.rederive_eps)
 
 
 def _spaced(total: int, steps: int, spacing: str, offset: int) -> Tensor:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import hashlib
 
-from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel, VQModel
-from torch import nn
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DModel
 
-from ptq_exp.diffusion.denoisers import DiTDenoiser, FirstStage, UNetDenoiser
+from ptq_exp.diffusion.denoisers import DiTDenoiser, UNetDenoiser
 from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.zoo.build import frozen, torch_dtype
-from ptq_exp.diffusion.zoo.components import (
-    component_digest,
-    component_folder,
-    load_component,
-    local_folder,
-    read_json,
+from ptq_exp.diffusion.zoo.components import component_digest, component_folder, load_component
+from ptq_exp.diffusion.zoo.first_stage import read_first_stage
+from ptq_exp.diffusion.zoo.network import (
+    Shape,
+    check_estimate,
+    component_settings,
+    hollow,
+    named_class,
+    state_shape,
 )
-from ptq_exp.diffusion.zoo.scheduler import Scheduler, read_scheduler
+from ptq_exp.diffusion.zoo.place import INDEX, local_folder
+from ptq_exp.diffusion.zoo.scheduler import Scheduler, assumed, read_scheduler
+from ptq_exp.diffusion.zoo.settings import Settings, whole
 from ptq_exp.errors import CheckpointError, ConfigError
 
 _UNET_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 _PIPELINES = (*_UNET_PIPELINES, "LDMPipeline", "DiTPipeline")
-_AUTOENCODERS = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 _STEPS, _DIT_GUIDANCE = 50, 4.0
 
 
@@ -31,9 +35,10 @@ def diffusers_folder(
 ) -> DiffusionModel:
     """A model from a local diffusers folder or a repository id.
 
-    Known are a folder of `UNet2DModel`, and pipelines DDPM, DDIM, PNDM (their U-Net), LDM (VQ or KL first stage) and
-    DiT (class-conditional, KL first stage). Schedule, clipping and spacing are those of the folder's scheduler; the
-    sampler is DDIM in any case. Nothing but settings and tensors is read.
+    Known are a folder of `UNet2DModel`, and pipelines DDPM, DDIM, PNDM (their U-Net), LDM and DiT (class-conditional)
+    with an autoencoder as first stage. Schedule, clipping and spacing are those of the folder's scheduler; the sampler
+    is DDIM in any case. What the folder says and cannot be followed is refused by name, before weights are read.
+    Nothing but settings and tensors is read.
 
     Args:
         checkpoint: folder, or owner/name on the hub (the local cache is enough when offline).
@@ -48,85 +53,98 @@ def diffusers_folder(
     if checkpoint is None:
         raise ConfigError("model.checkpoint=null: the model diffusers needs a folder or a repository id (owner/name)")
     root = local_folder(checkpoint)
-    index = read_json(root / "model_index.json") if (root / "model_index.json").exists() else {}
-    kind = index.get("_class_name") or read_json(root / "config.json").get("_class_name")
+    index = Settings.read(root, INDEX) if (root / INDEX).exists() else Settings(root, INDEX, {})
+    of = index if index.values else Settings.read(root, "config.json")
+    kind = of.values.get("_class_name")
     if kind not in (*_PIPELINES, "UNet2DModel"):
         raise CheckpointError(f"model.checkpoint={checkpoint}: holds a {kind}; known are UNet2DModel, "
                               f"{', '.join(_PIPELINES)}")  # fmt: skip
-    scheduler = read_scheduler(_scheduler_config(root), checkpoint)
+    scheduler = _scheduler(index)
     build = {"LDMPipeline": _latent, "DiTPipeline": _dit}.get(kind, _pixel)
-    model = build(root, index, name, scheduler)
+    model = build(index, name, scheduler)
     frozen(model.denoiser, number_type)
     return model
 
 
-def _scheduler_config(root: Path) -> dict | None:
-    path = component_folder(root, "scheduler") / "scheduler_config.json"
-    return read_json(path) if path.exists() else None
+def _scheduler(index: Settings) -> Scheduler:
+    """Of the folder; DDPM's for a network alone."""
+    folder = component_folder(index.root, "scheduler")
+    path = (folder / "scheduler_config.json").relative_to(index.root)
+    if not (index.root / path).exists():
+        if not index.values:
+            return assumed(Settings(index.root, str(path), {"_class_name": "DDPMScheduler"}, ConfigError))
+        raise index.error("a pipeline has a scheduler, but there is no scheduler/scheduler_config.json")
+    settings = Settings.read(index.root, str(path), ConfigError)
+    return read_scheduler(settings, named_class(index, "scheduler"), index.values.get("_class_name"))
 
 
-def _pixel(root: Path, index: dict, name: str, scheduler: Scheduler) -> DiffusionModel:
-    unet = _unet(root)
+def _pixel(index: Settings, name: str, scheduler: Scheduler) -> DiffusionModel:
+    _, shape = _unet_settings(index)
     return DiffusionModel(
-        name, UNetDenoiser(unet), scheduler.schedule, _state_shape(unet), scheduler.clip_sample,
-        component_digest(root, ["unet", "scheduler"]), sampler=SamplerDefaults(_STEPS, scheduler.spacing),
+        name, UNetDenoiser(load_component(UNet2DModel, index.root, "unet")), scheduler.schedule, shape,
+        scheduler.clip_sample, _digest(index, scheduler, "unet"), sampler=_sampler(scheduler),
     )  # fmt: skip
 
 
-def _latent(root: Path, index: dict, name: str, scheduler: Scheduler) -> DiffusionModel:
-    unet = _unet(root)
-    first_stage = _first_stage(root, "vqvae", index)
-    shape = _state_shape(unet)
+def _latent(index: Settings, name: str, scheduler: Scheduler) -> DiffusionModel:
+    settings, shape = _unet_settings(index)
+    first_stage, component, image_shape = read_first_stage(index, settings, shape)
     return DiffusionModel(
-        name, UNetDenoiser(unet), scheduler.schedule, shape, scheduler.clip_sample,
-        component_digest(root, ["unet", "vqvae", "scheduler"]), first_stage=first_stage,
-        sampler=SamplerDefaults(_STEPS, scheduler.spacing), image_shape=_image_shape(first_stage, shape),
+        name, UNetDenoiser(load_component(UNet2DModel, index.root, "unet")), scheduler.schedule, shape,
+        scheduler.clip_sample, _digest(index, scheduler, "unet", component), first_stage=first_stage,
+        sampler=_sampler(scheduler), image_shape=image_shape,
     )  # fmt: skip
 
 
-def _dit(root: Path, index: dict, name: str, scheduler: Scheduler) -> DiffusionModel:
+def _dit(index: Settings, name: str, scheduler: Scheduler) -> DiffusionModel:
     """Every block of a DiT has its own embedding of time and label, which is left in place as a part of the block."""
-    transformer = load_component(DiTTransformer2DModel, root, "transformer")
-    first_stage = _first_stage(root, "vae", index)
-    classes, shape = transformer.config.num_embeds_ada_norm, _state_shape(transformer)
+    settings, shape, classes = _dit_settings(index)
+    first_stage, component, image_shape = read_first_stage(index, settings, shape)
+    transformer = load_component(DiTTransformer2DModel, index.root, "transformer")
     return DiffusionModel(
         name, DiTDenoiser(transformer, null_label=classes), scheduler.schedule, shape, scheduler.clip_sample,
-        component_digest(root, ["transformer", "vae", "scheduler"]), first_stage=first_stage, n_classes=classes,
+        _digest(index, scheduler, "transformer", component), first_stage=first_stage, n_classes=classes,
         null_label=classes, first_layers=("*pos_embed.proj",), last_layers=("*proj_out_2",),
-        blocks=("*transformer_blocks.*",),
-        sampler=SamplerDefaults(_STEPS, scheduler.spacing, 0.0, _DIT_GUIDANCE),
-        image_shape=_image_shape(first_stage, shape),
+        blocks=("*transformer_blocks.*",), sampler=_sampler(scheduler, _DIT_GUIDANCE), image_shape=image_shape,
     )  # fmt: skip
 
 
-def _unet(root: Path) -> UNet2DModel:
-    unet = load_component(UNet2DModel, root, "unet")
-    config = unet.config
-    if config.num_class_embeds is not None or config.class_embed_type is not None:
-        raise CheckpointError(f"model.checkpoint={root}: its U-Net is class-conditional; only unconditional ones and "
-                              "DiT are known")  # fmt: skip
-    if config.time_embedding_type != "positional":
-        raise CheckpointError(f"model.checkpoint={root}: its U-Net has {config.time_embedding_type} time embeddings; "
-                              "only models of discrete time steps are known")  # fmt: skip
-    return unet
+def _unet_settings(index: Settings) -> tuple[Settings, Shape]:
+    """`config.json` of the U-Net, and (C, H, W) of a state, checked against each other."""
+    settings, _ = component_settings(index, "unet", ("UNet2DModel",))
+    config = settings.of(UNet2DModel)
+    if config["num_class_embeds"] is not None or config["class_embed_type"] is not None:
+        raise settings.error("its U-Net is class-conditional (num_class_embeds, class_embed_type); only unconditional "
+                             "ones and DiT are known")  # fmt: skip
+    if config["time_embedding_type"] != "positional":
+        raise settings.error(f"its U-Net has {config['time_embedding_type']} time embeddings (time_embedding_type); only "
+                             "models of discrete time steps are known")  # fmt: skip
+    shape = state_shape(settings, config)
+    check_estimate(settings, hollow(settings, UNet2DModel, config), shape)
+    return settings, shape
 
 
-def _first_stage(root: Path, component: str, index: dict) -> nn.Module:
-    kind = (index.get(component) or [None, None])[-1]
-    if kind not in _AUTOENCODERS:
-        raise CheckpointError(f"model.checkpoint={root}: its first stage is a {kind}; known are VQModel, AutoencoderKL")
-    autoencoder = load_component(_AUTOENCODERS[kind], root, component)
-    return frozen(FirstStage(autoencoder, autoencoder.config.scaling_factor))
+def _dit_settings(index: Settings) -> tuple[Settings, Shape, int]:
+    """`config.json` of the transformer, (C, H, W) of a latent, and the number of classes."""
+    settings, _ = component_settings(index, "transformer", ("DiTTransformer2DModel",))
+    config = settings.of(DiTTransformer2DModel)
+    shape = state_shape(settings, config)
+    settings.require("sample_size", config["sample_size"], whole, "a DiT takes one number, height and width of a latent")
+    classes = settings.require("num_embeds_ada_norm", config["num_embeds_ada_norm"], whole, "choose a number of classes")
+    labels = index.values.get("id2label")
+    if isinstance(labels, dict) and len(labels) > classes:
+        raise index.error(f"id2label names {len(labels)} classes, {settings.file} says num_embeds_ada_norm={classes}")
+    network = hollow(settings, DiTTransformer2DModel, config)
+    check_estimate(settings, network, shape, class_labels=torch.zeros(1, dtype=torch.long, device="meta"))
+    return settings, shape, classes
 
 
-def _state_shape(network: nn.Module) -> tuple[int, int, int]:
-    size = network.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return network.config.in_channels, height, width
+def _sampler(scheduler: Scheduler, guidance_scale: float = 1.0) -> SamplerDefaults:
+    steps = min(_STEPS, len(scheduler.schedule))
+    return SamplerDefaults(steps, scheduler.spacing, guidance_scale=guidance_scale)
 
 
-def _image_shape(first_stage: FirstStage, latent: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Every level of an autoencoder but the last halves the image."""
-    config = first_stage.autoencoder.config
-    factor = 2 ** (len(config.block_out_channels) - 1)
-    return config.out_channels, latent[1] * factor, latent[2] * factor
+def _digest(index: Settings, scheduler: Scheduler, *components: str) -> str:
+    """Of settings and weights, and of the scheduler's class where it is not the one in its file."""
+    digest = component_digest(index.root, [*components, "scheduler"])
+    return hashlib.sha256(f"{digest} {scheduler.name}".encode()).hexdigest() if scheduler.converted else digest

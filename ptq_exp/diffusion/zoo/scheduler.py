@@ -1,18 +1,48 @@
-"""The scheduler settings of a diffusers folder in our terms."""
+"""The scheduler settings of a diffusers folder in our terms.
+
+Betas, prediction type and clipping belong to the model and are followed or refused. So are spacing, offset and the last
+noise level, which say how a grid is laid. The solver is the user's choice (`sampler=`): its own settings, such as an
+order, are named in the log where they are not those that its class has without them.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from diffusers import DDIMScheduler
+import diffusers
+import torch
 
 from ptq_exp.diffusion.time_grid import NoiseSchedule
-from ptq_exp.errors import ConfigError
+from ptq_exp.diffusion.zoo.settings import Settings, whole
 
 log = logging.getLogger(__name__)
-_BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+# both step as Song et al. 2021, eq. 12, with the network's eps beside a clipped x0
+_DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
+KNOWN = (
+    *_DDIM, "DDPMScheduler", "DDPMParallelScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler",
+    "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+)  # fmt: skip
+"""Classes of discrete schedules of betas; all others walk another process, or times of their own."""
+_CONVERTS = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
+"""Pipelines that make their own scheduler of the settings of any other."""
+
+_ONLY = {
+    "prediction_type": "epsilon", "thresholding": False, "rescale_betas_zero_snr": False, "use_flow_sigmas": False,
+    "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
+    "use_dynamic_shifting": False, "sigma_min": None, "sigma_max": None, "shift_terminal": None,
+    "timestep_type": "discrete", "interpolation_type": "linear",
+}  # fmt: skip
+_OF_SOLVERS = (
+    "algorithm_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final", "predict_x0",
+    "disable_corrector", "solver_p", "predictor_order", "corrector_order", "tau_func", "lambda_min_clipped",
+    "skip_prk_steps", "variance_type",
+)  # fmt: skip
+_CHOICES = {"timestep_spacing": ("leading", "linspace", "trailing"), "final_sigmas_type": ("zero", "sigma_min")}
+_LONGEST = 1_000_000
 
 
 class Scheduler(NamedTuple):
@@ -21,41 +51,131 @@ class Scheduler(NamedTuple):
     schedule: NoiseSchedule
     clip_sample: bool
     spacing: str
+    name: str
+    converted: bool = False
 
 
-def read_scheduler(config: Mapping | None, path: object) -> Scheduler:
-    """Translate a `scheduler_config.json`; None = DDPM's linear schedule of 1000 steps (logged).
+def read_scheduler(settings: Settings, named: str | None = None, pipeline: str | None = None) -> Scheduler:
+    """Translate a `scheduler_config.json`. What is absent in it means what its class in diffusers takes.
+
+    Args:
+        settings: the file.
+        named: the class that the pipeline's index names; None = there is no index.
+        pipeline: class of the pipeline: DDIM and PNDM make their own scheduler of any.
 
     Raises:
-        ConfigError: the model predicts something else than the noise, or is sampled in a way that is not implemented
-            (thresholding, clipping to another range, zero terminal SNR, schedules without betas).
+        ConfigError: an unknown class, impossible values, or a model that is sampled in a way that is not implemented
+            (it predicts something else than the noise, thresholding, clipping to another range, zero terminal SNR,
+            sigmas of Karras et al., flows).
     """
-    if config is None:
-        log.warning("%s: no scheduler settings; assuming linear betas 1e-4..0.02 over 1000 steps, x0 clipped", path)
-        config = {"beta_schedule": "linear"}
-    _refuse_the_unknown(config, path)
-    betas = {key: config[key] for key in _BETAS if key in config}
+    made, converted = _made(settings, named, pipeline)
+    kind = type(made).__name__
+    config = _config(made)
+    _check_values(settings, kind, config)
+    _refuse_the_unknown(settings, kind, config)
+    levels = _levels(settings, made, config)
+    _name_what_is_left(settings, type(made), config)
+    # the solvers that cannot reach clean images (DEIS, SA) have no setting for it
+    clean = config.get("set_alpha_to_one", True) and config.get("final_sigmas_type", "zero") == "zero"
+    schedule = NoiseSchedule(
+        levels, steps_offset=config.get("steps_offset", 0), final_alpha_cumprod=1.0 if clean else float(levels[0]),
+        rederive_eps=kind not in _DDIM, constant_stride=kind in _DDIM,
+    )  # fmt: skip
+    # DPM-Solver's single steps are spaced as the multistep ones are without a setting
+    spacing = config.get("timestep_spacing", "linspace")
+    return Scheduler(schedule, bool(config.get("clip_sample", False)), spacing, kind, converted)
+
+
+def _made(settings: Settings, named: str | None, pipeline: str | None) -> tuple[Any, bool]:
+    """The scheduler as diffusers makes it, and whether the pipeline turned it into one of another class."""
+    own = settings.values.get("_class_name")
+    kind = named if own is None else own
+    if kind not in KNOWN:
+        what = f"its scheduler ({kind}) has no betas, or times of its own" if kind else "no _class_name"
+        raise settings.error(f"{what}; known are {', '.join(KNOWN)}")
+    if named is not None and kind != named:
+        raise settings.error(f"_class_name={kind}, but model_index.json names {named} as scheduler: change one of them")
+    cls = getattr(diffusers, kind)
+    arguments = settings.of(cls)
+    _check_betas(settings, arguments)
     try:
-        alphas_cumprod = DDIMScheduler(**betas).alphas_cumprod.double()
+        made = cls.from_config(dict(settings.values))
+        into = _CONVERTS.get(pipeline or "", kind)
+        return (made, False) if into == kind else (getattr(diffusers, into).from_config(made.config), True)
     except NotImplementedError as error:
-        raise ConfigError(f"model.checkpoint={path}: unknown beta_schedule={config.get('beta_schedule')}") from error
-    final = 1.0 if config.get("set_alpha_to_one", True) else float(alphas_cumprod[0])
-    schedule = NoiseSchedule(alphas_cumprod, steps_offset=config.get("steps_offset", 0), final_alpha_cumprod=final)
-    return Scheduler(schedule, bool(config.get("clip_sample", True)), config.get("timestep_spacing", "leading"))
+        raise settings.error(f"unknown beta_schedule={arguments.get('beta_schedule')}: {kind} has no such") from error
+    except Exception as error:  # whatever the class says to settings that it does not take together
+        raise settings.error(f"{kind} cannot be made from it ({' '.join(str(error).split())[:200]})") from error
 
 
-def _refuse_the_unknown(config: Mapping, path: object) -> None:
-    wanted = {"prediction_type": "epsilon", "thresholding": False, "rescale_betas_zero_snr": False,
-              "clip_sample_range": 1.0}  # fmt: skip
+def _config(made: Any) -> dict[str, Any]:
+    """The settings that the class of `made` has: diffusers keeps those of other classes beside them, without effect."""
+    known = Settings.parameters(type(made))
+    return {key: value for key, value in made.config.items() if key in known}
+
+
+def _check_betas(settings: Settings, arguments: Mapping[str, Any]) -> None:
+    """The line about betas that no schedule can be made of; `arguments` are of the right types."""
+    total = settings.require(
+        "num_train_timesteps", arguments["num_train_timesteps"], lambda n: whole(n) and n <= _LONGEST,
+        f"choose 1..{_LONGEST}",
+    )  # fmt: skip
+    trained = arguments.get("trained_betas")
+    if trained is not None:
+        if len(trained) != total:
+            raise settings.error(f"trained_betas has {len(trained)} values, num_train_timesteps={total}: they must agree")
+        return
+    start, end = arguments["beta_start"], arguments["beta_end"]
+    if not 0 < start <= end < 1:
+        raise settings.error(f"beta_start={start}, beta_end={end}: betas lie between 0 and 1, and do not decrease")
+
+
+def _levels(settings: Settings, made: Any, config: Mapping[str, Any]) -> torch.Tensor:
+    """alpha_bar as the scheduler has it, float64 [T]."""
+    betas = made.betas.double()
+    if not bool(((betas > 0) & (betas < 1)).all()):
+        raise settings.error("trained_betas: betas lie between 0 and 1, both excluded")
+    levels = made.alphas_cumprod.double()
+    if len(levels) != config["num_train_timesteps"] or not bool((levels.diff() < 0).all()) or float(levels[-1]) < 1e-30:
+        raise settings.error(
+            f"{config['num_train_timesteps']} betas up to {float(betas.max()):.3g} leave no signal: alpha_bar, the "
+            "product of 1 - beta, must decrease and stay above 0; check beta_end and num_train_timesteps"
+        )
+    return levels
+
+
+def _check_values(settings: Settings, kind: str, config: Mapping[str, Any]) -> None:
+    for key, choices in _CHOICES.items():
+        if key in config:
+            settings.require(key, config[key], lambda value, choices=choices: value in choices,
+                             f"{kind} takes {', '.join(choices)}")  # fmt: skip
+    last = config["num_train_timesteps"] - 1
+    settings.require("steps_offset", config.get("steps_offset", 0), lambda n: whole(n, 0) and n <= last,
+                     f"choose 0..{last}, an index of the schedule")  # fmt: skip
+
+
+def _refuse_the_unknown(settings: Settings, kind: str, config: Mapping[str, Any]) -> None:
+    wanted = _ONLY | ({"clip_sample_range": 1.0} if config.get("clip_sample") else {})
     for key, value in wanted.items():
         found = config.get(key, value)
-        if found != value and not (key == "clip_sample_range" and not config.get("clip_sample", True)):
-            raise ConfigError(
-                f"model.checkpoint={path}: its scheduler says {key}={found}; only models with {key}={value} can be "
-                "sampled here"
+        if found != value:
+            raise settings.error(
+                f"its scheduler ({kind}) says {key}={found}; only models with {key}={value} can be sampled here"
             )
-    if "beta_schedule" not in config and config.get("trained_betas") is None:
-        raise ConfigError(
-            f"model.checkpoint={path}: its scheduler ({config.get('_class_name')}) has no betas; only DDPM and DDIM "
-            "schedules are known"
-        )
+
+
+def _name_what_is_left(settings: Settings, cls: type, config: Mapping[str, Any]) -> None:
+    """Log the solver's own settings, which choosing another solver leaves behind."""
+    defaults = Settings.parameters(cls)
+    left = [f"{key}={config[key]}" for key in _OF_SOLVERS if key in config and config[key] != defaults[key]]
+    if left:
+        log.warning(
+            "%s/%s: %s: settings of the solver of %s, not followed: here sampler= chooses the solver, and "
+            "sampler.eta the noise that DDIM adds", settings.root, settings.file, ", ".join(left), cls.__name__,
+        )  # fmt: skip
+
+
+def assumed(settings: Settings) -> Scheduler:
+    """What a network without scheduler settings is taken to be trained with: DDPM's (logged)."""
+    log.warning("%s: no scheduler settings; assuming linear betas 1e-4..0.02 over 1000 steps, x0 clipped", settings.root)
+    return read_scheduler(settings)

@@ -1,0 +1,66 @@
+"""Autoencoders of a diffusers folder as first stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+
+from ptq_exp.diffusion.denoisers import FirstStage
+from ptq_exp.diffusion.zoo.build import frozen
+from ptq_exp.diffusion.zoo.components import load_component
+from ptq_exp.diffusion.zoo.network import component_settings, hollow, named_class, reason
+from ptq_exp.diffusion.zoo.settings import Settings
+
+AUTOENCODERS = {cls.__name__: cls for cls in (VQModel, AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL,
+                                              AutoencoderDC)}  # fmt: skip
+"""Autoencoders of images that decode without chance."""
+NAMES = ("vqvae", "vae", "movq")
+"""What pipelines call it."""
+_ABSENT = ("shift_factor", "latents_mean", "latents_std")
+
+
+def read_first_stage(index: Settings, network: Settings, latent: tuple[int, int, int]) -> tuple[FirstStage, str, tuple]:
+    """The first stage that the pipeline's index names: (first stage, name of the component, (C, H, W) of an image).
+
+    Args:
+        index: the pipeline's `model_index.json`.
+        network: `config.json` of the network that works on its latents.
+        latent: (C, H, W) of a latent.
+
+    Raises:
+        CheckpointError: none, several, of an unknown class, one that shifts its latents, or that does not take a
+            latent of this shape.
+    """
+    named = [name for name in NAMES if named_class(index, name) is not None]
+    if len(named) != 1:
+        raise index.error(f"names {' and '.join(named) or 'no first stage'}; a latent model has one of {', '.join(NAMES)}")
+    component = named[0]
+    settings, kind = component_settings(index, component, AUTOENCODERS)
+    cls = AUTOENCODERS[kind]
+    config = settings.of(cls)
+    scale = settings.require("scaling_factor", config["scaling_factor"],
+                             lambda value: value is not None and 0 < value < math.inf, "choose a positive number")  # fmt: skip
+    for key in _ABSENT:
+        # diffusers' own pipelines of these kinds do not shift latents
+        if config.get(key):
+            raise settings.error(f"{key}={config[key]}: only latents that are scaled alone are known; choose null")
+    image = _image_shape(settings, cls, config, network, latent)
+    return frozen(FirstStage(load_component(cls, index.root, component), float(scale))), component, image
+
+
+def _image_shape(
+    settings: Settings, cls: type, config: Mapping, network: Settings, latent: tuple[int, int, int]
+) -> tuple[int, int, int]:
+    """What comes out when a latent is decoded, by shapes alone."""
+    module = hollow(settings, cls, config)
+    try:
+        decoded = module.decode(torch.empty(1, *latent, device="meta")).sample
+    except Exception as error:  # whatever the library stumbles over
+        raise settings.error(
+            f"cannot decode a latent of {latent} (channels, height, width), which in_channels and sample_size of "
+            f"{network.file} say; latent_channels={config['latent_channels']} ({reason(error)})"
+        ) from error
+    return tuple(decoded.shape[1:])
