@@ -224,7 +224,8 @@ def _log_to_wandb(logger, folder: Path, values: dict, report: Report | None, pic
     wandb_run.log_summary(logger, {key: values[key] for key in sections if key in values})
     wandb_run.log_image(logger, "grid", folder / "grid.png", caption="full precision over quantized, same seeds")
     for name in pictures:
-        wandb_run.log_image(logger, Path(name).stem, folder / name)
+        # a name of its own: a metric is called eps_error, too
+        wandb_run.log_image(logger, f"pictures/{Path(name).stem}", folder / name)
 
 
 def _left_in(folder: Path) -> list[str]:

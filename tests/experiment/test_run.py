@@ -17,6 +17,10 @@ OTHERS = ("evaluate", "analyze")  # tested in files of their own
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem not in OTHERS)
 FILES = {name: (config_folder() / "experiment" / f"{name}.yaml").read_text() for name in EXPERIMENTS}
 RECONSTRUCTED = [name for name, text in FILES.items() if "override /reconstruction:" in text]
+# coverage of convolutions and linear layers, and (weight, activation) bits of the first and the last convolution
+AS_PUBLISHED = {
+    "ptq4dm_release": (0.002, [(8, None), (8, None)]), "tfmq_release": (0.8715, [(None, None), (None, None)]),
+}  # fmt: skip
 OF_LDM4 = [name for name in EXPERIMENTS if "_ldm4_" in name]
 
 
@@ -25,7 +29,7 @@ def test_experiment_runs_and_leaves_its_results(name, command):
     folder = command(f"+experiment={name}", "metric=minmax", "logger=none")
     results = read_json(folder / "results.json")
     called = f"uniform_{name}" if name.startswith(("brecq", "qdrop")) else name.replace("_mp", "_step_budget")
-    called = f"{name}_w8a8" if name == "ptq4dm_release" else called
+    called = f"{name}_w8a8" if name in AS_PUBLISHED else called
     assert (results["status"], results["name"]) == ("finished", called)
     assert set(results["metrics"]) >= {"is", "fid", "sfid", "precision", "recall"}
     assert set(results["metric_spec"]) == {"extractor", "preprocessing", "reference", "n_samples", "seed"}
@@ -35,15 +39,15 @@ def test_experiment_runs_and_leaves_its_results(name, command):
     if name == "fp32":
         assert results["metrics"] == results["fp32"] and not (folder / "quantization.json").exists()
         return
-    as_published = name == "ptq4dm_release"  # where almost no multiplication reads a quantized activation
-    assert (results["quantization"]["coverage_conv_linear"] >= 0.99) != as_published
+    coverage, ends = AS_PUBLISHED.get(name, (1, [(8, 16), (8, 16)]))
+    assert results["quantization"]["coverage_conv_linear"] == pytest.approx(coverage, abs=1e-3)
     assert len(results["eps_error_per_step"]) == 3 and min(results["eps_error_per_step"]) > 0
+    assert len(results["fixed_pattern_share_per_step"]) == 3 and Image.open(folder / "eps_error.png").width >= 800
     assert ("correction" in results) == name.startswith("ptqd")
     assert ("reconstruction" in results) == (folder / "reconstruction.json").exists() == (name in RECONSTRUCTED)
     layers = json.loads((folder / "quantization.json").read_text())
     first_and_last = [row for row in layers["layers"] if row["name"].endswith(("conv_in", "conv_out"))]
-    widths = [(8, None), (8, None)] if as_published else [(8, 16), (8, 16)]
-    assert [(row["weight_bits"], row["activation_bits"]) for row in first_and_last] == widths
+    assert [(row["weight_bits"], row["activation_bits"]) for row in first_and_last] == ends
     assert all(len(q["scale"]) >= 1 for q in layers["quantizers"].values())
 
 
@@ -85,7 +89,8 @@ def test_wandb_offline_run_holds_config_metrics_and_tags(command):
     text = "\n".join(lines)
     (started,) = (record for record in records if record["type"] == "run")
     assert "g1" in json.dumps(started) and "mine" in json.dumps(started)
-    for key in ("fid", "sfid", "psnr", "fp32/fid", "eps_error_of_step", "bops_ratio", "media/images/grid", "layers"):
+    for key in ("fid", "sfid", "psnr", "fp32/fid", "eps_error_of_step", "fixed_pattern_share_of_step", "bops_ratio",
+                "media/images/grid", "media/images/pictures/eps_error", "layers"):  # fmt: skip
         assert key in text, key
 
 

@@ -24,7 +24,7 @@ def test_two_devices_give_the_metrics_of_one(command, tmp_path):
         results.append(read_json(folder / "results.json"))
         images.append(read_samples(folder / "samples.npz")[0])
     assert np.array_equal(*images)
-    for key in ("metrics", "fp32", "eps_error_per_step", "evaluations", "quantization"):
+    for key in ("metrics", "fp32", "eps_error_per_step", "fixed_pattern_share_per_step", "evaluations", "quantization"):
         assert results[0][key] == results[1][key], key
     assert results[1]["cache"]["hits"] == 0  # nothing was taken from the other run
 
