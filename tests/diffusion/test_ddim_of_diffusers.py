@@ -28,7 +28,8 @@ def test_eps_beside_a_clipped_x0(rederive, eta):
     x, eps, z = (normal(seed, 4, 3, 8, 8) for seed in range(3))
     step = scheduler.step(eps, 500, x, eta=eta, use_clipped_model_output=rederive, variance_noise=z)
     levels = scheduler.alphas_cumprod.double()
-    found, x0 = ddim_step(x, eps, float(levels[500]), float(levels[400]), eta, z, clip_sample=True, rederive_eps=rederive)
+    settings = {"clip_sample": True, "rederive_eps": rederive}
+    found, x0 = ddim_step(x, eps, float(levels[500]), float(levels[400]), eta, z, **settings)
     torch.testing.assert_close(found, step.prev_sample, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x0, step.pred_original_sample, rtol=1e-5, atol=1e-5)
     assert 0.1 < float((x0.abs() == 1).float().mean()) < 0.9
@@ -48,8 +49,8 @@ def test_noise_in_a_kept_eps_takes_the_place_of_the_steps_own():
 
 
 @pytest.mark.parametrize(("spacing", "steps", "same"), [
-    ("leading", 10, True), ("leading", 7, True), ("trailing", 10, True), ("trailing", 7, False), ("linspace", 10, False),
-    ("quad", 10, True),
+    ("leading", 10, True), ("leading", 7, True), ("trailing", 10, True), ("trailing", 7, False),
+    ("linspace", 10, False), ("quad", 10, True),
 ])  # fmt: skip
 def test_strides(spacing, steps, same):
     following = TimeGrid.from_schedule(schedule(), steps, spacing)
