@@ -76,8 +76,9 @@ def ddim_step(
         eps_noise_std: q >= 0.
         convention: "exact": sigma'^2 = max(0, sigma^2 - c^2 q^2), all else unchanged, so that mean and variance of the
             full-precision step are met exactly wherever c^2 q^2 <= sigma^2. Elements whose x0 was clamped carry no
-            noise from eps: they keep sigma, or, without `rederive_eps`, carry it with `direction` in place of c. "code", as published: the direction term becomes
-            sqrt(1 - alpha_bar_prev - sigma'^2) too, which moves the mean and leaves the variance short.
+            noise from eps: they keep sigma, or, without `rederive_eps`, carry it with `direction` in place of c.
+            "code", as published: the direction term becomes sqrt(1 - alpha_bar_prev - sigma'^2) too, which moves the
+            mean and leaves the variance short.
 
     Returns:
         (x_prev, x0), both of the shape of `x`.

@@ -34,8 +34,8 @@ AUTOENCODERS = {
         "down_block_types": _DOWN, "up_block_types": _UP, "down_block_out_channels": (4, 8),
         "up_block_out_channels": (4, 8), "norm_num_groups": 4}),
     "AutoencoderDC": (AutoencoderDC, {
-        "encoder_block_out_channels": (8, 16), "decoder_block_out_channels": (8, 16), "encoder_layers_per_block": (1, 1),
-        "decoder_layers_per_block": (1, 1), "encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ()),
+        "encoder_block_out_channels": (8, 16), "decoder_block_out_channels": (8, 16),
+        "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1), "encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ()),
         "encoder_out_shortcut": False, "decoder_in_shortcut": False}),
 }  # fmt: skip
 

@@ -33,7 +33,9 @@ def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Modul
         )  # fmt: skip
     except Exception as error:  # whatever a damaged folder makes the library stumble over
         reason = damage(weights.files) or " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"model.checkpoint={folder}: not a complete {cls.__name__} ({reason})") from error
+        raise CheckpointError(
+            f"model.checkpoint={folder}: not a complete {cls.__name__} of its config.json ({reason})"
+        ) from error
     found = {what.removesuffix("_keys"): keys for what, keys in info.items() if keys}
     if found:
         told = "; ".join(f"{len(keys)} {what} ({', '.join(map(str, list(keys)[:3]))})" for what, keys in found.items())

@@ -36,13 +36,14 @@ def read_first_stage(index: Settings, network: Settings, latent: tuple[int, int,
     """
     named = [name for name in NAMES if named_class(index, name) is not None]
     if len(named) != 1:
-        raise index.error(f"names {' and '.join(named) or 'no first stage'}; a latent model has one of {', '.join(NAMES)}")
+        found = " and ".join(named) or "no first stage"
+        raise index.error(f"names {found}; a latent model has one of {', '.join(NAMES)}")
     component = named[0]
     settings, kind = component_settings(index, component, AUTOENCODERS)
     cls = AUTOENCODERS[kind]
     config = settings.of(cls)
-    scale = settings.require("scaling_factor", config["scaling_factor"],
-                             lambda value: value is not None and 0 < value < math.inf, "choose a positive number")  # fmt: skip
+    scale = settings.require("scaling_factor", config["scaling_factor"], lambda factor: 0 < factor < math.inf,
+                             "choose a positive number")  # fmt: skip
     for key in _ABSENT:
         # diffusers' own pipelines of these kinds do not shift latents
         if config.get(key):

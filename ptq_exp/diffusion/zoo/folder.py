@@ -23,7 +23,7 @@ from ptq_exp.diffusion.zoo.network import (
 from ptq_exp.diffusion.zoo.place import INDEX, local_folder
 from ptq_exp.diffusion.zoo.scheduler import Scheduler, assumed, read_scheduler
 from ptq_exp.diffusion.zoo.settings import Settings, whole
-from ptq_exp.errors import CheckpointError, ConfigError
+from ptq_exp.errors import ConfigError
 
 _UNET_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 _PIPELINES = (*_UNET_PIPELINES, "LDMPipeline", "DiTPipeline")
@@ -57,8 +57,7 @@ def diffusers_folder(
     of = index if index.values else Settings.read(root, "config.json")
     kind = of.values.get("_class_name")
     if kind not in (*_PIPELINES, "UNet2DModel"):
-        raise CheckpointError(f"model.checkpoint={checkpoint}: holds a {kind}; known are UNet2DModel, "
-                              f"{', '.join(_PIPELINES)}")  # fmt: skip
+        raise of.error(f"holds a {kind}; known are UNet2DModel, {', '.join(_PIPELINES)}")
     scheduler = _scheduler(index)
     build = {"LDMPipeline": _latent, "DiTPipeline": _dit}.get(kind, _pixel)
     model = build(index, name, scheduler)
@@ -117,8 +116,8 @@ def _unet_settings(index: Settings) -> tuple[Settings, Shape]:
         raise settings.error("its U-Net is class-conditional (num_class_embeds, class_embed_type); only unconditional "
                              "ones and DiT are known")  # fmt: skip
     if config["time_embedding_type"] != "positional":
-        raise settings.error(f"its U-Net has {config['time_embedding_type']} time embeddings (time_embedding_type); only "
-                             "models of discrete time steps are known")  # fmt: skip
+        raise settings.error(f"its U-Net has {config['time_embedding_type']} time embeddings (time_embedding_type); "
+                             "only models of discrete time steps are known")  # fmt: skip
     shape = state_shape(settings, config)
     check_estimate(settings, hollow(settings, UNet2DModel, config), shape)
     return settings, shape
@@ -129,8 +128,8 @@ def _dit_settings(index: Settings) -> tuple[Settings, Shape, int]:
     settings, _ = component_settings(index, "transformer", ("DiTTransformer2DModel",))
     config = settings.of(DiTTransformer2DModel)
     shape = state_shape(settings, config)
-    settings.require("sample_size", config["sample_size"], whole, "a DiT takes one number, height and width of a latent")
-    classes = settings.require("num_embeds_ada_norm", config["num_embeds_ada_norm"], whole, "choose a number of classes")
+    settings.require("sample_size", config["sample_size"], whole, "a DiT takes one number, the height and the width")
+    classes = settings.require("num_embeds_ada_norm", config["num_embeds_ada_norm"], whole, "the number of classes")
     labels = index.values.get("id2label")
     if isinstance(labels, dict) and len(labels) > classes:
         raise index.error(f"id2label names {len(labels)} classes, {settings.file} says num_embeds_ada_norm={classes}")

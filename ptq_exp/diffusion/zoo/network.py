@@ -38,7 +38,7 @@ def component_settings(index: Settings, component: str, known: Iterable[str]) ->
         raise settings.error(f"_class_name={own}, but {index.file} names {named} as {component}: change one of them")
     kind = own or named
     if kind is None:
-        raise settings.error(f"no _class_name, and {index.file} does not name {component}: known are {', '.join(known)}")
+        raise settings.error(f"no _class_name, and {index.file} names no {component}: known are {', '.join(known)}")
     return settings, kind
 
 
@@ -69,8 +69,8 @@ def state_shape(settings: Settings, config: Mapping[str, Any]) -> Shape:
     """(C, H, W) of what a network reads.
 
     Raises:
-        CheckpointError: a size that is none, or an estimate that has not the channels of a state, once, or twice with
-            the variance.
+        CheckpointError: a size that is none, a divisor of 0, or an estimate that has not the channels of a state, once,
+            or twice with the variance.
     """
     size = config["sample_size"]
     sizes = size if isinstance(size, list) else [size, size]
@@ -81,6 +81,8 @@ def state_shape(settings: Settings, config: Mapping[str, Any]) -> Shape:
         "out_channels", config["out_channels"], lambda out: out in (None, channels, 2 * channels),
         f"in_channels={channels}: an estimate of the noise has as many, or twice as many with that of the variance",
     )  # fmt: skip
+    for key in ("norm_eps", "mid_block_scale_factor"):
+        settings.require(key, config.get(key, 1), lambda divisor: divisor > 0, "choose a positive number")
     return channels, *sizes
 
 
@@ -90,11 +92,11 @@ def check_estimate(settings: Settings, network: nn.Module, shape: Shape, **condi
     try:
         found = tuple(network(x, timestep=t, **conditions).sample.shape[2:])
     except Exception as error:  # whatever the library stumbles over
-        raise settings.error(f"the network does not take a state of {shape} (channels, height, width), which in_channels "
-                             f"and sample_size say ({reason(error)})") from error  # fmt: skip
+        raise settings.error(f"the network does not take a state of {shape} (channels, height, width), which "
+                             f"in_channels and sample_size say ({reason(error)})") from error  # fmt: skip
     if found != shape[1:]:
-        raise settings.error(f"sample_size={list(shape[1:])}: the network returns {list(found)}; choose a size that its "
-                             "levels or patches divide")  # fmt: skip
+        raise settings.error(f"sample_size={list(shape[1:])}: the network returns {list(found)}; choose a size that "
+                             "its levels or patches divide")  # fmt: skip
 
 
 def reason(error: Exception) -> str:

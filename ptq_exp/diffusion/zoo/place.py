@@ -30,7 +30,9 @@ def local_folder(checkpoint: str) -> Path:
     if path.is_dir():
         return _model_folder(path)
     if path.exists():
-        raise CheckpointError(f"model.checkpoint={checkpoint}: a file; the model `diffusers` takes a folder{_instead(path)}")
+        raise CheckpointError(
+            f"model.checkpoint={checkpoint}: a file; the model `diffusers` takes a folder{_instead(path)}"
+        )
     if checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
         raise CheckpointError(f"model.checkpoint={checkpoint}: no such folder, and not a repository id (owner/name)")
     try:
@@ -82,7 +84,7 @@ def _instead(path: Path) -> str:
         folder = folder.parent
     if (folder / INDEX).exists() or (folder / "config.json").exists():
         return f"; give {folder}"
-    return "; a file of weights alone says neither its network nor its noise schedule: give the folder with its config.json"
+    return "; weights alone say neither their network nor its noise schedule: give the folder with its config.json"
 
 
 def _is_torch(path: Path) -> bool:

@@ -123,7 +123,7 @@ def _check_betas(settings: Settings, arguments: Mapping[str, Any]) -> None:
     trained = arguments.get("trained_betas")
     if trained is not None:
         if len(trained) != total:
-            raise settings.error(f"trained_betas has {len(trained)} values, num_train_timesteps={total}: they must agree")
+            raise settings.error(f"trained_betas has {len(trained)} values, num_train_timesteps={total}: they disagree")
         return
     start, end = arguments["beta_start"], arguments["beta_end"]
     if not 0 < start <= end < 1:
@@ -177,5 +177,6 @@ def _name_what_is_left(settings: Settings, cls: type, config: Mapping[str, Any])
 
 def assumed(settings: Settings) -> Scheduler:
     """What a network without scheduler settings is taken to be trained with: DDPM's (logged)."""
-    log.warning("%s: no scheduler settings; assuming linear betas 1e-4..0.02 over 1000 steps, x0 clipped", settings.root)
+    told = "no scheduler settings; assuming linear betas 1e-4..0.02 over 1000 steps, x0 clipped"
+    log.warning("%s: %s", settings.root, told)
     return read_scheduler(settings)

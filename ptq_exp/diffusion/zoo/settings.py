@@ -57,6 +57,8 @@ class Settings:
                  if key in defaults and not (isinstance(left, list) and key in left)}  # fmt: skip
         for key, value in given.items():
             kinds = _kinds(hints.get(key, Any)) | {type(defaults[key]).__name__}
+            if key == "sample_size":  # height and width, whatever the class declares
+                kinds.add("list")
             if key in hints and not _fits(value, kinds, defaults[key]):
                 raise self.error(f"{key}={json.dumps(value)}: {cls.__name__} takes {_words(kinds)}")
         return defaults | given
@@ -99,7 +101,7 @@ def whole(value: Any, low: int = 1) -> bool:
 
 
 def _kinds(hint: Any) -> set[str]:
-    """Names of the types that an annotation allows, those inside lists as `in list`: `int | None` is {int, NoneType}."""
+    """Names of the types that an annotation allows: of `list[int] | None`, {list, in int, NoneType}."""
     if get_origin(hint) in (Union, types.UnionType):
         return set().union(*map(_kinds, get_args(hint)))
     if get_origin(hint) is Literal:
@@ -112,7 +114,7 @@ def _kinds(hint: Any) -> set[str]:
 
 
 def _fits(value: Any, kinds: set[str], default: Any) -> bool:
-    """Whether a JSON value is of one of the kinds; lists are left to the class where it declares none."""
+    """Whether a JSON value is of one of the kinds."""
     if value is None:
         return "NoneType" in kinds
     if isinstance(value, bool):
@@ -124,7 +126,7 @@ def _fits(value: Any, kinds: set[str], default: Any) -> bool:
         if not math.isfinite(value):
             return isinstance(default, float) and not math.isfinite(default)
         return "float" in kinds or ("int" in kinds and float(value).is_integer())
-    if isinstance(value, list):
+    if isinstance(value, list) and ({"list", "tuple"} & kinds):
         inner = {kind.removeprefix("in ") for kind in kinds if kind.startswith("in ")}
         return not inner or all(_fits(item, inner, None) for item in value if not isinstance(item, list))
     return False

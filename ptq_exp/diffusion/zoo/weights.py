@@ -96,8 +96,8 @@ def _check_shard(path: Path, expected: set[str]) -> None:
         raise _error(path.parent, damage([path]) or f"{path.name} is not readable ({error})") from error
     for what, names in ("lacks", expected - found), ("also holds", found - expected):
         if names:
-            raise _error(path.parent, f"{path.name} {what} {len(names)} tensors ({', '.join(sorted(names)[:3])}): it is "
-                                      "not the shard that its index lists")  # fmt: skip
+            told = f"{path.name} {what} {len(names)} tensors ({', '.join(sorted(names)[:3])})"
+            raise _error(path.parent, f"{told}: it is not the shard that its index lists")
 
 
 def damage(files: Iterable[Path]) -> str | None:

@@ -171,8 +171,10 @@ def test_dit_with_and_without_learned_variance(tmp_path, out):
         torch.testing.assert_close(model.denoiser(x, t.float(), y), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"center_input_sample": True}, {"freq_shift": 1, "flip_sin_to_cos": False},
-                                      {"resnet_time_scale_shift": "scale_shift"}, {"sample_size": [8, 16]}])  # fmt: skip
+@pytest.mark.parametrize("settings", [
+    {"center_input_sample": True}, {"freq_shift": 1, "flip_sin_to_cos": False},
+    {"resnet_time_scale_shift": "scale_shift"}, {"sample_size": [8, 16]},
+])  # fmt: skip
 def test_settings_of_the_network(tmp_path, settings):
     model = load_model("diffusers", str(pixel_folder(tmp_path, **settings)))
     expected = walked(DDIMScheduler(**BETAS), unet(**settings), noise(model.sample_shape))

@@ -78,12 +78,16 @@ def test_schedulers_that_are_not_known(tmp_path, name):
     [
         ({"beta_start": "0.0001"}, 'beta_start="0.0001": DDIMScheduler takes a number'),
         ({"beta_end": None}, "beta_end=null"), ({"beta_end": INFINITE}, "beta_end=Infinity"),
-        ({"beta_start": 0.02, "beta_end": 0.0001}, "beta_start=0.02, beta_end=0.0001"), ({"beta_end": 1.5}, "beta_end=1.5"),
-        ({"beta_start": -0.1}, "beta_start=-0.1"), ({"beta_start": 0.99, "beta_end": 0.99}, "leave no signal"),
+        ({"beta_start": 0.02, "beta_end": 0.0001}, "beta_start=0.02, beta_end=0.0001"),
+        ({"beta_end": 1.5}, "beta_end=1.5"),
+        ({"beta_start": -0.1}, "beta_start=-0.1"),
+        ({"beta_start": [0.1]}, "beta_start=[0.1]"),
+        ({"beta_start": 0.99, "beta_end": 0.99}, "leave no signal"),
         ({"num_train_timesteps": "1000"}, "a whole number"), ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
         ({"num_train_timesteps": -5}, "num_train_timesteps=-5"), ({"num_train_timesteps": MANY}, "num_train_timesteps"),
         ({"num_train_timesteps": True}, "num_train_timesteps=true"), ({"num_train_timesteps": None}, "a whole number"),
-        ({"num_train_timesteps": 10.5}, "num_train_timesteps=10.5"), ({"num_train_timesteps": [1]}, "num_train_timesteps"),
+        ({"num_train_timesteps": 10.5}, "num_train_timesteps=10.5"),
+        ({"num_train_timesteps": [1]}, "num_train_timesteps"),
         ({"steps_offset": None}, "steps_offset=null"), ({"steps_offset": -1}, "steps_offset=-1: choose 0..999"),
         ({"steps_offset": 1000}, "steps_offset=1000"), ({"clip_sample": "false"}, 'clip_sample="false"'),
         ({"clip_sample": None}, "clip_sample=null"), ({"set_alpha_to_one": "no"}, "true or false"),
@@ -93,8 +97,10 @@ def test_schedulers_that_are_not_known(tmp_path, name):
         ({"trained_betas": "none"}, "a list of numbers"), ({"trained_betas": []}, "trained_betas has 0 values"),
         ({"beta_schedule": 3}, "beta_schedule=3"), ({"beta_schedule": None}, "beta_schedule=null"),
         ({"timestep_spacing": None}, "timestep_spacing=null"), ({"timestep_spacing": ["leading"]}, "timestep_spacing"),
-        ({"prediction_type": 0}, "prediction_type=0"), ({"_class_name": "PNDMScheduler"}, "model_index.json names DDIM"),
-        ({"_class_name": ["DDIMScheduler"]}, "known are DDIMScheduler"), ({"_class_name": 3}, "known are DDIMScheduler"),
+        ({"prediction_type": 0}, "prediction_type=0"),
+        ({"_class_name": "PNDMScheduler"}, "model_index.json names DDIM"),
+        ({"_class_name": ["DDIMScheduler"]}, "known are DDIMScheduler"),
+        ({"_class_name": 3}, "known are DDIMScheduler"),
     ],
 )  # fmt: skip
 def test_impossible_settings_of_a_scheduler(tmp_path, weights_are_not_read, changes, expected):
@@ -110,7 +116,7 @@ def test_the_class_may_stand_in_the_index_alone(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "settings", "expected"), [
-    ("DPMSolverMultistepScheduler", {"solver_order": 3, "lower_order_final": False}, "solver_order=3, lower_order_final"),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "heun"}, "solver_order=3, solver_type=heun"),
     ("DDPMScheduler", {"variance_type": "fixed_large"}, "variance_type=fixed_large"),
     ("PNDMScheduler", {"skip_prk_steps": True}, "skip_prk_steps=True"),
 ])  # fmt: skip
@@ -126,20 +132,25 @@ def test_what_belongs_to_a_solver_is_named_in_the_log(tmp_path, caplog, name, se
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"sample_size": None}, "sample_size=null: set it to the height and width"), ({"sample_size": "8"}, 'sample_size="8"'),
+        ({"sample_size": None}, "sample_size=null: set it to the height and width"),
+        ({"sample_size": "8"}, 'sample_size="8"'),
         ({"sample_size": 0}, "sample_size=0"), ({"sample_size": -8}, "sample_size=-8"), ({"sample_size": 8.5}, "=8.5"),
         ({"sample_size": [8]}, "sample_size=[8]"), ({"sample_size": [8, "8"]}, "sample_size=[8,"),
         ({"sample_size": 7}, "sample_size"), ({"sample_size": True}, "sample_size=true"),
         ({"in_channels": 4}, "in_channels=4"), ({"out_channels": 5}, "out_channels=5: in_channels=3"),
         ({"in_channels": "3"}, 'in_channels="3"'), ({"in_channels": None}, "in_channels=null"),
         ({"in_channels": 0, "out_channels": 0}, "in_channels=0"),
-        ({"center_input_sample": "yes"}, "center_input_sample"), ({"norm_eps": "1e-5"}, "norm_eps"),
+        ({"center_input_sample": "yes"}, "center_input_sample"),
+        ({"norm_eps": "1e-5"}, "norm_eps"),
+        ({"norm_eps": -1e-5}, "norm_eps=-1e-05"),
         ({"flip_sin_to_cos": "false"}, "flip_sin_to_cos"), ({"layers_per_block": None}, "layers_per_block=null"),
-        ({"block_out_channels": [8, "16"]}, "block_out_channels"), ({"block_out_channels": [8]}, "no UNet2DModel can be made"),
+        ({"block_out_channels": [8, "16"]}, "block_out_channels"),
+        ({"block_out_channels": [8]}, "no UNet2DModel can be made"),
         ({"norm_num_groups": 3}, "no UNet2DModel can be made"), ({"act_fn": "unheard"}, "no UNet2DModel can be made"),
         ({"down_block_types": ["Unheard", "DownBlock2D"]}, "no UNet2DModel can be made"),
         ({"num_class_embeds": 5}, "num_class_embeds"), ({"class_embed_type": "timestep"}, "class_embed_type"),
-        ({"time_embedding_type": "learned"}, "time_embedding_type"), ({"_class_name": "UNet2DConditionModel"}, "_class_name"),
+        ({"time_embedding_type": "learned"}, "time_embedding_type"),
+        ({"_class_name": "UNet2DConditionModel"}, "_class_name"),
         ({"_class_name": ["UNet2DModel"]}, "_class_name"),
     ],
 )  # fmt: skip
@@ -156,7 +167,8 @@ def test_impossible_settings_of_a_network(tmp_path, weights_are_not_read, change
         ({"scaling_factor": 0}, "scaling_factor=0"), ({"scaling_factor": float("nan")}, "scaling_factor=NaN"),
         ({"shift_factor": 0.1}, "shift_factor=0.1"), ({"latents_mean": [0.1, 0.2, 0.3]}, "latents_mean"),
         ({"latents_std": [1.0, 1.0, 1.0]}, "latents_std"), ({"latent_channels": 4}, "latent_channels=4"),
-        ({"use_post_quant_conv": "no"}, "use_post_quant_conv"), ({"_class_name": "ConsistencyDecoderVAE"}, "_class_name"),
+        ({"use_post_quant_conv": "no"}, "use_post_quant_conv"),
+        ({"_class_name": "ConsistencyDecoderVAE"}, "_class_name"),
         ({"_class_name": "VQModel"}, "model_index.json names AutoencoderKL as vqvae"),
         ({"block_out_channels": [4]}, "no AutoencoderKL can be made"), ({"norm_num_groups": 0}, "AutoencoderKL"),
     ],
@@ -171,9 +183,11 @@ def test_impossible_settings_of_an_autoencoder(tmp_path, changes, expected):
     ("changes", "expected"),
     [
         ({"sample_size": [8, 8]}, "sample_size=[8, 8]: a DiT takes one number"), ({"sample_size": 7}, "sample_size"),
-        ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm=null"), ({"num_embeds_ada_norm": 0}, "num_embeds_ada_norm=0"),
+        ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm=null"),
+        ({"num_embeds_ada_norm": 0}, "num_embeds_ada_norm=0"),
         ({"num_embeds_ada_norm": 1}, "id2label names 2 classes"), ({"out_channels": 4}, "out_channels=4"),
-        ({"norm_type": "layer_norm"}, "no DiTTransformer2DModel can be made"), ({"patch_size": 0}, "DiTTransformer2DModel"),
+        ({"norm_type": "layer_norm"}, "no DiTTransformer2DModel can be made"),
+        ({"patch_size": 0}, "DiTTransformer2DModel"),
         ({"in_channels": 4, "out_channels": 8}, "in_channels and sample_size of transformer/config.json"),
     ],
 )
@@ -191,7 +205,7 @@ def test_a_transformer_of_the_older_class(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"unet": ["diffusers", "UNet2DConditionModel"]}, "unet=['diffusers', 'UNet2DConditionModel']: known are UNet2DModel"),
+        ({"unet": ["diffusers", "UNet2DConditionModel"]}, "'UNet2DConditionModel']: known are UNet2DModel"),
         ({"unet": [None, None]}, "unet=[None, None]"), ({"unet": "UNet2DModel"}, "unet=UNet2DModel"),
         ({"scheduler": ["diffusers", "PNDMScheduler"]}, "model_index.json names PNDMScheduler as scheduler"),
         ({"vqvae": ["diffusers", "AutoencoderOobleck"]}, "known are VQModel, AutoencoderKL"),
@@ -222,7 +236,8 @@ def test_missing_files_of_a_pipeline(tmp_path, file):
 
 def test_settings_of_other_classes_have_no_effect(tmp_path):
     """Many PNDM folders hold a `clip_sample` that PNDM does not have."""
-    root = edit(pixel_folder(tmp_path, diffusers.PNDMScheduler(**BETAS)), SCHEDULER, clip_sample=True, thresholding=True)
+    root = pixel_folder(tmp_path, diffusers.PNDMScheduler(**BETAS))
+    edit(root, SCHEDULER, clip_sample=True, thresholding=True)
     assert not load_model("diffusers", str(root)).clip_sample
 
 
