@@ -55,6 +55,10 @@ class ActivationQuantizer(Quantizer):
         # ranges of each sample are no 0-d tensors: their float32 would win over the bfloat16 of x
         return super().forward(x, self.step.index(x, self.name)).to(x.dtype)
 
+    def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:
+        """As `Quantizer.off_grid`, of the row in force."""
+        return super().off_grid(x, row if self.step is None else self.step.index(x, self.name))
+
     @property
     def saw_data(self) -> bool:
         """Whether values passed, in each segment, in mode ``observe`` since the last `finish` or `forget`."""

@@ -102,6 +102,27 @@ class Quantizer(nn.Module):
         self.calibrated.fill_(True)
         self.ready = True
 
+    @torch.no_grad()
+    def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:
+        """How many elements of `x` are no level of their range, to the rounding of the type of `x`; `row`: see `forward`.
+
+        NaN is no level.
+        """
+        scale, zero_point, qmin, qmax = self.cells(x, row)
+        # as `fake_quantize` multiplies: a 0-d scale takes the type of x
+        kind = torch.promote_types(x.dtype, scale.dtype) if scale.ndim else x.dtype
+        step = scale.to(kind).double()
+        lowest, highest = (qmin - zero_point).double(), (qmax - zero_point).double()
+        ratio, on = x.double() / step, torch.zeros_like(x, dtype=torch.bool)
+        for shift in (0, -1, 1):  # in 16-bit types two levels can be one number
+            level = ratio.round().add_(shift).clamp_(lowest, highest)
+            on |= level.to(kind).mul_(scale).to(x.dtype) == x
+            on |= level.float().mul_(scale).to(x.dtype) == x  # a learned rounding multiplies before it rounds
+        # where levels lie closer than the numbers of the type, each of these is one
+        within = (ratio >= lowest - 1) & (ratio <= highest + 1)
+        on |= within & (step <= torch.finfo(x.dtype).eps * x.double().abs())
+        return x.numel() - int(on.sum())
+
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the segments of `x` along the channel axis (the whole of it when there is one segment)."""
         return x.split(self.segments, dim=self.axis) if self.segments else (x,)
