@@ -88,7 +88,8 @@ class Quantizer(nn.Module):
                 f"{self.name}: not calibrated, it cannot quantize; calibrate the model or load its state dict"
             )
         kept = None if self.kept is None else self.kept(x)
-        return fake_quantize(x, *self.cells(x, row), kept)
+        # ranges that are no 0-d tensors are float32, which would win over the bfloat16 of x
+        return fake_quantize(x, *self.cells(x, row), kept).to(x.dtype)
 
     def cells(self, x: Tensor, row: Tensor | None = None) -> QRange:
         """Return the range of each element of `x`, in shapes that broadcast against it; `row` as in `forward`."""
@@ -109,6 +110,8 @@ class Quantizer(nn.Module):
         NaN is no level.
         """
         scale, zero_point, qmin, qmax = self.cells(x, row)
+        if torch.equal(fake_quantize(x, scale, zero_point, qmin, qmax).to(x.dtype), x):
+            return 0
         # as `fake_quantize` multiplies: a 0-d scale takes the type of x
         kind = torch.promote_types(x.dtype, scale.dtype) if scale.ndim else x.dtype
         step = scale.to(kind).double()
