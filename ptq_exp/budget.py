@@ -7,11 +7,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor, nn
+
 from ptq_exp.calibration import check_bins, labelled, positions
 from ptq_exp.config import build
-from ptq_exp.errors import DataError, InfeasibleError
+from ptq_exp.errors import DataError, InfeasibleError, QuantizationError
 from ptq_exp.policy import policy
-from ptq_exp.quantization import Report, quantize_
+from ptq_exp.quantization import Report, disabled, quantize_
+from ptq_exp.quantization.operands import operands_of
 from ptq_exp.reconstruction_stage import blocks_of
 from ptq_exp.schema import FULL_PRECISION
 from ptq_exp.setup import Setup
@@ -48,9 +52,27 @@ def planned_report(setup: Setup) -> Report:
     network = setup.model.twin().to(setup.device)
     with _silent():  # all of it is said again when it is done
         report = quantize_(network, policy(setup, network, example), example)
+        _check_called(setup, network, report, example)
         if setup.config.reconstruction.active:
             blocks_of(setup, network, setup.model.denoiser.to(setup.device), example)
     return report
+
+
+def _check_called(setup: Setup, network: nn.Module, report: Report, example: tuple[Tensor, ...]) -> None:
+    """Raise QuantizationError for layers that are to be calibrated and that no evaluation calls, at any of some times."""
+    waiting = {row.name for row in report.rows if row.scope == "conv_linear" and not row.macs and row.activation_bits}
+    if not waiting:
+        return
+    steps = torch.linspace(0, len(setup.grid) - 1, min(4, len(setup.grid))).long()
+    x, _, *y = (part.expand(len(steps), *part.shape[1:]) for part in example)
+    t = setup.grid.network_time(steps).to(x.device)
+    with disabled(network):
+        unused = sorted(waiting - operands_of(network, (x, t, *y)).called)
+    if unused:
+        raise QuantizationError(
+            f"{', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}: the network never calls them, so that there is "
+            "nothing to calibrate them on: add their names to quantization.keep_fp"
+        )
 
 
 def _check_budget(wanted: float, report: Report, results: Results) -> None:

@@ -30,16 +30,19 @@ def describe(model: nn.Module, example_inputs: tuple, reasons: Mapping[str, str]
     """
     with disabled(model):
         counted = trace(model, example_inputs)
-    return build_report(model, counted, reasons or {}, example_inputs)
+    return build_report(model, counted, reasons or {}, quantized_operands(model, example_inputs))
 
 
-def build_report(model: nn.Module, counted: Trace, reasons: Mapping[str, str], example_inputs: tuple) -> Report:
-    """Join the multiplications counted in full precision with the quantizers that their operands come from."""
+def quantized_operands(model: nn.Module, example_inputs: tuple) -> Operands:
+    """What the multiplications of `model` read, by one forward with all quantizers off; nothing if it has none."""
     if next(quantizers(model), None) is None:
-        products = Operands()
-    else:
-        with disabled(model):
-            products = operands_of(model, example_inputs)
+        return Operands()
+    with disabled(model):
+        return operands_of(model, example_inputs)
+
+
+def build_report(model: nn.Module, counted: Trace, reasons: Mapping[str, str], products: Operands) -> Report:
+    """Join the multiplications counted in full precision with the quantizers that their operands come from."""
     reasons = {name: f"left alone: {why}" for name, why in layer_obstacles(model).items()} | reasons
     layers = dict(multiplying_layers(model))
     holders = dict(parameter_holders(model))
@@ -144,6 +147,8 @@ def _why_fp(layer: nn.Module, weight_bits: int | None, activation_bits: Bits) ->
         why = f"is a subclass of {bases[0]}" if bases else "has no quantized counterpart"
         return f"left alone: {_type_name(layer)} {why}"
     missing = [n for n, bits in (("weight", weight_bits), ("input", activation_bits)) if bits is None]
+    if any(bits_of(getattr(layer, f"{name}_quantizer", None)) is not None for name in missing):
+        return "its weight is used outside of its own forward, too, or without its quantizers"
     return f"no quantizer on {' and '.join(missing)}"
 
 

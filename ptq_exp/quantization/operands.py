@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq_exp.quantization.calibrate import quantizers
-from ptq_exp.quantization.operations import attention_modules, inside, multiplying_layers, plainly
+from ptq_exp.quantization.operations import attention_modules, multiplying_layers, plainly
+from ptq_exp.quantization.owners import Owners
 from ptq_exp.quantization.provenance import MOVES, Notes
 from ptq_exp.quantization.quantizer import Quantizer
 
@@ -74,25 +75,29 @@ def operands_of(model: nn.Module, inputs: tuple, *, values: bool = False) -> Ope
         values: also compare the operands with the grids of their quantizers, which are calibrated and on.
     """
     layers, attentions = dict(multiplying_layers(model)), dict(attention_modules(model))
-    found, owners = Operands(), [None]
+    found, owners = Operands(), Owners(layers, attentions)
 
     def carry(function: Callable, args: tuple, kwargs: dict, output: Tensor, notes: Notes) -> Source | None:
         given = dict(enumerate(args)) | {_KEYWORDS.get(key, key): value for key, value in kwargs.items()}
-        name = owners[-1]
 
         def operand(number: int) -> Operand:
             return _operand(given.get(number), notes.of(given.get(number)), values)
 
+        if not (function in _LAYERS or function in _PRODUCTS or function is F.scaled_dot_product_attention):
+            return notes.of(given.get(0)) if function in MOVES else None
+        name = owners.of(tuple(given.values()))
         if function in _LAYERS and name in layers:
             found.layers[name].append(tuple(map(operand, _LAYERS[function])))
         elif name in attentions and function in _PRODUCTS:
             found.attention[name].append(tuple(map(operand, _PRODUCTS[function])))
         elif name in attentions and function is F.scaled_dot_product_attention:
             found.attention[name] += [(operand(0), operand(1)), (Operand(None), operand(2))]
-        return notes.of(given.get(0)) if function in MOVES else None
+        elif name in layers:  # its weight, in a product that is no layer's
+            found.layers[name].append((Operand(None), Operand(None)))
+        return None
 
     notes = Notes(carry)
-    with plainly(model), inside(layers | attentions, owners), _noting(model, notes), ExitStack() as hooks, notes:
+    with plainly(model), owners, _noting(model, notes), ExitStack() as hooks, notes:
         for name, layer in layers.items():
             hook = layer.register_forward_pre_hook(lambda *_, name=name: found.called.add(name))
             hooks.callback(hook.remove)

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.operators import counted, macs_of, without_products
+from ptq_exp.quantization.owners import Owners
 
 
 @dataclass
@@ -35,12 +36,14 @@ class Trace:
         attention_macs: per `Attention`, of the products (q k^T, softmax(.) v) over all heads.
         total_macs: of all convolutions and matrix products, counted at the level of operators.
         uncounted: {operator: calls} of those whose multiplications are not known.
+        used_outside: layers whose weight something else than their own forward reads.
     """
 
     layer_macs: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     attention_macs: dict[str, tuple[int, int]] = field(default_factory=dict)
     total_macs: int = 0
     uncounted: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    used_outside: set[str] = field(default_factory=set)
 
     @property
     def other_macs(self) -> int:
@@ -77,7 +80,7 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
     shapes: dict[str, list[torch.Size]] = defaultdict(list)
     by_shape: dict[str, int] = defaultdict(int)
     layers, attentions = dict(multiplying_layers(model)), dict(attention_modules(model))
-    census = _Census()
+    census = _Census(Owners(layers, attentions))
 
     def record(layer: nn.Module, args: tuple, kwargs: dict, output: Any, name: str) -> None:
         if isinstance(output, Tensor):
@@ -85,7 +88,7 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
             by_shape[name] += layer_macs(layer, x.shape, output.shape)
             shapes[name].append(output.shape)
 
-    with plainly(model), inside(layers | attentions, census.owners), ExitStack() as hooks:
+    with plainly(model), census.owners, ExitStack() as hooks:
         for name, layer in layers.items():
             hook = layer.register_forward_hook(partial(record, name=name), prepend=True, with_kwargs=True)
             hooks.callback(hook.remove)
@@ -93,7 +96,7 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
             model(*example_inputs)
     for owner in {owner for owner, _ in census.uncounted} & set(layers):
         census.macs[owner] = max(census.macs[owner], by_shape[owner])  # what it is for, by an unknown operator
-    result = Trace(total_macs=sum(census.macs.values()))
+    result = Trace(total_macs=sum(census.macs.values()), used_outside=census.used_outside)
     for (_, operator), calls in census.uncounted.items():
         result.uncounted[operator] += calls
     result.layer_macs |= {name: census.macs[name] for name in layers if census.macs[name]}
@@ -116,21 +119,21 @@ def layer_macs(layer: nn.Module, input_shape: torch.Size, output_shape: torch.Si
 
 
 class _Census(TorchDispatchMode):
-    """Counts the multiply-accumulates of all operators, by the innermost module of `owners` (None outside), and names
-    those that it does not know, by the same module."""
+    """Counts the multiply-accumulates of all operators, and names those that it does not know, by their owners."""
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, owners: Owners) -> None:
         super().__init__()
-        self.owners: list[str | None] = [None]
+        self.owners = owners
         self.macs: dict[str | None, int] = defaultdict(int)
         self.uncounted: dict[tuple[str | None, str], int] = defaultdict(int)
+        self.used_outside: set[str] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
         if not isinstance(function, torch._ops.OpOverload):
-            self.uncounted[self.owners[-1], str(function)] += 1
+            self.uncounted[self.owners.innermost, str(function)] += 1
             return function(*args, **kwargs)
         if not counted(function):
             with self:
@@ -138,32 +141,16 @@ class _Census(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         output = function(*args, **kwargs)
+        if (owner := self.owners.of(args)) != self.owners.innermost:
+            self.used_outside.add(owner)
+            if not counted(function):
+                self.owners.derive(owner, output)
         if counted(function):
-            self.macs[self.owners[-1]] += macs_of(function, args, kwargs, output)
+            self.macs[owner] += macs_of(function, args, kwargs, output)
         elif not without_products(function):
             name = f"{function.namespace}.{function.overloadpacket.__name__}"
-            self.uncounted[self.owners[-1], name] += 1
+            self.uncounted[self.owners.innermost, name] += 1
         return output
-
-
-@contextmanager
-def inside(modules: dict[str, nn.Module], owners: list[str | None]) -> Iterator[None]:
-    """Keep in `owners` the names of those of `modules` whose forward is running, innermost last.
-
-    What hooks compute before and after the forward does not belong to it.
-    """
-    with ExitStack() as handles:
-        for name, module in modules.items():
-            before = module.register_forward_pre_hook(lambda *_, name=name: owners.append(name))
-            after = module.register_forward_hook(lambda *_: _leave(owners), prepend=True)
-            handles.callback(before.remove)
-            handles.callback(after.remove)
-        yield
-
-
-def _leave(owners: list[str | None]) -> None:
-    """Nothing is returned: a hook's value would take the place of the module's output."""
-    owners.pop()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
 from ptq_exp.errors import ConfigError, QuantizationError
-from ptq_exp.quantization.account import build_report, parameter_holders
+from ptq_exp.quantization.account import build_report, parameter_holders, quantized_operands
 from ptq_exp.quantization.calibrate import quantizers
 from ptq_exp.quantization.layers import (
     QUANTIZED,
@@ -16,9 +16,11 @@ from ptq_exp.quantization.layers import (
     attention_obstacle,
     attention_quantizers,
     layer_quantizers,
+    restore_type_,
     retype_,
 )
 from ptq_exp.quantization.obstacles import check_initialised, layer_obstacles, weight_marks
+from ptq_exp.quantization.operands import Products
 from ptq_exp.quantization.operations import trace
 from ptq_exp.quantization.quantizer import Quantizer
 from ptq_exp.quantization.report import Report
@@ -67,7 +69,19 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
     for name, placed in plan.items():
         retype_(names[name], placed)
     _use_explicit_paths(model)
-    return build_report(model, counted, {name: reason for name, reason in reasons.items() if reason}, example_inputs)
+    products = quantized_operands(model, example_inputs)
+    for name in layers.keys() & plan.keys():
+        used = counted.layer_macs.get(name) or name in counted.used_outside
+        if used and _bypassed(layers[name], products.layers.get(name, [])):
+            restore_type_(layers[name])
+            reasons[name] = "left alone: its weight is used outside of its own forward"
+    return build_report(model, counted, {name: reason for name, reason in reasons.items() if reason}, products)
+
+
+def _bypassed(layer: nn.Module, products: Products) -> bool:
+    """Whether none of the multiplications of `layer` reads what its own quantizers return."""
+    own = {q for q in (layer.weight_quantizer, layer.input_quantizer) if isinstance(q, Quantizer)}
+    return bool(own) and not any(operand.quantizer in own for pair in products for operand in pair)
 
 
 def _use_explicit_paths(model: nn.Module) -> None:
