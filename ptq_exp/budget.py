@@ -1,28 +1,83 @@
-"""The bit operations of a configuration, known before anything is computed, and the limit that they may have."""
+"""What is known before anything is computed: that the experiment fits its model, and its bit operations."""
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
 
-from ptq_exp.errors import InfeasibleError
+from ptq_exp.calibration import check_bins, labelled, positions
+from ptq_exp.config import build
+from ptq_exp.errors import DataError, InfeasibleError, QuantizationError
 from ptq_exp.policy import policy
-from ptq_exp.quantization import quantize_
+from ptq_exp.quantization import Report, disabled, quantize_
+from ptq_exp.quantization.operands import operands_of
+from ptq_exp.reconstruction_stage import blocks_of
+from ptq_exp.schema import FULL_PRECISION
 from ptq_exp.setup import Setup
 from ptq_exp.tracking.results import Results
 
 
-def check_budget(setup: Setup, results: Results) -> None:
-    """End the run where `bits.min_bops_ratio` is set and not met; results.json says by how much, as `budget`.
+def check_feasible(setup: Setup, results: Results) -> None:
+    """End the run here if a later stage could not do what the settings ask of this model.
 
     Raises:
-        InfeasibleError: the quantized network would take more bit operations than allowed.
+        PTQError: as the stages would: rules that match nothing, ranges that do not fit a layer, blocks that cannot be
+            reconstructed, steps without calibration states, real images that are missing or of another size.
+        InfeasibleError: the quantized network would take more bit operations than `bits.min_bops_ratio` allows.
     """
-    wanted = setup.config.bits.min_bops_ratio
-    if wanted is None or setup.artifact is not None:
+    if setup.config.bits.name == FULL_PRECISION or setup.artifact is not None:
         return
-    totals = planned_totals(setup)
+    _check_images(setup)
+    config = setup.config.calibration
+    drawn = positions(build(config.distribution, "calibration.distribution"), config.n_samples, len(setup.grid),
+                      setup.config.seed)  # fmt: skip
+    check_bins(setup.time_bins, labelled(drawn, setup.grid, config.labels).step)
+    report = planned_report(setup)
+    if setup.config.bits.min_bops_ratio is not None:
+        _check_budget(setup.config.bits.min_bops_ratio, report, results)
+
+
+def planned_report(setup: Setup) -> Report:
+    """The report that the quantized network will have; its blocks are found, too, where it is to be reconstructed.
+
+    Raises:
+        PTQError: see `check_feasible`.
+    """
+    example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
+    network = setup.model.twin().to(setup.device)
+    with _silent():  # all of it is said again when it is done
+        report = quantize_(network, policy(setup, network, example), example)
+        _check_called(setup, network, report, example)
+        if setup.config.reconstruction.active:
+            blocks_of(setup, network, setup.model.denoiser.to(setup.device), example)
+    return report
+
+
+def _check_called(setup: Setup, network: nn.Module, report: Report, example: tuple[Tensor, ...]) -> None:
+    """Raise QuantizationError for layers that are to be calibrated and that no evaluation calls, at any of some times."""
+    waiting = {row.name for row in report.rows if row.scope == "conv_linear" and not row.macs and row.activation_bits}
+    if not waiting:
+        return
+    steps = torch.linspace(0, len(setup.grid) - 1, min(4, len(setup.grid))).long()
+    x, _, *y = (part.expand(len(steps), *part.shape[1:]) for part in example)
+    t = setup.grid.network_time(steps).to(x.device)
+    with disabled(network):
+        unused = sorted(waiting - operands_of(network, (x, t, *y)).called)
+    if unused:
+        raise QuantizationError(
+            f"{', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}: the network never calls them, so that there is "
+            "nothing to calibrate them on: add their names to quantization.keep_fp"
+        )
+
+
+def _check_budget(wanted: float, report: Report, results: Results) -> None:
+    """End the run where its budget is not met; results.json says by how much, as `budget`."""
+    totals = report.totals
     ratio = totals["bops_reduction"]["conv_linear"]
     results.update("budget", budget={"bops": totals["bops"], "bops_ratio": ratio, "min_bops_ratio": wanted})
     if ratio < wanted:
@@ -32,10 +87,33 @@ def check_budget(setup: Setup, results: Results) -> None:
         )
 
 
-def planned_totals(setup: Setup) -> dict:
-    """The totals of the report that the quantized network will have, from shapes alone; see `Report.totals`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        network = setup.model.twin().to("meta")
-    example = tuple(torch.empty_like(part, device="meta") for part in setup.model.example_inputs())
-    return quantize_(network, policy(setup, network, example), example).totals
+def _check_images(setup: Setup) -> None:
+    """Raise DataError where calibration starts from real images and there are none, or of another size."""
+    source, model = setup.config.calibration.source, setup.model
+    if source not in ("raw", "diffuse"):
+        return
+    images = setup.real_images()
+    if images is None:
+        raise DataError(
+            f"calibration.source={source} needs real images: set model.images.path to a folder of images, an .npz file "
+            "(arr_0 uint8 [N, H, W, C]) or a folder of CIFAR-10's python files"
+        )
+    channels, height, width = model.image_shape
+    if tuple(images.shape[1:]) != (height, width, channels):
+        raise DataError(
+            f"model.images holds images of {tuple(images.shape[1:])}, but the model {model.name} works on "
+            f"{(height, width, channels)} (height, width, channels): set model.images.path to images of that size"
+        )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    log = logging.getLogger("ptq_exp")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

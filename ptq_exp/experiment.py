@@ -13,13 +13,14 @@ import numpy as np
 from ptq_exp import noise_stages, stages
 from ptq_exp.analysis_stage import analyse
 from ptq_exp.artifact import SUBFOLDER
-from ptq_exp.budget import check_budget
+from ptq_exp.budget import check_feasible
 from ptq_exp.evaluation.images import mean_psnr
 from ptq_exp.files import file_digest
 from ptq_exp.model_card import write_card
 from ptq_exp.noise_account import eps_errors, noise_account, write_account
 from ptq_exp.quantization import Report
 from ptq_exp.quantized import load_twin, save_twin
+from ptq_exp.range_stages import prove
 from ptq_exp.reconstruction_stage import calibration_seconds, reconstruct, reconstruction_account
 from ptq_exp.reporting import write_run_report
 from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
@@ -61,7 +62,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         clock = _Clock(results)
         setup = clock.setup = Setup.of(config, fresh_since)
         results.update("start", environment=environment(), command=run_command(folder))
-        check_budget(setup, results)
+        check_feasible(setup, results)
         reference = clock("reference", stages.reference_features, setup) if setup.extractor else None
         scorer = Scorer(setup, reference)
         fp_images = clock("fp32_images", stages.full_precision_images, setup)
@@ -141,6 +142,7 @@ def _new_twin(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
         evaluations += int(calibration_set.evaluations.sum())
     twin = clock("reconstruct", reconstruct, setup, twin, calibration_set)
     clock.results.update("reconstruct", calibration_seconds=calibration_seconds(setup, twin))
+    twin = clock("proof", prove, setup, twin, calibration_set)
     twin = clock("bit_schedule", noise_stages.schedule_bits, setup, twin)
     twin = clock("noise_statistics", noise_stages.fit_correction, setup, twin)
     return twin, evaluations
@@ -194,7 +196,8 @@ class _Clock:
 def _account(report: Report) -> dict:
     """Coverage, size and bit operations for results.json."""
     totals = report.totals
-    return totals | {
+    not_counted = {"not_counted": list(report.not_counted)} if report.not_counted else {}
+    return totals | not_counted | {
         "coverage_conv_linear": totals["coverage"]["conv_linear"],
         "bops_ratio": totals["bops_reduction"]["conv_linear"],
         "bops_ratio_everything": totals["bops_reduction"]["everything"],

@@ -104,5 +104,6 @@ def card(description: dict[str, Any], results: dict[str, Any], command: str) -> 
     )  # fmt: skip
 
 
-def _both(values: dict[str, float], form: str) -> str:
-    return " / ".join(form.format(values[scope]) for scope in ("conv_linear", "everything"))
+def _both(values: dict[str, float | None], form: str) -> str:
+    found = [values[scope] for scope in ("conv_linear", "everything")]
+    return " / ".join("unknown" if value is None else form.format(value) for value in found)

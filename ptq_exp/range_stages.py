@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from ptq_exp.quantization import (
     depending_on_alone,
     disabled,
     finish_calibration,
+    of_samples,
+    proven,
     quantizers,
+    refuted,
     select_row,
 )
 from ptq_exp.quantization.smooth import largest_outputs, smooth_, smoothable, smoothing_factors
@@ -59,6 +63,27 @@ def calibrate(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> None
             if of_time:
                 _observe(setup, quantized, batches_of_times(setup, row), of_time)
             finish_calibration(quantized, config.metric.name)
+
+
+@torch.no_grad()
+def prove(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Twin:
+    """The twin with a report that one evaluation of calibration states bears out, see `proven`; what it does not is said.
+
+    With candidate widths every sample has another one, with bins of sampling steps the ranges of its own step.
+    """
+    network, n = twin.network, max(2, len(setup.activation_widths))
+    x, t, y = next(iter(calibration_set.batches(n)))
+    rows = None
+    if setup.n_bins > 1:
+        rows = setup.time_bins[calibration_set.batch_steps(n)[: len(x)]]
+    elif len(setup.activation_widths) > 1:
+        rows = torch.arange(len(x)) % len(setup.activation_widths)
+    inputs = tuple(None if part is None else part.to(setup.device) for part in (x, t, y))
+    with of_samples(network, rows):
+        checked = proven(network, twin.report, inputs)
+    for row in refuted(twin.report, checked):
+        log.warning("%s is not covered: %s", row.name, row.reason)
+    return replace(twin, report=checked)
 
 
 def smooth(

@@ -23,6 +23,7 @@ from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, select_ro
 from ptq_exp.range_stages import batches_of_times, time_layers
 from ptq_exp.reconstruction import (
     Annealing,
+    Block,
     BlockReport,
     Reconstruction,
     Settings,
@@ -123,10 +124,8 @@ def _reconstructed(setup: Setup, twin: Twin, calibration_set: CalibrationSet, fo
     # after smoothing the model's own denoiser has other weights than those that were rounded
     reference = setup.model.denoiser if twin.reference is None else twin.reference
     reference.to(setup.device)
-    patterns = setup.model.blocks if config.reconstruction.granularity == "block" else ()
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
-    of_time = time_layers(setup, reference) if config.quantization.time_layers == "all_steps" else []
-    blocks = [*_time_blocks(setup, network, reference, of_time), *find_blocks(network, patterns, example, of_time)]
+    blocks = blocks_of(setup, network, reference, example)
     reconstruction = Reconstruction(
         network, reference, blocks, calibration_set, settings_of(config.reconstruction), seed=config.seed,
         batch_size=config.calibration.batch_size,
@@ -137,6 +136,18 @@ def _reconstructed(setup: Setup, twin: Twin, calibration_set: CalibrationSet, fo
     return reconstruct_network(
         reconstruction, folder / "blocks.ckpt", accelerator=trainer.accelerator, progress_bar=trainer.progress_bar
     )
+
+
+def blocks_of(setup: Setup, network: nn.Module, reference: nn.Module, example: tuple[torch.Tensor, ...]) -> list[Block]:
+    """The blocks of the quantized `network` in the order of their reconstruction, layers of the time alone first.
+
+    Raises:
+        QuantizationError: the network has no such blocks; the message says what to choose.
+    """
+    config = setup.config
+    patterns = setup.model.blocks if config.reconstruction.granularity == "block" else ()
+    of_time = time_layers(setup, reference) if config.quantization.time_layers == "all_steps" else []
+    return [*_time_blocks(setup, network, reference, of_time), *find_blocks(network, patterns, example, of_time)]
 
 
 def _time_blocks(setup: Setup, network: nn.Module, reference: nn.Module, layers: list[str]) -> list[TimeBlock]:

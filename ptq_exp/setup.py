@@ -204,6 +204,13 @@ class Setup:
             yield folder
             shutil.rmtree(folder, ignore_errors=True)
 
+    def real_images(self) -> Any:
+        """Images uint8 [N, H, W, C] that calibration may start from, read when asked for; None: it needs or has none."""
+        images = self.config.model.images
+        if not self.needs_images or (images or {}).get("path", "shipped") is None:
+            return None
+        return build(images, "model.images")
+
     @property
     def needs_images(self) -> bool:
         """Whether calibration may start from real images; a source of somebody else's is offered them."""

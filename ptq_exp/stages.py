@@ -69,11 +69,8 @@ def make_calibration_set(setup: Setup, previous: Twin | None = None, calibration
         distribution = build(config.distribution, "calibration.distribution")
         drawn = positions(distribution, config.n_samples, len(setup.grid), setup.config.seed)
         states = labelled(drawn, setup.grid, config.labels)
-        images = None
-        if setup.needs_images and (setup.config.model.images or {}).get("path", "shipped") is not None:
-            images = build(setup.config.model.images, "model.images")
         module = CalibrationModule(
-            setup.model, setup.grid, config.source, seed=setup.config.seed, images=images,
+            setup.model, setup.grid, config.source, seed=setup.config.seed, images=setup.real_images(),
             denoiser=setup.guided(setup.model.denoiser) if previous is None else previous.guided(setup),
         )  # fmt: skip
         null_label = None if setup.guidance_scale == 1 else setup.model.null_label

@@ -35,6 +35,7 @@ from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d
 from ptq_exp.quantization.placement import quantize_
 from ptq_exp.quantization.policy_rules import default_rules, kept, segmented, with_outputs
 from ptq_exp.quantization.probe import one_layer_quantized, probe_of, quantized_layers
+from ptq_exp.quantization.proof import proven, refuted
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from ptq_exp.quantization.ranges import METRICS, RangeSketch, search_range
 from ptq_exp.quantization.report import Report, Row
@@ -83,11 +84,13 @@ __all__ = [
     "of_samples",
     "one_layer_quantized",
     "probe_of",
+    "proven",
     "quantize",
     "quantize_",
     "quantized_layers",
     "quantizers",
     "ranges",
+    "refuted",
     "save_quantized",
     "search_range",
     "segmented",

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.operations import evaluating
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 
 
@@ -59,7 +60,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def calibrating(model: nn.Module, chosen: Collection[str] | None = None) -> Iterator[None]:
     """Let the activation quantizers observe inside the context; each one's mode is restored at its end.
 
-    Activations pass unquantized, through the frozen, quantized weights. Several contexts add up until
+    Activations pass unquantized, through the frozen, quantized weights, in evaluation mode. Several contexts add up until
     `finish_calibration`. An error inside discards what was observed.
 
     Args:
@@ -67,7 +68,7 @@ def calibrating(model: nn.Module, chosen: Collection[str] | None = None) -> Iter
         chosen: names of the quantizers that observe, the others only let pass; None = all.
     """
     try:
-        with _mode(model, Mode.OBSERVE):
+        with _mode(model, Mode.OBSERVE), evaluating(model):
             for name, quantizer in _activations(model):
                 if chosen is not None and name not in chosen:
                     quantizer.mode = Mode.OFF
@@ -97,6 +98,18 @@ def calibrate_activations_(model: nn.Module, metric: str, batches: Iterable[Sequ
         for batch in batches:
             model(*batch)
     finish_calibration(model, metric)
+    check_weights(model)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise QuantizationError if a frozen weight holds other values than its quantized ones."""
+    for layer in _quantized_weights(model):
+        quantizer = layer.weight_quantizer
+        if quantizer.baked and (off := quantizer.off_grid(layer.weight)):
+            raise QuantizationError(
+                f"{quantizer.name}: {off} of {layer.weight.numel()} weights are not on the grid of their ranges: the "
+                "network changes them when it runs; keep the layer in full precision by quantization.keep_fp"
+            )
 
 
 def calibrate_weights_(model: nn.Module, metric: str, on_layer: Callable[[], object] = lambda: None) -> None:

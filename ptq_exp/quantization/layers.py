@@ -83,6 +83,14 @@ def retype_(module: nn.Module, quantizers: dict[str, nn.Module]) -> None:
     module.__class__ = QUANTIZED[type(module)]
 
 
+def restore_type_(module: nn.Module) -> None:
+    """Undo `retype_`, before anything is calibrated."""
+    module.__class__ = FULL_PRECISION[type(module)]
+    for name, child in list(module.named_children()):
+        if name.endswith("_quantizer"):
+            delattr(module, name)
+
+
 def layer_quantizers(
     layer: nn.Conv1d | nn.Conv2d | nn.Linear, spec: QuantSpec, name: str
 ) -> dict[str, nn.Module]:

@@ -8,16 +8,21 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
 from ptq_exp.errors import ConfigError, QuantizationError
-from ptq_exp.quantization.account import build_report, parameter_holders
+from ptq_exp.quantization.account import build_report, parameter_holders, quantized_operands
 from ptq_exp.quantization.calibrate import quantizers
 from ptq_exp.quantization.layers import (
     QUANTIZED,
+    QuantAttention,
     attention_obstacle,
     attention_quantizers,
     layer_quantizers,
+    restore_type_,
     retype_,
 )
+from ptq_exp.quantization.obstacles import check_initialised, layer_obstacles, weight_marks
+from ptq_exp.quantization.operands import Products
 from ptq_exp.quantization.operations import trace
+from ptq_exp.quantization.quantizer import Quantizer
 from ptq_exp.quantization.report import Report
 from ptq_exp.quantization.rules import Rule, check_rules, first_match
 from ptq_exp.quantization.step import Step
@@ -26,9 +31,9 @@ from ptq_exp.quantization.step import Step
 def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) -> Report:
     """Give the layers of `model` the quantizers that `rules` ask for, in place; nothing is calibrated yet.
 
-    Exact `nn.Conv1d`, `nn.Conv2d`, `nn.Linear` and `diffusers` `Attention` are retyped; subclasses of them
-    and other modules with weights are left alone and named in the report. If anything is wrong, the model is
-    left unchanged. Activations with candidate widths, or bins of sampling steps, share one `Step`, which says which of
+    Exact `nn.Conv1d`, `nn.Conv2d`, `nn.Linear` and `diffusers` `Attention` are retyped; subclasses of them, layers whose
+    weight is computed or shared, and other modules with weights are left alone and named in the report. If anything is
+    wrong, the model is left unchanged. Activations with candidate widths, or bins of sampling steps, share one `Step`, which says which of
     them is in force.
 
     Args:
@@ -37,27 +42,58 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
         example_inputs: positional arguments of one sample, for the forward that counts multiplications.
 
     Raises:
-        QuantizationError: the model is quantized already, or segments do not fit a layer.
+        QuantizationError: the model is quantized already, a layer has no weights yet, or segments do not fit one.
         ConfigError: a rule matches nothing, or activations have different numbers of candidate widths or bins.
     """
     if next(quantizers(model), None) is not None:
         raise QuantizationError("the model is quantized already: quantize_ wants a full-precision model")
-    names = {name: module for name, module in model.named_modules() if type(module) in QUANTIZED}
+    check_initialised(model)
+    obstacles = layer_obstacles(model)
+    names = {name: m for name, m in model.named_modules() if type(m) in QUANTIZED and name not in obstacles}
     check_rules(rules, names, [name for name, _ in parameter_holders(model) if name not in names])
-    plan: list[tuple[nn.Module, dict[str, nn.Module]]] = []
+    plan: dict[str, dict[str, nn.Module]] = {}
     reasons: dict[str, str] = {}
     for name, module in names.items():
         placed, reasons[name] = _plan(module, first_match(rules, name), name)
         if placed:
-            plan.append((module, placed))
+            plan[name] = placed
     reasons |= _kept_by_rule(model, rules, names)
-    _share_step([quantizer for _, placed in plan for quantizer in placed.values()])
+    layers = {name: m for name, m in names.items() if not isinstance(m, Attention)}
+    marks = weight_marks(layers)
     counted = trace(model, example_inputs)
-    for module, placed in plan:
-        retype_(module, placed)
-        if isinstance(module, Attention):
+    for name, mark in weight_marks(layers).items():
+        if mark != marks[name]:
+            plan.pop(name, None)
+            reasons[name] = "left alone: its weight is changed when the network runs"
+    _share_step([quantizer for placed in plan.values() for quantizer in placed.values()])
+    for name, placed in plan.items():
+        retype_(names[name], placed)
+    _use_explicit_paths(model)
+    products = quantized_operands(model, example_inputs)
+    for name in layers.keys() & plan.keys():
+        used = counted.layer_macs.get(name) or name in counted.used_outside
+        if used and _bypassed(layers[name], products.layers.get(name, [])):
+            restore_type_(layers[name])
+            reasons[name] = "left alone: its weight is used outside of its own forward"
+    return build_report(model, counted, {name: reason for name, reason in reasons.items() if reason}, products)
+
+
+def _bypassed(layer: nn.Module, products: Products) -> bool:
+    """Whether none of the multiplications of `layer` reads what its own quantizers return."""
+    own = {q for q in (layer.weight_quantizer, layer.input_quantizer) if isinstance(q, Quantizer)}
+    return bool(own) and not any(operand.quantizer in own for pair in products for operand in pair)
+
+
+def _use_explicit_paths(model: nn.Module) -> None:
+    """Let modules that have a fused path around their layers, which no quantizer sees, call the layers instead."""
+    for module in model.modules():
+        if isinstance(module, QuantAttention):
             module.set_processor(AttnProcessor())
-    return build_report(model, counted, {name: reason for name, reason in reasons.items() if reason}, example_inputs)
+        quantized = any(isinstance(child, Quantizer) for child in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer) and quantized:
+            module.activation_relu_or_gelu = 0  # it is asked for this path alone
+        elif isinstance(module, nn.TransformerEncoder) and quantized:
+            module.use_nested_tensor = False
 
 
 def _plan(module: nn.Module, rule: Rule | None, name: str) -> tuple[dict[str, nn.Module], str]:

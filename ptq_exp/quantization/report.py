@@ -98,11 +98,14 @@ class Report:
 
     `shares`: of the network evaluations of one sample, the share at each candidate width of the activations; None
     where they have one width, or where it is not known yet. Without it a report with candidates has no totals.
+    `not_counted`: operators that the network runs and whose multiplications, if any, stand in no row; with one of them
+    the coverage of everything is not known (None in the totals).
     """
 
     rows: tuple[Row, ...]
     other_params: int
     shares: tuple[float, ...] | None = None
+    not_counted: tuple[str, ...] = ()
 
     @cached_property
     def candidates(self) -> int:
@@ -117,7 +120,7 @@ class Report:
         """
         if not 0 <= row < self.candidates:
             raise QuantizationError(f"Report.at: row {row} is out of range, choose 0..{self.candidates - 1}")
-        return Report(tuple(operation.at(row) for operation in self.rows), self.other_params)
+        return replace(self, rows=tuple(operation.at(row) for operation in self.rows), shares=None)
 
     def mixed(self, shares: Sequence[float]) -> Report:
         """Return the report whose BOPs are the mean over evaluations, the i-th candidate's counting ``shares[i]``.
@@ -139,7 +142,7 @@ class Report:
         """Sums over the network.
 
         Keys: ``params``, ``weight_bytes``, ``fp32_bytes``, ``size_reduction``; and, each a dictionary with
-        the keys ``conv_linear`` and ``everything``: ``macs``, ``coverage`` (0 to 1), ``bops``, ``bops_fp32``,
+        the keys ``conv_linear`` and ``everything``: ``macs``, ``coverage`` (0 to 1; None: not known), ``bops``, ``bops_fp32``,
         ``bops_reduction`` (how many times fewer BOPs than FP32).
 
         Raises:
@@ -161,7 +164,8 @@ class Report:
             for row in self.rows
         ]
         shares = {} if self.shares is None else {"shares": list(self.shares)}
-        return {"totals": self.totals, **shares, "layers": layers}
+        not_counted = {"not_counted": list(self.not_counted)} if self.not_counted else {}
+        return {"totals": self.totals, **shares, **not_counted, "layers": layers}
 
     def table(self) -> pd.DataFrame:
         """Return one line per operation, with its BOPs."""
@@ -179,9 +183,11 @@ class Report:
             )
         for scope, title in zip(SCOPES, ("conv + linear", "everything"), strict=True):
             lines.append(
-                f"{title}: {total['macs'][scope] / 1e6:,.2f} M MACs, {total['coverage'][scope]:.2%} covered, "
+                f"{title}: {total['macs'][scope] / 1e6:,.2f} M MACs, {_percent(total['coverage'][scope])} covered, "
                 f"BOPs {total['bops'][scope] / 1e9:,.3f} G = FP32 / {total['bops_reduction'][scope]:.1f}"
             )
+        if self.not_counted:
+            lines.append(f"not counted, so that the coverage of everything is unknown: {', '.join(self.not_counted)}")
         if self.candidates > 1:
             lines.append(f"activation bits by share of evaluations: {self._mix()}")
         lines.append(
@@ -203,9 +209,11 @@ class Report:
     def _accounting(self, scope: str) -> dict[str, float]:
         rows = self._in(scope)
         macs, bops = sum(row.macs for row in rows), sum(self._bops(row) for row in rows)
+        known = scope != "everything" or not self.not_counted
+        coverage = sum(row.macs for row in rows if row.covered) / macs if macs else 0.0
         return {
             "macs": macs,
-            "coverage": sum(row.macs for row in rows if row.covered) / macs if macs else 0.0,
+            "coverage": coverage if known else None,
             "bops": bops,
             "bops_fp32": macs * FP_BITS**2,
             "bops_reduction": macs * FP_BITS**2 / bops if bops else 1.0,
@@ -224,6 +232,10 @@ class Report:
             f"{_shown(tuple(sorted({bits[i] for bits in widths})))} in {share:.2%}"
             for i, share in enumerate(self.shares)
         )
+
+
+def _percent(share: float | None) -> str:
+    return "an unknown share" if share is None else f"{share:.2%}"
 
 
 def _shown(bits: Bits) -> str:

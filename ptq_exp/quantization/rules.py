@@ -147,14 +147,13 @@ def check_rules(rules: Sequence[Rule], quantizable: Collection[str], left_alone:
         names = [*quantizable, *left_alone] if rule.spec is None else list(quantizable)
         if any(rule.matches(name) for name in names):
             continue
+        called = f"rule {rule.pattern!r}" + (f" ({rule.reason})" if rule.reason else "")
         blocked = [name for name in left_alone if rule.matches(name)]
         if blocked:
-            raise ConfigError(
-                f"rule {rule.pattern!r} matches only modules that cannot be quantized: {blocked[:3]}"
-            )
+            raise ConfigError(f"{called} matches only modules that cannot be quantized: {blocked[:3]}")
         near = difflib.get_close_matches(rule.pattern.replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
         raise ConfigError(
-            f"rule {rule.pattern!r} matches no convolution, linear layer or attention of the model; "
+            f"{called} matches no convolution, linear layer or attention of the model; "
             f"names near it: {', '.join(near) or 'none, the model has no such module'}"
         )
 

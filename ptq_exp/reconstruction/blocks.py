@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, disabled
@@ -62,17 +64,19 @@ def find_blocks(
         elsewhere: layers that are not to be in any of these blocks, as another one has them.
 
     Raises:
-        QuantizationError: a block is called never, or more than once, in a forward; its inputs could not be told apart.
+        QuantizationError: a block is called never in a forward, or on different inputs, which could not be told apart.
     """
     layers = [name for name, m in network.named_modules() if isinstance(_weight_quantizer(m), WeightQuantizer)]
     owner = {layer: _outermost(layer, patterns) for layer in layers if layer not in elsewhere}
-    order = _call_order(network, set(layers) | set(owner.values()), example_inputs)
-    counts = Counter(order)
+    names = set(layers) | set(owner.values())
+    order, counts = _call_order(network, names, tuple(map(_generic, example_inputs)))
     for name in dict.fromkeys(owner.values()):
         if counts[name] != 1:
+            inputs = "" if counts[name] == 0 else " on different inputs"
             raise QuantizationError(
-                f"{name} is called {counts[name]} times in one evaluation of the network and cannot be reconstructed "
-                "as a block: keep it in full precision by quantization.keep_fp, or set reconstruction=none"
+                f"{name} is called {counts[name]} times{inputs} in one evaluation of the network and cannot be "
+                "reconstructed as a block: keep it in full precision by quantization.keep_fp, or set "
+                "reconstruction=none"
             )
     inside: dict[str, list[str]] = {name: [] for name in dict.fromkeys(order) if name in set(owner.values())}
     for layer in dict.fromkeys(order):
@@ -100,19 +104,46 @@ def _outermost(layer: str, patterns: Sequence[str]) -> str:
     return next((name for name in around if any(fnmatchcase(name, pattern) for pattern in patterns)), layer)
 
 
+def _generic(value: Any) -> Any:
+    """A state or time with another number in each place: what differs in general differs here."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value + (1 + torch.arange(value.numel(), device=value.device)).sin().reshape(value.shape).to(value.dtype)
+
+
 @torch.no_grad()
-def _call_order(network: nn.Module, names: set[str], example_inputs: tuple) -> list[str]:
-    """The modules called `names` in the order in which a forward enters them, once per call."""
+def _call_order(network: nn.Module, names: set[str], inputs: tuple) -> tuple[list[str], Counter[str]]:
+    """The modules called `names` in the order in which a forward enters them, once per call; and on how many different
+    inputs each is called."""
     order: list[str] = []
+    seen: dict[str, list[list[Any]]] = {}
+
+    def enter(name: str, args: tuple, kwargs: dict) -> None:
+        order.append(name)
+        found = pytree.tree_map_only(Tensor, Tensor.clone, pytree.tree_leaves((args, kwargs)))
+        if not any(_same(found, other) for other in seen.setdefault(name, [])):
+            seen[name].append(found)
+
     handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+        module.register_forward_pre_hook(lambda _, *given, name=name: enter(name, *given), with_kwargs=True)
         for name, module in network.named_modules()
         if name in names
     ]
     try:
         with disabled(network):  # what is multiplied is the same, and no row of ranges need be chosen
-            network.forward(*example_inputs)
+            network.forward(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return order
+    return order, Counter({name: len(inputs) for name, inputs in seen.items()})
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    """Whether the arguments of two calls are the same."""
+    if len(one) != len(other):
+        return False
+    pairs = zip(one, other, strict=True)
+    return all(
+        isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, Tensor) else not isinstance(b, Tensor) and a == b
+        for a, b in pairs
+    )

@@ -91,8 +91,10 @@ class Part(nn.Module):
 def plan_part(network: nn.Module, names: Sequence[str], inputs: tuple) -> Plan:
     """Follow the layers `names` through one forward of the full-precision `network` on the positional `inputs`.
 
+    A layer that is called again on the values that it has read before is one step: it makes the same of them.
+
     Raises:
-        QuantizationError: one of them is called more than once.
+        QuantizationError: one of them is called on different values.
     """
     recorder = _Recorder()
     with watching(network) as watch, recorder:
@@ -119,6 +121,15 @@ def plan_part(network: nn.Module, names: Sequence[str], inputs: tuple) -> Plan:
     )
 
 
+def check_same(name: str, before: Tensor, now: Tensor) -> None:
+    """Raise QuantizationError unless the layer `name`, which read `before`, reads the same again."""
+    if not torch.equal(before, now):
+        raise QuantizationError(
+            f"{name} is called more than once in one evaluation of the network, on different values, and cannot be "
+            "reconstructed on all times: set quantization.time_layers=calibration_set"
+        )
+
+
 class _Recorder(TorchFunctionMode):
     """Writes down the layers that are entered, and every function of nothing but what followed from their outputs."""
 
@@ -126,24 +137,29 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.steps: list[Operation] = []
         self.read: dict[str, Slot] = {}
+        self._values: dict[str, Tensor] = {}
+        self._made_by: dict[str, Slot] = {}
         self._made = 0
         # the tensors are kept too: the identity of one that is gone may be given to another
         self._slots: dict[int, tuple[Tensor, Slot]] = {}
 
     def enter(self, name: str, x: Tensor) -> None:
         """The layer `name` is about to read `x`."""
-        if name in self.read:
-            raise QuantizationError(
-                f"{name} is called more than once in one evaluation of the network and cannot be reconstructed on all "
-                "times: set quantization.time_layers=calibration_set"
-            )
-        self.read[name] = self._slot(x) or self._new(x)
         self._entered = name
+        if name not in self.read:
+            self.read[name] = self._slot(x) or self._new(x)
+            self._values[name] = x.clone()
+        else:
+            check_same(name, self._values[name], x)
 
     def leave(self, y: Tensor) -> None:
         """The layer entered last has made `y`."""
         name = self._entered
-        self.steps.append(Operation(name, None, (self.read[name],), {}, (self._new(y),)))
+        if name in self._made_by:
+            self._slots[id(y)] = (y, self._made_by[name])
+            return
+        self._made_by[name] = self._new(y)
+        self.steps.append(Operation(name, None, (self.read[name],), {}, (self._made_by[name],)))
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

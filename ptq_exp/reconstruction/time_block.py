@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ptq_exp.quantization import WeightQuantizer, of_samples
 from ptq_exp.quantization.provenance import watching
 from ptq_exp.reconstruction.blocks import Block
 from ptq_exp.reconstruction.capture import Batch, Calls
-from ptq_exp.reconstruction.part import Part, Plan, plan_part
+from ptq_exp.reconstruction.part import Part, Plan, check_same, plan_part
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,27 +52,39 @@ class TimeBlock(Block):
         """What the roots read (and the leaves make: `output`) in `network` at all times.
 
         Raises:
-            QuantizationError: the layers by themselves do not give what they give in the network.
+            QuantizationError: the layers by themselves do not give what they give in the network, or one is called on
+                different values.
         """
-        inputs: dict[str, list[Tensor]] = {name: [] for name in self.plan.roots}
+        inputs: dict[str, list[Tensor]] = {step.layer: [] for step in self.plan.steps if step.layer is not None}
         outputs: dict[str, list[Tensor]] = {name: [] for name in self.plan.leaves}
-        start = 0
+        start = evaluation = 0
+
+        def read(name: str, x: Tensor) -> None:
+            if len(inputs[name]) < evaluation:
+                inputs[name].append(x.clone())
+            else:  # called again
+                check_same(name, inputs[name][-1], x)
+
+        def made(name: str, y: Tensor) -> None:
+            if len(outputs[name]) < evaluation:
+                outputs[name].append(y.flatten(1))
+
         with watching(network) as watch:
-            for name, seen in inputs.items():
-                watch(network.get_submodule(name), before=lambda x, seen=seen: seen.append(x.clone()))
-            for name, seen in outputs.items():
-                watch(network.get_submodule(name), after=lambda y, seen=seen: seen.append(y.flatten(1)))
-            for batch in self.batches:
+            for name in inputs:
+                watch(network.get_submodule(name), before=partial(read, name))
+            for name in outputs:
+                watch(network.get_submodule(name), after=partial(made, name))
+            for evaluation, batch in enumerate(self.batches, start=1):  # noqa: B007
                 rows = None if self.step_rows is None else self.step_rows[start : start + len(batch[0])]
                 with of_samples(network, rows):
                     network.forward(*(None if part is None else part.to(device) for part in batch))
                 start += len(batch[0])
-        read = tuple(torch.cat(seen) for seen in inputs.values())
+        values = tuple(torch.cat(inputs[name]) for name in self.plan.roots)
         if not output:
-            return Calls.of(read, {}, step_rows=self.step_rows)
-        made = torch.cat([torch.cat(seen) for seen in outputs.values()], 1)
-        self._check(network, read, made)
-        return Calls.of(read, {}, made, step_rows=self.step_rows)
+            return Calls.of(values, {}, step_rows=self.step_rows)
+        written = torch.cat([torch.cat(seen) for seen in outputs.values()], 1)
+        self._check(network, values, written)
+        return Calls.of(values, {}, written, step_rows=self.step_rows)
 
     def _check(self, network: nn.Module, read: tuple[Tensor, ...], made: Tensor) -> None:
         """A function between the layers may be bound to the batch that the plan was made with: then it is refused."""
@@ -100,7 +113,7 @@ def find_time_blocks(
         batches, step_rows: see `TimeBlock`.
 
     Raises:
-        QuantizationError: a layer is called more than once in a forward.
+        QuantizationError: a layer is called on different values in one forward.
     """
     found = []
     device = next(reference.parameters()).device

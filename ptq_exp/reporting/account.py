@@ -23,6 +23,8 @@ def account_section(folder: Path) -> Section | None:
     shares = account.get("shares") or [1.0]
     size = (f"Weights take {totals['weight_bytes'] / 1e6:.3f} MB of {totals['fp32_bytes'] / 1e6:.3f} MB in FP32 "
             f"(/ {totals['size_reduction']:.2f}).")  # fmt: skip
+    if not_counted := account.get("not_counted"):
+        size += f" Not counted, so that the coverage of everything is unknown: {', '.join(not_counted)}."
     return Section(
         "account", "Coverage and bit operations", text=[size], tables=[_totals(totals), _kinds(layers, totals)],
         folded_tables=[(f"All {len(layers)} operations", _operations(layers, shares))],

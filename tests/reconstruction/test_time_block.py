@@ -5,9 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from ptq_exp.calibration import CalibrationSet
+from ptq_exp.diffusion.denoisers import DiTDenoiser
 from ptq_exp.errors import QuantizationError
 from ptq_exp.models import load_model
 from ptq_exp.quantization import (
@@ -17,6 +19,7 @@ from ptq_exp.quantization import (
     depending_on_alone,
     quantize_,
     select_row,
+    set_mode,
 )
 from ptq_exp.reconstruction import (
     Annealing,
@@ -234,3 +237,103 @@ def test_a_layer_called_twice_is_refused():
 
 def test_without_quantized_layers_there_is_no_block(toy):
     assert find_time_blocks(toy, toy, LAYERS, batches()) == []
+
+
+class Again(nn.Module):
+    """As a DiT: the embedding of the time, in the first block, is asked again at the end."""
+
+    def __init__(self, second=lambda t: t):
+        super().__init__()
+        self.one, self.two = nn.Linear(2, 4), nn.Linear(4, 4)
+        self.scale, self.last, self.conv = nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(1, 4, 1)
+        self.second = second
+
+    def embedding(self, t):
+        return self.two(torch.tanh(self.one(torch.stack([t / 1000, t.cos()], 1))))
+
+    def forward(self, x, t, y=None):
+        h = self.conv(x) * self.scale(self.embedding(t))[:, :, None, None]
+        return h + self.last(self.embedding(self.second(t)))[:, :, None, None]
+
+
+AGAIN = ["one", "two", "scale", "last"]
+
+
+def quantized_again(second=lambda t: t):
+    torch.manual_seed(0)
+    net = Again(second).eval().requires_grad_(False)
+    twin = copy.deepcopy(net)
+    quantize_(twin, default_rules(3, 8, first=(), last=(), attention=False), EXAMPLE)
+    return net, twin
+
+
+def test_a_layer_called_again_on_the_same_times_is_one_step():
+    net, twin = quantized_again()
+    (block,) = find_time_blocks(twin, net, AGAIN, batches())
+    assert [step.layer for step in block.plan.steps if step.layer] == AGAIN
+    assert [step.function for step in block.plan.steps if step.layer is None] == [torch.tanh]
+    assert list(block.plan.roots) == ["one"] and list(block.plan.leaves) == ["scale", "last"]
+    calls = block.capture(net, torch.device("cpu"), output=True)
+    assert calls.tensors[0].shape == (5, 2)
+    embedded = net.embedding(TIMES)
+    torch.testing.assert_close(calls.output, torch.cat([net.scale(embedded), net.last(embedded)], 1))
+    assert torch.equal(block.capture(twin_off(twin), torch.device("cpu"), output=False).tensors[0], calls.tensors[0])
+
+
+def twin_off(twin):
+    set_mode(twin, "off")
+    return twin
+
+
+@pytest.mark.parametrize("second", [lambda t: t + 1, lambda t: t.clamp(max=800)], ids=["at once", "at some times"])
+def test_a_layer_called_again_on_other_times_is_refused(second):
+    net, twin = quantized_again(second)
+    with pytest.raises(QuantizationError, match="one is called more than once.*time_layers=calibration_set"):
+        # the first batch holds the time 900, the second none above 800
+        (block,) = find_time_blocks(twin, net, AGAIN, batches(TIMES.flip(0)))
+        block.capture(net, torch.device("cpu"), output=True)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_dit_is_reconstructed_on_all_times(joint, tmp_path):
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=2, sample_size=6,
+        num_embeds_ada_norm=3,
+    )  # fmt: skip
+    net = DiTDenoiser(transformer, 3).eval().requires_grad_(False)
+    example = (*EXAMPLE, torch.zeros(1, dtype=torch.long))
+    rng = np.random.default_rng(0)
+    step = np.arange(16) % 5
+    samples = CalibrationSet(
+        rng.standard_normal((16, 1, 6, 6), dtype=np.float32), step, TIMES.numpy()[step], np.zeros(16, int), step % 3,
+        null_label=3,
+    )  # fmt: skip
+    twin = copy.deepcopy(net)
+    quantize_(twin, default_rules(3, 8, first=("*pos_embed.proj",), last=("*proj_out_2",)), example)
+    calibrate_weights_(twin, "minmax")
+    calibrate_activations_(twin, "minmax", samples.batches(8))
+    layers = depending_on_alone(net, example, 1)
+    assert len(layers) == 4 and all("timestep_embedder" in name for name in layers)
+    times = [(EXAMPLE[0].expand(5, -1, -1, -1), TIMES, torch.zeros(5, dtype=torch.long))]
+    blocks = [
+        *find_time_blocks(twin, net, layers, times, joint=joint),
+        *find_blocks(twin, ("*transformer_blocks.*",) if joint else (), example, layers),
+    ]
+    made = Reconstruction(
+        twin, net, blocks, samples, Settings(Annealing(3), batch_size=4), seed=0, batch_size=8, cache_bytes=1e9,
+        folder=tmp_path,
+    )  # fmt: skip
+    reports = [run_block(made) for _ in made.remaining]
+    # of each block 4 in attention, 2 in the feed-forward, 1 behind the embedding and 2 in it; the patches, and 2 at the end
+    assert len(reports) == (1 + 2 + 3 if joint else 21) and sum(report.layers for report in reports) == 2 * 9 + 3
+
+
+def test_a_block_called_again_on_the_same_input_is_one_block():
+    net, twin = quantized_again()
+    calibrate_weights_(twin, "minmax")
+    assert [block.name for block in find_blocks(twin, (), EXAMPLE)] == ["conv", "one", "two", "scale", "last"]
+    net, twin = quantized_again(lambda t: t + 1)
+    calibrate_weights_(twin, "minmax")
+    with pytest.raises(QuantizationError, match="one is called 2 times on different inputs.*keep_fp"):
+        find_blocks(twin, (), EXAMPLE)

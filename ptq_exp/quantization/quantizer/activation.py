@@ -52,8 +52,11 @@ class ActivationQuantizer(Quantizer):
         if self.step is None or self.mode == Mode.OFF:
             return super().forward(x)
         self._require_row()
-        # ranges of each sample are no 0-d tensors: their float32 would win over the bfloat16 of x
-        return super().forward(x, self.step.index(x, self.name)).to(x.dtype)
+        return super().forward(x, self.step.index(x, self.name))
+
+    def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:
+        """As `Quantizer.off_grid`, of the row in force."""
+        return super().off_grid(x, row if self.step is None else self.step.index(x, self.name))
 
     @property
     def saw_data(self) -> bool:

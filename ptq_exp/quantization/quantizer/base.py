@@ -88,7 +88,8 @@ class Quantizer(nn.Module):
                 f"{self.name}: not calibrated, it cannot quantize; calibrate the model or load its state dict"
             )
         kept = None if self.kept is None else self.kept(x)
-        return fake_quantize(x, *self.cells(x, row), kept)
+        # ranges that are no 0-d tensors are float32, which would win over the bfloat16 of x
+        return fake_quantize(x, *self.cells(x, row), kept).to(x.dtype)
 
     def cells(self, x: Tensor, row: Tensor | None = None) -> QRange:
         """Return the range of each element of `x`, in shapes that broadcast against it; `row` as in `forward`."""
@@ -101,6 +102,29 @@ class Quantizer(nn.Module):
             buffer.copy_(torch.as_tensor(value).expand(buffer.shape))
         self.calibrated.fill_(True)
         self.ready = True
+
+    @torch.no_grad()
+    def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:
+        """How many elements of `x` are no level of their range, to the rounding of the type of `x`; `row`: see `forward`.
+
+        NaN is no level.
+        """
+        scale, zero_point, qmin, qmax = self.cells(x, row)
+        if torch.equal(fake_quantize(x, scale, zero_point, qmin, qmax).to(x.dtype), x):
+            return 0
+        # as `fake_quantize` multiplies: a 0-d scale takes the type of x
+        kind = torch.promote_types(x.dtype, scale.dtype) if scale.ndim else x.dtype
+        step = scale.to(kind).double()
+        lowest, highest = (qmin - zero_point).double(), (qmax - zero_point).double()
+        ratio, on = x.double() / step, torch.zeros_like(x, dtype=torch.bool)
+        for shift in (0, -1, 1):  # in 16-bit types two levels can be one number
+            level = ratio.round().add_(shift).clamp_(lowest, highest)
+            on |= level.to(kind).mul_(scale).to(x.dtype) == x
+            on |= level.float().mul_(scale).to(x.dtype) == x  # a learned rounding multiplies before it rounds
+        # where levels lie closer than the numbers of the type, each of these is one
+        within = (ratio >= lowest - 1) & (ratio <= highest + 1)
+        on |= within & (step <= torch.finfo(x.dtype).eps * x.double().abs())
+        return x.numel() - int(on.sum())
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the segments of `x` along the channel axis (the whole of it when there is one segment)."""

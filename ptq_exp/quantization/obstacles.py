@@ -1,0 +1,91 @@
+"""Why a layer of a kind that can be quantized is left alone: quantizing its weight would not do what it says."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.layers import QUANTIZED
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def layer_obstacles(model: nn.Module) -> dict[str, str]:
+    """{name: reason} of the convolutions and linear layers of `model` that a quantized weight does not suit."""
+    layers = {name: m for name, m in model.named_modules() if type(m) in QUANTIZED and hasattr(m, "weight")}
+    found = {name: why for name, layer in layers.items() if (why := _own_obstacle(layer))}
+    for name, others in _sharing(model).items():
+        if name in layers:
+            found.setdefault(name, f"its weight is also that of {', '.join(others)}")
+    return found
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Raise QuantizationError if a lazy layer of `model` has no weights yet."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise QuantizationError(f"{name} is not initialised: run the network once before it is quantized")
+
+
+def weight_marks(layers: Mapping[str, nn.Module]) -> dict[str, tuple]:
+    """For the weight of each layer what tells whether it was replaced, written to or given other values since."""
+    return {name: _mark(layer.weight) for name, layer in layers.items() if isinstance(layer.weight, Tensor)}
+
+
+def _own_obstacle(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> str | None:
+    """Why a quantizer of the parameter `weight` would not quantize what `layer` multiplies."""
+    if "forward" in layer.__dict__ or "_conv_forward" in layer.__dict__:
+        return "its forward was replaced by another function"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        parts = [key for key in (*layer._parameters, *layer._buffers) if key.startswith("weight")]
+        return (
+            f"its weight is no parameter, but made of {', '.join(parts) or 'something else'} (weight_norm, spectral_norm "
+            "and pruning of torch.nn.utils can be removed, which leaves an ordinary layer)"
+        )
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.layout != torch.strided:
+        return f"its weight is a {type(weight).__name__} of type {weight.dtype} and layout {weight.layout}"
+    return None
+
+
+def _sharing(model: nn.Module) -> dict[str, list[str]]:
+    """{module: the other modules that hold a parameter or buffer with elements in common with its weight}."""
+    held = [(name, key, tensor) for name, m in model.named_modules() for key, tensor in _own_tensors(m)]
+    by_storage: dict[tuple, list[tuple[str, str, int, int]]] = defaultdict(list)
+    for name, key, tensor in held:
+        storage, start, end = _place(tensor)
+        by_storage[storage].append((name, key, start, end))
+    found = {}
+    for users in by_storage.values():
+        for name, key, start, end in users:
+            others = {n for n, _, s, e in users if n != name and s < end and start < e}
+            if key == "weight" and others:
+                found[name] = sorted(others)
+    return found
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.numel():
+            yield key, tensor
+
+
+def _place(tensor: Tensor) -> tuple[tuple, int, int]:
+    """The storage of `tensor`, and from where to where in it, in bytes, its elements lie."""
+    if tensor.is_meta:
+        return (id(tensor),), 0, 1
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.storage_offset() * tensor.element_size()
+    storage = tensor.device, tensor.untyped_storage().data_ptr()
+    return storage, start, start + (last + 1) * tensor.element_size()
+
+
+def _mark(weight: Tensor) -> tuple:
+    if weight.is_meta:
+        return (id(weight), weight._version)
+    bits = weight.detach().view(_INTEGERS[weight.element_size()]) if not weight.is_complex() else weight.detach()
+    return (id(weight), weight.data_ptr(), weight._version, int(bits.sum(dtype=torch.int64)))
