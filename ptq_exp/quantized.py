@@ -25,7 +25,7 @@ from ptq_exp.artifact import (
 from ptq_exp.config import from_settings
 from ptq_exp.diffusion import DiffusionModel
 from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
-from ptq_exp.errors import CheckpointError, ConfigError
+from ptq_exp.errors import CheckpointError, ConfigError, DataError
 from ptq_exp.files import file_digest
 from ptq_exp.models import MODELS, load_model
 from ptq_exp.quantization.artifact import DESCRIPTION_FILE, TENSORS_FILE, load_quantized_, save_quantized
@@ -70,7 +70,10 @@ def save_twin(setup: Setup, twin: Twin, evaluations: int, run_folder: Path) -> d
 
 def load_twin(setup: Setup) -> Twin:
     """The saved twin that `setup` evaluates; the model's own denoiser is left alone."""
-    twin = _restored(setup, replace_denoiser=False)
+    try:
+        twin = _restored(setup, replace_denoiser=False)
+    except DataError as error:
+        raise DataError(f"quantized={setup.config.quantized}: {error}") from error
     log.info("quantized model: loaded from %s", setup.artifact.folder)
     return twin
 

@@ -16,6 +16,7 @@ from ptq_exp.diffusion.zoo.components import (
     load_component,
     local_folder,
     read_json,
+    settings_files,
 )
 from ptq_exp.diffusion.zoo.scheduler import Scheduler, read_scheduler
 from ptq_exp.errors import CheckpointError, ConfigError
@@ -53,10 +54,12 @@ def diffusers_folder(
     if kind not in (*_PIPELINES, "UNet2DModel"):
         raise CheckpointError(f"model.checkpoint={checkpoint}: holds a {kind}; known are UNet2DModel, "
                               f"{', '.join(_PIPELINES)}")  # fmt: skip
+    settings = settings_files(root)  # before the weights, which take longer
     scheduler = read_scheduler(_scheduler_config(root), checkpoint)
     build = {"LDMPipeline": _latent, "DiTPipeline": _dit}.get(kind, _pixel)
     model = build(root, index, name, scheduler)
-    frozen(model.denoiser, number_type)
+    frozen(model.denoiser, number_type, checkpoint)
+    model.structure = settings
     return model
 
 
