@@ -29,7 +29,9 @@ def check_inputs(setup: Setup) -> None:
     try:
         _check_images(setup)
     except DataError as error:
-        raise error if "model.images" in str(error) else DataError(f"model.images.path: {error}") from error
+        if "model.images" in str(error):  # says it already
+            raise
+        raise DataError(f"model.images.path: {error}") from error
 
 
 def _check_images(setup: Setup) -> None:

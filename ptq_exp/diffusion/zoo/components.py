@@ -55,6 +55,20 @@ def _snapshot(repository: str) -> Path:
     return path
 
 
+def is_local(checkpoint: str) -> bool:
+    """Whether `checkpoint` is a file or folder that is there, or a repository id in the local cache; asks no network."""
+    if Path(checkpoint).exists():
+        return True
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(checkpoint, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return False
+    return True
+
+
 def read_json(path: Path) -> dict:
     """A settings file of a folder.
 
