@@ -16,7 +16,7 @@ from diffusers import (
 
 
 def unet(**settings) -> UNet2DModel:
-    torch.manual_seed(0)
+    torch.manual_seed(17)
     return UNet2DModel(
         **dict(
             sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, attention_head_dim=4,
