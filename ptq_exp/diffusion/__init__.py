@@ -2,7 +2,7 @@
 
 from ptq_exp.diffusion.compare import relative_eps_error
 from ptq_exp.diffusion.denoisers import ClassConditionalUNet, DiTDenoiser, FirstStage, UNetDenoiser
-from ptq_exp.diffusion.first_evaluations import check_network
+from ptq_exp.diffusion.first_evaluations import check_network, wider
 from ptq_exp.diffusion.guidance import Guided, both_halves
 from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.noise import SampleNoise
@@ -22,4 +22,5 @@ __all__ = [
     "SampleNoise", "SamplerDefaults", "StepCoefficients", "StepRecord", "TimeGrid", "UNetDenoiser", "both_halves",
     "check_network",
     "ddim_step", "padded_batches", "relative_eps_error", "sample", "solver_grid", "step_coefficients",
+    "wider",
 ]  # fmt: skip

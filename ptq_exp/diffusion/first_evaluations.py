@@ -14,8 +14,6 @@ from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import CheckpointError, ConfigError
 from ptq_exp.finite import is_finite
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 @torch.no_grad()
 def check_network(
@@ -47,14 +45,20 @@ def check_network(
 
 
 def _error(dtype: torch.dtype, checkpoint: str | None, where: str) -> ConfigError | CheckpointError:
-    if dtype in _HALF:
-        wider = "bfloat16 or float32" if dtype == torch.float16 else "float32"
+    if remedy := wider(dtype):
         name = str(dtype).removeprefix("torch.")
-        return ConfigError(f"model.dtype={name}: the network gives NaN or infinity {where}; set model.dtype={wider}")
+        return ConfigError(f"model.dtype={name}: the network gives NaN or infinity {where}; {remedy}")
     return CheckpointError(
         f"model.checkpoint={checkpoint}: the network gives NaN or infinity {where}; its weights do not fit it, or are "
         "damaged: give another file"
     )
+
+
+def wider(dtype: torch.dtype) -> str:
+    """What to set where numbers of `dtype` do not do; nothing for float32 and float64."""
+    return {
+        torch.float16: "set model.dtype=bfloat16 or float32", torch.bfloat16: "set model.dtype=float32",
+    }.get(dtype, "")  # fmt: skip
 
 
 def first_not_finite(network: nn.Module, inputs: list[Tensor]) -> str:

@@ -279,3 +279,45 @@ def test_an_extractor_that_gives_nan():
 
     with pytest.raises(DataError, match="evaluation.extractor=broken: gives NaN or infinity in the features of image 4 of x"):
         extract_features(Broken(), np.zeros((5, 4, 4, 1), np.uint8), name="x")
+
+
+def test_weights_of_the_extractor(tmp_path):
+    from ptq_exp.evaluation import InceptionExtractor
+
+    torch.save({"Conv2d_1a_3x3.conv.weight": torch.tensor([1, float("nan")])}, tmp_path / "inception.pth")
+    with pytest.raises(CheckpointError) as told:
+        InceptionExtractor(str(tmp_path / "inception.pth"))
+    in_order(str(told.value), f"evaluation.weights={tmp_path}/inception.pth: Conv2d_1a_3x3.conv.weight holds NaN")
+
+
+def test_infinity_in_a_buffer_is_a_mask():
+    from ptq_exp.models import check_numbers
+
+    model = ptq_exp.load_model("digits")
+    model.denoiser.register_buffer("mask", torch.full((2, 2), -float("inf")).triu(1))
+    check_numbers(model, "here")
+    model.denoiser.mask[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="^here: mask holds NaN"):
+        check_numbers(model, "here")
+
+
+def test_a_network_is_left_as_it_was():
+    from ptq_exp.diffusion import check_network
+
+    model = ptq_exp.load_model("digits_ldm", dtype="bfloat16")
+    before = torch.random.get_rng_state()
+    check_network(model, model.time_grid(), 0)
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.denoiser.modules()]
+    assert set(hooks) == {(0, 0)} and torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(("dtype", "said"), [
+    ("float16", r"^model.dtype=float16: .* at time [0-9.]+, first in the input of unet.conv_norm_out"),
+    ("float32", r"^model.checkpoint=None: .* at time [0-9.]+, first in the input of unet.conv_norm_out"),
+])  # fmt: skip
+def test_what_happens_between_layers_is_found(dtype, said):
+    """Overflow in a function, not in a module; `sample` says it, too."""
+    model = ptq_exp.load_model("digits", dtype=dtype)
+    model.denoiser.unet.up_blocks[-1].resnets[-1].output_scale_factor = 0.0
+    with pytest.raises((ConfigError, CheckpointError), match=said):
+        ptq_exp.sample(model, 1, steps=1)

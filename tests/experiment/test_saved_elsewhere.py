@@ -46,8 +46,8 @@ def images(folder):
     return read_samples(folder / "samples.npz")[0]
 
 
-def forged(folder, edit):
-    """Edit the description, then make its hash agree again, as whoever edits it on purpose would."""
+def forged(folder, edit, edit_tensors=lambda tensors: None):
+    """Edit the description and the tensors, then make its hash agree again, as whoever edits it on purpose would."""
     from safetensors.torch import load_file, save_file
 
     from ptq_exp.files import file_digest
@@ -55,8 +55,10 @@ def forged(folder, edit):
     path, file = folder / "quantization.json", folder / "quantized.safetensors"
     description = json.loads(path.read_text())
     edit(description)
+    tensors = load_file(file)
+    edit_tensors(tensors)
     metadata = {"format": description["format"], "version": "1", "description_sha256": _description_hash(description)}
-    save_file(load_file(file), file, metadata)
+    save_file(tensors, file, metadata)
     description["file"]["sha256"] = file_digest(file)
     path.write_text(json.dumps(description))
 
@@ -161,6 +163,19 @@ def test_evaluate_needs_full_precision(made_of, command, refused):
     assert f"quantized={run} is compared with images of full precision" in said and "set model.checkpoint to" in said
     again = command(*evaluate, f"model.checkpoint={original}")
     assert np.array_equal(images(again), images(run))
+
+
+def test_evaluate_reads_the_saved_model_before_it_draws(made_of, refused, tmp_path, monkeypatch):
+    from ptq_exp import stages
+
+    run, original = made_of("pixel")
+    shutil.copytree(run / "quantized", tmp_path / "copy")
+    forged(tmp_path / "copy", lambda d: None, lambda t: t["ranges.scale"][:1].fill_(float("nan")))
+    monkeypatch.setattr(stages, "full_precision_images", lambda setup: pytest.fail("images were drawn"))
+    line = refused("logger=none", "+experiment=evaluate", f"quantized={tmp_path}/copy", "evaluation=paired",
+                   f"model.checkpoint={original}")  # fmt: skip
+    assert f"quantized={tmp_path}/copy: {tmp_path}/copy/quantized.safetensors: " in line
+    assert "_quantizer: scale holds NaN or infinity in 1 of" in line
 
 
 @pytest.mark.parametrize("edit", [
