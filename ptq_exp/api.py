@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ptq_exp.diffusion import DiffusionModel, TimeGrid, padded_batches
-from ptq_exp.errors import ConfigError
+from ptq_exp.diffusion import DiffusionModel, TimeGrid, check_network, padded_batches
+from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.evaluation.images import to_uint8
 from ptq_exp.quantization import Report
 
@@ -63,7 +63,7 @@ def sample(
 
     Raises:
         ConfigError: a sampler setting does not fit the model, or is given for a saved quantized one.
-        DataError: the images hold NaN or infinity.
+        DataError: the images hold NaN or infinity (CheckpointError or ConfigError where the network gives them at once).
     """
     if isinstance(model, QuantizedModel):
         given = {"steps": steps, "spacing": spacing, "eta": eta, "guidance_scale": guidance_scale, "denoiser": denoiser}
@@ -76,7 +76,12 @@ def sample(
     if model.first_stage is not None:
         model.first_stage.to(device)
     batches = tqdm(padded_batches(n, batch_size), desc=f"{model.name} images", disable=not progress)
-    images = [to_uint8(model.sample(guided, grid, batch, seed, device=device, **noise)) for batch in batches]
+    try:
+        images = [to_uint8(model.sample(guided, grid, batch, seed, device=device, **noise)) for batch in batches]
+    except DataError:
+        if not noise and denoiser is None:
+            check_network(model, grid, seed, device)  # says more, where the network alone is the reason
+        raise
     return np.concatenate(images)[:n]
 
 

@@ -59,6 +59,8 @@ class Artifact:
                 found = found.get(key, ...) if isinstance(found, dict) else ...
             if not isinstance(found, kind):
                 raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {name} is missing or of another type")
+        if not isinstance(description["model"].get("structure"), dict | None):
+            raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: model.structure is of another type")
         settings = description["settings"]
         of_model = set(settings["model"]) - set(OF_MODEL)
         if foreign := [*(set(settings) - set(SECTIONS)), *(f"model.{key}" for key in of_model)]:
@@ -69,6 +71,17 @@ class Artifact:
     def identity(self) -> Mapping[str, Any]:
         """Name, digest and build options of the model."""
         return self.description["model"]
+
+    @property
+    def structure(self) -> Mapping[str, Any] | None:
+        """The settings files of the folder that the model was read from; None = its name says all, or nobody knows."""
+        return self.identity.get("structure")
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint that the model was made from, as the settings of the run named it."""
+        found = self.description["settings"]["model"].get("checkpoint")
+        return found if isinstance(found, str) else None
 
     @property
     def digest(self) -> str:

@@ -92,7 +92,7 @@ def _check_images(setup: Setup) -> None:
     source, model = setup.config.calibration.source, setup.model
     if source not in ("raw", "diffuse"):
         return
-    images = setup.real_images()
+    images = setup.images
     if images is None:
         raise DataError(
             f"calibration.source={source} needs real images: set model.images.path to a folder of images, an .npz file "

@@ -16,6 +16,7 @@ from ptq_exp.artifact import SUBFOLDER
 from ptq_exp.budget import check_feasible
 from ptq_exp.evaluation.images import mean_psnr
 from ptq_exp.files import file_digest
+from ptq_exp.inputs import check_inputs
 from ptq_exp.model_card import write_card
 from ptq_exp.noise_account import eps_errors, noise_account, write_account
 from ptq_exp.quantization import Report
@@ -63,6 +64,8 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         setup = clock.setup = Setup.of(config, fresh_since)
         results.update("start", environment=environment(), command=run_command(folder))
         check_feasible(setup, results)
+        check_inputs(setup)
+        loaded = _loaded_twin(setup, clock) if setup.artifact else None
         reference = clock("reference", stages.reference_features, setup) if setup.extractor else None
         scorer = Scorer(setup, reference)
         fp_images = clock("fp32_images", stages.full_precision_images, setup)
@@ -71,7 +74,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         if config.bits.name == FULL_PRECISION:
             made = _full_precision(setup, fp_images, fp_scores, folder)
         else:
-            made = _quantized(setup, clock, scorer, fp_images, fp_scores, folder)
+            made = _quantized(setup, clock, loaded or _new_twin(setup, clock), scorer, fp_images, fp_scores, folder)
         _picture(config, folder, fp_images, made.images)
         results.finish(metrics=made.metrics)
         if made.saved is not None:
@@ -109,11 +112,12 @@ def _full_precision(setup: Setup, images: np.ndarray, scores: dict[str, float], 
 
 
 def _quantized(
-    setup: Setup, clock: _Clock, scorer: Scorer, fp_images: np.ndarray, fp_scores: dict[str, float], folder: Path
-) -> _Made:
-    """Quantize (or load), measure eps errors, draw and score."""
+    setup: Setup, clock: _Clock, quantized: tuple[Twin, int], scorer: Scorer, fp_images: np.ndarray,
+    fp_scores: dict[str, float], folder: Path,
+) -> _Made:  # fmt: skip
+    """Measure the eps errors of the `quantized` twin, draw and score."""
     config, results = setup.config, clock.results
-    twin, evaluations = _loaded_twin(setup, clock) if setup.artifact else _new_twin(setup, clock)
+    twin, evaluations = quantized
     error = clock("eps_error", noise_stages.eps_error, setup, twin)
     smoothed = {"smoothed": twin.smoothed} if twin.smoothed else {}
     results.update("quantize", quantization=_account(twin.report), evaluations=evaluations, **smoothed)

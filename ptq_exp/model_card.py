@@ -85,8 +85,10 @@ def card(description: dict[str, Any], results: dict[str, Any], command: str) -> 
     spec = results["metric_spec"]
     beside = [entry["file"] for key in ("bit_schedule", "noise_statistics") if (entry := description[key])]
     activation = "/".join(map(str, description["activation_widths"]))
-    checkpoint = settings["model"]["checkpoint"]
-    checkpoint = "" if checkpoint is None else f', checkpoint="{Path(checkpoint).name}"'
+    checkpoint = settings["model"]["checkpoint"] if model["first_stage"] else None  # else the folder is complete
+    if checkpoint is not None and Path(checkpoint).exists():  # no repository id, which is the same everywhere
+        checkpoint = Path(checkpoint).name
+    checkpoint = "" if checkpoint is None else f', checkpoint="{checkpoint}"'
     return _CARD.format(
         bits_name=bits["name"], title=bits["name"].upper(), model=model["name"], digest=model["digest"],
         others="".join(f", `{name}`" for name in beside), weight=bits["weight"], softmax=bits["softmax"],

@@ -8,9 +8,11 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ptq_exp.diffusion import DiffusionModel
 
 MODELS = {
@@ -38,7 +40,7 @@ def load_model(name: str, checkpoint: str | None = None, *, dtype: str = "float3
 
     Raises:
         ConfigError: an unknown name, option or dtype.
-        CheckpointError: the checkpoint cannot be read safely or belongs to another network.
+        CheckpointError: the checkpoint cannot be read safely, belongs to another network, or holds NaN or infinity.
     """
     if name not in MODELS:
         raise ConfigError(f"model.name={name}: {_nearest(name, MODELS)}")
@@ -52,7 +54,42 @@ def load_model(name: str, checkpoint: str | None = None, *, dtype: str = "float3
         arguments["dtype"] = dtype
     elif dtype != "float32":
         raise ConfigError(f"model.dtype={dtype}: the model {name} is made for float32 alone")
-    return build(**arguments)
+    if checkpoint is None and _needs_checkpoint(build):
+        raise ConfigError(f"model.checkpoint=null: the model {name} needs a checkpoint")
+    model = build(**arguments)
+    check_numbers(model, f"model.checkpoint={checkpoint}")
+    return model
+
+
+def check_numbers(model: DiffusionModel, where: str) -> None:
+    """Raise CheckpointError if a weight is NaN or infinite, or the noise schedule is none; `where` begins the message.
+
+    Infinity in a buffer is let pass: masks of attention hold it.
+    """
+    from ptq_exp.finite import bad_values, is_finite, require_finite
+
+    for part in filter(None, (model.denoiser, model.first_stage)):
+        of = "" if part is model.denoiser else " of the first stage"
+        weights = ((f"{name}{of}", value) for name, value in part.named_parameters())
+        require_finite(weights, where, "give another file, or another model.dtype if that holds them", CheckpointError)
+        for name, value in part.named_buffers():
+            if not is_finite(value, or_infinite=True):
+                raise CheckpointError(f"{where}: {name}{of} holds {bad_values(value)}; give another file")
+    levels = model.schedule.alphas_cumprod
+    if len(levels) == 0 or not bool(((levels >= 0) & (levels <= 1)).all()) or bool((levels.diff() > 0).any()):
+        raise CheckpointError(
+            f"{where}: alphas_cumprod of its noise schedule must fall from at most 1 to at least 0, found "
+            f"{_ends(levels)}; mend the settings of its scheduler"
+        )
+
+
+def _ends(values: Tensor) -> str:
+    return f"{float(values[0]):g} to {float(values[-1]):g}" if len(values) else "nothing"
+
+
+def _needs_checkpoint(build: Callable) -> bool:
+    parameter = inspect.signature(build).parameters.get("checkpoint")
+    return parameter is not None and parameter.default is parameter.empty
 
 
 def _check_options(name: str, build: Callable, options: dict) -> None:

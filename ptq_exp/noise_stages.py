@@ -28,7 +28,7 @@ from ptq_exp.correction import (
     step_correlation,
 )
 from ptq_exp.diffusion.noise import CALIBRATION, EVALUATION
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.files import file_digest, write_npz
 from ptq_exp.lightning import NoiseModule, PropagationModule, measure
 from ptq_exp.npz import npz_arrays
@@ -65,9 +65,9 @@ def fit_correction(setup: Setup, twin: Twin) -> Twin:
     config = setup.config.correction
     if not config.active:
         return twin
-    made_for = _made_for(setup, twin)
+    made_for = _made_for(setup, twin.schedule)
     if config.statistics is not None:
-        statistics = NoiseStatistics.load(config.statistics)
+        statistics = _given_statistics(setup)
         _check_made_for(statistics, made_for, config.statistics)
     else:
         statistics = replace(_fit(setup, _noise_of(setup, twin)), made_for=made_for)
@@ -76,6 +76,36 @@ def fit_correction(setup: Setup, twin: Twin) -> Twin:
     if (fit := corrected.variance_fit(setup)) is not None:
         log.info("%s", fit.summary())
     return corrected
+
+
+def check_statistics(setup: Setup) -> None:
+    """Read the file that `correction.statistics` names, if it does, before anything is computed.
+
+    Raises:
+        DataError: it cannot be read, or its numbers are no statistics.
+        ConfigError: they belong to another model, sampler or quantization.
+    """
+    config, schedule = setup.config, None
+    if setup.artifact is not None or not config.correction.active or config.correction.statistics is None:
+        return
+    found_here = config.bits.schedule in RULES  # known once it is decided, and compared then
+    if config.bits.schedule is not None and not found_here:
+        schedule = given_schedule(config.bits, setup.grid)
+    statistics, wanted = _given_statistics(setup), _made_for(setup, schedule)
+    _check_made_for(statistics, wanted, config.correction.statistics, ("schedule",) if found_here else ())
+    found, expected = tuple(statistics.bias.shape), (len(setup.grid), setup.model.sample_shape[0])
+    if found != expected:
+        raise ConfigError(
+            f"correction.statistics={config.correction.statistics} has {found[0]} steps and {found[1]} channels, but "
+            f"the sampler takes {expected[0]} steps of {expected[1]} channels: set correction.statistics=null to fit them"
+        )
+
+
+def _given_statistics(setup: Setup) -> NoiseStatistics:
+    try:
+        return NoiseStatistics.load(setup.config.correction.statistics)
+    except DataError as error:  # begins with the path
+        raise DataError(f"correction.statistics={error}") from error
 
 
 class EpsError(NamedTuple):
@@ -260,18 +290,23 @@ def _measured(
     return arrays
 
 
-def _made_for(setup: Setup, twin: Twin) -> dict[str, Any]:
+def _made_for(setup: Setup, schedule: BitSchedule | None) -> dict[str, Any]:
     """What noise statistics belong to: network, grid, widths, and the parts that they are fitted for."""
     correction = setup.config.correction
     parts = {name: getattr(correction, name) for name in ("correlation", "bias", "convention")}
-    schedule = twin.schedule and list(twin.schedule.activation)
+    schedule = schedule and list(schedule.activation)
     return to_plain(setup.quantization_spec() | {"schedule": schedule, "correction": parts})
 
 
-def _check_made_for(statistics: NoiseStatistics, wanted: dict[str, Any], path: str) -> None:
-    """Raise ConfigError unless the statistics were made for the same model, bits, grid and calibration."""
+def _check_made_for(
+    statistics: NoiseStatistics, wanted: dict[str, Any], path: str, unknown: tuple[str, ...] = ()
+) -> None:
+    """Raise ConfigError unless the statistics were made for the same model, bits, grid and calibration.
+
+    `unknown` names what is not known yet.
+    """
     found = statistics.made_for or {}
-    for key in sorted(set(wanted) | set(found)):
+    for key in sorted((set(wanted) | set(found)) - set(unknown)):
         if found.get(key) != wanted.get(key):
             raise ConfigError(
                 f"correction.statistics={path} was made for another {key}: {_short(found.get(key))}, this run has "

@@ -24,8 +24,9 @@ from ptq_exp.artifact import (
 )
 from ptq_exp.config import from_settings
 from ptq_exp.diffusion import DiffusionModel
+from ptq_exp.diffusion.zoo import is_local, model_of_structure
 from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
-from ptq_exp.errors import CheckpointError, ConfigError
+from ptq_exp.errors import CheckpointError, ConfigError, DataError, PTQError
 from ptq_exp.files import file_digest
 from ptq_exp.models import MODELS, load_model
 from ptq_exp.quantization.artifact import DESCRIPTION_FILE, TENSORS_FILE, load_quantized_, save_quantized
@@ -70,7 +71,10 @@ def save_twin(setup: Setup, twin: Twin, evaluations: int, run_folder: Path) -> d
 
 def load_twin(setup: Setup) -> Twin:
     """The saved twin that `setup` evaluates; the model's own denoiser is left alone."""
-    twin = _restored(setup, replace_denoiser=False)
+    try:
+        twin = _restored(setup, replace_denoiser=False)
+    except DataError as error:
+        raise DataError(f"quantized={setup.config.quantized}: {error}") from error
     log.info("quantized model: loaded from %s", setup.artifact.folder)
     return twin
 
@@ -83,14 +87,16 @@ def load_quantized(
 
     Args:
         path: a run folder, or its sub-folder `quantized`, wherever it was copied to.
-        checkpoint: the full-precision file that the model was made from. None = the path in the artefact where it
-            exists; without it, a model without first stage is complete, but its full-precision network is not there.
+        checkpoint: the full-precision file, folder or repository id that the model was made from. None = the one in
+            the artefact, where it is there (a repository: in the local cache). Without it a model without first stage is
+            complete, but its full-precision network is not there.
         device: where to compute.
         model: the full-precision model, for models that `load_model` does not know.
 
     Raises:
         DataError: the artefact is missing, truncated, edited or of an unknown version.
-        CheckpointError: the checkpoint is another one, or is needed for the first stage.
+        CheckpointError: the checkpoint is another one, or is needed for the first stage (or for the structure of the
+            network of a diffusers folder, which earlier versions did not save).
     """
     artifact = Artifact.open(path)
     config = from_settings(artifact.settings, f"{artifact.folder / DESCRIPTION_FILE}")
@@ -131,25 +137,74 @@ def _restored(setup: Setup, *, replace_denoiser: bool) -> Twin:
 
 def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, bool]:
     """The model that was quantized, and whether its full-precision weights are there."""
-    identity, recorded = artifact.identity, artifact.description["settings"]["model"].get("checkpoint")
-    name = identity["name"]
-    if name not in MODELS or identity.get("target") != "ptq_exp.load_model":
-        raise ConfigError(f"{artifact.folder}: {name} is no model of load_model: build it and give model=")
-    if checkpoint is None and isinstance(recorded, str) and Path(recorded).exists():
-        checkpoint = recorded
+    name, recorded = artifact.identity["name"], artifact.checkpoint
+    if name not in MODELS or artifact.identity.get("target") != "ptq_exp.load_model":
+        raise ConfigError(
+            f"{artifact.folder}: {name} is no model of load_model: import the module that registers it, or build it and "
+            "give model="
+        )
+    if checkpoint is not None:
+        return _of_checkpoint(artifact, checkpoint), True
+    here, reason = recorded is None or is_local(recorded), ""
+    if here:
+        try:
+            return _of_checkpoint(artifact, recorded), True
+        except PTQError as error:
+            reason = f" ({error})"
+    model = _of_random_weights(artifact)
+    if model is not None and model.first_stage is None:
+        if here and recorded is not None:
+            log.warning("%s is loaded without its full-precision network%s", artifact.folder, reason)
+        return replace(model, digest=f"quantized-{artifact.digest}"), False
+    if not here:  # a repository may be within reach
+        try:
+            return _of_checkpoint(artifact, recorded), True
+        except PTQError as error:
+            reason = f" ({error})"
+    lacking = "structure" if model is None else "first stage"
+    raise CheckpointError(
+        f"{artifact.folder}: the {lacking} of {name} is not in the artefact: give checkpoint=, the file or folder that it "
+        f"was made from (digest {artifact.identity['digest'][:12]}){reason}"
+    )
+
+
+def _of_checkpoint(artifact: Artifact, checkpoint: str | None) -> DiffusionModel:
+    """The full-precision model; None = of the weights that its builder has without a checkpoint.
+
+    Raises:
+        CheckpointError, ConfigError: it cannot be read, or has other weights than those that were quantized.
+    """
+    identity = artifact.identity
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RandomWeightsWarning)  # the digest says whether they are the right ones
+            model = load_model(identity["name"], checkpoint, dtype=identity["dtype"], **identity["options"])
+    except PTQError as error:
+        raise type(error)(str(error).replace("model.checkpoint=", "checkpoint=")) from error
+    artifact.check_model(model, "checkpoint")
+    return model
+
+
+def _of_random_weights(artifact: Artifact) -> DiffusionModel | None:
+    """A model of the same structure; None where neither the artefact nor the name of the model says it.
+
+    Raises:
+        DataError: the structure in the artefact is damaged.
+    """
+    identity, where = artifact.identity, f"{artifact.folder / DESCRIPTION_FILE}: model.structure"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RandomWeightsWarning)  # the weights come from the artefact
-        model = load_model(name, checkpoint, dtype=identity["dtype"], **identity["options"])
-    if model.digest == identity["digest"]:
-        return model, True
-    if checkpoint is not None:
-        artifact.check_model(model, "checkpoint")
-    if model.first_stage is not None:
-        raise CheckpointError(
-            f"{artifact.folder}: the first stage of {name} is not in the artefact: give checkpoint=, the file that it "
-            f"was made from (digest {identity['digest'][:12]})"
-        )
-    return replace(model, digest=f"quantized-{artifact.digest}"), False
+        if artifact.structure is not None and MODELS[identity["name"]] == MODELS["diffusers"]:
+            try:
+                return model_of_structure(
+                    artifact.structure, name=identity["name"], dtype=identity["dtype"], where=where
+                )
+            except CheckpointError as error:
+                raise DataError(str(error)) from error
+        try:
+            return load_model(identity["name"], dtype=identity["dtype"], **identity["options"])
+        except PTQError:
+            return None
 
 
 def _account(setup: Setup, evaluations: int) -> dict[str, Any]:
@@ -165,6 +220,8 @@ def _account(setup: Setup, evaluations: int) -> dict[str, Any]:
             "digest": setup.model.digest,
             "target": config.model.build.get("_target_"),
             "dtype": config.model.dtype,
+            "structure": setup.model.structure if MODELS.get(config.model.name) == MODELS["diffusers"] else None,
+            "first_stage": setup.model.first_stage is not None,
             "options": {key: value for key, value in config.model.build.items() if key not in built_by_others},
         },
         "grid": grid_account(setup.grid, setup.guidance_scale),

@@ -21,9 +21,10 @@ from ptq_exp.calibration import WITHOUT_IMAGES, time_bins
 from ptq_exp.config import build, constructor
 from ptq_exp.correction import BitSchedule, parse_widths
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import CheckpointError, ConfigError, DataError, PTQError
 from ptq_exp.evaluation import FeatureExtractor, content_digest
 from ptq_exp.lightning import make_trainer
+from ptq_exp.models import check_numbers
 from ptq_exp.quantization import group_bits
 from ptq_exp.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
 from ptq_exp.tracking.cache import ArtifactCache, digest
@@ -51,7 +52,7 @@ class Setup:
             if config.trainer.devices > 1:  # the processes that Lightning starts read it
                 os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)
         artifact = Artifact.open(config.quantized) if config.quantized is not None else None
-        model = build(config.model.build, "model.build", name=config.model.name)
+        model = _model(config, artifact)
         if artifact is not None:
             artifact.check_model(model)
         if config.model.channels_last:
@@ -204,12 +205,13 @@ class Setup:
             yield folder
             shutil.rmtree(folder, ignore_errors=True)
 
-    def real_images(self) -> Any:
-        """Images uint8 [N, H, W, C] that calibration may start from, read when asked for; None: it needs or has none."""
-        images = self.config.model.images
-        if not self.needs_images or (images or {}).get("path", "shipped") is None:
+    @cached_property
+    def images(self) -> Any:
+        """The real images that calibration starts from; None where it needs none, or none are given."""
+        node = self.config.model.images or {}
+        if not self.needs_images or node.get("path", "shipped") is None:
             return None
-        return build(images, "model.images")
+        return build(self.config.model.images, "model.images")
 
     @property
     def needs_images(self) -> bool:
@@ -225,7 +227,10 @@ def given_schedule(bits: BitsConfig, grid: TimeGrid) -> BitSchedule:
         DataError: no such file.
     """
     if isinstance(bits.schedule, str) and bits.schedule.endswith(".json"):
-        schedule = BitSchedule.load(bits.schedule)
+        try:
+            schedule = BitSchedule.load(bits.schedule)
+        except DataError as error:  # begins with the path
+            raise DataError(f"bits.schedule={error}") from error
         schedule.check(grid)
         if schedule.weight != bits.weight:
             raise ConfigError(
@@ -233,6 +238,27 @@ def given_schedule(bits: BitsConfig, grid: TimeGrid) -> BitSchedule:
             )
         return schedule
     return BitSchedule(bits.weight, tuple(parse_widths(bits.schedule)), tuple(grid.timesteps.tolist()))
+
+
+def _model(config: ExperimentConfig, artifact: Artifact | None) -> DiffusionModel:
+    """The full-precision model, of finite weights.
+
+    Raises:
+        CheckpointError: it cannot be read; of a saved quantized model, also how to name what it was made from.
+    """
+    node = config.model.build
+    try:
+        model = build(node, "model.build", name=config.model.name)
+    except PTQError as error:
+        if artifact is None or not str(error).startswith("model.checkpoint="):
+            raise
+        raise CheckpointError(
+            f"quantized={config.quantized} is compared with images of full precision, whose weights are not in it: set "
+            f"model.checkpoint to what it was made from, digest {artifact.identity['digest'][:12]} ({error})"
+        ) from error
+    if node.get("_target_") != "ptq_exp.load_model":  # which has looked at its numbers already
+        check_numbers(model, f"model.build={node.get('_target_')}")
+    return model
 
 
 def _check_constructors(config: ExperimentConfig) -> None:

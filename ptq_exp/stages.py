@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,17 @@ def _said(what: str, value_and_reused: tuple[Any, bool], detail: Callable[[Any],
     return value
 
 
+@contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    """Errors about the data inside name the setting that says where they are."""
+    try:
+        yield
+    except DataError as error:
+        if "evaluation." in str(error):  # says one already
+            raise
+        raise DataError(f"{setting}: {error}") from error
+
+
 def make_calibration_set(setup: Setup, previous: Twin | None = None, calibration_round: int = 1) -> CalibrationSet:
     """Collect (or reuse) the calibration set that `calibration` describes.
 
@@ -70,7 +82,7 @@ def make_calibration_set(setup: Setup, previous: Twin | None = None, calibration
         drawn = positions(distribution, config.n_samples, len(setup.grid), setup.config.seed)
         states = labelled(drawn, setup.grid, config.labels)
         module = CalibrationModule(
-            setup.model, setup.grid, config.source, seed=setup.config.seed, images=setup.real_images(),
+            setup.model, setup.grid, config.source, seed=setup.config.seed, images=setup.images,
             denoiser=setup.guided(setup.model.denoiser) if previous is None else previous.guided(setup),
         )  # fmt: skip
         null_label = None if setup.guidance_scale == 1 else setup.model.null_label
@@ -189,18 +201,17 @@ def reference_features(setup: Setup) -> Reference:
     spec = {"version": ptq_exp.__version__, "reference": node, "extractor": extractor.name}
 
     def make() -> Reference:
-        if isinstance(node, str):
-            with tqdm(desc="reference", unit=" images", disable=not setup.config.trainer.progress_bar) as bar:
-                return load_reference(node, extractor, progress=bar.update)
-        images = build(node, "evaluation.reference")
-        name = f"{setup.config.evaluation.name}, {len(images)} real"
-        return extract_features(extractor, images, name=name, batch_size=FEATURE_BATCH)
+        with _naming("evaluation.reference"):
+            if isinstance(node, str):
+                with tqdm(desc="reference", unit=" images", disable=not setup.config.trainer.progress_bar) as bar:
+                    return load_reference(node, extractor, progress=bar.update)
+            images = build(node, "evaluation.reference")
+            name = f"{setup.config.evaluation.name}, {len(images)} real"
+            return extract_features(extractor, images, name=name, batch_size=FEATURE_BATCH)
 
     if isinstance(node, str):
-        try:
+        with _naming("evaluation.reference"):
             spec["content"] = content_digest(node)
-        except DataError as error:
-            raise DataError(f"evaluation.reference: {error}") from error
     found = setup.cache.get_or_make(
         "reference", spec, make=make, save=lambda value, path: value.save(path), load=load_statistics
     )

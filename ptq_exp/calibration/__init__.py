@@ -3,10 +3,10 @@
 from ptq_exp.calibration.bins import TEMPORAL, check_bins, time_bins
 from ptq_exp.calibration.calibration_set import CalibrationSet
 from ptq_exp.calibration.labels import LABELS, Labelled, labelled
-from ptq_exp.calibration.sources import SOURCES, WITHOUT_IMAGES, StateRequest, source
+from ptq_exp.calibration.sources import SOURCES, WITHOUT_IMAGES, StateRequest, chosen_images, source
 from ptq_exp.calibration.timesteps import Constant, Normal, SkewNormal, Uniform, positions
 
 __all__ = [
     "LABELS", "SOURCES", "TEMPORAL", "WITHOUT_IMAGES", "CalibrationSet", "Constant", "Labelled", "Normal", "SkewNormal",
-    "StateRequest", "Uniform", "check_bins", "labelled", "positions", "source", "time_bins",
+    "StateRequest", "Uniform", "check_bins", "chosen_images", "labelled", "positions", "source", "time_bins",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 from ptq_exp.diffusion.guidance import both_halves
 from ptq_exp.errors import DataError
 from ptq_exp.files import write_npz
+from ptq_exp.finite import is_finite
 from ptq_exp.npz import npz_arrays, require_arrays
 from ptq_exp.parts import slices
 
@@ -43,8 +44,12 @@ class CalibrationSet:
         lengths = {key: len(value) for key, value in self._arrays().items()}
         if len(set(lengths.values())) != 1:
             raise DataError(f"calibration set: {', '.join(f'{n} {key}' for key, n in lengths.items())}")
-        if not all(np.isfinite(self.x[rows]).all() for rows in slices(len(self.x), 64)):
+        if not is_finite(self.x):
             raise DataError("the calibration set holds NaN or infinity: check model.checkpoint and the sampler")
+        if not is_finite(np.asarray(self.t)):
+            raise DataError("the calibration set holds NaN or infinity in its times: collect it again")
+        if np.min(self.step) < 0:
+            raise DataError(f"the calibration set has the step {np.min(self.step)}; the first is 0")
 
     def __len__(self) -> int:
         return len(self.x)

@@ -61,12 +61,15 @@ class StateRequest:
                 "calibration.source=raw and =diffuse need real images: set model.images.path to a folder of images, an "
                 ".npz file (arr_0 uint8 [N, H, W, C]) or a folder of CIFAR-10's python files"
             )
-        chosen = [
-            int(torch.randint(len(self.images), (), generator=sample_generator(self.seed, int(i), CALIBRATION + 1)))
-            for i in self.indices
-        ]
-        images = torch.tensor(np.asarray(self.images[np.array(chosen)])).permute(0, 3, 1, 2)
+        chosen = chosen_images(len(self.images), self.indices, self.seed)
+        images = torch.tensor(np.asarray(self.images[chosen])).permute(0, 3, 1, 2)
         return model.encode((images.float() / 127.5 - 1).to(self.device)).cpu().contiguous()
+
+
+def chosen_images(n_images: int, indices: Sequence[int], seed: int) -> np.ndarray:
+    """Which of the real images sample `indices` start from, int64 [N]; each chosen by (seed, index) alone."""
+    generators = (sample_generator(seed, int(i), CALIBRATION + 1) for i in indices)
+    return np.array([int(torch.randint(n_images, (), generator=generator)) for generator in generators])
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from ptq_exp.correction.moments import Chunk, Merged, at, pooled, residual_momen
 from ptq_exp.correction.shrinkage import bias_stderr, shrunk_bias, shrunk_slope, slope_stderr
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.files import write_npz
+from ptq_exp.finite import is_finite, require_finite
 from ptq_exp.npz import npz_arrays, require_arrays
 from ptq_exp.parts import slices
 
@@ -116,15 +117,25 @@ class NoiseStatistics:
         require_arrays(path, arrays, expected)
         if len({len(arrays[name]) for name in _TENSORS}) != 1 or arrays["bias"].shape != arrays["bias_stderr"].shape:
             raise DataError(f"{path}: its arrays are of different numbers of steps or channels")
-        # standard errors of a single sample are infinite
-        if not all(np.isfinite(arrays[name]).all() for name in ("k", "bias", "residual_std", "k_unshrunk")):
-            raise DataError(f"{path} holds NaN or infinity: fit the statistics again")
+        _require_numbers(path, arrays)
         tensors = {name: torch.from_numpy(np.array(arrays[name])) for name in _TENSORS}
         try:
             made_for = json.loads(str(arrays["made_for"]))
         except ValueError as error:
             raise DataError(f"{path}: made_for is no JSON text") from error
         return cls(**tensors, convention=str(arrays["convention"]), made_for=made_for)
+
+
+def _require_numbers(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise DataError for numbers that are no statistics. Standard errors of a single sample may be infinite."""
+    again = "fit the statistics again"
+    require_finite({name: arrays[name] for name in _TENSORS if "stderr" not in name}, path, again)
+    for name in ("k_stderr", "bias_stderr"):
+        if not is_finite(arrays[name], or_infinite=True):
+            raise DataError(f"{path}: {name} holds NaN; {again}")
+    for name in ("residual_std", "k_stderr", "bias_stderr", "counts"):
+        if arrays[name].size and arrays[name].min() < 0:
+            raise DataError(f"{path}: {name} holds {arrays[name].min():g}, which is never negative; {again}")
 
 
 def fit_statistics(

@@ -2,6 +2,7 @@
 
 from ptq_exp.diffusion.compare import relative_eps_error
 from ptq_exp.diffusion.denoisers import ClassConditionalUNet, DiTDenoiser, FirstStage, UNetDenoiser
+from ptq_exp.diffusion.first_evaluations import check_network, wider
 from ptq_exp.diffusion.guidance import Guided, both_halves
 from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.noise import SampleNoise
@@ -19,5 +20,7 @@ from ptq_exp.diffusion.time_grid import NoiseSchedule, TimeGrid
 __all__ = [
     "ClassConditionalUNet", "DiTDenoiser", "DiffusionModel", "FirstStage", "Guided", "NoiseSchedule", "SOLVERS",
     "SampleNoise", "SamplerDefaults", "StepCoefficients", "StepRecord", "TimeGrid", "UNetDenoiser", "both_halves",
+    "check_network",
     "ddim_step", "padded_batches", "relative_eps_error", "sample", "solver_grid", "step_coefficients",
+    "wider",
 ]  # fmt: skip

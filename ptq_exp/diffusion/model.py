@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,8 @@ class DiffusionModel:
         blocks: globs of the modules that reconstruction takes as one piece; the outermost match counts.
         sampler: the published sampler.
         image_shape: (C, H, W) of an image; None = `sample_shape`.
+        structure: the settings files of the folder that the model was read from, by relative path; with them a saved
+            quantized model needs no folder. None = the name of the model says all.
     """
 
     name: str
@@ -61,6 +63,7 @@ class DiffusionModel:
     blocks: tuple[str, ...] = ("*resnets.*", "*attentions.*")
     sampler: SamplerDefaults = field(default_factory=SamplerDefaults)
     image_shape: tuple[int, int, int] | None = None
+    structure: Mapping[str, Mapping] | None = None
 
     def __post_init__(self) -> None:
         self.image_shape = self.image_shape or self.sample_shape

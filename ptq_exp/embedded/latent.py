@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ptq_exp.diffusion import ClassConditionalUNet, DiffusionModel, FirstStage, NoiseSchedule, SamplerDefaults
-from ptq_exp.diffusion.zoo.build import torch_dtype
+from ptq_exp.diffusion.zoo.build import frozen, torch_dtype
 from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, N_CLASSES
 from ptq_exp.embedded.networks import LATENT_CHANNELS, TRAIN_STEPS, build_autoencoder, build_latent_unet
 from ptq_exp.embedded.weights_file import WEIGHTS, load_weights
@@ -49,7 +49,7 @@ def digits_ldm_model(
     unet_digest = load_weights(denoiser, path)
     vq_digest = file_digest(WEIGHTS / "digits_vq.safetensors")
     digest = hashlib.sha256((unet_digest + vq_digest).encode()).hexdigest()
-    return latent_model(denoiser.to(torch_dtype(dtype)), first_stage(), name=name, digest=digest)
+    return latent_model(frozen(denoiser, torch_dtype(dtype), checkpoint), first_stage(), name=name, digest=digest)
 
 
 def latent_model(denoiser: ClassConditionalUNet, autoencoder: FirstStage, *, name: str, digest: str) -> DiffusionModel:

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from torch.nn import functional as F
 
 from ptq_exp.diffusion import DiffusionModel, NoiseSchedule, UNetDenoiser
-from ptq_exp.diffusion.zoo.build import torch_dtype
+from ptq_exp.diffusion.zoo.build import frozen, torch_dtype
 from ptq_exp.embedded.digits import IMAGE_SIZE, LATENT_IMAGE_SIZE, digits
 from ptq_exp.embedded.networks import BETA_SCHEDULE, TRAIN_STEPS, DigitsClassifier, build_unet
 from ptq_exp.embedded.weights_file import WEIGHTS, load_weights
@@ -34,7 +34,7 @@ def digits_model(name: str = "digits", checkpoint: str | None = None, dtype: str
     schedule = DDIMScheduler(TRAIN_STEPS, beta_schedule=BETA_SCHEDULE).alphas_cumprod
     return DiffusionModel(
         name=name,
-        denoiser=UNetDenoiser(unet).to(torch_dtype(dtype)).eval(),
+        denoiser=frozen(UNetDenoiser(unet), torch_dtype(dtype), checkpoint),
         schedule=NoiseSchedule(schedule.double()),
         sample_shape=(1, IMAGE_SIZE, IMAGE_SIZE),
         clip_sample=True,

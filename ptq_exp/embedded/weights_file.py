@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq_exp.errors import CheckpointError
 from ptq_exp.files import file_digest
+from ptq_exp.finite import bad_values, is_finite
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -49,7 +50,7 @@ def _check_numbers(path: Path, state: dict[str, Tensor], expected: dict[str, Ten
         if name not in expected or not expected[name].is_floating_point():
             continue
         what = None if tensor.is_floating_point() else f"is {tensor.dtype}, not real numbers"
-        if what is None and not tensor.isfinite().all():
-            what = "holds NaN or infinity"
+        if what is None and not is_finite(tensor):
+            what = f"holds {bad_values(tensor)}"
         if what:
             raise CheckpointError(f"model.checkpoint={path}: {name} {what}: train it again, or give another file")

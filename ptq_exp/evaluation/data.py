@@ -11,6 +11,7 @@ from ptq_exp.errors import DataError
 from ptq_exp.evaluation.cifar import cifar10_files, cifar10_folder, read_cifar10
 from ptq_exp.evaluation.image_source import ArrayImages, FolderImages, ImageSource
 from ptq_exp.files import file_digest
+from ptq_exp.finite import extremes
 from ptq_exp.npz import npz_array
 
 NPZ_IMAGES = "arr_0"
@@ -68,9 +69,18 @@ def _npz_images(path: Path) -> np.ndarray:
     images = npz_array(path, NPZ_IMAGES)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
         raise DataError(
-            f"{path}: {NPZ_IMAGES} is {images.dtype} of shape {images.shape}; expected images uint8 [N, H, W, 1 or 3]"
+            f"{path}: {NPZ_IMAGES} is {images.dtype} of shape {images.shape}{_range(images)}; expected images uint8 "
+            "[N, H, W, 1 or 3], black 0 and white 255: convert them first"
         )
     return images
+
+
+def _range(images: np.ndarray) -> str:
+    """What numbers an array of another type holds: it tells how to convert them."""
+    if images.size == 0 or images.dtype.kind not in "fiu" or images.dtype == np.uint8:
+        return ""
+    low, high = extremes(images) or (images.min(), images.max())
+    return f" with values {low:g} to {high:g}"
 
 
 def _checked(source: ImageSource, file: Path, size: int | tuple[int, int] | None, channels: int | None) -> ImageSource:

@@ -10,6 +10,7 @@ import numpy as np
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation.image_source import ImageSource
 from ptq_exp.evaluation.statistics import SPATIAL_CHANNELS, FeatureStatistics
+from ptq_exp.finite import is_finite
 
 
 class FeatureExtractor(Protocol):
@@ -50,19 +51,31 @@ def extract_features(
         Features whose `spatial` [N, 7 H' W'] runs through the channels of the map first, then its rows.
 
     Raises:
-        DataError: no images.
+        DataError: no images, or the extractor gives NaN or infinity.
     """
     if len(images) == 0:
         raise DataError(f"no images to extract features from {name}".rstrip())
     batches = []
     for start in range(0, len(images), batch_size):
         pooled, maps, logits = extractor(images[start : start + batch_size])
+        _require_finite(extractor, name, start, pooled, maps, logits)
         spatial = np.ascontiguousarray(maps[:, :SPATIAL_CHANNELS]).reshape(len(maps), -1)  # the rest may go
         batches.append((pooled, spatial, _softmax(logits)))
         if progress is not None:
             progress(len(pooled))
     arrays = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return FeatureStatistics(*arrays, name=name, extractor=getattr(extractor, "name", ""))
+
+
+def _require_finite(extractor: FeatureExtractor, name: str, start: int, *found: np.ndarray) -> None:
+    """Raise DataError for features that are NaN or infinite; the message names extractor and image."""
+    for what, values in zip(("features", "feature map", "logits"), map(np.asarray, found), strict=True):
+        if not is_finite(values):
+            bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
+            raise DataError(
+                f"evaluation.extractor={getattr(extractor, 'name', type(extractor).__name__)}: gives NaN or infinity in "
+                f"the {what} of image {start + int(bad.argmax())} of {name or 'the images'}; check its weights"
+            )
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

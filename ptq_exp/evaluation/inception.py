@@ -17,6 +17,7 @@ from torch import nn
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
 from ptq_exp.evaluation.statistics import SPATIAL_CHANNELS
 from ptq_exp.files import file_digest
+from ptq_exp.finite import require_finite
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """Published by torch-fidelity; the digits at the end are those with which its SHA-256 begins."""
@@ -159,6 +160,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"evaluation.weights={path}: found {found}, not tensors by name; expected {WEIGHTS_FILE}"
         )
+    require_finite(state, f"evaluation.weights={path}", "download the file again", CheckpointError)
     return state
 
 

@@ -139,6 +139,23 @@ def _factor(x: np.ndarray, mu: np.ndarray) -> np.ndarray:
     return np.linalg.qr(centred, mode="r") if len(x) > x.shape[1] else centred
 
 
+def require_covariance(sigma: Array, name: str) -> None:
+    """Nothing, if `sigma` [D, D] is the covariance of something: symmetric, no negative eigenvalue, not 0 everywhere.
+
+    Raises:
+        DataError: it is none; the message begins with `name`.
+    """
+    sigma = _as_covariance(sigma, name)
+    if np.min(np.diagonal(sigma), initial=0) < -_COVARIANCE_TOLERANCE * np.max(np.abs(sigma), initial=0):
+        raise DataError(f"{name} has a negative variance, so it is no covariance matrix")
+    if not sigma.any():
+        raise DataError(f"{name} is 0 everywhere, so it is the covariance of no set of images")
+    try:
+        np.linalg.cholesky(sigma)
+    except np.linalg.LinAlgError:  # singular, which it may be
+        _pivoted_cholesky(sigma, name)
+
+
 def _combine(mean_difference: np.ndarray, trace1: float, trace2: float, cross: float) -> float:
     """The four terms of the distance; the true value is never negative, its rounding may be."""
     return max(0.0, float(mean_difference @ mean_difference + trace1 + trace2 - 2 * cross))

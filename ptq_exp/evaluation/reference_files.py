@@ -10,6 +10,7 @@ from pathlib import Path
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation.data import NPZ_IMAGES, open_images
 from ptq_exp.evaluation.features import FeatureExtractor, extract_features
+from ptq_exp.evaluation.metrics import require_covariance
 from ptq_exp.evaluation.statistics import FeatureStatistics, GaussianStatistics, load_statistics, require_sizes
 from ptq_exp.npz import npz_keys
 
@@ -42,7 +43,7 @@ def load_reference(
 
     Raises:
         DataError: nothing there, a damaged or foreign file (the message names the arrays found), images of another
-            size, or statistics of another extractor.
+            size, statistics of another extractor, or with NaN, infinity or a matrix that is no covariance.
     """
     path = Path(path)
     if not path.exists():
@@ -79,4 +80,8 @@ def _of_extractor(
             f"evaluation.reference={path}: made with the extractor {statistics.extractor}, not {extractor.name}"
         )
     require_sizes(statistics, getattr(extractor, "feature_sizes", (None, None)), extractor.name)
+    if isinstance(statistics, GaussianStatistics):
+        for name, sigma in (("sigma", statistics.sigma), ("sigma_s", statistics.sigma_s)):
+            if sigma is not None:
+                require_covariance(sigma, f"evaluation.reference={path}: {name}")
     return statistics

@@ -10,6 +10,7 @@ import numpy as np
 
 from ptq_exp.errors import DataError
 from ptq_exp.files import write_npz
+from ptq_exp.finite import require_finite
 from ptq_exp.npz import open_npz, require_arrays
 
 SPATIAL_CHANNELS = 7
@@ -19,6 +20,7 @@ _FEATURES = ("pooled", "spatial", "probabilities")
 _POOLED_GAUSSIAN, _SPATIAL_GAUSSIAN = ("mu", "sigma"), ("mu_s", "sigma_s")
 _LAYOUT = "channels first"
 _WHAT = "file of feature statistics"
+_AGAIN = "compute the statistics again, or download them again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +67,12 @@ class FeatureStatistics:
         """Read what `save` wrote.
 
         Raises:
-            DataError: the file is missing, truncated, or holds something else.
+            DataError: the file is missing, truncated, or holds something else, NaN or infinity.
         """
         with open_npz(path, _WHAT) as archive:
             arrays = {field: archive[field] for field in _FEATURES}
             require_arrays(path, arrays, dict.fromkeys(_FEATURES, ("f", 2)))
+            require_finite(arrays, path, _AGAIN)
             return _named(path, cls, **arrays, **_read_labels(archive))
 
 
@@ -126,21 +129,23 @@ class GaussianStatistics:
         The ADM evaluator flattens feature maps with the channel last: its `mu_s` and `sigma_s` are put in our order.
 
         Raises:
-            DataError: the file is missing, truncated, or holds something else.
+            DataError: the file is missing, truncated, or holds something else, NaN or infinity.
         """
         with open_npz(path, _WHAT) as archive:
             labels = _read_labels(archive)
             arrays = {field: archive[field] for field in _POOLED_GAUSSIAN}
             arrays |= {field: archive[field] for field in _SPATIAL_GAUSSIAN if field in archive.files}
             require_arrays(path, arrays, {field: ("f", 2 if "sigma" in field else 1) for field in arrays})
+            require_finite(arrays, path, _AGAIN)
             if "mu_s" in arrays and "layout" not in archive.files:
                 order = _channels_first(arrays["mu_s"].size, path)
                 arrays["mu_s"] = arrays["mu_s"][order]
                 arrays["sigma_s"] = archive["sigma_s"][np.ix_(order, order)]
             if set(_FEATURES) <= set(archive.files):
                 name = str(archive["features_name"]) if "features_name" in archive.files else labels["name"]
-                features = (archive[field] for field in _FEATURES)
-                arrays["features"] = FeatureStatistics(*features, name=name, extractor=labels["extractor"])
+                features = {field: archive[field] for field in _FEATURES}
+                require_finite(features, path, _AGAIN)
+                arrays["features"] = FeatureStatistics(**features, name=name, extractor=labels["extractor"])
             return _named(path, cls, **arrays, **labels)
 
 

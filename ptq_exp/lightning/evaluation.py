@@ -9,7 +9,8 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from ptq_exp.diffusion import DiffusionModel, TimeGrid
+from ptq_exp.diffusion import DiffusionModel, TimeGrid, wider
+from ptq_exp.errors import DataError
 from ptq_exp.evaluation.images import to_uint8
 from ptq_exp.lightning.writer import predict_to_file, sample_indices
 from ptq_exp.parts import Parts
@@ -35,7 +36,12 @@ class EvaluationModule(pl.LightningModule):
         images = self.model.sample(
             self.denoiser, self.grid, indices.tolist(), self.sample_seed, device=self.device, **self.noise_in_eps
         )
-        return {"arr_0": to_uint8(images)}
+        try:
+            return {"arr_0": to_uint8(images)}
+        except DataError as error:
+            dtype = next((parameter.dtype for parameter in self.denoiser.parameters()), torch.float32)
+            remedy = wider(dtype) or "check model.checkpoint, the sampler and the bits"
+            raise DataError(f"{error}: the sampler diverged; {remedy}") from error
 
 
 def draw_images(

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.finite import bad_values, is_finite
 
 MIN_BITS, MAX_BITS = 2, 16
 # Keeps x / scale finite for an all-zero tensor, and lies below every step that a 16-bit softmax map needs.
@@ -31,6 +32,25 @@ class QRange(NamedTuple):
     zero_point: Tensor
     qmin: Tensor
     qmax: Tensor
+
+
+def check_range(name: str, qrange: QRange) -> None:
+    """Raise DataError unless a range that was read for the quantizer `name` is one.
+
+    That is: its numbers are finite, scale > 0, qmin <= zero_point <= qmax.
+    """
+    for field, values in qrange._asdict().items():
+        if not is_finite(values):
+            raise DataError(f"{name}: {field} holds {bad_values(values)}; quantize the model again")
+    scale, zero_point, qmin, qmax = qrange
+    if not bool((scale > 0).all()):
+        raise DataError(f"{name}: scale holds {float(scale.min()):g}, it must be positive; quantize the model again")
+    outside = (zero_point < qmin) | (zero_point > qmax)
+    if bool(outside.any()):
+        worst, low, high = (float(part.expand_as(outside)[outside][0]) for part in (zero_point, qmin, qmax))
+        raise DataError(
+            f"{name}: zero_point holds {worst:g}, outside its levels {low:g} to {high:g}; quantize the model again"
+        )
 
 
 def integer_range(bits: int, signed: bool) -> tuple[int, int]:

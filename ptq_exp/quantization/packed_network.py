@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.errors import DataError, QuantizationError
-from ptq_exp.quantization.affine import QRange, integer_range
+from ptq_exp.finite import bad_values, is_finite
+from ptq_exp.quantization.affine import QRange, check_range, integer_range
 from ptq_exp.quantization.calibrate import quantizers
 from ptq_exp.quantization.packing import pack, unpack
 from ptq_exp.quantization.quantizer import Quantizer, WeightQuantizer
@@ -59,14 +60,20 @@ def restore_tensors_(network: nn.Module, tensors: Mapping[str, Tensor], layout: 
     Afterwards all of its parameters are those of the network that was packed, bit for bit.
 
     Raises:
-        DataError: tensors and layout do not fit each other or the network.
+        DataError: tensors and layout do not fit each other or the network, or a number is impossible.
     """
     _check_layout(network, layout)
     reader = _Reader(tensors)
     for name, quantizer in quantizers(network):
-        quantizer.set_range(_unpack_ranges(name, quantizer, layout["ranges"][name], reader))
-    for value in _other_state(network).values():
-        value.copy_(reader.next(f"parameters.{_type_name(value)}", value.shape, _type_name(value)))
+        found = _unpack_ranges(name, quantizer, layout["ranges"][name], reader)
+        check_range(name, found)
+        quantizer.set_range(found)
+    parameters = dict(network.named_parameters())
+    for name, value in _other_state(network).items():
+        found = reader.next(f"parameters.{_type_name(value)}", value.shape, _type_name(value))
+        if not is_finite(found, or_infinite=name not in parameters):  # masks in buffers hold infinity
+            raise DataError(f"{name} holds {bad_values(found)}; quantize the model again")
+        value.copy_(found)
     for name, layer in _packed_layers(network):
         packed = reader.next(name, None, "uint8")
         integers = unpack(packed.numpy(), layer.weight_quantizer.bits, layer.weight.numel())

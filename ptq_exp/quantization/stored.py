@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ptq_exp.errors import DataError
-from ptq_exp.quantization.affine import QRange
+from ptq_exp.quantization.affine import QRange, check_range
 from ptq_exp.quantization.calibrate import freeze_weights_, quantizers
 
 
@@ -26,7 +26,7 @@ def restore_ranges_(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     """Give a model with quantizers and full-precision weights the ranges that `range_arrays` took, and freeze it.
 
     Raises:
-        DataError: the arrays are those of other quantizers; the model is left unchanged.
+        DataError: the arrays are those of other quantizers, or no ranges; the model is left unchanged.
     """
     wanted = {f"{name}.{field}": q for name, q in quantizers(model) for field in QRange._fields}
     wrong = sorted(set(wanted) ^ set(arrays)) or [
@@ -34,7 +34,12 @@ def restore_ranges_(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     ]
     if wrong:
         raise DataError(f"the stored ranges belong to other quantizers: {', '.join(wrong[:3])} do not fit")
+    found = {
+        name: QRange(*(torch.from_numpy(np.array(arrays[f"{name}.{field}"])) for field in QRange._fields))
+        for name, _ in quantizers(model)
+    }
+    for name, qrange in found.items():
+        check_range(name, qrange)
     for name, quantizer in quantizers(model):
-        fields = (torch.from_numpy(np.array(arrays[f"{name}.{field}"])) for field in QRange._fields)
-        quantizer.set_range(QRange(*fields))
+        quantizer.set_range(found[name])
     freeze_weights_(model)

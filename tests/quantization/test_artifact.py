@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 
 import pytest
@@ -214,6 +215,23 @@ def rule(index, role, **entry):
     return lambda d, t: d["rules"][index]["spec"][role].update(entry)
 
 
+def number(tensor, value):
+    """Set the first number of a tensor."""
+    return lambda d, t: t[tensor].view(-1)[:1].fill_(value)
+
+
+def zero_point_of_four_bits(d, t):
+    """Set the first zero point of the first layer of 4 bits to what 8 bits hold."""
+    place = 0
+    for name, entry in d["tensors"]["ranges"].items():
+        if entry["zero_point"] is not None:
+            if entry["bits"] == 4 and entry["zero_point"] == "uint8" and name.endswith("conv1.weight_quantizer"):
+                t["ranges.zero_point.uint8"][place] = 200
+                return
+            place += math.prod(entry["shape"]) if entry["zero_point"] == "uint8" else 0
+    raise AssertionError("no such layer")
+
+
 @pytest.mark.parametrize(("edit", "said"), [
     (lambda d, t: t.pop("conv_in.weight"), "the tensor conv_in.weight is missing"),
     (lambda d, t: t.pop("ranges.scale"), "the tensor ranges.scale is missing"),
@@ -230,6 +248,13 @@ def rule(index, role, **entry):
     (layout("parameters", "conv_in.bias", type="float16"), "conv_in.bias has type float16, the model float32"),
     (layout("ranges", "conv_in.input_quantizer", levels="odd"), "has the levels 'odd', expected one of unsigned"),
     (layout("ranges", "conv_in.input_quantizer", zero_point="float8"), "ranges.zero_point.float8 is missing"),
+    (number("ranges.scale", float("nan")), r"conv_in.*_quantizer: scale holds NaN or infinity in 1 of"),
+    (number("ranges.scale", float("inf")), r"conv_in.*_quantizer: scale holds NaN or infinity in 1 of"),
+    (number("ranges.scale", 0), r"conv_in.*_quantizer: scale holds 0, it must be positive"),
+    (number("ranges.scale", -0.5), r"conv_in.*_quantizer: scale holds -0.5, it must be positive"),
+    (number("parameters.float32", float("nan")), r"safetensors: [\w.]+ holds NaN or infinity in 1 of"),
+    (number("parameters.float32", float("inf")), r"safetensors: [\w.]+ holds NaN or infinity in 1 of"),
+    (zero_point_of_four_bits, r"conv1.weight_quantizer: zero_point holds 200, outside its levels 0 to 15"),
     (lambda d, t: d["tensors"]["weights"].pop("conv_in.weight"), "the model has and the file lacks conv_in.weight"),
     (lambda d, t: d["tensors"]["ranges"].update(more={}), "the file has and the model lacks more"),
     (lambda d, t: d["tensors"].pop("ranges"), "is damaged: KeyError"),

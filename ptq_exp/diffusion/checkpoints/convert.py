@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ptq_exp.diffusion.checkpoints.families import looks_like
 from ptq_exp.diffusion.time_grid import NoiseSchedule
 from ptq_exp.errors import CheckpointError
+from ptq_exp.finite import require_finite
 
 Rename = Callable[[str, Tensor], Mapping[str, Tensor]]
 _SHOWN = 3
@@ -80,10 +81,9 @@ def fill(
         )
     for part, target in zip(parts, targets, strict=True):
         owned = {name: _own(tensor) for name, (_, tensor) in target.items()}
-        if broken := next((target[name][0] for name, tensor in owned.items() if not tensor.isfinite().all()), None):
-            raise CheckpointError(
-                f"model.checkpoint={path}: {broken} holds NaN or infinity, in float32; download the file again"
-            )
+        in_file = ((target[name][0], tensor) for name, tensor in owned.items())
+        remedy = "download the file again (weights are read in float32)"
+        require_finite(in_file, f"model.checkpoint={path}", remedy, CheckpointError)
         part.module.load_state_dict(owned, assign=True)
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import CheckpointError, ConfigError
+from ptq_exp.finite import extremes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _SEED = 0
+_RANDOM = ContextVar("random_weights", default=False)
 
 
 class RandomWeightsWarning(UserWarning):
@@ -51,14 +55,70 @@ def empty_or_random(name: str, checkpoint: object | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def random_weights() -> Iterator[None]:
+    """Components of folders that are loaded inside get random weights: the files of weights are not there."""
+    token = _RANDOM.set(True)
+    try:
+        yield
+    finally:
+        _RANDOM.reset(token)
+
+
+def random_weights_wanted() -> bool:
+    """Whether the call comes from inside `random_weights`."""
+    return _RANDOM.get()
+
+
+def of_random_weights(cls: type[nn.Module], settings: Mapping, where: str) -> nn.Module:
+    """A module of `diffusers` of the class `cls` with `settings`, which name no code, and random weights.
+
+    Raises:
+        CheckpointError: the settings are not those of such a module; the message begins with `where`.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            return cls.from_config(dict(settings))
+    except Exception as error:  # whatever damaged settings make the library stumble over
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{where}: no settings of {cls.__name__} ({reason})") from error
+
+
 def random_digest(name: str) -> str:
     """The identity of a model with random weights."""
     return f"random-{name}"
 
 
-def frozen(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """`module` in evaluation mode, without gradients, in `dtype`."""
+def frozen(module: nn.Module, dtype: torch.dtype = torch.float32, checkpoint: object | None = None) -> nn.Module:
+    """`module` in evaluation mode, without gradients, in `dtype`.
+
+    Raises:
+        ConfigError: a number of `module` (read from `checkpoint`, which the message names) is too large for `dtype`.
+    """
+    _require_range(module, dtype, checkpoint)
     return module.to(dtype).eval().requires_grad_(False)
+
+
+def _require_range(module: nn.Module, dtype: torch.dtype, checkpoint: object | None) -> None:
+    """Raise ConfigError for a finite number that becomes infinite in `dtype`."""
+    largest = torch.finfo(dtype).max
+    for name, values in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if not values.is_floating_point() or torch.finfo(values.dtype).max <= largest:
+            continue
+        worst = max(extremes(values) or (0.0,), key=abs)
+        if math.isfinite(worst) and not _fits(worst, dtype):
+            short = str(dtype).removeprefix("torch.")
+            wider = [other for other in ("bfloat16", "float32", "float64") if _fits(worst, DTYPES[other])]
+            where = "" if checkpoint is None else f" of model.checkpoint={checkpoint}"
+            raise ConfigError(
+                f"model.dtype={short}: {name}{where} holds {worst:g}, beyond {largest:g}, the largest number of "
+                f"{short}; set model.dtype={' or '.join(wider[:2])}"
+            )
+
+
+def _fits(number: float, dtype: torch.dtype) -> bool:
+    return bool(torch.tensor(number, dtype=torch.float64).to(dtype).isfinite())
 
 
 def cosine_alphas_cumprod(total: int, offset: float = 0.008, largest_beta: float = 0.999) -> Tensor:

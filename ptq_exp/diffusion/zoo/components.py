@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
+from ptq_exp.diffusion.zoo.build import of_random_weights, random_weights_wanted
+from ptq_exp.diffusion.zoo.settings import read_json
 from ptq_exp.diffusion.zoo.weights import STEM, damage, find_weights
 from ptq_exp.errors import CheckpointError
 from ptq_exp.files import file_digest
+from ptq_exp.finite import is_finite, require_finite
 
 
 def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Module:
@@ -21,6 +26,8 @@ def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Modul
         CheckpointError: weights are missing, left over, of another shape, or in a file that cannot be read safely.
     """
     folder = component_folder(root, component)
+    if random_weights_wanted():
+        return of_random_weights(cls, read_json(folder / "config.json"), f"model.checkpoint={folder}")
     try:
         weights = find_weights(folder)
     except CheckpointError as error:
@@ -40,7 +47,48 @@ def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Modul
     if found:
         told = "; ".join(f"{len(keys)} {what} ({', '.join(map(str, list(keys)[:3]))})" for what, keys in found.items())
         raise CheckpointError(f"model.checkpoint={folder}: not the weights of its own config.json: {told}")
+    _require_finite(module, folder, weights.files)
     return module
+
+
+def _require_finite(module: nn.Module, folder: Path, files: Sequence[Path]) -> None:
+    """Raise CheckpointError if a weight is NaN or infinite; the message names its file."""
+    state = module.state_dict()
+    if (broken := next((name for name, tensor in state.items() if not is_finite(tensor)), None)) is None:
+        return
+    where = f"model.checkpoint={_file_of(folder, files, broken)}"
+    require_finite({broken: state[broken]}, where, "download or save the file again", CheckpointError)
+
+
+def _file_of(folder: Path, files: Sequence[Path], name: str) -> Path:
+    """The one of `files` that holds the bad tensor `name`; `folder` where that cannot be told."""
+    if len(files) > 1:
+        files = [path for path in files if path.suffix == ".safetensors" and _holds_bad(path, name)]
+    return files[0] if len(files) == 1 else folder
+
+
+def _holds_bad(path: Path, name: str) -> bool:
+    with safe_open(path, "pt") as tensors:
+        return name in tensors.keys() and not is_finite(tensors.get_tensor(name))  # noqa: SIM118
+
+
+def settings_files(root: Path) -> dict[str, dict]:
+    """The content of the settings files of a folder, by relative path: all but the weights.
+
+    Raises:
+        CheckpointError: one cannot be read, or holds NaN or infinity.
+    """
+    index = read_json(root / "model_index.json") if (root / "model_index.json").exists() else {}
+    components = ["", "scheduler", "unet", *filter(str.isidentifier, index)]
+    names = ("model_index.json", "config.json", "scheduler_config.json")
+    paths = dict.fromkeys(path for component in components for name in names if (path := root / component / name).exists())
+    found = {path.relative_to(root).as_posix(): read_json(path) for path in paths}
+    for name, settings in found.items():
+        try:
+            json.dumps(settings, allow_nan=False)
+        except ValueError as error:
+            raise CheckpointError(f"model.checkpoint={root}: {name} holds NaN or infinity; mend its settings") from error
+    return found
 
 
 def component_folder(root: Path, component: str) -> Path:

@@ -41,7 +41,7 @@ def ddpm_cifar10(
     return DiffusionModel(
         name=name,
         digest=random_digest(name) if checkpoint is None else _load(unet, checkpoint),
-        denoiser=frozen(UNetDenoiser(unet), number_type),
+        denoiser=frozen(UNetDenoiser(unet), number_type, checkpoint),
         schedule=NoiseSchedule(linear_alphas_cumprod(), steps_offset=0),
         sample_shape=(3, 32, 32),
         clip_sample=False,

@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from ptq_exp.diffusion.denoisers import DiTDenoiser, UNetDenoiser
 from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.zoo.build import frozen, torch_dtype
-from ptq_exp.diffusion.zoo.components import component_digest, component_folder, load_component
+from ptq_exp.diffusion.zoo.components import component_digest, component_folder, load_component, settings_files
 from ptq_exp.diffusion.zoo.first_stage import read_first_stage
 from ptq_exp.diffusion.zoo.network import (
     Shape,
@@ -58,10 +58,12 @@ def diffusers_folder(
     kind = of.values.get("_class_name")
     if kind not in (*_PIPELINES, "UNet2DModel"):
         raise of.error(f"holds a {kind}; known are UNet2DModel, {', '.join(_PIPELINES)}")
+    structure = settings_files(root)  # before the weights, which take longer
     scheduler = _scheduler(index)
     build = {"LDMPipeline": _latent, "DiTPipeline": _dit}.get(kind, _pixel)
     model = build(index, name, scheduler)
-    frozen(model.denoiser, number_type)
+    frozen(model.denoiser, number_type, checkpoint)
+    model.structure = structure
     return model
 
 

@@ -71,7 +71,7 @@ def _build(config: dict, checkpoint: str | None, name: str, dtype: str, wanted: 
     _four_heads(unet)
     return DiffusionModel(
         name=name,
-        denoiser=frozen(UNetDenoiser(unet), number_type),
+        denoiser=frozen(UNetDenoiser(unet), number_type, checkpoint),
         schedule=NoiseSchedule(cosine_alphas_cumprod(_STEPS), time_scale=1000 / _STEPS, steps_offset=0),
         sample_shape=(3, config["sample_size"], config["sample_size"]),
         clip_sample=True,

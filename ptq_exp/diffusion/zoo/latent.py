@@ -49,7 +49,7 @@ def ldm4_imagenet256(
         check_schedule(state, schedule, checkpoint)
     return DiffusionModel(
         name=name,
-        denoiser=frozen(ClassConditionalUNet(unet, embedding), number_type),
+        denoiser=frozen(ClassConditionalUNet(unet, embedding), number_type, checkpoint),
         schedule=schedule,
         sample_shape=_LATENT,
         clip_sample=False,
@@ -86,7 +86,7 @@ def ldm4_lsun_bedrooms256(
         fill(parts, state, checkpoint, wanted=_BEDROOMS, unused=unused)
     return DiffusionModel(
         name=name,
-        denoiser=frozen(UNetDenoiser(unet), number_type),
+        denoiser=frozen(UNetDenoiser(unet), number_type, checkpoint),
         schedule=schedule,
         sample_shape=_LATENT,
         clip_sample=False,

@@ -44,6 +44,20 @@ def local_folder(checkpoint: str) -> Path:
         ) from error
 
 
+def is_local(checkpoint: str) -> bool:
+    """Whether `checkpoint` is a file or folder that is there, or a repository id in the local cache; asks no network."""
+    if Path(checkpoint).exists():
+        return True
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(checkpoint, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return False
+    return True
+
+
 def _model_folder(path: Path) -> Path:
     """The folder that holds the model of the existing folder `path`; see `local_folder`."""
     if (path / INDEX).exists():

@@ -1,0 +1,92 @@
+"""Two evaluations of a network before any image is drawn: NaN and overflow are found at once, and where they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.diffusion.model import DiffusionModel
+from ptq_exp.diffusion.noise import EVALUATION, SampleNoise
+from ptq_exp.diffusion.time_grid import TimeGrid
+from ptq_exp.errors import CheckpointError, ConfigError
+from ptq_exp.finite import is_finite
+
+
+@torch.no_grad()
+def check_network(
+    model: DiffusionModel, grid: TimeGrid, seed: int, device: torch.device | str = "cpu", checkpoint: str | None = None
+) -> None:
+    """Nothing, if the network gives finite numbers for sample 0 of `seed` at the first and the last step of `grid`.
+
+    The state is an image without content, 0, at the noise level of the step: sqrt(1 - alpha_bar) times noise.
+
+    Args:
+        checkpoint: that the model was read from, for the message.
+
+    Raises:
+        ConfigError: numbers of 16 bits do not do; the message names model.dtype, the time and the first layer.
+        CheckpointError: float32 or float64 gives NaN or infinity, too.
+    """
+    network = model.denoiser
+    home = next((parameter.device for parameter in network.parameters()), torch.device(device))
+    network.to(device)
+    noise = SampleNoise(seed, [0], model.sample_shape, stream=EVALUATION).draw()
+    y = model.labels([0], seed)
+    for step in dict.fromkeys((0, len(grid) - 1)):
+        x = float(1 - grid.alphas_cumprod[step]) ** 0.5 * noise
+        inputs = [part.to(device) for part in (x, grid.network_time(step, 1), *([] if y is None else [y]))]
+        if not is_finite(network(*inputs)):
+            dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
+            raise _error(dtype, checkpoint, f"at time {float(inputs[1]):g}, first {first_not_finite(network, inputs)}")
+    network.to(home)
+
+
+def _error(dtype: torch.dtype, checkpoint: str | None, where: str) -> ConfigError | CheckpointError:
+    if remedy := wider(dtype):
+        name = str(dtype).removeprefix("torch.")
+        return ConfigError(f"model.dtype={name}: the network gives NaN or infinity {where}; {remedy}")
+    return CheckpointError(
+        f"model.checkpoint={checkpoint}: the network gives NaN or infinity {where}; its weights do not fit it, or are "
+        "damaged: give another file"
+    )
+
+
+def wider(dtype: torch.dtype) -> str:
+    """What to set where numbers of `dtype` do not do; nothing for float32 and float64."""
+    return {
+        torch.float16: "set model.dtype=bfloat16 or float32", torch.bfloat16: "set model.dtype=float32",
+    }.get(dtype, "")  # fmt: skip
+
+
+def first_not_finite(network: nn.Module, inputs: list[Tensor]) -> str:
+    """Where, on the way through `network`, the first NaN or infinity is: "in the output of LAYER"."""
+    with _watching(network) as found, torch.no_grad():
+        network(*inputs)
+    return found[0] if found else "in the output of the network"
+
+
+@contextmanager
+def _watching(network: nn.Module) -> Iterator[list[str]]:
+    """What the layers (modules without modules) of `network` take and give that is not finite, in order."""
+    found: list[str] = []
+
+    def look(what: str):
+        def hook(module: nn.Module, values: tuple, *result) -> None:
+            for value in result or values:
+                if isinstance(value, Tensor) and not is_finite(value):
+                    found.append(what)
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in network.named_modules():
+            if next(module.children(), None) is None and name:
+                for hook in (
+                    module.register_forward_pre_hook(look(f"in the input of {name}")),
+                    module.register_forward_hook(look(f"in the output of {name}")),
+                ):
+                    hooks.callback(hook.remove)
+        yield found
