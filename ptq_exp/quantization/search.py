@@ -36,7 +36,7 @@ END_SPAN, FEWEST_ENDS, MOST_ENDS, ENDS_BUDGET = 0.04, 5, 25, 100_000_000
 # A scale may win if its smooth error is within this over sqrt(n) of the least.
 SCATTER = 5.0
 # Budgets of element evaluations, of the first pass and of the scan, and the elements up to which they hold.
-COARSE_BUDGET, COARSE_AMPLE = 5_000_000, 10_000
+COARSE_BUDGET, COARSE_AMPLE = 4_000_000, 8192
 BUDGET, AMPLE = 16_000_000, 200_000
 # Bounds of the scan in candidates.
 FEWEST, MOST = 11, 65_536
@@ -146,7 +146,7 @@ def search_grid(space: GridSpace, smooth: ErrorSource, exact: ErrorSource, sampl
     if not bool((beam.errors > 0).any()):
         return plain
     moves = width * (2 if space.axes == 1 else 8)
-    rounds = max(count // (3 * moves), 1)
+    rounds = max(count // (2 * moves), 1)
     spacing = _scan(beam, *_first_pass(space, smooth, tolerance, count), count - rounds * moves)
     for _ in range(rounds):
         spacing /= 2
@@ -179,7 +179,7 @@ def _first_pass(space: GridSpace, source: ErrorSource, tolerance: Tensor, count:
         found, spacing = _halve(space, source, *found[:2], spacing, width=2)
     else:
         found, spacing = _vary_ends(space, source, width=1)
-    side = min(math.ceil(min(widest, 1.0) / 2 / spacing), count // 32)
+    side = min(math.ceil(min(widest, 1.0) / 2 / spacing), count // (32 if space.axes == 2 else 2 * _scales(space, spacing, 1 / 2)))
     if side == 0:
         return found, spacing
     around = found[0][:, :1] + spacing * torch.arange(-side, side + 1, device=tolerance.device)
@@ -235,6 +235,8 @@ def _halve(space: GridSpace, source: ErrorSource, t: Tensor, z: Tensor, spacing:
     while spacing > _goal(space):
         spacing /= 2
         beam.refine(spacing, max(1, round(spacing * 2**space.bits / 4)))
+    if space.axes == 1:  # two moves; with two axes they would be eight
+        beam.refine(spacing / 2, 1)
     return (beam.t, beam.z, torch.zeros_like(beam.z)), spacing
 
 
@@ -243,15 +245,21 @@ def _goal(space: GridSpace) -> float:
     return max(2.0 ** -(space.bits + 1), COARSE_SPACING)
 
 
+def _scales(space: GridSpace, spacing: float, move: float) -> int:
+    """Number of scales within `spacing` from each of which to the next the largest level moves by `move` steps."""
+    return max(round(spacing * 2 ** (space.bits - 1) / move), 1)
+
+
 def _scan(beam: Beam, promising: tuple[Tensor, Tensor, Tensor], spacing: float, count: int) -> float:
     """Offers scales within spacing / 2 of the promising ones, about `count` in all; returns their own spacing."""
     space, (t, z, slope) = beam.space, promising
-    need = math.ceil(spacing * 2 ** (space.bits + 2)) | 1
-    variants = 3 if space.axes == 2 and 3 * need * t.shape[1] <= count else 1
-    kept = min(t.shape[1], max(count // (need * variants), 1))
-    per_scale = min(need, max(count // (kept * variants) - 1, 0) | 1)
+    dense, sparse = (_scales(space, spacing, move) for move in (1 / 8, 1 / 2))
+    variants = 3 if space.axes == 2 and 3 * dense * t.shape[1] <= count else 1
+    # neighbours of the sparse ones are all but independent: with little to spend many of those are worth more
+    kept = min(t.shape[1], max(count // (sparse * variants), 1))
+    per_scale = min(dense, max(count // (kept * variants), 1))
     t, z, slope = (part[:, :kept, None, None] for part in (t, z, slope))
-    offset = (torch.arange(per_scale, device=t.device) - per_scale // 2)[:, None] * (spacing / per_scale)
+    offset = (torch.arange(per_scale, device=t.device) - (per_scale - 1) / 2)[:, None] * (spacing / per_scale)
     shift = torch.arange(variants, device=t.device) - variants // 2
     z = space.clamp((z + slope * offset + shift).flatten(1))
     t = (t + offset).expand(*t.shape[:2], per_scale, variants).flatten(1)
