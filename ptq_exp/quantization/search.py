@@ -33,17 +33,22 @@ COARSE_SPACING, FEWEST_SCALES = 0.03, 10
 # Else the first pass varies both ends: down to this factor at a time, in so many steps as this budget of element
 # evaluations allows.
 END_SPAN, FEWEST_ENDS, MOST_ENDS, ENDS_BUDGET = 0.04, 5, 25, 100_000_000
-# A scale may win if its smooth error is within this over sqrt(n) of the least.
-SCATTER = 5.0
+# A scale may win if its smooth error is within SCATTER / sqrt(n) of the least, the more so with few values, whose error
+# can vanish by chance: times 1 + SPREAD / n.
+SCATTER, SPREAD = 5.0, 50
 # Budgets of element evaluations, of the first pass and of the scan, and the elements up to which they hold.
 COARSE_BUDGET, COARSE_AMPLE = 4_000_000, 8192
-BUDGET, AMPLE = 16_000_000, 200_000
+BUDGET, AMPLE = 10_000_000, 300_000
 # Bounds of the scan in candidates.
-FEWEST, MOST = 11, 65_536
+FEWEST, MOST, MOST_ROUNDS = 11, 65_536, 16
 # Candidates that the refinement follows, and its finest move in t: where the error is rough, and where its scatter is
 # below SMOOTH (there a move of the largest level by so much of a step).
 BEAM_WIDTH, FINEST_MOVE = 8, 1e-5
 SMOOTH, SMOOTH_WIDTH, SMOOTH_MOVE = 0.02, 2, 1 / 256
+# The same for the few values whose scatter is above WILD, and the move of the largest level, in steps, from one scale of
+# the scan to the next: then, and else.
+WILD, WILD_WIDTH = 1.0, 64
+WILD_DENSITY, DENSITY, SPARSE = 1 / 32, 1 / 8, 1 / 2
 
 
 def affordable(budget: int, ample: int, cost: int) -> int:
@@ -136,18 +141,22 @@ def search_grid(space: GridSpace, smooth: ErrorSource, exact: ErrorSource, sampl
         samples: [cells], values that carry an error (others than zero).
     """
     plain = QRange(*(part.squeeze(1) for part in space.minmax))
-    tolerance = SCATTER / samples.clamp(min=1)[:, None].float().sqrt() * ~space.constant[:, None]
+    n = samples.clamp(min=1)[:, None].float()
+    tolerance = SCATTER / n.sqrt() * (1 + SPREAD / n) * ~space.constant[:, None]
     count = min(max(affordable(BUDGET, AMPLE, exact.cost), FEWEST), MOST)
     widest, finest = BEAM_WIDTH, FINEST_MOVE
-    if float(tolerance.max()) < SMOOTH:
+    if float(tolerance.max()) > WILD:
+        widest = max(min(count // 256, WILD_WIDTH), BEAM_WIDTH)
+    elif float(tolerance.max()) < SMOOTH:
         widest, finest = SMOOTH_WIDTH, 2 * SMOOTH_MOVE / 2**space.bits
     width = min(max(count // 64, 1), widest)
     beam = Beam(space, exact, torch.zeros_like(space.low), space.minmax.zero_point, width)
     if not bool((beam.errors > 0).any()):
         return plain
     moves = width * (2 if space.axes == 1 else 8)
-    rounds = max(count // (2 * moves), 1)
-    spacing = _scan(beam, *_first_pass(space, smooth, tolerance, count), count - rounds * moves)
+    rounds = min(max(count // (2 * moves), 1), MOST_ROUNDS)
+    density = WILD_DENSITY if float(tolerance.max()) > WILD else DENSITY
+    spacing = _scan(beam, *_first_pass(space, smooth, tolerance, count), count - rounds * moves, density)
     for _ in range(rounds):
         spacing /= 2
         if spacing < finest:
@@ -179,7 +188,7 @@ def _first_pass(space: GridSpace, source: ErrorSource, tolerance: Tensor, count:
         found, spacing = _halve(space, source, *found[:2], spacing, width=2)
     else:
         found, spacing = _vary_ends(space, source, width=1)
-    side = min(math.ceil(min(widest, 1.0) / 2 / spacing), count // (32 if space.axes == 2 else 2 * _scales(space, spacing, 1 / 2)))
+    side = min(math.ceil(min(widest, 1.0) / 2 / spacing), count // (32 if space.axes == 2 else 2 * _scales(space, spacing, SPARSE)))
     if side == 0:
         return found, spacing
     around = found[0][:, :1] + spacing * torch.arange(-side, side + 1, device=tolerance.device)
@@ -250,10 +259,10 @@ def _scales(space: GridSpace, spacing: float, move: float) -> int:
     return max(round(spacing * 2 ** (space.bits - 1) / move), 1)
 
 
-def _scan(beam: Beam, promising: tuple[Tensor, Tensor, Tensor], spacing: float, count: int) -> float:
+def _scan(beam: Beam, promising: tuple[Tensor, Tensor, Tensor], spacing: float, count: int, density: float) -> float:
     """Offers scales within spacing / 2 of the promising ones, about `count` in all; returns their own spacing."""
     space, (t, z, slope) = beam.space, promising
-    dense, sparse = (_scales(space, spacing, move) for move in (1 / 8, 1 / 2))
+    dense, sparse = (_scales(space, spacing, move) for move in (density, SPARSE))
     variants = 3 if space.axes == 2 and 3 * dense * t.shape[1] <= count else 1
     # neighbours of the sparse ones are all but independent: with little to spend many of those are worth more
     kept = min(t.shape[1], max(count // (sparse * variants), 1))
