@@ -1,7 +1,6 @@
 """Search for the scale and the zero point of quantization ranges, vectorised over cells and candidates.
 
-A cell is one quantizer's share of a tensor (the tensor, a channel, a segment). A candidate is a pair (t, z): the
-scale is exp(t) times that of the data's own range, z is the zero point.
+Candidates are pairs (t, z) of a scale, exp(t) times that of the data's own range, and a zero point: see `GridSpace`.
 
 Three facts shape the search:
 
@@ -23,90 +22,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq_exp.quantization.affine import SCALE_FLOOR, QRange, choose_qparams
+from ptq_exp.quantization.affine import QRange, choose_qparams
+from ptq_exp.quantization.candidates import LARGEST, Beam, GridSpace
 from ptq_exp.quantization.errors_by_metric import ErrorSource
 
-# Scales of the first pass, as factors of the data's own: from the largest down to the smallest, and on down to the
+# Scales of the first pass, as factors of the data's own: from LARGEST down to the smallest, and on down to the
 # very least while a cell's best lies at the low end. Their finest spacing, and the least number that makes sense.
-LARGEST, SMALLEST, LEAST = 2.0, 0.005, 1e-5
+SMALLEST, LEAST = 0.005, 1e-5
 COARSE_SPACING, FEWEST_SCALES = 0.03, 10
-# Else the first pass varies both ends: down to this factor at a time, in so many steps as this budget of element
-# evaluations allows.
-END_SPAN, FEWEST_ENDS, MOST_ENDS, ENDS_BUDGET = 0.04, 5, 25, 100_000_000
-# A scale may win if its smooth error is within SCATTER / sqrt(n) of the least, the more so with few values, whose error
-# can vanish by chance: times 1 + SPREAD / n.
+# Else the first pass varies both ends: down to this factor at a time, in so many steps as a budget of element
+# evaluations allows; of an error that is not convex it follows so many of the best.
+END_SPAN, FEWEST_ENDS, MOST_ENDS, ENDS_WIDTH = 0.04, 5, 25, 8
+ENDS_BUDGET = 100_000_000
+# A scale may win if its smooth error is within SCATTER / sqrt(n) of the least; the more so with few values, whose
+# error can vanish by chance: times 1 + SPREAD / n.
 SCATTER, SPREAD = 5.0, 50
 # Budgets of element evaluations, of the first pass and of the scan, and the elements up to which they hold.
 COARSE_BUDGET, COARSE_AMPLE = 4_000_000, 8192
 BUDGET, AMPLE = 10_000_000, 300_000
-# Bounds of the scan in candidates.
+# Bounds of the scan and its refinement: candidates; rounds.
 FEWEST, MOST, MOST_ROUNDS = 11, 65_536, 16
-# Candidates that the refinement follows, and its finest move in t: where the error is rough, and where its scatter is
-# below SMOOTH (there a move of the largest level by so much of a step).
-BEAM_WIDTH, FINEST_MOVE = 8, 1e-5
-SMOOTH, SMOOTH_WIDTH, SMOOTH_MOVE = 0.02, 2, 1 / 256
-# The same for the few values whose scatter is above WILD, and the move of the largest level, in steps, from one scale of
-# the scan to the next: then, and else.
-WILD, WILD_WIDTH = 1.0, 64
-WILD_DENSITY, DENSITY, SPARSE = 1 / 32, 1 / 8, 1 / 2
+# Move of the largest level, in steps, from one scale to the next where so few are affordable that they had better be
+# independent.
+SPARSE = 1 / 2
 
 
 def affordable(budget: int, ample: int, cost: int) -> int:
     """Candidates within `budget` element evaluations; more than `ample` elements get less, to bound their time."""
     return budget * ample // (cost * max(cost, ample))
-
-
-@dataclass
-class GridSpace:
-    """Candidate grids for cells whose smallest and largest values are `low` and `high`, [cells]."""
-
-    low: Tensor
-    high: Tensor
-    bits: int
-    symmetric: bool
-
-    def __post_init__(self) -> None:
-        self.constant = self.low == self.high
-        self.low, self.high = self.low.clamp(max=0)[:, None], self.high.clamp(min=0)[:, None]
-        self.minmax = choose_qparams(self.low, self.high, self.bits, self.symmetric)
-        free = (self.low < 0) & (self.high > 0) & (not self.symmetric)
-        self.axes = 2 if bool(free.any()) else 1
-        # One-sided data spends no level on the other side.
-        self.lowest = torch.where(free, self.minmax.qmin, self.minmax.zero_point)
-        self.highest = torch.where(free, self.minmax.qmax, self.minmax.zero_point)
-
-    def candidates(self, t: Tensor, z: Tensor) -> QRange:
-        """Quantizers [cells, k] of t, z [cells, k]."""
-        scale = (self.minmax.scale * t.exp()).clamp_(min=SCALE_FLOOR)
-        return QRange(scale, z, self.minmax.qmin.expand_as(scale), self.minmax.qmax.expand_as(scale))
-
-    def clamp(self, z: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(z.round(), self.lowest), self.highest)
-
-
-class Beam:
-    """The best candidates found so far, best first: t, z and their errors by `source`, [cells, width]."""
-
-    def __init__(self, space: GridSpace, source: ErrorSource, t: Tensor, z: Tensor, width: int) -> None:
-        self.space, self.source, self.width = space, source, width
-        self.t, self.z, self.errors = t[:, :0], z[:, :0], t[:, :0]
-        self.offer(t, z)
-
-    def offer(self, t: Tensor, z: Tensor) -> None:
-        """Evaluates the candidates t, z [cells, k], and keeps the best of what is held and what is new."""
-        errors = torch.cat((self.errors, self.source.errors(self.space.candidates(t, z))), 1)
-        # Stable: of equal candidates the one held longest stays, so the data's own range wins a tie.
-        errors, order = errors.sort(dim=1, stable=True)
-        self.errors, order = errors[:, : self.width], order[:, : self.width]
-        self.t, self.z = (torch.cat(parts, 1).gather(1, order) for parts in ((self.t, t), (self.z, z)))
-
-    def refine(self, size: float, shift: int) -> None:
-        """Offers the neighbours of all that is held: `size` away in t, or `shift` levels away in z, or both."""
-        moves = torch.tensor([0.0, -1.0, 1.0], device=self.t.device)
-        both = torch.cartesian_prod(moves * size, moves * shift)[1:] if self.space.axes == 2 else moves[1:, None] * size
-        t = (self.t.unsqueeze(-1) + both[:, 0]).flatten(1).clamp_(max=math.log(LARGEST))
-        z = (self.z.unsqueeze(-1) + (both[:, 1] if self.space.axes == 2 else 0)).expand(*self.z.shape, len(both))
-        self.offer(t, self.space.clamp(z.flatten(1)))
 
 
 @dataclass
@@ -131,6 +74,30 @@ class Path:
         return tuple(part.gather(1, order) for part in (self.t, self.z, slope))
 
 
+class Effort:
+    """How hard to look for the best of the candidates, by the scatter of their errors and by what is affordable.
+
+    Attributes:
+        tolerance: [cells, 1], how far above the least the smooth error of the best scale may lie, relative to it.
+        count: candidates in all. width: of the beam that the refinement follows, `rounds` times at most.
+        finest: least move in t. density: move of the largest level, in steps, between neighbours of the scan.
+    """
+
+    def __init__(self, space: GridSpace, samples: Tensor, cost: int) -> None:
+        n = samples.clamp(min=1)[:, None].float()
+        self.tolerance = SCATTER / n.sqrt() * (1 + SPREAD / n) * ~space.constant[:, None]
+        self.widest = float(self.tolerance.max())
+        self.count = min(max(affordable(BUDGET, AMPLE, cost), FEWEST), MOST)
+        self.density, self.finest, width = 1 / 8, 1e-5, 8
+        if self.widest > 1:  # a few dozen values: many narrow minima
+            self.density, width = 1 / 32, min(max(self.count // 256, 8), 64)
+        elif self.widest < 0.02:  # smooth: a flat minimum
+            self.finest, width = 2.0 ** -(space.bits + 7), 2
+        self.width = min(max(self.count // 64, 1), width)
+        self.moves = self.width * (2 if space.axes == 1 else 8)
+        self.rounds = min(max(self.count // (2 * self.moves), 1), MOST_ROUNDS)
+
+
 def search_grid(space: GridSpace, smooth: ErrorSource, exact: ErrorSource, samples: Tensor) -> QRange:
     """Best quantizer per cell, [cells]; by `exact` never worse than the data's own range.
 
@@ -141,25 +108,14 @@ def search_grid(space: GridSpace, smooth: ErrorSource, exact: ErrorSource, sampl
         samples: [cells], values that carry an error (others than zero).
     """
     plain = QRange(*(part.squeeze(1) for part in space.minmax))
-    n = samples.clamp(min=1)[:, None].float()
-    tolerance = SCATTER / n.sqrt() * (1 + SPREAD / n) * ~space.constant[:, None]
-    count = min(max(affordable(BUDGET, AMPLE, exact.cost), FEWEST), MOST)
-    widest, finest = BEAM_WIDTH, FINEST_MOVE
-    if float(tolerance.max()) > WILD:
-        widest = max(min(count // 256, WILD_WIDTH), BEAM_WIDTH)
-    elif float(tolerance.max()) < SMOOTH:
-        widest, finest = SMOOTH_WIDTH, 2 * SMOOTH_MOVE / 2**space.bits
-    width = min(max(count // 64, 1), widest)
-    beam = Beam(space, exact, torch.zeros_like(space.low), space.minmax.zero_point, width)
+    effort = Effort(space, samples, exact.cost)
+    beam = Beam(space, exact, torch.zeros_like(space.low), space.minmax.zero_point, effort.width)
     if not bool((beam.errors > 0).any()):
         return plain
-    moves = width * (2 if space.axes == 1 else 8)
-    rounds = min(max(count // (2 * moves), 1), MOST_ROUNDS)
-    density = WILD_DENSITY if float(tolerance.max()) > WILD else DENSITY
-    spacing = _scan(beam, *_first_pass(space, smooth, tolerance, count), count - rounds * moves, density)
-    for _ in range(rounds):
+    spacing = _scan(beam, *_first_pass(space, smooth, effort), effort)
+    for _ in range(effort.rounds):
         spacing /= 2
-        if spacing < finest:
+        if spacing < effort.finest:
             break
         beam.refine(spacing, 1)
     found = (part.squeeze(1) for part in space.candidates(beam.t[:, :1], beam.z[:, :1]))
@@ -169,30 +125,28 @@ def search_grid(space: GridSpace, smooth: ErrorSource, exact: ErrorSource, sampl
 Promising = tuple[tuple[Tensor, Tensor, Tensor], float]
 
 
-def _first_pass(space: GridSpace, source: ErrorSource, tolerance: Tensor, count: int) -> Promising:
-    """Scales whose error is within `tolerance` [cells, 1] of the least, and their spacing.
-
-    With little to spend, here or on the scan of `count` candidates, these are but the best one.
-    """
+def _first_pass(space: GridSpace, source: ErrorSource, effort: Effort) -> Promising:
+    """Scales whose error is within the tolerance of the least, and their spacing; with little to spend the best one."""
     evaluations = 2 * space.bits + 1 if space.axes == 2 else 1
     most = affordable(COARSE_BUDGET, COARSE_AMPLE, source.cost) // evaluations
-    widest = float(tolerance.max())
     if not source.convex:
-        (t, z, slope), spacing = _vary_ends(space, source, BEAM_WIDTH)
-        return (t, z, slope), max(spacing, min(2 * widest, 1.0))
+        found, spacing = _vary_ends(space, source, ENDS_WIDTH)
+        return found, max(spacing, min(2 * effort.widest, 1.0))
     if most >= FEWEST_SCALES:
         path = _whole_path(space, source, most)
-        found, spacing = path.promising(tolerance), path.spacing
+        found, spacing = path.promising(effort.tolerance), path.spacing
         if spacing <= _goal(space):
             return found, spacing
         found, spacing = _halve(space, source, *found[:2], spacing, width=2)
     else:
         found, spacing = _vary_ends(space, source, width=1)
-    side = min(math.ceil(min(widest, 1.0) / 2 / spacing), count // (32 if space.axes == 2 else 2 * _scales(space, spacing, SPARSE)))
+    share = 32 if space.axes == 2 else 2 * _scales(space, spacing, SPARSE)
+    side = min(math.ceil(min(effort.widest, 1.0) / 2 / spacing), effort.count // share)
     if side == 0:
         return found, spacing
-    around = found[0][:, :1] + spacing * torch.arange(-side, side + 1, device=tolerance.device)
-    return _path(space, source, around.clamp_(max=math.log(LARGEST)), spacing).promising(tolerance), spacing
+    around = found[0][:, :1] + spacing * torch.arange(-side, side + 1, device=space.low.device)
+    path = _path(space, source, around.clamp_(max=math.log(LARGEST)), spacing)
+    return path.promising(effort.tolerance), spacing
 
 
 def _whole_path(space: GridSpace, source: ErrorSource, most: int) -> Path:
@@ -259,12 +213,12 @@ def _scales(space: GridSpace, spacing: float, move: float) -> int:
     return max(round(spacing * 2 ** (space.bits - 1) / move), 1)
 
 
-def _scan(beam: Beam, promising: tuple[Tensor, Tensor, Tensor], spacing: float, count: int, density: float) -> float:
-    """Offers scales within spacing / 2 of the promising ones, about `count` in all; returns their own spacing."""
+def _scan(beam: Beam, promising: tuple[Tensor, Tensor, Tensor], spacing: float, effort: Effort) -> float:
+    """Offers scales within spacing / 2 of the promising ones; returns their own spacing."""
     space, (t, z, slope) = beam.space, promising
-    dense, sparse = (_scales(space, spacing, move) for move in (density, SPARSE))
+    count = effort.count - effort.rounds * effort.moves
+    dense, sparse = (_scales(space, spacing, move) for move in (effort.density, SPARSE))
     variants = 3 if space.axes == 2 and 3 * dense * t.shape[1] <= count else 1
-    # neighbours of the sparse ones are all but independent: with little to spend many of those are worth more
     kept = min(t.shape[1], max(count // (sparse * variants), 1))
     per_scale = min(dense, max(count // (kept * variants), 1))
     t, z, slope = (part[:, :kept, None, None] for part in (t, z, slope))

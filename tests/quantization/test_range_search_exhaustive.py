@@ -1,4 +1,4 @@
-"""Range search against an exhaustive search written out plainly, on random tensors of six shapes and more."""
+"""Range search against an exhaustive search written out plainly, on random tensors of eight distributions."""
 
 import itertools
 
@@ -78,7 +78,8 @@ def test_search_is_within_a_thousandth_of_an_exhaustive_one(symmetric):
     for data, n, bits, metric, seed in cases(symmetric):
         x = draw(data, (n,), seed)
         best = exhaustive(x, bits, symmetric, metric)
-        worst[data, n, bits, metric] = achieved(x, search_range(x, bits, symmetric=symmetric, metric=metric), metric) / best
+        found = search_range(x, bits, symmetric=symmetric, metric=metric)
+        worst[data, n, bits, metric] = achieved(x, found, metric) / best
     assert len(worst) >= 48
     assert max(worst.values()) <= 1.001, max(worst.items(), key=lambda item: item[1])
 
@@ -95,7 +96,7 @@ def test_channels_are_as_good_as_an_exhaustive_search_on_each(cells, n, bits, sy
 
 
 def test_the_best_symmetric_range_may_end_beyond_the_data():
-    """Values at -1.1, 0 and 1: of the scales that hit all three nearly, the best at 3 bits ends at 3 * 0.53."""
+    """A scale of 0.53 or so hits all of -1.1, 0.53 and 1.06; at 3 bits its range ends at 1.6."""
     x = torch.tensor([-1.1, -1.1, 0.53, 0.53, 1.06])
     found = search_range(x, 3, symmetric=True, metric="mse")
     assert float(found.scale * found.qmax) > 1.2 * float(x.max())
@@ -106,7 +107,7 @@ def test_the_best_symmetric_range_may_end_beyond_the_data():
 @pytest.mark.parametrize("bits", [2, 4, 6])
 def test_sketch_is_within_a_hundredth_of_an_exhaustive_search_on_the_values(bits, symmetric):
     for seed, data in enumerate(DATA):
-        x = draw(data, (4000 if symmetric else 800,), seed)
+        x = draw(data, (1200 if symmetric else 500,), seed)
         sketch = RangeSketch(1)
         for batch in x.split(300):
             sketch.update(batch[None])
