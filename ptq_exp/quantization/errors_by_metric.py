@@ -31,7 +31,7 @@ class ErrorSource(Protocol):
     """What the search minimises: `errors(candidates)` maps a QRange of shape [cells, k] to errors [cells, k].
 
     Errors are comparable within a cell only. `cost` is the number of elements read per candidate, `convex`
-    whether the error of smooth data is close to convex in the range's ends.
+    whether the error of smooth data is close to convex in the range's ends, and so in the zero point at any scale.
     """
 
     cost: int

@@ -17,7 +17,7 @@ from torch import Tensor
 from ptq_exp.errors import ConfigError, QuantizationError
 from ptq_exp.quantization.affine import QRange, choose_qparams, integer_range
 from ptq_exp.quantization.errors_by_metric import CodeDivergence, ErrorSource, HistogramErrors, ValueErrors
-from ptq_exp.quantization.search import EndSpace, search_ends
+from ptq_exp.quantization.search import GridSpace, search_grid
 from ptq_exp.quantization.sketch import Histogram, describe, finite_ends
 
 OwnErrors = Callable[[Tensor, Tensor, int], ErrorSource]
@@ -28,7 +28,7 @@ PERCENTILE = 0.9999
 SKETCH_BINS = 8192
 MOST_KL_BINS = 2048
 # Bins of the stand-in for a tensor whose values are at hand: all cells together, and the least for one.
-COARSE_BINS, FEWEST_BINS = 32768, 128
+COARSE_BINS, FEWEST_BINS = 16384, 128
 
 
 @torch.no_grad()
@@ -67,8 +67,8 @@ def search_range(
     if metric in ("minmax", "percentile"):
         found = choose_qparams(low, high, bits, symmetric)
     else:
-        space = EndSpace(low, high, bits, symmetric)
-        found = search_ends(space, *_sources(rows, metric, space), samples=rows.shape[1])
+        space = GridSpace(low, high, bits, symmetric)
+        found = search_grid(space, *_sources(rows, metric, space))
     return QRange(*(part.reshape(shape) for part in found))
 
 
@@ -94,9 +94,9 @@ class RangeSketch(Histogram):
         low, high = self.percentile(PERCENTILE) if metric == "percentile" else (self.min, self.max)
         if metric in ("minmax", "percentile"):
             return choose_qparams(low, high, bits, symmetric)
-        space = EndSpace(low, high, bits, symmetric)
+        space = GridSpace(low, high, bits, symmetric)
         source = _histogram_source(self, metric, space)
-        return search_ends(space, source, source, samples=int(self.count.min()))
+        return search_grid(space, source, source, self.count - self.zeros)
 
 
 def _check(bits: int, metric: str) -> None:
@@ -117,24 +117,27 @@ def _rows(x: Tensor, channel_axis: int | None) -> tuple[Tensor, list[int]]:
     return x.movedim(channel_axis, 0).flatten(1).contiguous(), shape
 
 
-def _sources(rows: Tensor, metric: str, space: EndSpace) -> tuple[ErrorSource, ErrorSource]:
-    """Errors for the coarse and the last stages: on a histogram, and on the values (not so for `kl` and own ones)."""
+def _sources(rows: Tensor, metric: str, space: GridSpace) -> tuple[ErrorSource, ErrorSource, Tensor]:
+    """Errors for the first pass and for the scan, and how many values other than zero each cell has, [cells].
+
+    The first are those of a histogram, the second those of the values (but for `kl` and own metrics).
+    """
     cells, n = rows.shape
     if metric == "kl" or METRICS[metric] is not None:
         histogram = Histogram(cells, MOST_KL_BINS)
         histogram.update(rows)
         source = _histogram_source(histogram, metric, space)
-        return source, source
+        return source, source, histogram.count - histogram.zeros
     exact = ValueErrors(rows, metric, space.minmax.scale)
     bins = min(max(COARSE_BINS // cells, FEWEST_BINS), SKETCH_BINS)
     histogram = Histogram(cells, _power_of_two(bins))
     if n <= histogram.bins:
-        return exact, exact
+        return exact, exact, rows.count_nonzero(1)
     histogram.update(rows)
-    return _histogram_source(histogram, metric, space), exact
+    return _histogram_source(histogram, metric, space), exact, histogram.count - histogram.zeros
 
 
-def _histogram_source(histogram: Histogram, metric: str, space: EndSpace) -> ErrorSource:
+def _histogram_source(histogram: Histogram, metric: str, space: GridSpace) -> ErrorSource:
     if metric == "kl":
         # With more bins the sampling noise of n values outweighs what the quantizer loses.
         n = int(histogram.count.min())
