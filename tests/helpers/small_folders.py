@@ -35,7 +35,8 @@ AUTOENCODERS = {
         "up_block_out_channels": (4, 8), "norm_num_groups": 4}),
     "AutoencoderDC": (AutoencoderDC, {
         "encoder_block_out_channels": (8, 16), "decoder_block_out_channels": (8, 16),
-        "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1), "encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ()),
+        "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),
+        "encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ()),
         "encoder_out_shortcut": False, "decoder_in_shortcut": False}),
 }  # fmt: skip
 

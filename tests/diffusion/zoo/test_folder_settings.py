@@ -1,6 +1,7 @@
 """Settings of a diffusers folder that cannot be followed: one line that names the file and the setting, at building."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -8,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from small_folders import BETAS, dit_folder, edit, latent_folder, pixel_folder
 
+from ptq_exp.diffusion.zoo import first_stage
 from ptq_exp.diffusion.zoo import folder as zoo_folder
 from ptq_exp.errors import PTQError
 from ptq_exp.models import load_model
@@ -28,7 +30,25 @@ def message(root):
 @pytest.fixture
 def weights_are_not_read(monkeypatch):
     """Settings are judged before anything large is loaded."""
-    monkeypatch.setattr(zoo_folder, "load_component", lambda *_: pytest.fail("read the weights"))
+    for module in (zoo_folder, first_stage):
+        monkeypatch.setattr(module, "load_component", lambda *_: pytest.fail("read the weights"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders to copy: saving takes longer than refusing."""
+    root = tmp_path_factory.mktemp("saved")
+    return pixel_folder(root / "pixel"), latent_folder(root / "latent", which="AutoencoderKL")
+
+
+@pytest.fixture
+def pixel(saved, tmp_path):
+    return shutil.copytree(saved[0], tmp_path / "model")
+
+
+@pytest.fixture
+def latent(saved, tmp_path):
+    return shutil.copytree(saved[1], tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -57,9 +77,10 @@ def weights_are_not_read(monkeypatch):
         ("DPMSolverMultistep", {"algorithm_type": "dpmsolver"}, "cannot be made from it"),
     ],
 )
-def test_what_a_scheduler_may_not_say(tmp_path, weights_are_not_read, name, changes, expected):
-    root = pixel_folder(tmp_path, getattr(diffusers, f"{name}Scheduler")())
-    text = message(edit(root, SCHEDULER, **changes))
+def test_what_a_scheduler_may_not_say(pixel, weights_are_not_read, name, changes, expected):
+    root, kind = pixel, f"{name}Scheduler"
+    (root / SCHEDULER).write_text(json.dumps({"_class_name": kind, **changes}))
+    text = message(edit(root, INDEX, scheduler=["diffusers", kind]))
     assert f"{root}: {SCHEDULER}: " in text and expected in text
 
 
@@ -67,8 +88,8 @@ def test_what_a_scheduler_may_not_say(tmp_path, weights_are_not_read, name, chan
     "LCMScheduler", "TCDScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "IPNDMScheduler",
     "CogVideoXDDIMScheduler", "DDIMInverseScheduler", "RePaintScheduler", "ScoreSdeVeScheduler", "Unheard",
 ])  # fmt: skip
-def test_schedulers_that_are_not_known(tmp_path, name):
-    root = edit(pixel_folder(tmp_path), SCHEDULER, _class_name=name)
+def test_schedulers_that_are_not_known(pixel, name):
+    root = edit(pixel, SCHEDULER, _class_name=name)
     edit(root, INDEX, scheduler=["diffusers", name])
     assert f"its scheduler ({name}) has no betas, or times of its own; known are DDIMScheduler" in message(root)
 
@@ -103,8 +124,8 @@ def test_schedulers_that_are_not_known(tmp_path, name):
         ({"_class_name": 3}, "known are DDIMScheduler"),
     ],
 )  # fmt: skip
-def test_impossible_settings_of_a_scheduler(tmp_path, weights_are_not_read, changes, expected):
-    root = edit(pixel_folder(tmp_path), SCHEDULER, **changes)
+def test_impossible_settings_of_a_scheduler(pixel, weights_are_not_read, changes, expected):
+    root = edit(pixel, SCHEDULER, **changes)
     text = message(root)
     assert f"{root}: {SCHEDULER}: " in text and expected in text
 
@@ -154,8 +175,8 @@ def test_what_belongs_to_a_solver_is_named_in_the_log(tmp_path, caplog, name, se
         ({"_class_name": ["UNet2DModel"]}, "_class_name"),
     ],
 )  # fmt: skip
-def test_impossible_settings_of_a_network(tmp_path, weights_are_not_read, changes, expected):
-    root = edit(pixel_folder(tmp_path), "unet/config.json", **changes)
+def test_impossible_settings_of_a_network(pixel, weights_are_not_read, changes, expected):
+    root = edit(pixel, "unet/config.json", **changes)
     text = message(root)
     assert f"{root}: unet/config.json: " in text and expected in text
 
@@ -173,8 +194,8 @@ def test_impossible_settings_of_a_network(tmp_path, weights_are_not_read, change
         ({"block_out_channels": [4]}, "no AutoencoderKL can be made"), ({"norm_num_groups": 0}, "AutoencoderKL"),
     ],
 )  # fmt: skip
-def test_impossible_settings_of_an_autoencoder(tmp_path, changes, expected):
-    root = edit(latent_folder(tmp_path, which="AutoencoderKL"), "vqvae/config.json", **changes)
+def test_impossible_settings_of_an_autoencoder(latent, weights_are_not_read, changes, expected):
+    root = edit(latent, "vqvae/config.json", **changes)
     text = message(root)
     assert f"{root}: vqvae/config.json: " in text and expected in text
 
@@ -211,25 +232,25 @@ def test_a_transformer_of_the_older_class(tmp_path):
         ({"vqvae": ["diffusers", "AutoencoderOobleck"]}, "known are VQModel, AutoencoderKL"),
         ({"vqvae": [None, None]}, "names no first stage"), ({"vqvae": ...}, "names no first stage"),
         ({"vae": ["diffusers", "AutoencoderKL"]}, "names vqvae and vae"),
-        ({"vqvae": ..., "vae": ["diffusers", "VQModel"]}, "there is no vae/config.json"),
+        ({"vqvae": ..., "vae": ["diffusers", "AutoencoderKL"]}, "there is no vae/config.json"),
         ({"_class_name": None}, "holds a None"), ({"_class_name": ["x", "LDMPipeline"]}, "known are UNet2DModel"),
     ],
 )  # fmt: skip
-def test_parts_that_the_index_does_not_name(tmp_path, changes, expected):
-    assert expected in message(edit(latent_folder(tmp_path), INDEX, **changes))
+def test_parts_that_the_index_does_not_name(latent, changes, expected):
+    assert expected in message(edit(latent, INDEX, **changes))
 
 
 @pytest.mark.parametrize("content", ["", "null", "[]", "3", "{", "\xff", "[" * 100_000])
 @pytest.mark.parametrize("file", [INDEX, SCHEDULER, "unet/config.json"])
-def test_files_that_are_no_settings(tmp_path, file, content):
-    root = pixel_folder(tmp_path)
+def test_files_that_are_no_settings(pixel, file, content):
+    root = pixel
     (root / file).write_bytes(content.encode("latin-1"))
     assert (root / file).name in message(root)
 
 
 @pytest.mark.parametrize("file", [SCHEDULER, "unet/config.json"])
-def test_missing_files_of_a_pipeline(tmp_path, file):
-    root = pixel_folder(tmp_path)
+def test_missing_files_of_a_pipeline(pixel, file):
+    root = pixel
     (root / file).unlink()
     assert (root / file).name in message(root)
 
