@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.calibration import check_bins, labelled, positions
+from ptq_exp.calibration.sources import NO_IMAGES
 from ptq_exp.config import build
 from ptq_exp.errors import DataError, InfeasibleError, QuantizationError
 from ptq_exp.policy import policy
@@ -89,15 +90,12 @@ def _check_budget(wanted: float, report: Report, results: Results) -> None:
 
 def _check_images(setup: Setup) -> None:
     """Raise DataError where calibration starts from real images and there are none, or of another size."""
-    source, model = setup.config.calibration.source, setup.model
-    if source not in ("raw", "diffuse"):
+    if setup.config.calibration.source not in ("raw", "diffuse"):
         return
+    model = setup.model
     images = setup.images
     if images is None:
-        raise DataError(
-            f"calibration.source={source} needs real images: set model.images.path to a folder of images, an .npz file "
-            "(arr_0 uint8 [N, H, W, C]) or a folder of CIFAR-10's python files"
-        )
+        raise DataError(NO_IMAGES)
     channels, height, width = model.image_shape
     if tuple(images.shape[1:]) != (height, width, channels):
         raise DataError(

@@ -267,6 +267,11 @@ def _check_constructors(config: ExperimentConfig) -> None:
         build(config.calibration.distribution, "calibration.distribution")
     if isinstance(config.evaluation.reference, dict) and config.evaluation.extractor is not None:
         constructor(config.evaluation.reference, "evaluation.reference")
+        if config.evaluation.reference.get("path", "shipped") is None:
+            raise ConfigError(
+                f"evaluation={config.evaluation.name} compares with real images, and model={config.model.name} brings "
+                "none: set model.images.path, or choose evaluation=paired"
+            )
     if config.model.images is not None and config.calibration.source in ("raw", "diffuse"):
         constructor(config.model.images, "model.images")
 

@@ -18,6 +18,12 @@ from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import ConfigError, DataError
 
 
+NO_IMAGES = (
+    "calibration.source=raw and =diffuse need real images: set model.images.path to a folder of images, an .npz file "
+    "(arr_0 uint8 [N, H, W, C]) or a folder of CIFAR-10's python files"
+)
+
+
 class ImageSource(Protocol):
     """Real images, uint8 [M, H, W, C], read when they are asked for: a numpy array is one."""
 
@@ -57,10 +63,7 @@ class StateRequest:
             DataError: there are no images, or they do not fit the model.
         """
         if self.images is None:
-            raise DataError(
-                "calibration.source=raw and =diffuse need real images: set model.images.path to a folder of images, an "
-                ".npz file (arr_0 uint8 [N, H, W, C]) or a folder of CIFAR-10's python files"
-            )
+            raise DataError(NO_IMAGES)
         chosen = chosen_images(len(self.images), self.indices, self.seed)
         images = torch.tensor(np.asarray(self.images[chosen])).permute(0, 3, 1, 2)
         return model.encode((images.float() / 127.5 - 1).to(self.device)).cpu().contiguous()
