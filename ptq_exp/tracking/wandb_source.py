@@ -13,7 +13,7 @@ from typing import Any
 
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.tracking.results import restore
-from ptq_exp.tracking.runs import flatten
+from ptq_exp.tracking.runs import completed, flatten
 
 TABLE_TAG = "ptq-exp-table"
 """Tag of the W&B runs that hold nothing but a table: no experiments."""
@@ -95,7 +95,7 @@ def _online_row(run: Any) -> dict[str, Any]:
 def recorded(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of results.json out of what an experiment logs to W&B."""
     config = {key: restore(value) for key, value in config.items() if key not in _SERVICE}
-    row = {"name": config.get("name"), "seed": config.get("seed")} | flatten(config, "config.")
+    row = {"name": config.get("name"), "seed": config.get("seed")} | completed(flatten(config, "config."))
     for key, value in summary.items():
         value = restore(value)
         if key in _SECTIONS and isinstance(value, Mapping):
