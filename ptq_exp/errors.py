@@ -81,7 +81,7 @@ def interruptible() -> Iterator[None]:
         nonlocal told
         if told is not None and time.monotonic() - told < _SAME_EVENT:
             return
-        if told is not None:  # not by resetting the handlers at the first one: Lightning puts back those that it has found
+        if told is not None:  # resetting the handlers at the first one would not do: Lightning puts back ours
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         told = time.monotonic()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.tracking.results import restore
+from ptq_exp.tracking.results import INTERRUPTED, restore
 from ptq_exp.tracking.runs import completed, flatten
 
 TABLE_TAG = "ptq-exp-table"
@@ -20,6 +20,7 @@ TABLE_TAG = "ptq-exp-table"
 _log = logging.getLogger(__name__)
 _SECTIONS = ("metric_spec", "quantization", "real")  # as they are in results.json
 _OF_QUANTIZATION = ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")  # logged beside the scores
+_SIGNALLED = (130, 143)  # exit codes after SIGINT and SIGTERM
 _SERVICE = ("_wandb", "trainer", "graph")
 
 
@@ -46,8 +47,9 @@ def offline_row(folder: Path, name: str) -> dict[str, Any] | None:
     if TABLE_TAG in run["tags"]:
         return None
     code = run["exit_code"]
-    status = "running" if code is None else "finished" if code == 0 else "failed"
-    error = {"error": f"exit code {code}"} if code else {}
+    ends = {None: "running", 0: "finished"} | dict.fromkeys(_SIGNALLED, INTERRUPTED)
+    status = ends.get(code, "failed")
+    error = {"error": f"exit code {code}"} if status == "failed" else {}
     return row | {"status": status} | error | recorded(run["config"], run["summary"])
 
 

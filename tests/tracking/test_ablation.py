@@ -116,8 +116,8 @@ def test_runs_that_differ_are_never_averaged(tmp_path):
     config = {"model": {"name": "digits"}, "sampler": {"name": "ddim", "eta": 1.0}, "correction": settings}
     write(tmp_path, correction="ptqd", seed=2, config=config)
     table = table_of(tmp_path)
-    assert table["metrics.fid"].tolist() == [1.0, 3.0, 1.0] and table["seeds"].tolist() == ["0", "1", "2"]
-    assert table["config.correction.n_samples"].tolist() == [256, 256, 64]
+    assert table["metrics.fid"].tolist() == [1.0, 1.0, 3.0] and table["seeds"].tolist() == ["2", "0", "1"]
+    assert table["config.correction.n_samples"].tolist() == [64, 256, 256]
 
 
 def test_unfinished_runs_are_shown_only_where_none_finished(tmp_path):
