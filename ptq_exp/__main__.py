@@ -19,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ptq_exp.cli.failures import cannot_write, refusal
 from ptq_exp.config import config_folder, nearest
-from ptq_exp.errors import ConfigError, PTQError, reader_gone
+from ptq_exp.errors import AGAIN, ConfigError, Interrupted, PTQError, end_interrupted, interruptible, reader_gone
 from ptq_exp.schema import ExperimentConfig, SweepConfig
-from ptq_exp.sweep.callback import end_of_sweep
+from ptq_exp.sweep.callback import end_of_sweep, interrupted_sweep
 from ptq_exp.sweep.resume import with_resumed_sweep
 
 TRACEBACK = "HYDRA_FULL_ERROR"
@@ -44,7 +44,8 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
     from ptq_exp.sweep.job import run_job
 
     try:
-        return run_job(composed)
+        with interruptible():  # in the processes of a launcher, too
+            return run_job(composed)
     except PTQError as error:
         if _traceback_wanted:
             raise
@@ -201,6 +202,14 @@ _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 
 def main() -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
+    try:
+        with interruptible():
+            _main()
+    except Interrupted as error:
+        end_interrupted(error, interrupted_sweep() or AGAIN)
+
+
+def _main() -> None:
     global _started
     _failures.clear()
     _started = False
@@ -211,7 +220,7 @@ def main() -> None:
     sys.argv[1:] = _spelt_out(sys.argv[1:])
     before = os.environ.get(TRACEBACK)
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
-    failed = []
+    failed, interrupted = [], False
     try:
         if _told(sys.argv[1:]):
             sys.stdout.flush()
@@ -228,6 +237,9 @@ def main() -> None:
         if _traceback_wanted:
             raise
         sys.exit(f"error: {_composition_message(error)}")
+    except Interrupted:
+        interrupted = True
+        raise
     except BrokenPipeError:
         reader_gone()
     except (OSError, ValueError) as error:
@@ -243,7 +255,7 @@ def main() -> None:
             del os.environ[TRACEBACK]
         else:
             os.environ[TRACEBACK] = before
-        failed = end_of_sweep()
+        failed = [] if interrupted else end_of_sweep()
     if _failures or failed:
         sys.exit(1)
 

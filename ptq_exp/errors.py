@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 READER_GONE = 141
@@ -36,14 +40,100 @@ class QuantizationError(PTQError):
     """A quantizer cannot be placed, calibrated or run."""
 
 
+class Interrupted(BaseException):
+    """Ctrl-C (SIGINT), or SIGTERM, as schedulers send it.
+
+    No `KeyboardInterrupt`: Lightning answers that with exit(1), while it lets any other exception through.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+    def __str__(self) -> str:
+        name = signal.Signals(self.signum).name
+        return f"interrupted by {name}{' (Ctrl-C)' if self.signum == signal.SIGINT else ''}"
+
+    @property
+    def status(self) -> int:
+        """Exit status as shells show it: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + self.signum
+
+
+_SAME_EVENT = 0.5  # seconds: a terminal sends Ctrl-C to all processes of a command, of which one may pass it on
+_DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
 @contextmanager
-def command_line() -> Iterator[None]:
-    """Around a command: a `PTQError` becomes one line on standard error and status 1, a closed pipe a quiet end."""
+def interruptible() -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM inside into `Interrupted`; a later one kills the process.
+
+    A signal that somebody handles or ignores already stays as it is. Python delivers signals to the main thread alone:
+    in another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _DEFAULTS}
+    told: float | None = None
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if told is not None and time.monotonic() - told < _SAME_EVENT:
+            return
+        if told is not None:  # resetting the handlers at the first one would not do: Lightning puts back ours
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        told = time.monotonic()
+        raise Interrupted(number)
+
+    ours = [number for number, default in _DEFAULTS.items() if before[number] is default]
+    for number in ours:
+        signal.signal(number, handler)
     try:
         yield
-        sys.stdout.flush()
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
+
+
+def interruption(error: BaseException | None) -> str | None:
+    """What interrupted the run that ended in `error`, as text; None for any other end."""
+    if isinstance(error, Interrupted):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted by SIGINT (Ctrl-C)"
+    # Lightning's answer to a KeyboardInterrupt, in programs that do not start from our command
+    return interruption(error.__context__) if isinstance(error, SystemExit) else None
+
+
+def end_interrupted(error: Interrupted, how_to_go_on: str) -> NoReturn:
+    """End the command: one line that says how to go on, and the exit status that shells know."""
+    from multiprocessing import active_children
+
+    for process in active_children():  # the interpreter would wait until they have done all
+        process.terminate()
+    print(f"\ninterrupted: {how_to_go_on}", file=sys.stderr)
+    sys.exit(error.status)
+
+
+AGAIN = "the same command goes on where it stopped"
+
+
+@contextmanager
+def command_line(how_to_go_on: str = "give the same command again") -> Iterator[None]:
+    """Around a command, what ends it in one line on standard error.
+
+    A `PTQError` gives status 1, an interruption says `how_to_go_on`, and a closed pipe is a quiet end.
+    """
+    try:
+        with interruptible():
+            yield
+            sys.stdout.flush()
     except PTQError as error:
         sys.exit(f"error: {error}")
+    except Interrupted as error:
+        end_interrupted(error, how_to_go_on)
     except BrokenPipeError:
         reader_gone()
 

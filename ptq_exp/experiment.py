@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +35,8 @@ from ptq_exp.tracking.environment import environment, run_command
 from ptq_exp.tracking.in_use import using
 from ptq_exp.tracking.pictures import save_grid
 from ptq_exp.tracking.results import Results, write_samples
+from ptq_exp.tracking.sinks import spoils_nothing
+from ptq_exp.tracking.tracked import Tracked, tracked
 from ptq_exp.twin import Twin
 
 log = stages.log
@@ -58,7 +62,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
     with (
         Results(folder / "results.json", name=config.name, seed=config.seed, config=asdict(config)) as results,
         using(config.cache_dir),
-        _tracked(config, folder) as logger,
+        _tracked(config, folder) as wandb_sink,
     ):
         clock = _Clock(results)
         setup = clock.setup = Setup.of(config, fresh_since)
@@ -75,13 +79,11 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
             made = _full_precision(setup, fp_images, fp_scores, folder)
         else:
             made = _quantized(setup, clock, loaded or _new_twin(setup, clock), scorer, fp_images, fp_scores, folder)
-        _picture(config, folder, fp_images, made.images)
         results.finish(metrics=made.metrics)
-        if made.saved is not None:
-            write_card(folder / SUBFOLDER, made.saved, results.values, results.values["command"])
-        _report(folder)
-        _log_to_wandb(logger, folder, results.values, made.report, made.pictures)
-    log.info("\n%s", summary(results.values, made.report))
+        _leave(config, folder, results.values, made, fp_images)
+        wandb_sink.record(_for_wandb(folder, results.values, made.report, made.pictures))
+    with spoils_nothing("the table above", "results.json has its numbers"):
+        log.info("\n%s", summary(results.values, made.report))
     log.info("\n%s in %s", ", ".join(_left_in(folder)), folder)
     return results.values
 
@@ -157,29 +159,25 @@ def _loaded_twin(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
     return clock("load_quantized", load_twin, setup), setup.artifact.description["evaluations"]
 
 
-def _report(folder: Path) -> None:
-    """Write report.html; what goes wrong there is said and spoils no results."""
-    try:
+def _leave(config: ExperimentConfig, folder: Path, values: dict, made: _Made, fp_images: np.ndarray) -> None:
+    """What is made of the results to look at: picture, model card, report."""
+    with spoils_nothing("grid.png", "the images are in samples.npz"):
+        _picture(config, folder, fp_images, made.images)
+    if made.saved is not None:
+        with spoils_nothing(f"{SUBFOLDER}/README.md", "the saved model is whole, results.json says how it was made"):
+            write_card(folder / SUBFOLDER, made.saved, values, values["command"])
+    with spoils_nothing("report.html", f"python -m ptq_exp.report {shlex.quote(str(folder))} makes it"):
         write_run_report(folder)
-    except Exception as error:
-        log.warning("report.html was not written (%s: %s)", type(error).__name__, error)
 
 
-@contextmanager
-def _tracked(config: ExperimentConfig, folder: Path) -> Iterator:
-    """The W&B run of the experiment, closed whatever happens; None with logger.mode=none."""
+def _tracked(config: ExperimentConfig, folder: Path) -> AbstractContextManager[Tracked]:
+    """The W&B run of the experiment."""
     settings = config.logger
     tags = [config.model.name, config.calibration.name, config.metric.name, config.bits.name, *settings.tags]
-    logger = wandb_run.make_logger(
+    return tracked(
         settings.mode, folder, project=settings.project, entity=settings.entity, name=f"{config.name}-s{config.seed}",
         group=settings.group or config.name, tags=list(dict.fromkeys(tags)), config=asdict(config),
     )  # fmt: skip
-    exit_code = 1
-    try:
-        yield logger
-        exit_code = 0
-    finally:
-        wandb_run.finish(logger, exit_code)
 
 
 class _Clock:
@@ -213,26 +211,39 @@ def _picture(config: ExperimentConfig, folder: Path, fp_images: np.ndarray, imag
     save_grid(folder / "grid.png", fp_images[:n], images[:n], labels=("FP32", config.bits.name.upper()))
 
 
-def _log_to_wandb(logger, folder: Path, values: dict, report: Report | None, pictures: list[str]) -> None:
-    for step, error in enumerate(values.get("eps_error_per_step", [])):
-        row = {"eps_error_of_step": error, "sampling_step": step}
-        for name in ("eps_error_uncorrected", "fixed_pattern_share", "fixed_pattern_share_uncorrected"):
-            if per_step := values.get(f"{name}_per_step"):
-                row[f"{name}_of_step"] = per_step[step]
-        wandb_run.log_metrics(logger, row)
+def _for_wandb(
+    folder: Path, values: dict, report: Report | None, pictures: list[str]
+) -> dict[str, Callable[[Any], object]]:
+    """What W&B is told of a run: each item with the function that gives it to the logger."""
+
+    def errors_per_step(logger: Any) -> None:
+        for step, error in enumerate(values.get("eps_error_per_step", [])):
+            row = {"eps_error_of_step": error, "sampling_step": step}
+            for name in ("eps_error_uncorrected", "fixed_pattern_share", "fixed_pattern_share_uncorrected"):
+                if per_step := values.get(f"{name}_per_step"):
+                    row[f"{name}_of_step"] = per_step[step]
+            wandb_run.log_metrics(logger, row)
+
     numbers = dict(values["metrics"]) | {"calibration/evaluations": values.get("evaluations", 0)}
     numbers |= {f"fp32/{key}": value for key, value in values["fp32"].items()}
     if report is not None:
         account = _account(report)
         numbers |= {key: account[key] for key in ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")}
-        wandb_run.log_table(logger, "layers", report.table())
-    wandb_run.log_metrics(logger, numbers)
     sections = ("metric_spec", "quantization", "real")  # with them a table can be made from the W&B run alone
-    wandb_run.log_summary(logger, {key: values[key] for key in sections if key in values})
-    wandb_run.log_image(logger, "grid", folder / "grid.png", caption="full precision over quantized, same seeds")
+    summed = {key: values[key] for key in sections if key in values}
+    items = {
+        "the errors per step": errors_per_step,
+        "the scores": lambda logger: wandb_run.log_metrics(logger, numbers),
+        "the summary": lambda logger: wandb_run.log_summary(logger, summed),
+        "grid.png": lambda logger: wandb_run.log_image(
+            logger, "grid", folder / "grid.png", caption="full precision over quantized, same seeds"),
+    }  # fmt: skip
+    if report is not None:
+        items["the table of layers"] = lambda logger: wandb_run.log_table(logger, "layers", report.table())
     for name in pictures:
         # a name of its own: a metric is called eps_error, too
-        wandb_run.log_image(logger, f"pictures/{Path(name).stem}", folder / name)
+        items[name] = lambda logger, name=name: wandb_run.log_image(logger, f"pictures/{Path(name).stem}", folder / name)
+    return items
 
 
 def _left_in(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ptq_exp.quantization import ranges
 from ptq_exp.setup import Setup
 from ptq_exp.tracking.plots import plot_bit_schedule, plot_eps_error, plot_noise
 from ptq_exp.tracking.results import write_json
+from ptq_exp.tracking.sinks import spoils_nothing
 from ptq_exp.twin import Twin
 
 
@@ -79,24 +81,28 @@ def write_account(setup: Setup, twin: Twin, error: EpsError, folder: Path) -> li
     account = twin.report.to_dict() | {"quantizers": ranges(twin.network), "smoothed": twin.smoothed}
     write_json(folder / "quantization.json", account)
     title = f"{setup.model.name}, {setup.config.bits.name}, {len(setup.grid)} steps, eta {setup.grid.eta:g}"
-    pictures = ["eps_error.png"]
-    plot_eps_error(
-        folder / "eps_error.png", error.before.tolist() if error.corrected else None, error.after.tolist(), title=title,
+    pictures = []
+
+    def drawn(name: str, draw: Callable[[Path], object]) -> None:
+        with spoils_nothing(name, "results.json has its numbers"):
+            draw(folder / name)
+            pictures.append(name)
+
+    drawn("eps_error.png", lambda path: plot_eps_error(
+        path, error.before.tolist() if error.corrected else None, error.after.tolist(), title=title,
         share=error.share_after.tolist(), share_of_noise=share_of_noise(error.samples),
-    )  # fmt: skip
+    ))  # fmt: skip
     if twin.schedule is not None:
         twin.schedule.save(folder / "bit_schedule.json")
-        plot_bit_schedule(
-            folder / "bit_schedule.png", bits=twin.schedule.activation, output_snr=twin.output_snr or {},
+        drawn("bit_schedule.png", lambda path: plot_bit_schedule(
+            path, bits=twin.schedule.activation, output_snr=twin.output_snr or {},
             forward_snr=forward_snr(setup.grid).tolist(), title=title,
-        )  # fmt: skip
-        pictures.append("bit_schedule.png")
+        ))  # fmt: skip
     if twin.statistics is not None:
         statistics = twin.statistics
         statistics.save(folder / "noise_statistics.npz")
-        plot_noise(
-            folder / "noise.png", k=statistics.k.tolist(), r=statistics.r.tolist(), title=title,
+        drawn("noise.png", lambda path: plot_noise(
+            path, k=statistics.k.tolist(), r=statistics.r.tolist(), title=title,
             kurtosis=statistics.kurtosis.tolist(), histogram=error.histogram, edges=EDGES.tolist(),
-        )  # fmt: skip
-        pictures.append("noise.png")
+        ))  # fmt: skip
     return pictures

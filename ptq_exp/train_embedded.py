@@ -33,6 +33,7 @@ from ptq_exp.embedded.networks import (
     build_latent_unet,
     build_unet,
 )
+from ptq_exp.errors import command_line
 from ptq_exp.evaluation import extract_features, inception_score
 from ptq_exp.files import file_digest
 from ptq_exp.lightning.training import ClassifierTraining, DenoiserTraining, EMATraining
@@ -147,6 +148,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the exported weights and card")
     parser.add_argument("--samples", type=int, default=1000, help="images that the card of latent_unet is measured on")
     args = parser.parse_args(argv)
+    with command_line("the same command goes on from the last checkpoint"):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """What the command line asks for."""
     steps = args.steps or NETWORKS[args.network]
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pandas as pd
 
-from ptq_exp.tracking.tables import EXECUTION_SETTINGS, add_percent
+from ptq_exp.tracking.identity import exact, metric_spec, newest, settings_of, text_of
+from ptq_exp.tracking.labels import letter
+from ptq_exp.tracking.tables import NOTES, add_percent
 
 MEASURED = {
     "metrics.fid": ("FID", "{:.2f}"),
@@ -43,8 +44,8 @@ def varied_settings(runs: pd.DataFrame) -> list[str]:
     What a name implies is left out: the settings of a group (`config.bits.weight`) that are the same in all runs with
     the group's choice (`config.bits.name`), and what is the same in all runs of an experiment.
     """
-    plain = runs.map(_comparable)
-    columns = [column for column in plain if _is_setting(str(column)) and plain[column].nunique() > 1]
+    plain = runs[["name", *settings_of(runs)]].map(text_of)
+    columns = [column for column in settings_of(plain) if plain[column].nunique() > 1]
     kept = ["name"]
     for column in sorted(columns, key=lambda column: (not column.endswith(".name"), columns.index(column))):
         group = f"config.{column.split('.')[1]}.name"
@@ -58,40 +59,31 @@ def groups(runs: pd.DataFrame) -> pd.DataFrame:
     """One row per combination of varied settings: these, "seeds", and mean and `.std` of each of `MEASURED`.
 
     Of finished runs; of several with the same settings and seed the newest counts. `attrs[SETTINGS]` names the columns
-    that tell the rows apart.
+    that tell the rows apart ("scored" among them, where runs were scored differently), `attrs[NOTES]` is what was left
+    out.
     """
     finished = runs[runs["status"] == "finished"]
     if finished.empty:
         return pd.DataFrame()
     settings = varied_settings(finished)
-    newest = finished.sort_values("modified", kind="stable")
-    keys = newest[[*settings, "seed"]].map(_comparable)
-    newest = newest[~keys.duplicated(keep="last")].sort_index()
-    keys = newest[settings].map(_comparable).agg("\n".join, axis=1)
+    specs = [metric_spec(row) for row in finished.to_dict("records")]
+    kinds = list(dict.fromkeys(specs))
+    if len(kinds) > 1:
+        finished = finished.assign(scored=[letter(kinds, spec) for spec in specs])
+        settings = [*settings, "scored"]
+    kept, notes = newest(finished, [*settings, "seed"])
+    kept = kept.sort_index()
+    keys = kept[settings].map(text_of).agg("\n".join, axis=1)
     rows: list[dict[str, Any]] = []
-    for _, members in newest.groupby(keys, sort=False):
+    for _, members in kept.groupby(keys, sort=False):
         members = members.sort_values("seed")
         row = {column: members[column].iloc[0] for column in settings}
-        row["seeds"] = ", ".join(str(int(seed)) for seed in members["seed"])
-        row["config.model.name"] = members["config.model.name"].iloc[0]
+        row["seeds"] = ", ".join(str(exact(seed)) for seed in members["seed"])
+        row["config.model.name"] = members["config.model.name"].iloc[0] if "config.model.name" in members else "—"
         for column in MEASURED:
             numbers = pd.to_numeric(members[column]) if column in members else pd.Series(dtype=float)
             row[column], row[f"{column}.std"] = numbers.mean(), numbers.std()
         rows.append(row)
     table = pd.DataFrame(rows)
-    table.attrs[SETTINGS] = settings
+    table.attrs |= {SETTINGS: settings, NOTES: notes}
     return table
-
-
-def _is_setting(column: str) -> bool:
-    """Whether a column is a setting that changes numbers, not where or how a run is executed."""
-    parts = column.split(".")
-    ignored = (*EXECUTION_SETTINGS, "save_quantized", "analysis")
-    return parts[0] == "config" and column != "config.name" and not any(part in ignored for part in parts[1:])
-
-
-def _comparable(value: Any) -> str:
-    """A value as text that is equal for equal values: 20.0 of a column with gaps is 20."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(None if value is None or value != value else value, default=str, sort_keys=True)

@@ -13,7 +13,8 @@ from ptq_exp.reporting.pareto import pareto_section
 from ptq_exp.reporting.section import Section
 from ptq_exp.reporting.table import Cell, Table, number, text
 from ptq_exp.tracking.environment import sweep_command
-from ptq_exp.tracking.tables import collect
+from ptq_exp.tracking.results import INTERRUPTED
+from ptq_exp.tracking.tables import NOTES, collect
 
 
 def write_sweep_report(folder: Path) -> Path:
@@ -51,6 +52,7 @@ def _compared(averaged: pd.DataFrame) -> Section | None:
         for row in averaged.to_dict("records")
     ]  # fmt: skip
     note = "Mean ± standard deviation over seeds, of finished runs; of a repeated run the newest counts."
+    note = " ".join([note, *(f"{sentence}." for sentence in averaged.attrs[NOTES])])
     table = Table(columns, rows, "Settings compared", note=note)
     return Section("compared", "Settings compared", tables=[table])
 
@@ -75,12 +77,13 @@ def _runs(runs: pd.DataFrame, folder: Path) -> Section:
 def _failures(runs: pd.DataFrame) -> Section | None:
     if "error" not in runs:
         return None
-    failed = runs[(runs["status"] == "failed") & runs["error"].notna()]
+    failed = runs[runs["status"].isin(["failed", INTERRUPTED]) & runs["error"].notna()]
     if failed.empty:
         return None
     rows = [[text(row["run"]), text(row["stage"]), text(row["error"])] for row in failed.to_dict("records")]
     columns = [("run", False), ("stage", False), ("error", False)]
-    return Section("failures", "Failed runs", tables=[Table(columns, rows, "Failed runs")])
+    title = "Failed and interrupted runs"
+    return Section("failures", title, tables=[Table(columns, rows, title)])
 
 
 def _reproduce(runs: pd.DataFrame, folder: Path) -> Section | None:

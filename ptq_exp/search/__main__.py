@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ptq_exp.config import config_folder
-from ptq_exp.errors import ConfigError, command_line
+from ptq_exp.errors import AGAIN, ConfigError, command_line
 from ptq_exp.files import atomic_path
 from ptq_exp.search.coordinate import Search, Trial
 from ptq_exp.search.report import config_groups, experiment_file, markdown
 from ptq_exp.search.space import Space
-from ptq_exp.search.trials import run_trial
+from ptq_exp.search.trials import run_trial, stop_trials
 from ptq_exp.tracking.results import write_json
 
 _HELP = """
@@ -33,7 +33,7 @@ examples:
 def main(argv: list[str] | None = None) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     arguments = _parser().parse_args(argv)
-    with command_line():
+    with command_line(AGAIN):
         _search(arguments)
 
 
@@ -64,7 +64,8 @@ def _search(arguments: argparse.Namespace) -> None:
     names = [path.stem, given["bits"], *([given["model"]] if "model" in given else [])]
     folder = Path(arguments.folder or Path("runs/search") / "_".join(names))
     search = Search(
-        space, lambda overrides: run_trial(folder, overrides), tuple(arguments.overrides), arguments.jobs, _say
+        space, lambda overrides: run_trial(folder, overrides), tuple(arguments.overrides), arguments.jobs, _say,
+        stop_trials,
     )
     try:
         decided = search.best()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -48,6 +49,7 @@ class Search:
         fixed: overrides of all trials that win over those of the space's base.
         jobs: trials at a time.
         on_trial: called after each trial (a progress line).
+        stop: called when the search is interrupted, to end the runs that are under way.
     """
 
     space: Space
@@ -55,6 +57,7 @@ class Search:
     fixed: tuple[str, ...] = ()
     jobs: int = 1
     on_trial: Callable[[Trial], object] = lambda trial: None
+    stop: Callable[[], object] = lambda: None
     trials: list[Trial] = field(default_factory=list)
 
     def best(self) -> tuple[str, ...]:
@@ -94,7 +97,7 @@ class Search:
         settings = [merged(self.space.base, self.fixed, option) for option in options]
         runs = {(n, seed): (*one, f"seed={seed}") for n, one in enumerate(settings) for seed in self.space.seeds}
         by_settings: dict[tuple[str, ...], Any] = {}
-        with ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(self.jobs) as pool, self._stopped_with(pool):
             for one in runs.values():
                 if one not in by_settings:
                     by_settings[one] = pool.submit(self.run, one)
@@ -105,6 +108,17 @@ class Search:
                 trials.append(Trial(stage.name, line, settings[n], *_mean(results)))
                 self.on_trial(trials[-1])
         return trials
+
+
+    @contextmanager
+    def _stopped_with(self, pool: ThreadPoolExecutor) -> Iterator[None]:
+        """End what runs and start nothing more where the block does not end well: the pool would wait for all of it."""
+        try:
+            yield
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self.stop()
+            raise
 
 
 def _mean(results: list[dict[str, Any]]) -> tuple[dict[str, float], str]:

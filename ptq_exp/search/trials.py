@@ -13,6 +13,9 @@ from typing import Any
 from ptq_exp.errors import DataError
 
 
+_running: set[subprocess.Popen] = set()
+
+
 def trial_folder(folder: Path, overrides: Sequence[str]) -> Path:
     """Where the run with these settings lies below `folder`."""
     return folder / "trials" / hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:16]
@@ -31,11 +34,20 @@ def run_trial(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "ptq_exp", *overrides, f"hydra.run.dir={place}", "trainer.progress_bar=false"]
     environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
     with (place / "output.txt").open("w", encoding="utf-8") as output:
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        _running.add(process)
+        code = process.wait()
+        _running.discard(process)
     if (found := _finished(place)) is not None:
         return found
     said = (place / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return {"error": said[-1].removeprefix("error: ") if said else f"ended with code {code}"}
+
+
+def stop_trials() -> None:
+    """End the runs that are under way; what they have drawn stays for the next time."""
+    for process in list(_running):
+        process.terminate()
 
 
 def _finished(place: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ command (`end_of_sweep`), which also happens when Hydra has raised.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ptq_exp.errors import PTQError
 from ptq_exp.sweep.plugins import check_plugins
 from ptq_exp.sweep.record import FILE, SweepRecord
 
-_folders: list[Path] = []
+_folders: list[tuple[Path, bool]] = []  # of the sweeps that were started, and whether their jobs run on this machine
 
 
 class SweepCallback(Callback):
@@ -33,7 +34,22 @@ class SweepCallback(Callback):
                 SweepRecord.of(config).save(folder)
         except PTQError as error:
             sys.exit(f"error: {error}")
-        _folders.append(folder)
+        _folders.append((folder, "submitit" not in config.hydra.launcher._target_))
+
+
+def interrupted_sweep() -> str | None:
+    """Say in the results of its running jobs that the sweep was interrupted; returns how it goes on (None without one).
+
+    Launchers that hand jobs to a scheduler leave them running: the results of these are their own.
+    """
+    told = None
+    while _folders:
+        from ptq_exp.sweep.end import leave_interrupted  # loads numpy: help does without
+
+        folder, local = _folders.pop()
+        jobs = leave_interrupted(folder) if local else "what the scheduler was given goes on"
+        told = f"{jobs}; the rest: python -m ptq_exp sweep.resume={shlex.quote(str(folder))}"
+    return told
 
 
 def end_of_sweep() -> list[str]:
@@ -42,5 +58,5 @@ def end_of_sweep() -> list[str]:
     if _folders:
         from ptq_exp.sweep.end import finish_sweep  # loads numpy: help does without
     while _folders:
-        failed += finish_sweep(_folders.pop())
+        failed += finish_sweep(_folders.pop()[0])
     return failed

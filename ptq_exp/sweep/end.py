@@ -10,7 +10,7 @@ from typing import Any
 
 from ptq_exp.errors import DataError, PTQError
 from ptq_exp.sweep.record import SweepRecord, plain_key
-from ptq_exp.tracking.results import read_json
+from ptq_exp.tracking.results import INTERRUPTED, read_json, write_json
 
 DONE = ("finished", "infeasible")
 
@@ -37,10 +37,22 @@ def finish_sweep(folder: Path) -> list[str]:
     counts = Counter(values["status"] for values in jobs.values())
     print(f"{len(jobs)} jobs: {', '.join(f'{n} {status}' for status, n in counts.items())}")
     for name, values in failed.items():
-        print(f"failed: {name} ({_changed(values, swept)}): {values['error']}")
+        word = INTERRUPTED if values["status"] == INTERRUPTED else "failed"
+        print(f"{word}: {name} ({_changed(values, swept)}): {values['error']}")
     if failed:
         print(f"again: python -m ptq_exp sweep.resume={shlex.quote(str(folder))}")
     return list(failed)
+
+
+def leave_interrupted(folder: Path) -> str:
+    """Say in the results of jobs that seem to run that they were interrupted; returns how many jobs are done."""
+    jobs = read_jobs(folder)
+    for name, values in jobs.items():
+        if values["status"] == "killed" and "stage" in values:  # its process was ended before it could say so
+            said = {"status": INTERRUPTED, "error": "interrupted", "error_type": "Interrupted"}
+            write_json(folder / name / "results.json", values | said)
+    done = sum(values["status"] in DONE for values in jobs.values())
+    return f"{done} of the {len(jobs)} jobs that were started are done"
 
 
 def read_jobs(folder: Path) -> dict[str, dict[str, Any]]:

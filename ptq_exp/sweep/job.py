@@ -17,8 +17,9 @@ from ptq_exp.config import check_experiment_bits, validated
 from ptq_exp.errors import ConfigError, DataError, InfeasibleError, PTQError
 from ptq_exp.schema import ExperimentConfig, SweepConfig
 from ptq_exp.sweep.record import SweepRecord, plain_key
+from ptq_exp.tracking.identity import has_effect
 from ptq_exp.tracking.results import read_json, to_plain, write_json
-from ptq_exp.tracking.tables import EXECUTION_SETTINGS, flatten
+from ptq_exp.tracking.runs import flatten
 
 log = logging.getLogger("ptq_exp")
 RESULTS = "results.json"
@@ -123,8 +124,8 @@ def _done(path: Path, config: ExperimentConfig) -> dict[str, Any] | None:
 
 
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide the numbers, flat."""
-    return flatten({key: value for key, value in settings.items() if key == "seed" or key not in EXECUTION_SETTINGS})
+    """The settings that decide the numbers, flat, the seed included."""
+    return {key: value for key, value in flatten(settings).items() if key == "seed" or has_effect(key)}
 
 
 def _tell(error: Exception, job: Job) -> None:

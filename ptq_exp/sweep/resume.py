@@ -8,13 +8,12 @@ from ptq_exp.errors import ConfigError
 from ptq_exp.sweep.record import FILE, SweepRecord, plain_key
 
 RESUME = "sweep.resume"
-_MAY_CHANGE = ("hydra", "trainer", "logger", "cache", "cache_dir")
 
 
 def with_resumed_sweep(arguments: list[str]) -> list[str]:
     """The arguments; where `sweep.resume` is among them, with those of the sweep that it names.
 
-    Only settings of how jobs are run may be given anew: launcher, trainer, logger, cache.
+    Only settings that change no number may be given anew: launcher, trainer, logger, cache and the like.
 
     Raises:
         ConfigError: the folder holds no sweep, or a setting is given that would change what its jobs compute.
@@ -32,7 +31,7 @@ def with_resumed_sweep(arguments: list[str]) -> list[str]:
     given = [argument for argument in given if plain_key(argument) not in (RESUME, "hydra.sweep.dir")]
     before = [override for override in [*record.task, *record.hydra] if plain_key(override) != RESUME]
     for argument in given:
-        if argument not in before and plain_key(argument).partition(".")[0].partition("/")[0] not in _MAY_CHANGE:
+        if argument not in before and _changes_jobs(plain_key(argument)):
             raise ConfigError(
                 f"{argument} would change the sweep in {folder}, which was started with: {' '.join(record.task)}; "
                 f"leave it out, or start another sweep without {RESUME}"
@@ -41,3 +40,10 @@ def with_resumed_sweep(arguments: list[str]) -> list[str]:
     kept = [override for override in before if plain_key(override) not in keys]
     multirun = [] if {"-m", "--multirun"} & set(flags) else ["-m"]
     return [*multirun, *flags, *kept, *given, f"hydra.sweep.dir={folder}", f"{RESUME}={folder}"]
+
+
+def _changes_jobs(key: str) -> bool:
+    """Whether the jobs of a sweep would be others with another value of this setting; folders have the job's name."""
+    from ptq_exp.tracking.identity import has_effect  # loads pandas: help does without
+
+    return key == "name" or (key.partition(".")[0].partition("/")[0] != "hydra" and has_effect(key))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from ptq_exp.errors import DataError
-from ptq_exp.tracking.tables import add_percent, aggregate
+from ptq_exp.tracking.labels import natural
+from ptq_exp.tracking.settings import BITS, is_idle, with_effect
+from ptq_exp.tracking.tables import APART, add_percent, aggregate_apart
 
-MODEL, SAMPLER, ETA, BITS = "config.model.name", "config.sampler.name", "config.sampler.eta", "config.bits.name"
+MODEL, SAMPLER, ETA = "config.model.name", "config.sampler.name", "config.sampler.eta"
 BLOCK = (MODEL, SAMPLER, ETA, BITS)
 """Columns in which the rows of one block agree."""
 TITLES = {
@@ -41,8 +43,6 @@ _ROWS = {
 }
 _MIXED = "+ mixed precision"
 _ORDER = (REFERENCE, *_ROWS.values(), _MIXED)
-# Without effect in full precision, but part of the configuration of such a run.
-_OF_QUANTIZED_RUNS = ("calibration", "metric", "quantization", "correction")
 # A deviation below this is the rounding of equal numbers.
 _ROUNDING = 1e-9
 
@@ -54,28 +54,30 @@ def ablation(runs: pd.DataFrame) -> pd.DataFrame:
     "+ correlation", "+ correlation, bias", "+ variance" as far as there are such runs. Under a bit schedule (bits
     called step_...) the last is "+ mixed precision". The full-precision runs of a model, sampler and eta stand as
     "FP32" before its blocks; wider bits come before narrower ones and those before schedules. Runs from before there
-    were corrections count as uncorrected.
+    were corrections count as uncorrected. Runs of one row that differ in another setting have rows, in blocks, of their
+    own.
 
     Args:
         runs: from `collect`. Unreadable ones are left out, unfinished ones shown where no run of their row finished.
 
     Returns:
-        The columns of `TITLES`, "metric_spec", and f"{v}.std" for each value v. The ratio of bit operations has no
-        deviation where all seeds agree. Runs with different metric specs stand in rows of their own.
+        The columns of `TITLES`, "metric_spec", f"{v}.std" for each value v, and the settings that tell further rows
+        apart, which `attrs[APART]` names. The ratio of bit operations has no deviation where all seeds agree. Runs with
+        different metric specs stand in rows of their own.
 
     Raises:
         DataError: no run says what it was.
-        ConfigError: runs of one row differ in a setting.
     """
     if BITS not in runs or runs[BITS].isna().all():
         raise DataError("none of the results says with which bits it was made: run an experiment first")
     runs = add_percent(_with_rows(runs[runs[BITS].notna()]), {"metrics.eps_error_percent": "metrics.eps_error"})
     by = [*BLOCK, "correction"]
     values = [column for column in TITLES if column not in (*by, "seeds")]
-    table = aggregate(runs, by, values, over="config.seed")
+    table = aggregate_apart(runs, by, values, over="config.seed")
+    by += table.attrs[APART]
     table = table.sort_values("seeds", key=lambda seeds: seeds == "", kind="stable")
     table = table[(table["seeds"] != "") | ~table.duplicated(by)]
-    places = [_place(row) for row in table.to_dict("records")]
+    places = [_place(row, table.attrs[APART]) for row in table.to_dict("records")]
     table = table.iloc[sorted(range(len(table)), key=places.__getitem__)].reset_index(drop=True)
     deviation = table["quantization.bops_ratio.std"]
     table["quantization.bops_ratio.std"] = deviation.where(deviation > _ROUNDING)
@@ -84,19 +86,12 @@ def ablation(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _with_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """`runs` with the column "correction", the name of their row, and without the settings that changed nothing."""
-    # a run may be called anything; what it did is in the other settings
-    runs = runs.drop(columns="config.name", errors="ignore")
-    full_precision = runs[BITS] == "fp32"
-    correction = runs[_NAME].fillna("none") if _NAME in runs else pd.Series("none", index=runs.index)
-    idle = {"correction": full_precision | (correction == "none")}
-    idle |= {group: full_precision for group in _OF_QUANTIZED_RUNS if group != "correction"}
-    settings = {column: str(column).split(".")[1] for column in runs if str(column).startswith("config.")}
-    used = {column: runs[column].where(~idle[group]) for column, group in settings.items() if group in idle}
-    rows = [_row_name(*pair) for pair in zip(runs[BITS], correction, strict=True)]
-    return runs.assign(**used, correction=rows)
+    runs = with_effect(runs)
+    rows = [_row_name(*pair) for pair in zip(runs[BITS], runs[_NAME], strict=True)]
+    return runs.assign(correction=rows)
 
 
-def _row_name(bits: str, correction: str) -> str:
+def _row_name(bits: str, correction: str | None) -> str:
     if bits == "fp32":
         return REFERENCE
     if bits.startswith("step_") and correction == "ptqd":
@@ -104,8 +99,11 @@ def _row_name(bits: str, correction: str) -> str:
     return _ROWS.get(correction, f"+ {correction}")
 
 
-def _place(row: Mapping[str, Any]) -> tuple:
-    """Sort key of a row: model, sampler, eta, then bits (full precision, widest first, schedules), then correction."""
+def _place(row: Mapping[str, Any], apart: Sequence[str]) -> tuple:
+    """Sort key of a row: model, sampler, eta, then bits (full precision, widest first, schedules), then correction.
+
+    Of the settings `apart`, those that full precision has, too, come before the bits, the others after them.
+    """
     bits, correction, eta = row[BITS], row["correction"], row[ETA]
     widths = re.fullmatch(r"w(\d+)a(\d+)", bits)
     if correction == REFERENCE:
@@ -113,4 +111,6 @@ def _place(row: Mapping[str, Any]) -> tuple:
     else:
         width = (1, *(-int(number) for number in widths.groups())) if widths else (2,)
     part = _ORDER.index(correction) if correction in _ORDER else len(_ORDER)
-    return str(row[MODEL]), str(row[SAMPLER]), -1.0 if math.isnan(eta) else eta, width, bits, part, correction
+    shared, others = ([natural(row[column]) for column in apart if is_idle(column) == idle] for idle in (False, True))
+    eta = -1.0 if math.isnan(eta) else eta
+    return str(row[MODEL]), str(row[SAMPLER]), eta, *shared, width, bits, *others, part, correction

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +10,10 @@ import numpy as np
 import pandas as pd
 
 from ptq_exp.errors import ConfigError
+from ptq_exp.tracking.identity import SEED, has_effect, newest, plain, text_of
 from ptq_exp.tracking.notation import is_missing
 from ptq_exp.tracking.settings import DERIVED, FULL_PRECISION, SPEC, Value, is_idle
-from ptq_exp.tracking.tables import exact
 
-EXECUTION = ("name", "cache", "cache_dir", "logger", "trainer", "save_quantized")
-"""Top-level settings that say where and how a run is executed and recorded, not what its numbers are."""
 _ROUNDING = 1e-9  # a relative deviation below this, of bit operations and sizes, is the rounding of equal numbers
 Key = tuple[Any, ...]
 
@@ -45,17 +42,6 @@ class Cell:
             return float("nan")
         deviation = float(self.numbers[value].std())
         return float("nan") if accounted and deviation <= _ROUNDING * abs(self.mean(value)) else deviation
-
-
-def plain(value: Any) -> Any:
-    """A setting as it is compared and grouped: None for missing, 8 for 8.0, text for lists."""
-    if is_missing(value):
-        return None
-    if isinstance(value, bool | str):
-        return value
-    if isinstance(value, list | dict):
-        return json.dumps(value)
-    return exact(value.item() if hasattr(value, "item") else value)
 
 
 def chosen(runs: pd.DataFrame, where: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
@@ -89,7 +75,6 @@ def make_cells(
     by = [*rows, *columns]
     keys = pd.DataFrame({column: runs[column].map(plain).astype(object) for column in dict.fromkeys([*by, *agg])})
     keys[SPEC], keys[FULL_PRECISION] = runs[SPEC], runs[FULL_PRECISION]
-    over = " and ".join(column.removeprefix("config.") for column in agg) or "nothing else"
     cells, notes = [], []
     for _, index in keys.groupby([FULL_PRECISION, SPEC, *by], dropna=False, sort=False).groups.items():
         group = runs.loc[index].assign(**{column: keys.loc[index, column] for column in keys})
@@ -101,12 +86,9 @@ def make_cells(
                 raise
             notes.append(f"no FP32 row: {error}")
             continue
-        group = group.sort_values("modified", kind="stable")
-        repeated = group.duplicated(list(agg) or [SPEC], keep="last")
-        if repeated.any():
-            older = ", ".join(sorted(group.loc[repeated, "run"]))
-            notes.append(f"several runs of one configuration and {over}: the newest counts, not {older}")
-        cells.append(_cell(group[~repeated], rows, columns, values, agg))
+        group, repeated = newest(group, agg)
+        notes += repeated
+        cells.append(_cell(group, rows, columns, values, agg))
     return cells, notes
 
 
@@ -130,9 +112,9 @@ def _same_settings(group: pd.DataFrame, allowed: Iterable[str]) -> None:
     """Refuse to average runs whose configuration differs in more than `allowed` and how they were executed."""
     for column in map(str, group):
         section, _, key = column.partition(".")
-        if section != "config" or column in allowed or key.split(".")[0] in EXECUTION:
+        if section != "config" or column in allowed or not (has_effect(key) or key == SEED):
             continue
-        found = {json.dumps(plain(value)) for value in group[column]}
+        found = {text_of(value) for value in group[column]}
         if len(found) > 1:
             values = ", ".join(sorted(found))
             raise ConfigError(

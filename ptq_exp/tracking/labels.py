@@ -16,6 +16,11 @@ def label(value: Any, missing: str = "—") -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def word(value: Any) -> str:
+    """A setting as a word that no other value has: floats with all their digits."""
+    return str(value) if isinstance(value, float) else label(value)
+
+
 def letter(specs: Sequence[str], spec: str) -> str:
     """(a) for the first of `specs`; a dash for what is none of them."""
     return f"({chr(ord('a') + specs.index(spec))})" if spec in specs else "—"

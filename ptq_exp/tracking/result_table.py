@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from ptq_exp.errors import DataError
-from ptq_exp.tracking.cells import Key, chosen, fate_of, make_cells, plain
+from ptq_exp.tracking.cells import Key, chosen, fate_of, make_cells
+from ptq_exp.tracking.identity import plain
 from ptq_exp.tracking.labels import condition, label, letter, natural
 from ptq_exp.tracking.pivot import RowKey, arranged, shares
 from ptq_exp.tracking.published import Published, published_keys

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ptq_exp.errors import DataError, InfeasibleError, PTQError
+from ptq_exp.errors import DataError, InfeasibleError, PTQError, interruption
 from ptq_exp.files import atomic_path, write_npz
 from ptq_exp.npz import npz_arrays, require_arrays
 
+INTERRUPTED = "interrupted"
+"""Status of a run that a signal ended."""
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -95,8 +97,8 @@ class Results:
     """The results of one run, on disk after every stage.
 
     As a context manager it sets the final status: "finished", or "failed" with the error's text when the
-    block raises ("infeasible" for an `InfeasibleError`; the error goes on). A run that is killed leaves
-    its last complete stage, status "running".
+    block raises ("infeasible" for an `InfeasibleError`, "interrupted" for a signal; the error goes on). What is raised
+    after `finish` changes the status no more. A run that is killed leaves its last complete stage, status "running".
 
     Args:
         path: the results.json to write; it is written at once, with status "running".
@@ -123,19 +125,23 @@ class Results:
         self.update("done", **values, status="finished")
 
     def fail(self, error: BaseException | str) -> None:
-        """Last update: status "failed" and the error's text; the stage stays the last one reached."""
+        """Last update: the status of `error` and its text; the stage stays the last one reached."""
         text = error if isinstance(error, str) else str(error) or type(error).__name__
         kind = "" if isinstance(error, str) else type(error).__name__
         status = "infeasible" if isinstance(error, InfeasibleError) else "failed"
+        if isinstance(error, BaseException) and (signalled := interruption(error)):
+            status, text = INTERRUPTED, signalled
         self.update(self.values["stage"], status=status, error=text, error_type=kind)
 
     def __enter__(self) -> Results:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        if self.values["status"] != "running":
+            return
         if error is not None:
             self.fail(error)
-        elif self.values["status"] == "running":
+        else:
             self.finish()
 
 

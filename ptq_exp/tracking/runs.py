@@ -50,10 +50,15 @@ def gather(folders: Iterable[str | os.PathLike], source: str = "auto") -> pd.Dat
     folders = [Path(folder) for folder in folders]
     rows: dict[Path, dict[str, Any]] = {}
     for folder in folders:
+        found: dict[Path, dict[str, Any]] = {}
         if source != "wandb":
-            rows |= {path.parent.resolve(): _row(path, folder) for path in _in_order(folder)}
+            found = {path.parent.resolve(): _row(path, folder) for path in _in_order(folder)}
         if source != "results":
-            rows |= _offline_rows(folder, beside_results=source == "wandb")
+            found |= _offline_rows(folder, beside_results=source == "wandb")
+        if len(folders) > 1:  # two sweeps have a job 0 each
+            for row in found.values():
+                row["run"] = (folder / row["run"]).as_posix()
+        rows |= found
     if not rows:
         what = "offline W&B run" if source == "wandb" else "results.json"
         also = " and no offline W&B run" if source == "auto" else ""
@@ -88,6 +93,7 @@ def _name(path: Path, folder: Path) -> str:
 
 def _row(path: Path, runs_dir: Path) -> dict[str, Any]:
     row = {"run": path.parent.relative_to(runs_dir).as_posix(), "modified": path.stat().st_mtime}
+    row |= {"name": None, "status": None}  # of a file that is no experiment's
     try:
         values = read_json(path)
         if not isinstance(values, dict):
@@ -96,7 +102,12 @@ def _row(path: Path, runs_dir: Path) -> dict[str, Any]:
         _log.warning("%s", error)
         return row | {"status": "unreadable"}
     flat = flatten(values)
-    return row | (_BEFORE if "config.calibration.name" in flat else {}) | flat
+    return row | completed(flat)
+
+
+def completed(flat: dict[str, Any]) -> dict[str, Any]:
+    """The settings and numbers of a run, with what it did that is older than a setting."""
+    return (_BEFORE if "config.calibration.name" in flat else {}) | flat
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

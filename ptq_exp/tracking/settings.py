@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.tracking.tables import exact, metric_spec
+from ptq_exp.tracking.identity import SPEC, exact, metric_spec
 
 BITS = "config.bits.name"
-FULL_PRECISION, SPEC, DERIVED = "full_precision", "metric_spec", "derived"
-"""Columns that are added: whether a run is of the full-precision model, what identifies its numbers, and whether it is
-no run but the twin that quantized runs scored."""
+FULL_PRECISION, DERIVED = "full_precision", "derived"
+"""Columns that are added: whether a run is of the full-precision model, and whether it is no run but the twin that
+quantized runs scored."""
 IDLE_GROUPS = ("bits", "calibration", "metric", "quantization", "reconstruction", "correction")
 """Groups without effect on the full-precision model, though they are part of its run's configuration."""
 _LABELS = ("name", "config.name")  # a run may be called anything; what it did is in the other settings
@@ -108,16 +108,27 @@ def is_idle(column: str) -> bool:
 
 
 def prepared(runs: pd.DataFrame, settings: Iterable[str] = ()) -> pd.DataFrame:
-    """`runs` with `FULL_PRECISION` and `SPEC`, and without the settings that changed nothing.
+    """`runs` as `with_effect` makes them, without names and bits of full-precision runs, and with their account.
 
-    Missing become: in full precision all of `IDLE_GROUPS`; without a correction or reconstruction, the other settings
-    of these groups. Runs from before there were such groups count as runs without. Full-precision runs get the bit
-    operations and the size that quantized runs of the same model report for it.
+    Full-precision runs get the bit operations and the size that quantized runs of the same model report for it.
 
     Args:
         settings: further columns that may be asked for, missing where no run has them.
     """
-    added = {column: None for column in settings if column not in runs}
+    runs = runs.assign(**{column: None for column in settings if column not in runs})
+    runs = with_effect(runs)
+    blank = [column for column in (*_LABELS, BITS) if column in runs]
+    gone = {column: runs[column].astype(object).where(~runs[FULL_PRECISION], None) for column in blank}
+    return _with_account(runs.assign(**gone))
+
+
+def with_effect(runs: pd.DataFrame) -> pd.DataFrame:
+    """`runs` with `FULL_PRECISION`, `SPEC` and `DERIVED`, and without the settings that changed nothing.
+
+    Missing become: in full precision all of `IDLE_GROUPS` but the name of the bits; without a correction or
+    reconstruction, the other settings of these groups. Runs from before there were such groups count as runs without.
+    """
+    added = {}
     for group in ("correction", "reconstruction"):
         name = f"config.{group}.name"
         if name not in runs:
@@ -129,13 +140,13 @@ def prepared(runs: pd.DataFrame, settings: Iterable[str] = ()) -> pd.DataFrame:
     runs = runs.assign(**added, **{SPEC: spec, FULL_PRECISION: full_precision, DERIVED: False})
     blank = {}
     for column in map(str, runs):
-        idle = full_precision if is_idle(column) else None
+        idle = full_precision if is_idle(column) and column not in (*_LABELS, BITS) else None
         for group in ("correction", "reconstruction"):
             if column.startswith(f"config.{group}.") and column != f"config.{group}.name":
                 idle = full_precision | (runs[f"config.{group}.name"] == "none")
         if idle is not None:
             blank[column] = runs[column].astype(object).where(~idle, None)
-    return _with_account(runs.assign(**blank))
+    return runs.assign(**blank)
 
 
 ACCOUNT = {

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from ptq_exp.tracking.cells import plain
+from ptq_exp.tracking.identity import plain
 from ptq_exp.tracking.render import render
 from ptq_exp.tracking.result_table import Request, ResultTable, result_table
 from ptq_exp.tracking.runs import gather

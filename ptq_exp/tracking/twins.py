@@ -6,11 +6,10 @@ import json
 
 import pandas as pd
 
-from ptq_exp.tracking.cells import EXECUTION, plain
+from ptq_exp.tracking.identity import exact, plain, settings_of
 from ptq_exp.tracking.settings import ACCOUNT, DERIVED, FULL_PRECISION, RATIOS, SPEC, is_idle
-from ptq_exp.tracking.tables import exact
 
-_OF_QUANTIZED = ("quantized", "analysis")  # settings that, with the idle ones, the twin does not know of
+_OF_QUANTIZED = "config.quantized"  # a setting that, with the idle ones, the twin does not know of
 
 
 def with_twins(runs: pd.DataFrame) -> pd.DataFrame:
@@ -20,8 +19,8 @@ def with_twins(runs: pd.DataFrame) -> pd.DataFrame:
     if not scores:
         return runs
     makers = runs[~runs[FULL_PRECISION] & (runs["status"] == "finished") & runs[list(scores)].notna().any(axis=1)]
-    settings = [column for column in columns if column.startswith("config.") and not is_idle(column)]
-    shared = [column for column in settings if column.split(".")[1] not in (*EXECUTION, *_OF_QUANTIZED)]
+    shared = [column for column in settings_of(columns) if not is_idle(column) and column != _OF_QUANTIZED]
+    shared += [column for column in columns if column == "config.seed"]
     twins = {}
     for row in makers.to_dict("records"):
         twin = {column: row[column] for column in (*shared, SPEC, "seed", "run", "modified", "status") if column in row}

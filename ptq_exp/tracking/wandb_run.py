@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from ptq_exp.errors import ConfigError, PTQError
+from ptq_exp.tracking.notation import is_missing
 from ptq_exp.tracking.results import to_plain
+from ptq_exp.tracking.sinks import reason, within
 
 if TYPE_CHECKING:
-    import pandas as pd
     from pytorch_lightning.loggers import WandbLogger
 
 MODES = ("offline", "online", "none")
@@ -46,13 +50,16 @@ def make_logger(
 
     Raises:
         ConfigError: an unknown mode, or online without a valid key.
-        PTQError: another W&B run of this process is still open, or the service does not answer.
+        PTQError: another W&B run of this process is still open, or W&B cannot start, or does not answer.
     """
     if mode not in MODES:
         raise ConfigError(f"logger.mode={mode!r} is unknown, expected one of {', '.join(MODES)}")
     if mode == "none":
         return None
-    _keep_files_in(Path(save_dir).resolve(), offline=mode == "offline")
+    try:
+        _keep_files_in(Path(save_dir).resolve(), offline=mode == "offline")
+    except OSError as error:
+        raise PTQError(f"cannot write {error.filename}: {error.strerror}; logger.mode=none leaves W&B out") from error
 
     import wandb
     from pytorch_lightning.loggers import WandbLogger
@@ -93,17 +100,22 @@ def _keep_files_in(folder: Path, *, offline: bool) -> None:
 
 def _start(logger: WandbLogger, mode: str) -> None:
     """Open the run now, so that a missing key ends the experiment before it has computed anything."""
-    from wandb.errors import AuthenticationError, Error, UsageError
+    from wandb.errors import AuthenticationError, UsageError
 
     try:
         _ = logger.experiment
     except (AuthenticationError, UsageError) as error:
+        if mode == "offline":
+            raise ConfigError(f"W&B refuses a setting of logger ({error}); logger.mode=none leaves W&B out") from error
         raise ConfigError(
             f"logger.mode={mode} needs a valid W&B key ({error}): run `wandb login` or set WANDB_API_KEY, "
             "or choose logger.mode=offline"
         ) from error
-    except Error as error:
-        raise PTQError(f"W&B does not answer ({error}): check the network, or logger.mode=offline") from error
+    except Exception as error:
+        abandon(logger)
+        if mode == "offline":
+            raise PTQError(f"W&B cannot start ({reason(error)}); logger.mode=none leaves it out") from error
+        raise PTQError(f"W&B does not answer ({reason(error)}): check the network, or logger.mode=offline") from error
 
 
 def log_metrics(logger: WandbLogger | None, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -129,10 +141,44 @@ def log_image(
 def log_table(logger: WandbLogger | None, key: str, frame: pd.DataFrame) -> None:
     """Log a table; nothing happens without a logger."""
     if logger is not None:
-        logger.log_table(key, dataframe=frame)
+        logger.log_table(key, dataframe=of_one_type(frame))
+
+
+def of_one_type(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` as a `wandb.Table` takes it: a column holds numbers, booleans or text, None where a value is missing.
+
+    A column of anything else, or of several kinds, becomes text; of several widths (8, 4) that is 8/4.
+    """
+    return frame.apply(lambda column: _of_one_type(column).astype(object))
+
+
+def _of_one_type(column: pd.Series) -> pd.Series:
+    values = [None if is_missing(value) else value.item() if hasattr(value, "item") else value for value in column]
+    there = [value for value in values if value is not None]
+    for kind in (bool, str, int | float):
+        if all(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for value in there):
+            return pd.Series(values, index=column.index, dtype=object)
+    return pd.Series([None if value is None else _text(value) for value in values], index=column.index, dtype=object)
+
+
+def _text(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def finish(logger: WandbLogger | None, exit_code: int = 0) -> None:
     """Close the run (the jobs of a sweep would merge into one otherwise); 0 marks success."""
     if logger is not None:
         logger.experiment.finish(exit_code=exit_code)
+
+
+def abandon(logger: WandbLogger) -> None:
+    """Give up a run that W&B cannot close: end its process, and forget it, so that the next run starts anew."""
+    import wandb
+
+    with suppress(Exception):  # where this version keeps its process
+        wandb.setup()._connection._proc._process.kill()
+    with suppress(Exception, SystemExit):  # its answer to the lost process; at the exit it waits for it no more
+        within(5.0, wandb.teardown)
+    with suppress(Exception):
+        wandb.sdk.lib.module.unset_globals()
+    logger._experiment = None

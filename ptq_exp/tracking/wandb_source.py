@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.tracking.results import restore
-from ptq_exp.tracking.runs import flatten
+from ptq_exp.tracking.results import INTERRUPTED, restore
+from ptq_exp.tracking.runs import completed, flatten
 
 TABLE_TAG = "ptq-exp-table"
 """Tag of the W&B runs that hold nothing but a table: no experiments."""
 _log = logging.getLogger(__name__)
 _SECTIONS = ("metric_spec", "quantization", "real")  # as they are in results.json
 _OF_QUANTIZATION = ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")  # logged beside the scores
+_SIGNALLED = (130, 143)  # exit codes after SIGINT and SIGTERM
 _SERVICE = ("_wandb", "trainer", "graph")
 
 
@@ -46,8 +47,9 @@ def offline_row(folder: Path, name: str) -> dict[str, Any] | None:
     if TABLE_TAG in run["tags"]:
         return None
     code = run["exit_code"]
-    status = "running" if code is None else "finished" if code == 0 else "failed"
-    error = {"error": f"exit code {code}"} if code else {}
+    ends = {None: "running", 0: "finished"} | dict.fromkeys(_SIGNALLED, INTERRUPTED)
+    status = ends.get(code, "failed")
+    error = {"error": f"exit code {code}"} if status == "failed" else {}
     return row | {"status": status} | error | recorded(run["config"], run["summary"])
 
 
@@ -95,7 +97,7 @@ def _online_row(run: Any) -> dict[str, Any]:
 def recorded(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of results.json out of what an experiment logs to W&B."""
     config = {key: restore(value) for key, value in config.items() if key not in _SERVICE}
-    row = {"name": config.get("name"), "seed": config.get("seed")} | flatten(config, "config.")
+    row = {"name": config.get("name"), "seed": config.get("seed")} | completed(flatten(config, "config."))
     for key, value in summary.items():
         value = restore(value)
         if key in _SECTIONS and isinstance(value, Mapping):

@@ -115,8 +115,8 @@ def test_the_block_decides_the_status(tmp_path):
         results.update("sampling", metrics={"fid": 1.0})
         raise KeyboardInterrupt
     written = strict(tmp_path / "bad.json")
-    assert (written["status"], written["stage"]) == ("failed", "sampling")
-    assert written["error"] == written["error_type"] == "KeyboardInterrupt"
+    assert (written["status"], written["stage"]) == ("interrupted", "sampling")
+    assert written["error"] == "interrupted by SIGINT (Ctrl-C)"
     assert written["metrics"] == {"fid": 1.0}
     with pytest.raises(PTQError), Results(tmp_path / "bad.json"):
         raise PTQError("bits=1 is too few")
