@@ -66,6 +66,8 @@ def check_numbers(model: DiffusionModel, where: str) -> None:
 
     Infinity in a buffer is let pass: masks of attention hold it.
     """
+    import torch
+
     from ptq_exp.finite import bad_values, is_finite, require_finite
 
     for part in filter(None, (model.denoiser, model.first_stage)):
@@ -76,9 +78,10 @@ def check_numbers(model: DiffusionModel, where: str) -> None:
             if not is_finite(value, or_infinite=True):
                 raise CheckpointError(f"{where}: {name}{of} holds {bad_values(value)}; give another file")
     levels = model.schedule.alphas_cumprod
-    if len(levels) == 0 or not bool(((levels >= 0) & (levels <= 1)).all()) or bool((levels.diff() > 0).any()):
+    inside = (levels >= 0) & (levels <= 1) & torch.cat([levels[:-1] > 0, torch.ones_like(levels[-1:], dtype=bool)])
+    if len(levels) == 0 or not bool(inside.all()) or bool((levels.diff() > 0).any()):
         raise CheckpointError(
-            f"{where}: alphas_cumprod of its noise schedule must fall from at most 1 to at least 0, found "
+            f"{where}: alphas_cumprod of its noise schedule must fall from at most 1, to 0 at the last time alone, found "
             f"{_ends(levels)}; mend the settings of its scheduler"
         )
 

@@ -24,7 +24,7 @@ from ptq_exp.artifact import (
 )
 from ptq_exp.config import from_settings
 from ptq_exp.diffusion import DiffusionModel
-from ptq_exp.diffusion.zoo import is_local, model_of_structure
+from ptq_exp.diffusion.zoo import folder_of_structure, is_local
 from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
 from ptq_exp.errors import CheckpointError, ConfigError, DataError, PTQError
 from ptq_exp.files import file_digest
@@ -191,18 +191,15 @@ def _of_random_weights(artifact: Artifact) -> DiffusionModel | None:
     Raises:
         DataError: the structure in the artefact is damaged.
     """
-    identity, where = artifact.identity, f"{artifact.folder / DESCRIPTION_FILE}: model.structure"
+    identity, structure = artifact.identity, artifact.structure
+    name, settings = identity["name"], {"dtype": identity["dtype"], **identity["options"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RandomWeightsWarning)  # the weights come from the artefact
-        if artifact.structure is not None and MODELS[identity["name"]] == MODELS["diffusers"]:
-            try:
-                return model_of_structure(
-                    artifact.structure, name=identity["name"], dtype=identity["dtype"], where=where
-                )
-            except CheckpointError as error:
-                raise DataError(str(error)) from error
+        if structure is not None and MODELS[name] == MODELS["diffusers"]:
+            with folder_of_structure(structure, f"{artifact.folder / DESCRIPTION_FILE}: model.structure") as folder:
+                return load_model(name, folder, **settings)
         try:
-            return load_model(identity["name"], dtype=identity["dtype"], **identity["options"])
+            return load_model(name, **settings)
         except PTQError:
             return None
 

@@ -102,12 +102,15 @@ def test_a_network_that_overflows_in_float32(tmp_path, refused):
     in_order(line, f"model.checkpoint={folder}: the network gives NaN or infinity at time 666, first in", "unet.conv_out")
 
 
-def test_a_schedule_that_is_none(tmp_path):
-    for index, (betas, said) in enumerate(((dict(beta_end=float("nan")), "scheduler_config.json holds NaN"),
-                                           (dict(num_train_timesteps=30, trained_betas=[0.1, -0.5, 0.2] * 10), "trained_betas"))):  # fmt: skip
-        folder = tiny_folder.pixel(tmp_path / str(index), **betas)
-        with pytest.raises(PTQError, match=rf"model.checkpoint={folder}.*{said}"):
-            ptq_exp.load_model("diffusers", folder)
+@pytest.mark.parametrize(("betas", "said"), [
+    ({"beta_end": float("nan")}, "scheduler_config.json holds NaN"),
+    ({"num_train_timesteps": 30, "trained_betas": [0.1, -0.5, 0.2] * 10}, "trained_betas"),
+    ({"beta_end": 2.0}, "beta_end"), ({"beta_start": -1.0}, "beta_start"),
+])  # fmt: skip
+def test_a_schedule_that_is_none(betas, said, tmp_path):
+    folder = tiny_folder.pixel(tmp_path / "m", **betas)
+    with pytest.raises(PTQError, match=rf"model.checkpoint={folder}.*{said}"):
+        ptq_exp.load_model("diffusers", folder)
 
 
 def own_model(*, name, checkpoint=None, dtype="float32"):

@@ -89,12 +89,13 @@ def test_a_pixel_model_is_complete_without_its_folder(made_of, tmp_path, monkeyp
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_structure_says_all_of_a_network(settings, dtype, tmp_path):
     """From the settings files alone comes a network with the same tensors, which computes the same of the same weights."""
-    from ptq_exp.diffusion.zoo import model_of_structure
+    from ptq_exp.diffusion.zoo import folder_of_structure
 
     path = tiny_folder.pixel(tmp_path, tiny_folder.unet(**settings), beta_schedule="squaredcos_cap_v2", steps_offset=1)
     model = ptq_exp.load_model("diffusers", path, dtype=dtype)
     structure = json.loads(json.dumps(model.structure))  # as it is saved
-    built = model_of_structure(structure, name="diffusers", dtype=dtype, where="here")
+    with folder_of_structure(structure, "here") as folder:
+        built = ptq_exp.load_model("diffusers", folder, dtype=dtype)
     assert not all(map(torch.equal, model.denoiser.parameters(), built.denoiser.parameters()))
     built.denoiser.load_state_dict(model.denoiser.state_dict(), strict=True)
     x = torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(1))

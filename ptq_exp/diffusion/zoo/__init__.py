@@ -5,9 +5,9 @@ from ptq_exp.diffusion.zoo.folder import diffusers_folder
 from ptq_exp.diffusion.zoo.improved import ddim_cifar10, ddim_imagenet64
 from ptq_exp.diffusion.zoo.latent import ldm4_imagenet256, ldm4_lsun_bedrooms256
 from ptq_exp.diffusion.zoo.place import is_local
-from ptq_exp.diffusion.zoo.structure import model_of_structure
+from ptq_exp.diffusion.zoo.structure import folder_of_structure
 
 __all__ = [
-    "ddim_cifar10", "ddim_imagenet64", "ddpm_cifar10", "diffusers_folder", "is_local", "ldm4_imagenet256", "ldm4_lsun_bedrooms256",
-    "model_of_structure",
+    "ddim_cifar10", "ddim_imagenet64", "ddpm_cifar10", "diffusers_folder", "is_local", "ldm4_imagenet256",
+    "ldm4_lsun_bedrooms256", "folder_of_structure",
 ]  # fmt: skip
