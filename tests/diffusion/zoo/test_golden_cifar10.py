@@ -39,7 +39,7 @@ def test_improved_diffusion_in_float32(ddim, golden):
     assert golden.deviation(whole(ddim.denoiser), "iddpm_cifar10") < FLOAT32
 
 
-def test_improved_diffusion_in_float64(ddim, golden):
+def test_improved_diffusion_in_float64(ddim, golden, portable_sines):
     assert golden.deviation(whole(ddim.twin().double()), "iddpm_cifar10.f64", torch.float64) < FLOAT64
 
 
@@ -68,7 +68,7 @@ def test_ddpm_in_float32(ddpm, golden):
     assert golden.deviation(ddpm.denoiser, "ddim_cifar10") < FLOAT32
 
 
-def test_ddpm_in_float64(ddpm, golden):
+def test_ddpm_in_float64(ddpm, golden, portable_sines):
     assert golden.deviation(ddpm.twin().double(), "ddim_cifar10.f64", torch.float64) < FLOAT64
 
 
