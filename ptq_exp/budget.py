@@ -60,7 +60,7 @@ def planned_report(setup: Setup) -> Report:
 
 
 def _check_called(setup: Setup, network: nn.Module, report: Report, example: tuple[Tensor, ...]) -> None:
-    """Raise QuantizationError for layers that are to be calibrated and that no evaluation calls, at any of some times."""
+    """Raise QuantizationError for layers that are to be calibrated and that no evaluation at some times calls."""
     waiting = {row.name for row in report.rows if row.scope == "conv_linear" and not row.macs and row.activation_bits}
     if not waiting:
         return
@@ -71,8 +71,8 @@ def _check_called(setup: Setup, network: nn.Module, report: Report, example: tup
         unused = sorted(waiting - operands_of(network, (x, t, *y)).called)
     if unused:
         raise QuantizationError(
-            f"{', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}: the network never calls them, so that there is "
-            "nothing to calibrate them on: add their names to quantization.keep_fp"
+            f"{', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}: the network never calls them, so that there "
+            "is nothing to calibrate them on: add their names to quantization.keep_fp"
         )
 
 

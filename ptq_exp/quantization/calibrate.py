@@ -60,8 +60,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def calibrating(model: nn.Module, chosen: Collection[str] | None = None) -> Iterator[None]:
     """Let the activation quantizers observe inside the context; each one's mode is restored at its end.
 
-    Activations pass unquantized, through the frozen, quantized weights, in evaluation mode. Several contexts add up until
-    `finish_calibration`. An error inside discards what was observed.
+    Activations pass unquantized, through the frozen, quantized weights, in evaluation mode. Several contexts add up
+    until `finish_calibration`. An error inside discards what was observed.
 
     Args:
         model: its weights are calibrated.

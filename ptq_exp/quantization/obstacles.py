@@ -44,8 +44,8 @@ def _own_obstacle(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> str | None:
     if weight is None:
         parts = [key for key in (*layer._parameters, *layer._buffers) if key.startswith("weight")]
         return (
-            f"its weight is no parameter, but made of {', '.join(parts) or 'something else'} (weight_norm, spectral_norm "
-            "and pruning of torch.nn.utils can be removed, which leaves an ordinary layer)"
+            f"its weight is no parameter, but made of {', '.join(parts) or 'something else'} (weight_norm, "
+            "spectral_norm and pruning of torch.nn.utils can be removed, which leaves an ordinary layer)"
         )
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.layout != torch.strided:
         return f"its weight is a {type(weight).__name__} of type {weight.dtype} and layout {weight.layout}"

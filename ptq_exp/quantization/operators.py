@@ -17,13 +17,13 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 
 _CREATING = """
-    arange bartlett_window blackman_window empty empty_like empty_permuted empty_strided eye fft_fftfreq fft_rfftfreq full
-    full_like hamming_window hann_window kaiser_window linspace logspace new_empty new_empty_strided new_full new_ones
+    arange bartlett_window blackman_window empty empty_like empty_permuted empty_strided eye fft_fftfreq fft_rfftfreq
+    full full_like hamming_window hann_window kaiser_window linspace logspace new_empty new_empty_strided new_full new_ones
     new_zeros ones ones_like range scalar_tensor tril_indices triu_indices zeros zeros_like _efficientzerotensor
 """
 _RANDOM = """
-    bernoulli binomial cauchy exponential geometric log_normal multinomial native_dropout normal normal_functional poisson
-    rand rand_like randint randint_like randn randn_like random randperm uniform _fused_dropout
+    bernoulli binomial cauchy exponential geometric log_normal multinomial native_dropout normal normal_functional
+    poisson rand rand_like randint randint_like randn randn_like random randperm uniform _fused_dropout
 """
 _MOVING = """
     alias as_strided as_strided_scatter block_diag bucketize cat channel_shuffle clone col2im complex constant_pad_nd
@@ -34,8 +34,8 @@ _MOVING = """
     replication_pad1d replication_pad2d replication_pad3d resize resize_as roll rot90 scatter scatter_add scatter_reduce
     searchsorted select_scatter set slice_scatter sort split split_with_sizes squeeze stack t take topk transpose tril
     triu unfold unique_consecutive unique_dim unsafe_split unsafe_split_with_sizes unsqueeze view where zero
-    _index_put_impl _local_scalar_dense _pin_memory _reshape_alias _reshape_copy _stack _to_copy _to_dense _unique _unique2
-    _unsafe_index _unsafe_index_put _unsafe_masked_index _unsafe_masked_index_put_accumulate _unsafe_view
+    _index_put_impl _local_scalar_dense _pin_memory _reshape_alias _reshape_copy _stack _to_copy _to_dense _unique
+    _unique2 _unsafe_index _unsafe_index_put _unsafe_masked_index _unsafe_masked_index_put_accumulate _unsafe_view
     _assert_async _assert_scalar _assert_tensor_metadata _fused_sdp_choice _has_same_storage_numel _is_all_true
     _is_any_true is_contiguous sym_size sym_stride sym_numel sym_storage_offset size stride numel dim storage_offset
 """

@@ -43,7 +43,7 @@ class Owners:
         return next((layer for layer in found if layer is not None), name)
 
     def derive(self, layer: str, made: Any) -> None:
-        """The tensor `made` was computed from the weight of `layer`; what has another size is no weight in its place."""
+        """The tensor `made` was computed from the weight of `layer`; of another size it is no weight in its place."""
         place = _storage(made)
         if place is not None and made.numel() and made.numel() % _weight(self.layers[layer]).numel() == 0:
             self._by_weight.setdefault(place, layer)

@@ -31,10 +31,10 @@ from ptq_exp.quantization.step import Step
 def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) -> Report:
     """Give the layers of `model` the quantizers that `rules` ask for, in place; nothing is calibrated yet.
 
-    Exact `nn.Conv1d`, `nn.Conv2d`, `nn.Linear` and `diffusers` `Attention` are retyped; subclasses of them, layers whose
-    weight is computed or shared, and other modules with weights are left alone and named in the report. If anything is
-    wrong, the model is left unchanged. Activations with candidate widths, or bins of sampling steps, share one `Step`, which says which of
-    them is in force.
+    Exact `nn.Conv1d`, `nn.Conv2d`, `nn.Linear` and `diffusers` `Attention` are retyped; subclasses of them, layers
+    whose weight is computed or shared, and other modules with weights are left alone and named in the report. If
+    anything is wrong, the model is left unchanged. Activations with candidate widths, or bins of sampling steps, share
+    one `Step`, which says which of them is in force.
 
     Args:
         model: full-precision network.

@@ -59,7 +59,8 @@ def _checked(row: Row, seen: Operands) -> Row:
     if not products:
         if not row.macs and not called:
             return row
-        return replace(row, weight_bits=None, activation_bits=None, reason="its multiplication was not seen in the proof")
+        reason = "its multiplication was not seen in the proof"
+        return replace(row, weight_bits=None, activation_bits=None, reason=reason)
     said = [f"{which} {fault}" for which, fault in (("weight", weight), ("activation", activation)) if fault]
     return replace(
         row, weight_bits=None if weight else row.weight_bits,

@@ -142,8 +142,8 @@ class Report:
         """Sums over the network.
 
         Keys: ``params``, ``weight_bytes``, ``fp32_bytes``, ``size_reduction``; and, each a dictionary with
-        the keys ``conv_linear`` and ``everything``: ``macs``, ``coverage`` (0 to 1; None: not known), ``bops``, ``bops_fp32``,
-        ``bops_reduction`` (how many times fewer BOPs than FP32).
+        the keys ``conv_linear`` and ``everything``: ``macs``, ``coverage`` (0 to 1; None: not known), ``bops``,
+        ``bops_fp32``, ``bops_reduction`` (how many times fewer BOPs than FP32).
 
         Raises:
             QuantizationError: activations have candidate widths and no shares are known.

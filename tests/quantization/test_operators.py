@@ -74,7 +74,7 @@ OF_MAPS = {
     "conv3d": (lambda m, x: m(x[:, :, None]), nn.Conv3d(4, 3, (1, 3, 3)), 3 * 36 * 4 * 9),
     "transposed": (lambda m, x: m(x), nn.ConvTranspose2d(4, 3, 3, stride=2), 4 * 64 * 3 * 9),
     "unfolded": (lambda _, x: F.unfold(x, 3).mT @ torch.ones(36, 2), None, 36 * 36 * 2),
-    "resampled": (lambda _, x: F.interpolate(F.grid_sample(x, torch.zeros(1, 4, 4, 2), align_corners=False), scale_factor=2),
+    "resampled": (lambda _, x: F.interpolate(F.grid_sample(x, torch.zeros(1, 4, 4, 2), align_corners=False), size=9),
                   None, 0),
     "pooled": (lambda _, x: F.adaptive_avg_pool2d(F.max_pool2d(F.avg_pool2d(x, 2), 2), 1), None, 0),
     "shuffled": (lambda _, x: F.group_norm(F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2), 2), None, 0),
@@ -91,8 +91,10 @@ def test_multiplications_are_counted_by_hand(name):
 
 
 @pytest.mark.parametrize(("function", "operator"), [
-    (lambda _, x: torch.fft.fft2(x).real, "aten._fft_c2c"), (lambda _, x: torch.linalg.svd(x[0, 0])[1], "aten._linalg_svd"),
-    (lambda _, x: torch.linalg.inv(x[0, 0]), "aten.linalg_inv_ex"), (lambda _, x: torch.cdist(x, x), "aten._cdist_forward"),
+    (lambda _, x: torch.fft.fft2(x).real, "aten._fft_c2c"),
+    (lambda _, x: torch.linalg.svd(x[0, 0])[1], "aten._linalg_svd"),
+    (lambda _, x: torch.linalg.inv(x[0, 0]), "aten.linalg_inv_ex"),
+    (lambda _, x: torch.cdist(x, x), "aten._cdist_forward"),
     (lambda _, x: torch.sparse.mm(x[0, 0].to_sparse(), x[0, 0]), "aten._sparse_addmm"),
     (lambda _, x: product(x, x), "ptq_exp_test.product"),
 ], ids=["fft", "svd", "inverse", "distance", "sparse", "custom"])  # fmt: skip
@@ -128,8 +130,9 @@ def test_both_layouts_of_attention_have_the_same_account():
             x = x if self.batch_first else x.transpose(0, 1)
             return self.attention(x, x, x)[0]
 
+    rules = default_rules(8, 8, attention=False, first=(), last=())
     reports = [
-        quantize_(Net(first).eval().requires_grad_(False), default_rules(8, 8, attention=False, first=(), last=()), (X,))
+        quantize_(Net(first).eval().requires_grad_(False), rules, (X,))
         for first in (False, True)
     ]
     assert reports[0] == reports[1]

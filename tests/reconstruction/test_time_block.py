@@ -325,7 +325,7 @@ def test_a_dit_is_reconstructed_on_all_times(joint, tmp_path):
         folder=tmp_path,
     )  # fmt: skip
     reports = [run_block(made) for _ in made.remaining]
-    # of each block 4 in attention, 2 in the feed-forward, 1 behind the embedding and 2 in it; the patches, and 2 at the end
+    # of each block 4 in attention, 2 in the feed-forward, 1 behind the embedding and 2 in it; the patches; 2 at the end
     assert len(reports) == (1 + 2 + 3 if joint else 21) and sum(report.layers for report in reports) == 2 * 9 + 3
 
 
