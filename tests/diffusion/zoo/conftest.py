@@ -1,17 +1,14 @@
 """Original checkpoints imitated by the fill rule of tests/golden/models/README.md, and comparison with its outputs."""
 
 import gzip
-import io
 import json
-import os
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from portable_sines import portable_embedding
 
 MODELS = Path(__file__).parents[2] / "golden" / "models"
 SCHEDULE = ("betas", "alphas_cumprod")
@@ -100,36 +97,13 @@ def saved(tmp_path):
         path.unlink(missing_ok=True)
 
 
-SINES = """
-import io, sys, numpy as np, torch
-from diffusers.models.embeddings import get_timestep_embedding
-call = np.load(io.BytesIO(sys.stdin.buffer.read()))
-dim, flip, shift, scale = sys.argv[1:]
-found = get_timestep_embedding(torch.from_numpy(call), int(dim), flip == "True", float(shift), float(scale))
-answer = io.BytesIO()
-np.save(answer, found.numpy())
-sys.stdout.buffer.write(answer.getvalue())
-"""
+@pytest.fixture(scope="session")
+def _portable_embedding():
+    with portable_embedding() as embedding:
+        yield embedding
 
 
 @pytest.fixture
-def portable_sines(monkeypatch):
-    """Embeddings of the time as the stored outputs had them, whatever the processor.
-
-    The original networks compute them in float32, as diffusers does. Torch takes exp, sin and cos from MKL, which differ
-    in the last place between processors: 1e-8 in an output of float64. In its compatible mode MKL gives the same bits
-    everywhere, but slowly and for a whole process: so a process of its own computes them.
-    """
-
-    def embedding(timesteps, embedding_dim, flip_sin_to_cos=False, downscale_freq_shift=1, scale=1, max_period=10000):
-        assert max_period == 10000
-        stream = io.BytesIO()
-        np.save(stream, timesteps.numpy())
-        words = [str(word) for word in (embedding_dim, flip_sin_to_cos, downscale_freq_shift, scale)]
-        answer = subprocess.run(
-            [sys.executable, "-c", SINES, *words], input=stream.getvalue(), stdout=subprocess.PIPE, check=True,
-            env=os.environ | {"MKL_CBWR": "COMPATIBLE"},
-        )  # fmt: skip
-        return torch.from_numpy(np.load(io.BytesIO(answer.stdout)))
-
-    monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", embedding)
+def portable_sines(_portable_embedding, monkeypatch):
+    """The networks' embeddings of the time are those that the stored outputs had, whatever the processor."""
+    monkeypatch.setattr("diffusers.models.embeddings.get_timestep_embedding", _portable_embedding)

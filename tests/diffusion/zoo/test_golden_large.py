@@ -57,7 +57,7 @@ def lightning_file(saved, monkeypatch, state):
         return saved({"epoch": 1, "global_step": 2, "callbacks": callbacks, "state_dict": state})
 
 
-def test_imagenet64(golden, shrink, saved):
+def test_imagenet64(golden, shrink, saved, portable_sines):
     path = saved(golden.state("iddpm_imagenet64"))
     model = load_model("ddim_imagenet64", path)
     assert model.sample_shape == (3, 64, 64) and len(model.time_grid()) == 250
@@ -67,7 +67,7 @@ def test_imagenet64(golden, shrink, saved):
                     "iddpm_imagenet64.small")  # fmt: skip
 
 
-def test_ldm4_imagenet256(golden, shrink, saved, monkeypatch):
+def test_ldm4_imagenet256(golden, shrink, saved, monkeypatch, portable_sines):
     path = lightning_file(saved, monkeypatch, golden.state("ldm4_imagenet256"))
     gc.collect()
     model = load_model("ldm4_imagenet256", path)
@@ -81,7 +81,7 @@ def test_ldm4_imagenet256(golden, shrink, saved, monkeypatch):
     first_stage_agrees(golden, shrink, model.first_stage)
 
 
-def test_ldm4_lsun_bedrooms256(golden, shrink, saved):
+def test_ldm4_lsun_bedrooms256(golden, shrink, saved, portable_sines):
     path = saved({"state_dict": golden.state("ldm4_lsun_bedrooms256")})
     gc.collect()
     model = load_model("ldm4_lsun_bedrooms256", path)
