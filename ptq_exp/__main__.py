@@ -13,13 +13,16 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ptq_exp.arguments import check_groups, own_folder, spelt_out, with_home_folders, with_saved_model
 from ptq_exp.cli.failures import cannot_write, refusal
+from ptq_exp.composition import wrong_choice
 from ptq_exp.config import config_folder, nearest
-from ptq_exp.errors import ConfigError, PTQError, reader_gone
+from ptq_exp.errors import ConfigError, PTQError, reader_gone, tolerant_output
+from ptq_exp.overrides import given, typed
 from ptq_exp.schema import ExperimentConfig, SweepConfig
 from ptq_exp.sweep.callback import end_of_sweep
 from ptq_exp.sweep.resume import with_resumed_sweep
@@ -41,6 +44,7 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
     """One composed experiment; see `run_job`."""
     global _started
     _started = True
+    tolerant_output()  # launchers have processes of their own
     from ptq_exp.sweep.job import run_job
 
     try:
@@ -60,8 +64,9 @@ def _run_folder() -> str:
     """Where Hydra puts the run; as it was asked to, before there is a run."""
     if _started:  # before, Hydra may still hold what an earlier call in this process left
         return HydraConfig.get().runtime.output_dir
-    asked = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-    return asked.get("hydra.run.dir") or asked.get("hydra.sweep.dir") or "a new folder below runs"
+    asked = given(typed(sys.argv[1:]).overrides)
+    folders = [asked[key][0] for key in ("hydra.run.dir", "hydra.sweep.dir") if key in asked]
+    return str(folders[0]) if folders else "a new folder below runs"
 
 
 def _failed(line: str) -> None:
@@ -80,7 +85,7 @@ def _composition_message(error: Exception) -> str:
     text = str(error)
     if stray := _stray(sys.argv[1:]):
         return stray
-    if wrong := _wrong_choice(sys.argv[1:]):
+    if isinstance(error, MissingConfigException) and (wrong := wrong_choice(error, typed(sys.argv[1:]).overrides)):
         return wrong
     if unknown := re.search(r"Could not override '([^']+)'", text):
         key = unknown[1]
@@ -99,31 +104,6 @@ def _stray(arguments: list[str]) -> str | None:
     return None
 
 
-def _wrong_choice(overrides: list[str]) -> str | None:
-    """The first `group=choice` on the command line whose choice has no file, with the choices that have one."""
-    for override in overrides:
-        group, _, choices = override.lstrip("+~").partition("=")
-        options = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
-        for choice in choices.split(","):
-            if group and options and choice not in options:
-                return f"{group}={choice}: choose one of {', '.join(options)}"
-    return None
-
-
-def _check_groups(arguments: list[str]) -> None:
-    """Raise ConfigError for what Hydra would take: several options merged into one, settings in place of an option."""
-    for argument in arguments:
-        group, equals, choice = argument.lstrip("+").partition("=")
-        bare = choice.strip("'\" ")
-        if group == "name" and "/" in bare:
-            raise ConfigError(f"name={bare}: folders are called after it, give a name without /")
-        if not equals or not group or not (config_folder() / group).is_dir():
-            continue
-        if not bare or bare[0] in "[{" or "/" in bare:
-            options = ", ".join(sorted(path.stem for path in (config_folder() / group).glob("*.yaml")))
-            raise ConfigError(f"{group}={choice}: choose one of {options}; -m {group}=A,B runs one after another")
-
-
 def _known_settings() -> list[str]:
     """Every setting and group of the schema, dotted."""
 
@@ -135,43 +115,6 @@ def _known_settings() -> list[str]:
 
     container = OmegaConf.to_container(OmegaConf.structured(ExperimentConfig()))
     return [*walk(container, ""), *walk({"sweep": vars(SweepConfig())}, "")]
-
-
-def _spelt_out(arguments: list[str]) -> list[str]:
-    """`bits=[8]*100+[4]*150`, a bit schedule in place of a choice, in the words of Hydra's grammar."""
-    found = []
-    for argument in arguments:
-        widths = re.fullmatch(r"(\+*)bits(\.schedule)?=(\[[^'\"]*)", argument)
-        if widths is None:
-            found.append(argument)
-            continue
-        found += [] if widths[2] else [f"{widths[1]}bits=step_list"]
-        found.append(f"bits.schedule='{widths[3]}'")
-    return found
-
-
-def _with_saved_model(arguments: list[str]) -> list[str]:
-    """The arguments with `model=` of the saved model that `quantized=PATH` names, where it is left out.
-
-    Raises:
-        PTQError: there is no saved model, or it does not say which model to build.
-    """
-    given = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
-    paths, experiment = given.get("quantized", "null"), given.get("experiment", "")
-    if paths in ("null", ""):
-        if experiment == "evaluate":
-            raise ConfigError("+experiment=evaluate needs quantized=PATH: a run folder, or its sub-folder quantized")
-        return arguments
-    if experiment != "evaluate":
-        raise ConfigError(f"quantized={paths} is there to be evaluated: use +experiment=evaluate")
-    from ptq_exp.artifact import Artifact  # torch takes seconds
-
-    names = {Artifact.open(path.strip("'\"")).identity["name"] for path in paths.split(",")}
-    if "model" in given:
-        return arguments
-    if len(names) > 1 or not (config_folder() / "model" / f"{min(names)}.yaml").exists():
-        raise ConfigError(f"quantized={paths} holds {', '.join(sorted(names))}: give model=, one of conf/model")
-    return [*arguments, f"model={min(names)}"]
 
 
 def _commands() -> list[str]:
@@ -190,7 +133,8 @@ def _told(arguments: list[str]) -> bool:
     elif {"--help", "-h"} & set(arguments):
         from ptq_exp.cli.overview import full_help
 
-        print(full_help([argument for argument in arguments if not argument.startswith("-")], _commands()))
+        command = typed(arguments)
+        print(full_help(command.overrides, _commands(), own_folder(command)))
     else:
         return False
     return True
@@ -202,13 +146,14 @@ _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 def main() -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     global _started
+    tolerant_output()
     _failures.clear()
     _started = False
     logging_raises = logging.raiseExceptions
     logging.raiseExceptions = _traceback_wanted  # a log file on a full disk is no second error
     # conf/hydra has files for launchers whose plugins have defaults of the same name: Hydra joins the two
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
-    sys.argv[1:] = _spelt_out(sys.argv[1:])
+    sys.argv[1:] = spelt_out(sys.argv[1:])
     before = os.environ.get(TRACEBACK)
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
     failed = []
@@ -216,9 +161,9 @@ def main() -> None:
         if _told(sys.argv[1:]):
             sys.stdout.flush()
             return
-        sys.argv[1:] = with_resumed_sweep(sys.argv[1:])
-        _check_groups(sys.argv[1:])
-        sys.argv[1:] = _with_saved_model(sys.argv[1:])
+        sys.argv[1:] = with_resumed_sweep(with_home_folders(sys.argv[1:]))
+        check_groups(sys.argv[1:])
+        sys.argv[1:] = with_saved_model(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
     except PTQError as error:  # of the command line; those of jobs are told as they occur
         if _traceback_wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ class QuantizationError(PTQError):
 @contextmanager
 def command_line() -> Iterator[None]:
     """Around a command: a `PTQError` becomes one line on standard error and status 1, a closed pipe a quiet end."""
+    tolerant_output()
     try:
         yield
         sys.stdout.flush()
@@ -46,6 +48,19 @@ def command_line() -> Iterator[None]:
         sys.exit(f"error: {error}")
     except BrokenPipeError:
         reader_gone()
+
+
+def tolerant_output() -> None:
+    """Let standard output and error replace what their encoding lacks: no result is lost for an arrow in its table.
+
+    Where one of them is closed, what is written there goes nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for the life of the process
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def reader_gone() -> NoReturn:

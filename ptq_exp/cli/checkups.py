@@ -208,7 +208,7 @@ def weights() -> Iterator[Finding]:
     wrong = []
     for card in cards:
         try:
-            whole = file_digest(card.with_suffix(".safetensors")) == json.loads(card.read_text())["sha256"]
+            whole = file_digest(card.with_suffix(".safetensors")) == json.loads(card.read_text(encoding="utf-8"))["sha256"]
         except (PTQError, OSError, ValueError, KeyError):
             whole = False
         if not whole:

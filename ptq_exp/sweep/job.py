@@ -13,7 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ptq_exp.config import check_experiment_bits, validated
+from ptq_exp.composition import check_composition
+from ptq_exp.config import validated
 from ptq_exp.errors import ConfigError, DataError, InfeasibleError, PTQError
 from ptq_exp.schema import ExperimentConfig, SweepConfig
 from ptq_exp.sweep.record import SweepRecord, plain_key
@@ -80,7 +81,7 @@ def _run(composed: DictConfig, job: Job) -> dict[str, Any]:
     done = job.folder / RESULTS
     if sweep.resume is None:
         done.unlink(missing_ok=True)  # of an earlier run into the same folder
-    check_experiment_bits(job.overrides)
+    check_composition(job.overrides)
     config = validated(composed, job.overrides)
     check_processes(config, job)
     if job.record is None:

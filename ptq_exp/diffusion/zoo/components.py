@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict:
         CheckpointError: it is missing or not a JSON object.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"model.checkpoint={path.parent}: not a diffusers folder: no {path.name} in it"
