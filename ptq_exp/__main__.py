@@ -16,12 +16,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ptq_exp.arguments import check_groups, own_folder, spelt_out, with_home_folders, with_saved_model
 from ptq_exp.cli.failures import cannot_write, refusal
-from ptq_exp.composition import wrong_choice
+from ptq_exp.composition import unreadable, wrong_choice
 from ptq_exp.config import config_folder, nearest
-from ptq_exp.errors import ConfigError, PTQError, reader_gone, tolerant_output
+from ptq_exp.errors import ConfigError, PTQError, reader_gone, start_command
 from ptq_exp.overrides import given, typed
 from ptq_exp.schema import ExperimentConfig, SweepConfig
 from ptq_exp.sweep.callback import end_of_sweep
@@ -44,7 +45,7 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
     """One composed experiment; see `run_job`."""
     global _started
     _started = True
-    tolerant_output()  # launchers have processes of their own
+    start_command()  # launchers have processes of their own
     from ptq_exp.sweep.job import run_job
 
     try:
@@ -83,25 +84,26 @@ def _about_composition(error: Exception) -> bool:
 def _composition_message(error: Exception) -> str:
     """Hydra's complaint about the command line in one line, with the nearest valid name."""
     text = str(error)
-    if stray := _stray(sys.argv[1:]):
-        return stray
     if isinstance(error, MissingConfigException) and (wrong := wrong_choice(error, typed(sys.argv[1:]).overrides)):
         return wrong
+    if unset := re.search(r"Interpolation key '([^']+)' not found", text):
+        return f"{unset[1]}: is not set, but other settings are made of it: set it where its group or section is set"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         key = unknown[1]
         return f"{key}: no such setting; {nearest(key, _known_settings())}"
     return " ".join(text.split())
 
 
-def _stray(arguments: list[str]) -> str | None:
-    """What is wrong with the first argument that is neither KEY=VALUE nor a flag nor the value of one."""
-    for before, word in zip(["", *arguments], arguments, strict=False):
-        if re.fullmatch(r"\w[\w.-]*", word) and (not before.startswith("-") or before in ("-m", "--multirun")):
+def _check_stray(arguments: list[str]) -> None:
+    """Raise ConfigError for the first argument that is neither KEY=VALUE nor a flag nor the value of one."""
+    for word in typed(arguments).overrides:
+        if re.fullmatch(r"\w[\w.-]*", word):
             settings = _known_settings()
             if word in settings:
-                return f"{word}: give it a value, {word}=VALUE"
-            return f"{word}: neither a command nor KEY=VALUE; {nearest(word, [*_commands(), *settings])}"
-    return None
+                raise ConfigError(f"{word}: give it a value, {word}=VALUE")
+            raise ConfigError(
+                f"{word}: neither a command nor KEY=VALUE; {nearest(word, [*_commands(), *settings])}"
+            )
 
 
 def _known_settings() -> list[str]:
@@ -146,7 +148,7 @@ _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 def main() -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     global _started
-    tolerant_output()
+    start_command()
     _failures.clear()
     _started = False
     logging_raises = logging.raiseExceptions
@@ -161,6 +163,7 @@ def main() -> None:
         if _told(sys.argv[1:]):
             sys.stdout.flush()
             return
+        _check_stray(sys.argv[1:])
         sys.argv[1:] = with_resumed_sweep(with_home_folders(sys.argv[1:]))
         check_groups(sys.argv[1:])
         sys.argv[1:] = with_saved_model(sys.argv[1:])
@@ -175,6 +178,10 @@ def main() -> None:
         sys.exit(f"error: {_composition_message(error)}")
     except BrokenPipeError:
         reader_gone()
+    except (YAMLError, UnicodeDecodeError) as error:  # of a configuration file
+        if _traceback_wanted or _started:
+            raise
+        sys.exit(f"error: {unreadable(error, typed(sys.argv[1:]))}")
     except (OSError, ValueError) as error:
         broken = error if isinstance(error, OSError) else error.__cause__  # logging hides the file that it cannot open
         if _traceback_wanted or not (_about_composition(error) or (isinstance(broken, OSError) and not _started)):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ptq_exp.config import config_folder
 from ptq_exp.errors import ConfigError
-from ptq_exp.overrides import given, quoted, typed
+from ptq_exp.overrides import given, home_quoted, quoted, typed
 from ptq_exp.paths import with_home
 
 _FOLDER_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp")
@@ -25,8 +25,9 @@ def check_groups(arguments: list[str]) -> None:
         for choice in choices:
             if key == "name" and "/" in str(choice):
                 raise ConfigError(f"name={choice}: folders are called after it, give a name without /")
-            if (config_folder() / key).is_dir() and not _is_option(choice):
-                options = ", ".join(sorted(path.stem for path in (config_folder() / key).glob("*.yaml")))
+            folders = [folder / key for folder in (config_folder(), own_folder(asked)) if folder is not None]
+            if any(folder.is_dir() for folder in folders) and not _is_option(choice):
+                options = ", ".join(sorted({path.stem for folder in folders for path in folder.glob("*.yaml")}))
                 raise ConfigError(f"{key}={choice}: choose one of {options}; -m {key}=A,B runs one after another")
 
 
@@ -39,12 +40,12 @@ def _is_option(choice: Any) -> bool:
 
 
 def spelt_out(arguments: list[str]) -> list[str]:
-    """`bits=[8]*100+[4]*150`, a bit schedule in place of a choice, in the words of Hydra's grammar."""
+    """`bits=[8]*100+[4]*150`, a bit schedule in place of a choice, and `~/path`, in the words of Hydra's grammar."""
     found = []
     for argument in arguments:
         widths = re.fullmatch(r"(\+*)bits(\.schedule)?=(\[[^'\"]*)", argument)
         if widths is None:
-            found.append(argument)
+            found.append(home_quoted(argument))
             continue
         found += [] if widths[2] else [f"{widths[1]}bits=step_list"]
         found.append(f"bits.schedule='{widths[3]}'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,9 @@ def check_composition(overrides: Sequence[str]) -> None:
     loader, everything = GlobalHydra.instance().config_loader(), [*hydra.overrides.hydra, *overrides]
     defaults = loader.compute_defaults_list(hydra.job.config_name, everything, RunMode.RUN).defaults
     ours = [default for default in defaults if not default.config_path.startswith("hydra/")]
-    for path in dict.fromkeys(default.config_path for default in ours):
-        _check_hidden(path, repository)
+    for default in ours:
+        _check_hidden(default.config_path, repository)
+        _check_package(default)
     _check_bits([_file(default, repository) for default in ours], hydra.runtime.choices.get(BITS), list(given(overrides)))
 
 
@@ -103,12 +105,18 @@ def _check_bits(files: Sequence[ConfigFile], chosen: str, keys: Sequence[str]) -
             continue
         if BITS in keys or file.choice not in (None, chosen):
             group, _, option = file.path.rpartition("/")
-            own = f"its own bits={file.choice}" if file.choice else "its own bits"
+            own = "its own bits" if file.choice in (None, chosen) else f"its own bits={file.choice}"
             raise ConfigError(
                 f"{BITS}={chosen} would take over {key}={file.bits[key]}, which "
                 f"{f'{group}={option}' if group else f'{option}.yaml'} sets for {own}: add {key}= with the value that "
                 "you mean"
             )
+
+
+def _check_package(default: ResultDefault) -> None:
+    """Raise ConfigError for an experiment whose settings would go to a section `experiment`, which there is not."""
+    if default.config_path.startswith("experiment/") and (default.package or "").partition(".")[0] == "experiment":
+        raise ConfigError(f"{default.config_path}.yaml: begin it with the line `# @package _global_`, settings below it")
 
 
 def _check_hidden(path: str, repository: ConfigRepository) -> None:
@@ -121,8 +129,7 @@ def _check_hidden(path: str, repository: ConfigRepository) -> None:
     if len(set(texts.values())) > 1 and (read := next(iter(texts))).is_relative_to(config_folder()):
         hidden = next(file for file in texts if texts[file] != texts[read])
         raise ConfigError(
-            f"{hidden} is not read, as {read} comes before it: give it a name of its own, or name its folder with "
-            "--config-dir, which comes first"
+            f"{hidden} is not read, as {read} comes before it: give it a name of its own"
         )
 
 
@@ -137,3 +144,23 @@ def wrong_choice(error: MissingConfigException, overrides: Sequence[str]) -> str
     experiments = [f"{key}={keys[key][0]}" for key in keys if key.startswith("experiment") and key != group]
     origin = "" if by_hand or not experiments else f" (chosen by the file of {experiments[0]})"
     return f"{group}={choice}{origin}: choose one of {', '.join(sorted(error.options))}"
+
+
+def unreadable(error: Exception, command: Namespace) -> str:
+    """The line about a configuration file that is no YAML, or no UTF-8; `command`: see `ptq_exp.overrides.typed`."""
+    reason = " ".join(str(error).split())
+    if not isinstance(error, UnicodeDecodeError):
+        return f"a configuration file is no YAML: {reason}"
+    searched = given(command.overrides).get("hydra.searchpath", [None])[0] or []
+    folders = [command.config_dir, command.config_path, *(str(place).removeprefix("file://") for place in searched)]
+    files = (file for folder in folders if folder for file in sorted(Path(folder).rglob("*.yaml")))
+    name = next((str(file) for file in files if not _is_utf8(file)), "a configuration file")
+    return f"{name}: is not encoded in UTF-8 ({reason}); save it as UTF-8"
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return True

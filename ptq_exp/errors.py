@@ -40,7 +40,7 @@ class QuantizationError(PTQError):
 @contextmanager
 def command_line() -> Iterator[None]:
     """Around a command: a `PTQError` becomes one line on standard error and status 1, a closed pipe a quiet end."""
-    tolerant_output()
+    start_command()
     try:
         yield
         sys.stdout.flush()
@@ -50,11 +50,13 @@ def command_line() -> Iterator[None]:
         reader_gone()
 
 
-def tolerant_output() -> None:
-    """Let standard output and error replace what their encoding lacks: no result is lost for an arrow in its table.
+def start_command() -> None:
+    """Make the process of a command independent of where it was started.
 
-    Where one of them is closed, what is written there goes nowhere.
+    Standard output and error replace what their encoding lacks (no result is lost for an arrow in its table), or lead
+    nowhere where they are closed. Pictures go to files, whatever a notebook has set for its own.
     """
+    os.environ["MPLBACKEND"] = "agg"
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

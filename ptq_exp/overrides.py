@@ -76,6 +76,19 @@ def unquoted(text: str) -> str:
         return text
 
 
+def home_quoted(argument: str) -> str:
+    """`key=~/path` with the quotes that Hydra needs to read it as text; anything else as it is.
+
+    Hydra's grammar has no `~` in a value, though no shell expands it behind the name of a setting.
+    """
+    key, equals, value = argument.partition("=")
+    texts = _choices(value)
+    homes = [text for text in texts if text.startswith("~")]
+    if not equals or not homes or not all(_plain(text.removeprefix("~") or "x") for text in texts):
+        return argument
+    return f"{key}={','.join(quoted(text) if text in homes else text for text in texts)}"
+
+
 def to_type(key: str, *texts: str) -> str:
     """`key=text` (several texts: a sweep) as it has to be typed, quoted for the shell and for Hydra.
 

@@ -29,11 +29,13 @@ def with_home(path: str, setting: str) -> str:
 
 
 def with_homes(value: Any, setting: str) -> Any:
-    """`value` with `with_home` of every text in it: one text, or a dictionary or list of them, nested."""
+    """Expand the texts and paths in `value`: one, or a dictionary or list of them, nested; see `with_home`."""
     if isinstance(value, dict):
         return {key: with_homes(inner, f"{setting}.{key}") for key, inner in value.items()}
     if isinstance(value, list):
         return [with_homes(inner, setting) for inner in value]
+    if isinstance(value, os.PathLike) and str(value).startswith("~"):
+        return Path(with_home(str(value), setting))
     return with_home(value, setting) if isinstance(value, str) else value
 
 
