@@ -1,4 +1,4 @@
-"""The arguments of the command before Hydra composes them: short forms, folders, what Hydra would take without a word."""
+"""The arguments of the command before Hydra composes them: short forms, folders, choices that are none."""
 
 from __future__ import annotations
 

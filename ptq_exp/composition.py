@@ -62,7 +62,8 @@ def check_composition(overrides: Sequence[str]) -> None:
     for default in ours:
         _check_hidden(default.config_path, repository)
         _check_package(default)
-    _check_bits([_file(default, repository) for default in ours], hydra.runtime.choices.get(BITS), list(given(overrides)))
+    files = [_file(default, repository) for default in ours]
+    _check_bits(files, hydra.runtime.choices.get(BITS), list(given(overrides)))
 
 
 def _file(default: ResultDefault, repository: ConfigRepository) -> ConfigFile:
@@ -116,7 +117,9 @@ def _check_bits(files: Sequence[ConfigFile], chosen: str, keys: Sequence[str]) -
 def _check_package(default: ResultDefault) -> None:
     """Raise ConfigError for an experiment whose settings would go to a section `experiment`, which there is not."""
     if default.config_path.startswith("experiment/") and (default.package or "").partition(".")[0] == "experiment":
-        raise ConfigError(f"{default.config_path}.yaml: begin it with the line `# @package _global_`, settings below it")
+        raise ConfigError(
+            f"{default.config_path}.yaml: begin it with the line `# @package _global_`, settings below it"
+        )
 
 
 def _check_hidden(path: str, repository: ConfigRepository) -> None:

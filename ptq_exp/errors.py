@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
@@ -54,8 +55,14 @@ def start_command() -> None:
     """Make the process of a command independent of where it was started.
 
     Standard output and error replace what their encoding lacks (no result is lost for an arrow in its table), or lead
-    nowhere where they are closed. Pictures go to files, whatever a notebook has set for its own.
+    nowhere where they are closed. Pictures go to files, whatever a notebook has set for its own. Names of files are
+    UTF-8 in every locale: in another one, the process starts anew in Python's UTF-8 mode.
     """
+    if codecs.lookup(sys.getfilesystemencoding()).name != "utf-8" and not sys.flags.utf8_mode:
+        if sys.stdout is not None:
+            os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:replace")
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     os.environ["MPLBACKEND"] = "agg"
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

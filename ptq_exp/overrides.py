@@ -84,7 +84,8 @@ def home_quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     texts = _choices(value)
     homes = [text for text in texts if text.startswith("~")]
-    if not equals or not homes or not all(_plain(text.removeprefix("~") or "x") for text in texts):
+    readable = all(_plain(text.removeprefix("~") or "x") for text in texts)
+    if not equals or argument.startswith("-") or not homes or not readable:
         return argument
     return f"{key}={','.join(quoted(text) if text in homes else text for text in texts)}"
 
@@ -113,6 +114,8 @@ def _plain(text: str) -> bool:
 
 
 def _parsed(text: str, multirun: bool) -> Override:
+    if not _is_unicode(text):
+        raise ConfigError(f"{text.encode('utf-8', 'backslashreplace').decode()}: is not encoded in UTF-8; rename it")
     try:
         override = OverridesParser.create().parse_override(text)
         found = values(override)
@@ -123,6 +126,15 @@ def _parsed(text: str, multirun: bool) -> Override:
         if several or any(isinstance(value, list | dict) for value in found):
             raise ConfigError(_remedy(override.get_key_element(), text.partition("=")[2], multirun))
     return override
+
+
+def _is_unicode(text: str) -> bool:
+    """False for bytes that are no UTF-8, which Python keeps as halves of characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _takes_text(hint: Any) -> bool:

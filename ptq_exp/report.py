@@ -36,7 +36,8 @@ def _finished(path: Path) -> bool:
 def main(argv: list[str] | None = None) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m ptq_exp.report", description=__doc__)
-    parser.add_argument("folders", nargs="+", action=PathArgument, help="of a run (it holds results.json), or of a sweep")
+    help_text = "of a run (it holds results.json), or of a sweep"
+    parser.add_argument("folders", nargs="+", action=PathArgument, help=help_text)
     with command_line():
         for folder in parser.parse_args(argv).folders:
             for path in write_reports(folder):

@@ -13,7 +13,8 @@ import pytest
 
 import ptq_exp
 
-FOUNDATION = {"errors", "files", "npz", "parts", "paths"}  # may be imported anywhere; they import nothing of ours but each other
+# may be imported anywhere; they import nothing of ours but each other
+FOUNDATION = {"errors", "files", "npz", "parts", "paths"}
 ALGORITHMS = {"quantization", "diffusion", "calibration", "reconstruction", "correction"}
 ALLOWED = {
     "quantization": set(),

@@ -160,5 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     clear.add_argument("--all", action="store_true", help="everything")
     clear.add_argument("--dry-run", action="store_true", help="only say what would go")
     for action in (show, clear):
-        action.add_argument("--cache-dir", action=PathArgument, metavar="PATH", help="default: cache_dir of conf/config.yaml")
+        default = "default: cache_dir of conf/config.yaml"
+        action.add_argument("--cache-dir", action=PathArgument, metavar="PATH", help=default)
     return parser

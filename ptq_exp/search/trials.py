@@ -29,7 +29,8 @@ def run_trial(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     if (found := _finished(place)) is not None:
         return found
     place.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "ptq_exp", *overrides, f"hydra.run.dir={quoted(str(place))}", "trainer.progress_bar=false"]
+    ours = [f"hydra.run.dir={quoted(str(place))}", "trainer.progress_bar=false"]
+    command = [sys.executable, "-m", "ptq_exp", *overrides, *ours]
     environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
     with (place / "output.txt").open("w", encoding="utf-8") as output:
         code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False).returncode

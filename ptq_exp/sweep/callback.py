@@ -41,7 +41,7 @@ class SweepCallback(Callback):
             folder = Path(config.hydra.sweep.dir)
             if config.sweep.resume is None or not (folder / FILE).exists():
                 SweepRecord.of(config).save(folder)
-        except PTQError as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"error: {error}")
         _folders.append(folder)
 

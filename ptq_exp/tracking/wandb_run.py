@@ -52,6 +52,8 @@ def make_logger(
         raise ConfigError(f"logger.mode={mode!r} is unknown, expected one of {', '.join(MODES)}")
     if mode == "none":
         return None
+    if os.path.expanduser("~") == "~":
+        raise ConfigError(f"logger.mode={mode}: W&B needs a home folder, this user has none: set HOME or logger=none")
     _keep_files_in(Path(save_dir).resolve(), offline=mode == "offline")
 
     import wandb
@@ -65,7 +67,7 @@ def make_logger(
     except ValueError as error:
         variables = ", ".join(sorted(name for name in os.environ if name.startswith("WANDB_")))
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"W&B refuses a variable of the environment, one of {variables} ({reason}): unset it") from error
+        raise ConfigError(f"W&B refuses a variable of the environment, one of {variables}: {reason}") from error
     logger = WandbLogger(
         name=name,
         save_dir=Path(save_dir).resolve(),
