@@ -13,13 +13,26 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from ptq_exp.arguments import check_groups, own_folder, spelt_out, with_home_folders, with_saved_model
 from ptq_exp.cli.failures import cannot_write, refusal
+from ptq_exp.composition import unreadable, wrong_choice
 from ptq_exp.config import config_folder, nearest
-from ptq_exp.errors import AGAIN, ConfigError, Interrupted, PTQError, end_interrupted, interruptible, reader_gone
+from ptq_exp.errors import (
+    AGAIN,
+    ConfigError,
+    Interrupted,
+    PTQError,
+    end_interrupted,
+    interruptible,
+    reader_gone,
+    start_command,
+)
+from ptq_exp.overrides import given, typed
 from ptq_exp.schema import ExperimentConfig, SweepConfig
 from ptq_exp.sweep.callback import end_of_sweep, interrupted_sweep
 from ptq_exp.sweep.resume import with_resumed_sweep
@@ -41,6 +54,7 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
     """One composed experiment; see `run_job`."""
     global _started
     _started = True
+    start_command()  # launchers have processes of their own
     from ptq_exp.sweep.job import run_job
 
     try:
@@ -61,8 +75,9 @@ def _run_folder() -> str:
     """Where Hydra puts the run; as it was asked to, before there is a run."""
     if _started:  # before, Hydra may still hold what an earlier call in this process left
         return HydraConfig.get().runtime.output_dir
-    asked = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-    return asked.get("hydra.run.dir") or asked.get("hydra.sweep.dir") or "a new folder below runs"
+    asked = given(typed(sys.argv[1:]).overrides)
+    folders = [asked[key][0] for key in ("hydra.run.dir", "hydra.sweep.dir") if key in asked]
+    return str(folders[0]) if folders else "a new folder below runs"
 
 
 def _failed(line: str) -> None:
@@ -79,50 +94,26 @@ def _about_composition(error: Exception) -> bool:
 def _composition_message(error: Exception) -> str:
     """Hydra's complaint about the command line in one line, with the nearest valid name."""
     text = str(error)
-    if stray := _stray(sys.argv[1:]):
-        return stray
-    if wrong := _wrong_choice(sys.argv[1:]):
+    if isinstance(error, MissingConfigException) and (wrong := wrong_choice(error, typed(sys.argv[1:]).overrides)):
         return wrong
+    if unset := re.search(r"Interpolation key '([^']+)' not found", text):
+        return f"{unset[1]}: is not set, but other settings are made of it: set it where its group or section is set"
     if unknown := re.search(r"Could not override '([^']+)'", text):
         key = unknown[1]
         return f"{key}: no such setting; {nearest(key, _known_settings())}"
     return " ".join(text.split())
 
 
-def _stray(arguments: list[str]) -> str | None:
-    """What is wrong with the first argument that is neither KEY=VALUE nor a flag nor the value of one."""
-    for before, word in zip(["", *arguments], arguments, strict=False):
-        if re.fullmatch(r"\w[\w.-]*", word) and (not before.startswith("-") or before in ("-m", "--multirun")):
+def _check_stray(arguments: list[str]) -> None:
+    """Raise ConfigError for the first argument that is neither KEY=VALUE nor a flag nor the value of one."""
+    for word in typed(arguments).overrides:
+        if re.fullmatch(r"\w[\w.-]*", word):
             settings = _known_settings()
             if word in settings:
-                return f"{word}: give it a value, {word}=VALUE"
-            return f"{word}: neither a command nor KEY=VALUE; {nearest(word, [*_commands(), *settings])}"
-    return None
-
-
-def _wrong_choice(overrides: list[str]) -> str | None:
-    """The first `group=choice` on the command line whose choice has no file, with the choices that have one."""
-    for override in overrides:
-        group, _, choices = override.lstrip("+~").partition("=")
-        options = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
-        for choice in choices.split(","):
-            if group and options and choice not in options:
-                return f"{group}={choice}: choose one of {', '.join(options)}"
-    return None
-
-
-def _check_groups(arguments: list[str]) -> None:
-    """Raise ConfigError for what Hydra would take: several options merged into one, settings in place of an option."""
-    for argument in arguments:
-        group, equals, choice = argument.lstrip("+").partition("=")
-        bare = choice.strip("'\" ")
-        if group == "name" and "/" in bare:
-            raise ConfigError(f"name={bare}: folders are called after it, give a name without /")
-        if not equals or not group or not (config_folder() / group).is_dir():
-            continue
-        if not bare or bare[0] in "[{" or "/" in bare:
-            options = ", ".join(sorted(path.stem for path in (config_folder() / group).glob("*.yaml")))
-            raise ConfigError(f"{group}={choice}: choose one of {options}; -m {group}=A,B runs one after another")
+                raise ConfigError(f"{word}: give it a value, {word}=VALUE")
+            raise ConfigError(
+                f"{word}: neither a command nor KEY=VALUE; {nearest(word, [*_commands(), *settings])}"
+            )
 
 
 def _known_settings() -> list[str]:
@@ -136,43 +127,6 @@ def _known_settings() -> list[str]:
 
     container = OmegaConf.to_container(OmegaConf.structured(ExperimentConfig()))
     return [*walk(container, ""), *walk({"sweep": vars(SweepConfig())}, "")]
-
-
-def _spelt_out(arguments: list[str]) -> list[str]:
-    """`bits=[8]*100+[4]*150`, a bit schedule in place of a choice, in the words of Hydra's grammar."""
-    found = []
-    for argument in arguments:
-        widths = re.fullmatch(r"(\+*)bits(\.schedule)?=(\[[^'\"]*)", argument)
-        if widths is None:
-            found.append(argument)
-            continue
-        found += [] if widths[2] else [f"{widths[1]}bits=step_list"]
-        found.append(f"bits.schedule='{widths[3]}'")
-    return found
-
-
-def _with_saved_model(arguments: list[str]) -> list[str]:
-    """The arguments with `model=` of the saved model that `quantized=PATH` names, where it is left out.
-
-    Raises:
-        PTQError: there is no saved model, or it does not say which model to build.
-    """
-    given = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
-    paths, experiment = given.get("quantized", "null"), given.get("experiment", "")
-    if paths in ("null", ""):
-        if experiment == "evaluate":
-            raise ConfigError("+experiment=evaluate needs quantized=PATH: a run folder, or its sub-folder quantized")
-        return arguments
-    if experiment != "evaluate":
-        raise ConfigError(f"quantized={paths} is there to be evaluated: use +experiment=evaluate")
-    from ptq_exp.artifact import Artifact  # torch takes seconds
-
-    names = {Artifact.open(path.strip("'\"")).identity["name"] for path in paths.split(",")}
-    if "model" in given:
-        return arguments
-    if len(names) > 1 or not (config_folder() / "model" / f"{min(names)}.yaml").exists():
-        raise ConfigError(f"quantized={paths} holds {', '.join(sorted(names))}: give model=, one of conf/model")
-    return [*arguments, f"model={min(names)}"]
 
 
 def _commands() -> list[str]:
@@ -191,7 +145,8 @@ def _told(arguments: list[str]) -> bool:
     elif {"--help", "-h"} & set(arguments):
         from ptq_exp.cli.overview import full_help
 
-        print(full_help([argument for argument in arguments if not argument.startswith("-")], _commands()))
+        command = typed(arguments)
+        print(full_help(command.overrides, _commands(), own_folder(command)))
     else:
         return False
     return True
@@ -211,13 +166,14 @@ def main() -> None:
 
 def _main() -> None:
     global _started
+    start_command()
     _failures.clear()
     _started = False
     logging_raises = logging.raiseExceptions
     logging.raiseExceptions = _traceback_wanted  # a log file on a full disk is no second error
     # conf/hydra has files for launchers whose plugins have defaults of the same name: Hydra joins the two
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
-    sys.argv[1:] = _spelt_out(sys.argv[1:])
+    sys.argv[1:] = spelt_out(sys.argv[1:])
     before = os.environ.get(TRACEBACK)
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
     failed, interrupted = [], False
@@ -225,9 +181,10 @@ def _main() -> None:
         if _told(sys.argv[1:]):
             sys.stdout.flush()
             return
-        sys.argv[1:] = with_resumed_sweep(sys.argv[1:])
-        _check_groups(sys.argv[1:])
-        sys.argv[1:] = _with_saved_model(sys.argv[1:])
+        _check_stray(sys.argv[1:])
+        sys.argv[1:] = with_resumed_sweep(with_home_folders(sys.argv[1:]))
+        check_groups(sys.argv[1:])
+        sys.argv[1:] = with_saved_model(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
     except PTQError as error:  # of the command line; those of jobs are told as they occur
         if _traceback_wanted:
@@ -242,6 +199,10 @@ def _main() -> None:
         raise
     except BrokenPipeError:
         reader_gone()
+    except (YAMLError, UnicodeDecodeError) as error:  # of a configuration file
+        if _traceback_wanted or _started:
+            raise
+        sys.exit(f"error: {unreadable(error, typed(sys.argv[1:]))}")
     except (OSError, ValueError) as error:
         broken = error if isinstance(error, OSError) else error.__cause__  # logging hides the file that it cannot open
         if _traceback_wanted or not (_about_composition(error) or (isinstance(broken, OSError) and not _started)):

@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.schema import FULL_PRECISION, ExperimentConfig
+from ptq_exp.paths import with_homes
+from ptq_exp.schema import FULL_PRECISION, ExperimentConfig, path_settings
 from ptq_exp.strict import check_argument, check_types
 
 
@@ -42,7 +43,7 @@ def run_name(
 
 def evaluation_name(path: str) -> str:
     """`evaluate_<bits>` of the quantized model saved in `path`."""
-    return f"evaluate_{_saved(path).settings['bits']['name']}"
+    return f"evaluate_{_saved(with_homes(path, 'quantized')).settings['bits']['name']}"
 
 
 def job_threads() -> int | None:
@@ -93,6 +94,7 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
     if deleted := next((override for override in given if override.startswith("~")), None):
         raise ConfigError(f"{deleted}: a setting cannot be deleted; give it another value, such as null or GROUP=none")
     try:
+        composed = _with_homes(composed)
         if OmegaConf.select(composed, "quantized") is not None:
             composed = with_saved_settings(composed, given)
         settings = _in_order(OmegaConf.to_container(composed, resolve=True))
@@ -110,24 +112,16 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
     return config
 
 
-def check_experiment_bits(given: Sequence[str]) -> None:
-    """Raise ConfigError where values of bits in an experiment's file would be mixed with another choice of `bits`.
-
-    Hydra exchanges the choice alone: what the file sets beside it stays, unless the command line sets it, too.
-
-    Args:
-        given: the overrides of the command line.
-    """
-    values = dict(override.lstrip("+").partition("=")[::2] for override in given)
-    file = config_folder() / "experiment" / f"{values.get('experiment')}.yaml"
-    if "bits" not in values or not file.exists():
-        return
-    for key, value in (OmegaConf.load(file).get("bits") or {}).items():
-        if f"bits.{key}" not in values:
-            raise ConfigError(
-                f"bits={values['bits']} would take over bits.{key}={value}, which experiment={values['experiment']} "
-                f"sets for its own bits: add bits.{key}= with the value that you mean"
-            )
+def _with_homes(composed: DictConfig) -> DictConfig:
+    """`composed` with `~` written out in all paths; what is made of them follows."""
+    result = composed
+    for name in path_settings():
+        node = OmegaConf.select(result, name)
+        value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        if (expanded := with_homes(value, name)) != value:
+            result = copy.deepcopy(result)
+            OmegaConf.update(result, name, expanded, merge=False)
+    return result
 
 
 def import_all(modules: Sequence[str]) -> None:

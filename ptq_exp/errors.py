@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import sys
@@ -126,6 +128,7 @@ def command_line(how_to_go_on: str = "give the same command again") -> Iterator[
 
     A `PTQError` gives status 1, an interruption says `how_to_go_on`, and a closed pipe is a quiet end.
     """
+    start_command()
     try:
         with interruptible():
             yield
@@ -136,6 +139,27 @@ def command_line(how_to_go_on: str = "give the same command again") -> Iterator[
         end_interrupted(error, how_to_go_on)
     except BrokenPipeError:
         reader_gone()
+
+
+def start_command() -> None:
+    """Make the process of a command independent of where it was started.
+
+    Standard output and error replace what their encoding lacks (no result is lost for an arrow in its table), or lead
+    nowhere where they are closed. Pictures go to files, whatever a notebook has set for its own. Names of files are
+    UTF-8 in every locale: in another one, the process starts anew in Python's UTF-8 mode.
+    """
+    if codecs.lookup(sys.getfilesystemencoding()).name != "utf-8" and not sys.flags.utf8_mode:
+        if sys.stdout is not None:
+            os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:replace")
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os.environ["MPLBACKEND"] = "agg"
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for the life of the process
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def reader_gone() -> NoReturn:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ptq_exp.errors import CheckpointError, ConfigError
+from ptq_exp.paths import with_homes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ def load_model(name: str, checkpoint: str | None = None, *, dtype: str = "float3
     _check_options(name, build, options)
     arguments = {"name": name, **options}
     if checkpoint is not None:
-        arguments["checkpoint"] = checkpoint
+        arguments["checkpoint"] = with_homes(checkpoint, "model.checkpoint")
     if "dtype" in inspect.signature(build).parameters:
         arguments["dtype"] = dtype
     elif dtype != "float32":

@@ -29,6 +29,7 @@ from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
 from ptq_exp.errors import CheckpointError, ConfigError, DataError, PTQError
 from ptq_exp.files import file_digest
 from ptq_exp.models import MODELS, load_model
+from ptq_exp.paths import with_homes
 from ptq_exp.quantization.artifact import DESCRIPTION_FILE, TENSORS_FILE, load_quantized_, save_quantized
 from ptq_exp.setup import Setup
 from ptq_exp.tracking.cache import ArtifactCache
@@ -98,7 +99,7 @@ def load_quantized(
         CheckpointError: the checkpoint is another one, or is needed for the first stage (or for the structure of the
             network of a diffusers folder, which earlier versions did not save).
     """
-    artifact = Artifact.open(path)
+    artifact = Artifact.open(with_homes(path, "quantized"))
     config = from_settings(artifact.settings, f"{artifact.folder / DESCRIPTION_FILE}")
     config.model.compile = False
     full_precision = True

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ptq_exp.errors import DataError, command_line
+from ptq_exp.paths import PathArgument
 from ptq_exp.reporting import write_run_report, write_sweep_report
 from ptq_exp.tracking.results import read_json
 
@@ -35,7 +36,8 @@ def _finished(path: Path) -> bool:
 def main(argv: list[str] | None = None) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     parser = argparse.ArgumentParser(prog="python -m ptq_exp.report", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="of a run (it holds results.json), or of a sweep")
+    help_text = "of a run (it holds results.json), or of a sweep"
+    parser.add_argument("folders", nargs="+", action=PathArgument, help=help_text)
     with command_line():
         for folder in parser.parse_args(argv).folders:
             for path in write_reports(folder):

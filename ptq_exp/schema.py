@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, get_type_hints
 
 FULL_PRECISION = "fp32"
 RULES = ("snr", "budget")
 """Rules that choose a bit schedule; anything else in `bits.schedule` is the schedule itself, or its file."""
+_PATH = {"path": True}
+"""Of a setting that is a path, or whose entries may be."""
 
 
 @dataclass
@@ -45,13 +49,13 @@ class ModelConfig:
     """
 
     name: str = ""
-    checkpoint: str | None = None
+    checkpoint: str | None = field(default=None, metadata=_PATH)
     dtype: str = "float32"
     ema: bool | None = None
     channels_last: bool = False
     compile: bool = False
-    build: dict[str, Any] = field(default_factory=dict)
-    images: dict[str, Any] | None = None
+    build: dict[str, Any] = field(default_factory=dict, metadata=_PATH)
+    images: dict[str, Any] | None = field(default=None, metadata=_PATH)
     groups: dict[str, str] = field(default_factory=dict)
     sampler: PublishedSampler = field(default_factory=PublishedSampler)
 
@@ -96,7 +100,7 @@ class BitsConfig:
     softmax: int | None = None
     first_last: int | None = None
     boundary: int | None = None
-    schedule: Any = None
+    schedule: Any = field(default=None, metadata=_PATH)
     candidates: list[int] | None = None
     bops_ratio: float | None = None
     gain_steps: int = 20
@@ -176,7 +180,7 @@ class CorrectionConfig:
     follow: str = "fp32"
     n_samples: int = 0
     batch_size: int = 0
-    statistics: str | None = None
+    statistics: str | None = field(default=None, metadata=_PATH)
 
     @property
     def active(self) -> bool:
@@ -195,9 +199,9 @@ class EvaluationConfig:
     name: str = ""
     n_samples: int = 0
     batch_size: int = 0
-    extractor: dict[str, Any] | None = None
-    weights: str | None = None
-    reference: Any = None
+    extractor: dict[str, Any] | None = field(default=None, metadata=_PATH)
+    weights: str | None = field(default=None, metadata=_PATH)
+    reference: Any = field(default=None, metadata=_PATH)
     eps_error_samples: int = 0
     grid_images: int = 0
 
@@ -259,9 +263,9 @@ class ExperimentConfig:
     seed: int = 0
     imports: list[str] = field(default_factory=list)
     cache: str = "on"
-    cache_dir: str = ""
+    cache_dir: str = field(default="", metadata=_PATH)
     save_quantized: bool = True
-    quantized: str | None = None
+    quantized: str | None = field(default=None, metadata=_PATH)
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -276,11 +280,27 @@ class ExperimentConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
-def setting_names(node: Any = ExperimentConfig, prefix: str = "") -> list[str]:
+def setting_names(schema: type = ExperimentConfig) -> list[str]:
     """Every setting of the schema, dotted: "name", "sampler.eta", ..."""
-    names = []
-    for setting in fields(node):
-        inner = setting.default_factory
-        nested = is_dataclass(inner)
-        names += setting_names(inner, f"{prefix}{setting.name}.") if nested else [f"{prefix}{setting.name}"]
-    return names
+    return list(setting_types(schema))
+
+
+@cache
+def setting_types(schema: type = ExperimentConfig) -> dict[str, Any]:
+    """Every setting of the schema, dotted, and the type that it is declared with."""
+    return {name: hint for name, hint, _ in _settings(schema)}
+
+
+def path_settings() -> list[str]:
+    """Settings that are paths, or whose entries may be: `~` in them is the home folder."""
+    return [name for name, _, setting in _settings(ExperimentConfig) if setting.metadata.get("path")]
+
+
+def _settings(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
+    hints = get_type_hints(schema)
+    for setting in fields(schema):
+        hint = hints[setting.name]
+        if is_dataclass(hint):
+            yield from _settings(hint, f"{prefix}{setting.name}.")
+        else:
+            yield f"{prefix}{setting.name}", hint, setting

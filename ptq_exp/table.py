@@ -15,6 +15,7 @@ import pandas as pd
 from ptq_exp.config import config_folder
 from ptq_exp.errors import ConfigError, DataError, command_line
 from ptq_exp.files import atomic_path
+from ptq_exp.paths import PathArgument, with_home
 from ptq_exp.schema import setting_names
 from ptq_exp.tracking.fixed_tables import FIXED, Runs, ablation_table, collected, experiment_table
 from ptq_exp.tracking.layouts import Layout, find_layout, layouts
@@ -72,7 +73,7 @@ def layout_table(runs: Runs, name: str) -> ResultTable:
     Raises:
         PTQError: as `make_table`, or there is no such layout.
     """
-    return make_table(runs, find_layout(name, config_folder() / "table", FIXED).request)
+    return make_table(runs, find_layout(with_home(name, "layout"), config_folder() / "table", FIXED).request)
 
 
 def layout_list() -> str:
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("runs", nargs="*", default=["runs"], help="folders that are searched for runs (runs)")
+    add("runs", nargs="*", default=["runs"], action=PathArgument, help="folders that are searched for runs (runs)")
     add("--layout", metavar="NAME", help="a ready-made table: experiments (the default), ablation, or one of --list")
     add("--list", action="store_true", help="show the layouts of conf/table and the sweeps that fill them")
     add("--rows", metavar="KEYS", help="configuration keys that choose the rows, separated by commas")
@@ -102,20 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--delta", action="store_true", help="add the difference to the FP32 row, over the same seeds")
     add("--no-fp32", action="store_true", help="without the FP32 row")
     add("--format", choices=FORMATS, default="markdown", help="how it is written (markdown)")
-    add("--output", metavar="FILE", help="write it into this file")
+    add("--output", metavar="FILE", action=PathArgument, help="write it into this file")
     add("--source", choices=SOURCES, default="auto", help="what is read in the folders (auto)")
     add("--wandb", metavar="ENTITY/PROJECT", help="read the runs of this W&B project instead of folders")
     add("--wandb-url", metavar="URL", help="of a W&B server of one's own")
     add("--to-wandb", metavar="ENTITY/PROJECT", help="write the table into W&B, too; offline: into --wandb-dir")
-    add("--wandb-dir", metavar="DIR", default="runs/tables", help="for the files of --to-wandb (runs/tables)")
+    add("--wandb-dir", metavar="DIR", default="runs/tables", action=PathArgument,
+        help="for the files of --to-wandb (runs/tables)")  # fmt: skip
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     logging.basicConfig(format="%(message)s")
-    arguments = _parser().parse_args(argv)
     with command_line():
+        arguments = _parser().parse_args(argv)
         text = layout_list() if arguments.list else _table(arguments)
         if arguments.output:
             with atomic_path(arguments.output) as temporary:
@@ -153,7 +155,10 @@ def _layout(arguments: argparse.Namespace) -> Layout | str:
         if asked or where or arguments.delta or arguments.no_fp32:
             raise ConfigError(f"the layout {name} cannot be changed: choose --rows, or a layout of --list")
         return name
-    layout = find_layout(name, config_folder() / "table", FIXED) if name else Layout("table", Request(rows=()), ())
+    if name is None:
+        layout = Layout("table", Request(rows=()), ())
+    else:
+        layout = find_layout(with_home(name, "--layout"), config_folder() / "table", FIXED)
     request = replace(layout.request, **asked, where={**layout.request.where, **where})
     if arguments.delta:
         request = replace(request, delta=True)

@@ -44,6 +44,7 @@ from ptq_exp.lightning.training_latent import (
     encode_all,
     reconstruction_psnr,
 )
+from ptq_exp.paths import PathArgument
 
 WEIGHTS = Path(__file__).parent / "embedded" / "weights"
 
@@ -127,7 +128,7 @@ def export(module: EMATraining, name: str, card: dict, folder: Path) -> None:
     save_file({key: value.contiguous() for key, value in state.items()}, weights)
     card["parameters"] = sum(p.numel() for p in module.network.parameters())
     card["sha256"] = file_digest(weights)
-    (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def losses_by_tenth(history: list[float]) -> list[float]:
@@ -144,12 +145,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {NETWORKS})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; leave 1 if anything else runs")
-    parser.add_argument("--work", type=Path, default=Path("runs/train"), help="folder of the checkpoints")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder of the exported weights and card")
+    parser.add_argument("--work", action=PathArgument, default=Path("runs/train"), help="folder of the checkpoints")
+    parser.add_argument("--out", action=PathArgument, default=WEIGHTS, help="folder of the exported weights and card")
     parser.add_argument("--samples", type=int, default=1000, help="images that the card of latent_unet is measured on")
-    args = parser.parse_args(argv)
     with command_line("the same command goes on from the last checkpoint"):
-        train(args)
+        train(parser.parse_args(argv))
 
 
 def train(args: argparse.Namespace) -> None:

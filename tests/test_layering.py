@@ -13,7 +13,8 @@ import pytest
 
 import ptq_exp
 
-FOUNDATION = {"errors", "files", "finite", "npz", "parts"}  # may be imported anywhere; they import nothing of ours but each other
+# may be imported anywhere; they import nothing of ours but each other
+FOUNDATION = {"errors", "files", "finite", "npz", "parts", "paths"}
 ALGORITHMS = {"quantization", "diffusion", "calibration", "reconstruction", "correction"}
 ALLOWED = {
     "quantization": set(),
@@ -26,16 +27,18 @@ ALLOWED = {
     "deploy": ALGORITHMS | {"evaluation", "embedded"},
     "lightning": ALGORITHMS | {"evaluation", "embedded", "deploy"},
     "tracking": {"evaluation"},
-    "search": {"tracking", "config"},
+    "search": {"tracking", "config", "overrides"},
     "reporting": {"tracking"},
-    "cli": {"tracking", "config"},
+    "cli": {"tracking", "config", "overrides"},
 }
 HYDRA = {"hydra", "omegaconf"}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 FRAMEWORKS = HYDRA | LIGHTNING | {"wandb"}
 MAY_USE = {"lightning": LIGHTNING, "tracking": LIGHTNING | {"wandb"}}
 ENTRY_PACKAGES = {"sweep"}  # no row: around the command, as the entry modules
-ENTRY_MODULES_WITH_FRAMEWORKS = {"experiment", "config", "cli", "__main__", "train_embedded", "table"} | ENTRY_PACKAGES
+ENTRY_MODULES_WITH_FRAMEWORKS = ENTRY_PACKAGES | {
+    "experiment", "config", "overrides", "composition", "cli", "__main__", "train_embedded", "table",
+}  # fmt: skip
 
 
 def imports(module: str, source: str, is_package: bool) -> set[str]:

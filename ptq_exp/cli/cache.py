@@ -14,6 +14,8 @@ from ptq_exp.cli.cache_entries import PARTS, Entry, entries, total
 from ptq_exp.cli.cache_prune import Limits, Signs, chosen, remove
 from ptq_exp.config import config_folder
 from ptq_exp.errors import PTQError, command_line
+from ptq_exp.overrides import unquoted
+from ptq_exp.paths import PathArgument
 
 _HELP = f"""
 An entry is computed once and reused by every run with the same settings: calibration sets, ranges, full-precision
@@ -35,9 +37,9 @@ def default_folder() -> Path:
 
 def main(argv: Sequence[str]) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
-    arguments = _parser().parse_args(with_plain_options(argv))
-    root = arguments.cache_dir or default_folder()
     with command_line():
+        arguments = _parser().parse_args(with_plain_options(argv))
+        root = arguments.cache_dir or default_folder()
         if root.exists() and not root.is_dir():
             raise PTQError(f"cache_dir={root} is no folder")
         if arguments.action == "ls":
@@ -50,8 +52,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def with_plain_options(argv: Sequence[str]) -> list[str]:
-    """The arguments with `cache_dir=PATH`, as experiments have it, in the form of a flag."""
-    return [word.replace("cache_dir=", "--cache-dir=", 1) if word.startswith("cache_dir=") else word for word in argv]
+    """The arguments with `cache_dir=PATH`, as experiments have it, in the form of a flag; quotes for Hydra may stay."""
+    key = "cache_dir="
+    return [f"--cache-dir={unquoted(word.removeprefix(key))}" if word.startswith(key) else word for word in argv]
 
 
 def listing(root: Path, found: Sequence[Entry], totals_only: bool = False) -> str:
@@ -157,5 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     clear.add_argument("--all", action="store_true", help="everything")
     clear.add_argument("--dry-run", action="store_true", help="only say what would go")
     for action in (show, clear):
-        action.add_argument("--cache-dir", type=Path, metavar="PATH", help="default: cache_dir of conf/config.yaml")
+        default = "default: cache_dir of conf/config.yaml"
+        action.add_argument("--cache-dir", action=PathArgument, metavar="PATH", help=default)
     return parser

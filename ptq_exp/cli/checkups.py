@@ -151,7 +151,7 @@ def _logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    path = Path(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))  # no such file without a home folder
     try:
         return host in netrc.netrc(path).hosts
     except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
@@ -208,7 +208,8 @@ def weights() -> Iterator[Finding]:
     wrong = []
     for card in cards:
         try:
-            whole = file_digest(card.with_suffix(".safetensors")) == json.loads(card.read_text())["sha256"]
+            expected = json.loads(card.read_text(encoding="utf-8"))["sha256"]
+            whole = file_digest(card.with_suffix(".safetensors")) == expected
         except (PTQError, OSError, ValueError, KeyError):
             whole = False
         if not whole:

@@ -11,6 +11,7 @@ from ptq_exp.cli import checkups
 from ptq_exp.cli.cache import default_folder, with_plain_options
 from ptq_exp.cli.checkups import OK, PROBLEM, Finding
 from ptq_exp.errors import command_line
+from ptq_exp.paths import PathArgument
 
 _HELP = "Exit status 1 if there is a problem, 0 otherwise. Nothing is changed, and no network is used."
 
@@ -18,10 +19,11 @@ _HELP = "Exit status 1 if there is a problem, 0 otherwise. Nothing is changed, a
 def main(argv: Sequence[str]) -> None:
     """Entry point; exits with 1 on a problem."""
     parser = argparse.ArgumentParser(prog="python -m ptq_exp doctor", description=__doc__, epilog=_HELP)
-    parser.add_argument("--cache-dir", type=Path, metavar="PATH", help="default: cache_dir of conf/config.yaml")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="PATH", help="where runs are written (runs)")
-    arguments = parser.parse_args(with_plain_options(argv))
+    add = parser.add_argument
+    add("--cache-dir", action=PathArgument, metavar="PATH", help="default: cache_dir of conf/config.yaml")
+    add("--runs", action=PathArgument, default=Path("runs"), metavar="PATH", help="where runs are written (runs)")
     with command_line():
+        arguments = parser.parse_args(with_plain_options(argv))
         status = report(examination(arguments.cache_dir or default_folder(), arguments.runs))
     sys.exit(status)
 

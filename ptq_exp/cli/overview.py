@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ptq_exp.config import config_folder
+from ptq_exp.overrides import quoted
 
 _PACKAGE = "# @package"
 TITLE = "ptq_exp: post-training quantization of diffusion models"
@@ -68,8 +69,13 @@ def overview(commands: Sequence[str] = tuple(COMMANDS)) -> str:
     ])  # fmt: skip
 
 
-def full_help(overrides: Sequence[str] = (), commands: Sequence[str] = tuple(COMMANDS)) -> str:
+def full_help(
+    overrides: Sequence[str] = (), commands: Sequence[str] = tuple(COMMANDS), own: Path | None = None
+) -> str:
     """`--help`: every group and option with one line, and the settings as `overrides` compose them.
+
+    Args:
+        own: a folder with configuration files of one's own, which may be chosen, too.
 
     Raises:
         HydraException, OmegaConfBaseException: the overrides cannot be composed.
@@ -80,7 +86,8 @@ def full_help(overrides: Sequence[str] = (), commands: Sequence[str] = tuple(COM
     for group, files in groups().items():
         lines += ["", group, *_options(files)]
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        settings = OmegaConf.to_yaml(compose("config", overrides=list(overrides)))
+        found = [] if own is None else [f"hydra.searchpath=[{quoted(f'file://{own.absolute()}')}]"]
+        settings = OmegaConf.to_yaml(compose("config", overrides=[*found, *overrides]))
     lines += ["", "Settings (any can be overridden, KEY.SUBKEY=VALUE)", "", settings]
     lines += [
         "HYDRA_FULL_ERROR=1 shows the traceback of an error.",

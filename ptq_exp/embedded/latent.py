@@ -24,7 +24,7 @@ def first_stage(folder: Path = WEIGHTS) -> FirstStage:
     """
     autoencoder = build_autoencoder()
     load_weights(autoencoder, folder / "digits_vq.safetensors")
-    scaling_factor = json.loads((folder / "digits_vq.json").read_text())["scaling_factor"]
+    scaling_factor = json.loads((folder / "digits_vq.json").read_text(encoding="utf-8"))["scaling_factor"]
     autoencoder.register_to_config(scaling_factor=scaling_factor)
     return FirstStage(autoencoder, scaling_factor).eval()
 

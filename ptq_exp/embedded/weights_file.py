@@ -18,7 +18,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 def card(name: str) -> dict:
     """How weights were trained and how good they are: digits_unet, digits_classifier, digits_vq, digits_latent_unet."""
-    return json.loads((WEIGHTS / f"{name}.json").read_text())
+    return json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def load_weights(network: nn.Module, path: Path) -> str:

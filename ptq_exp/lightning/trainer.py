@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ptq_exp.errors import ConfigError
@@ -40,7 +41,8 @@ def make_trainer(
 ) -> pl.Trainer:  # fmt: skip
     """A Trainer for one stage; `title` names its progress bar.
 
-    `callbacks` (with a bar of their own, if any) and further `settings` of the Trainer are for `fit`.
+    `callbacks` (with a bar of their own, if any) and further `settings` of the Trainer are for `fit`. Its processes are
+    its own: what a scheduler's variables say of tasks is not about them.
 
     Raises:
         ConfigError: Lightning knows no such accelerator or strategy, or it is not in this machine.
@@ -55,9 +57,9 @@ def make_trainer(
         return pl.Trainer(
             accelerator=accelerator, devices=devices, strategy=strategy, logger=False,
             enable_model_summary=False, enable_progress_bar=progress_bar, inference_mode=False,
-            callbacks=list(callbacks), **{"enable_checkpointing": False} | settings,
+            callbacks=list(callbacks), plugins=[LightningEnvironment()], **{"enable_checkpointing": False} | settings,
         )  # fmt: skip
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"trainer.accelerator={accelerator}, trainer.devices={devices}, trainer.strategy={strategy}: {reason}"

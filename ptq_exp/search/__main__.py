@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
 from ptq_exp.config import config_folder
 from ptq_exp.errors import AGAIN, ConfigError, command_line
 from ptq_exp.files import atomic_path
+from ptq_exp.overrides import given
+from ptq_exp.paths import PathArgument, with_home
 from ptq_exp.search.coordinate import Search, Trial
 from ptq_exp.search.report import config_groups, experiment_file, markdown
 from ptq_exp.search.space import Space
@@ -32,9 +35,8 @@ examples:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
-    arguments = _parser().parse_args(argv)
     with command_line(AGAIN):
-        _search(arguments)
+        _search(_parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,24 +47,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="+", help="settings of all trials, bits= among them")
     parser.add_argument("--space", default="best", help="name in conf/search, or a YAML file (best)")
     parser.add_argument("--until", help="the last stage to decide (all)")
-    parser.add_argument("--folder", help="where it is left (runs/search/<space>_<bits>[_<model>])")
+    parser.add_argument("--folder", action=PathArgument, help="where it is left (runs/search/<space>_<bits>[_<model>])")
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time, one thread each (1)")
     return parser
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    given = dict(override.partition("=")[::2] for override in arguments.overrides)
-    if "bits" not in given:
+    chosen = {key: str(values[0]) for key, values in given(arguments.overrides).items()}
+    if "bits" not in chosen:
         raise ConfigError("no bits among the settings: add one, such as bits=w4a8")
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs={arguments.jobs}: choose 1 or more")
     conf = config_folder()
-    path = Path(arguments.space) if arguments.space.endswith(".yaml") else conf / "search" / f"{arguments.space}.yaml"
+    named = with_home(arguments.space, "--space")
+    path = Path(named) if named.endswith(".yaml") else conf / "search" / f"{named}.yaml"
     space = Space.load(path)
     if arguments.until:
         space = space.until(arguments.until)
-    names = [path.stem, given["bits"], *([given["model"]] if "model" in given else [])]
-    folder = Path(arguments.folder or Path("runs/search") / "_".join(names))
+    names = [path.stem, *(chosen[key] for key in ("bits", "model") if key in chosen)]
+    folder = arguments.folder or Path("runs/search") / "_".join(names)
     search = Search(
         space, lambda overrides: run_trial(folder, overrides), tuple(arguments.overrides), arguments.jobs, _say,
         stop_trials,
@@ -72,8 +75,8 @@ def _search(arguments: argparse.Namespace) -> None:
     finally:
         _leave(search.trials, folder)
     text = experiment_file(
-        (*decided, f"bits={given['bits']}"), f"{path.stem}_${{bits.name}}",
-        f"Found by: python -m ptq_exp.search {' '.join(arguments.overrides)}"
+        (*decided, f"bits={chosen['bits']}"), f"{path.stem}_${{bits.name}}",
+        f"Found by: python -m ptq_exp.search {shlex.join(arguments.overrides)}"
         f"{f' --until {arguments.until}' if arguments.until else ''}\n"
         f"({space.objective}, mean over seeds {', '.join(map(str, space.seeds))}).",
         config_groups(conf),

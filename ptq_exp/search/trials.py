@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import DataError
+from ptq_exp.overrides import quoted
 
 
 _running: set[subprocess.Popen] = set()
@@ -31,7 +32,8 @@ def run_trial(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     if (found := _finished(place)) is not None:
         return found
     place.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "ptq_exp", *overrides, f"hydra.run.dir={place}", "trainer.progress_bar=false"]
+    ours = [f"hydra.run.dir={quoted(str(place))}", "trainer.progress_bar=false"]
+    command = [sys.executable, "-m", "ptq_exp", *overrides, *ours]
     environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
     with (place / "output.txt").open("w", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 import ptq_exp.config  # noqa: F401  (its resolvers: the processes of a launcher import this module first)
 from ptq_exp.errors import PTQError
+from ptq_exp.overrides import quoted
+from ptq_exp.paths import with_home
 from ptq_exp.sweep.plugins import check_plugins
 from ptq_exp.sweep.record import FILE, SweepRecord
 
@@ -25,14 +27,22 @@ _folders: list[tuple[Path, bool]] = []  # of the sweeps that were started, and w
 class SweepCallback(Callback):
     """Named in conf/config.yaml."""
 
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write out `~` in the run folder."""
+        try:
+            _expand(config, "hydra.run.dir")
+        except PTQError as error:
+            sys.exit(f"error: {error}")
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse what cannot run, and leave sweep.json; that of a sweep which is resumed stays."""
         try:
             check_plugins(config)
+            _expand(config, "hydra.sweep.dir")
             folder = Path(config.hydra.sweep.dir)
             if config.sweep.resume is None or not (folder / FILE).exists():
                 SweepRecord.of(config).save(folder)
-        except PTQError as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"error: {error}")
         _folders.append((folder, "submitit" not in config.hydra.launcher._target_))
 
@@ -50,6 +60,16 @@ def interrupted_sweep() -> str | None:
         jobs = leave_interrupted(folder) if local else "what the scheduler was given goes on"
         told = f"{jobs}; the rest: python -m ptq_exp sweep.resume={shlex.quote(str(folder))}"
     return told
+
+
+def _expand(config: DictConfig, setting: str) -> None:
+    """Write out `~` in a folder of Hydra's, also for the jobs, whose configuration Hydra composes anew."""
+    folder = str(OmegaConf.select(config, setting))
+    expanded = with_home(folder, setting)
+    if expanded != folder:
+        with read_write(config), open_dict(config):
+            OmegaConf.update(config, setting, expanded)
+            config.hydra.overrides.hydra.append(f"{setting}={quoted(expanded)}")
 
 
 def end_of_sweep() -> list[str]:

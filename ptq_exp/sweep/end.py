@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import DataError, PTQError
+from ptq_exp.overrides import to_type
 from ptq_exp.sweep.record import SweepRecord, plain_key
+from ptq_exp.sweep.resume import RESUME
 from ptq_exp.tracking.results import INTERRUPTED, read_json, write_json
 
 DONE = ("finished", "infeasible")
@@ -40,7 +41,7 @@ def finish_sweep(folder: Path) -> list[str]:
         word = INTERRUPTED if values["status"] == INTERRUPTED else "failed"
         print(f"{word}: {name} ({_changed(values, swept)}): {values['error']}")
     if failed:
-        print(f"again: python -m ptq_exp sweep.resume={shlex.quote(str(folder))}")
+        print(f"again: python -m ptq_exp {to_type(RESUME, str(folder))}")
     return list(failed)
 
 

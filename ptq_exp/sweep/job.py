@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,9 +12,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ptq_exp.config import check_experiment_bits, validated
-from ptq_exp.errors import ConfigError, DataError, InfeasibleError, PTQError
+from ptq_exp.composition import check_composition
+from ptq_exp.config import validated
+from ptq_exp.errors import DataError, InfeasibleError, PTQError
 from ptq_exp.schema import ExperimentConfig, SweepConfig
+from ptq_exp.sweep.processes import check_devices, only_process
 from ptq_exp.sweep.record import SweepRecord, plain_key
 from ptq_exp.tracking.identity import has_effect
 from ptq_exp.tracking.results import read_json, to_plain, write_json
@@ -24,7 +25,6 @@ from ptq_exp.tracking.runs import flatten
 log = logging.getLogger("ptq_exp")
 RESULTS = "results.json"
 _TAG_LENGTH = 64  # W&B refuses longer ones
-_SPAWNED = ("ddp_spawn", "ddp_fork")
 
 Objectives = float | tuple[float, ...] | None
 
@@ -81,9 +81,10 @@ def _run(composed: DictConfig, job: Job) -> dict[str, Any]:
     done = job.folder / RESULTS
     if sweep.resume is None:
         done.unlink(missing_ok=True)  # of an earlier run into the same folder
-    check_experiment_bits(job.overrides)
+    only_process()
+    check_composition(job.overrides)
     config = validated(composed, job.overrides)
-    check_processes(config, job)
+    check_devices(config.trainer)
     if job.record is None:
         return _experiment(config, job, None)
     logger = replace(
@@ -152,25 +153,3 @@ def _objectives(values: dict[str, Any], n: int) -> Objectives:
     if n == 1:
         return error
     return error, values["quantization"]["bops"]["conv_linear"]
-
-
-def check_processes(config: ExperimentConfig, job: Job) -> None:
-    """Refuse processes that each run the whole command, but would write to different folders or wait for each other.
-
-    Raises:
-        ConfigError: several devices with another strategy than those that start processes from within a run, or
-            torchrun without one run folder for all.
-    """
-    trainer = config.trainer
-    if trainer.devices > 1 and trainer.strategy not in _SPAWNED:
-        raise ConfigError(
-            f"trainer.strategy={trainer.strategy} with trainer.devices={trainer.devices} starts the whole command once "
-            "per device; in a sweep each of them would draw a part of the images into another folder, in a single run "
-            "they wait for each other's artefacts: choose trainer.strategy=ddp_spawn, or one device per job and "
-            "hydra/launcher=joblib"
-        )
-    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError(
-            "torchrun starts the whole command once per device, each with a run folder of its own, so that each would "
-            "hold a part of the images: start the command itself, with trainer.devices=N trainer.strategy=ddp_spawn"
-        )

@@ -27,7 +27,7 @@ def write_pareto(folder: Path, jobs: dict[str, dict[str, Any]], swept: list[str]
     done = table["status"] == "finished"
     table["front"] = on_front(table[[COST, error]].where(done, np.nan).to_numpy(float))
     with atomic_path(folder / "pareto.csv") as temporary:
-        table.to_csv(temporary, index=False)
+        table.to_csv(temporary, index=False, encoding="utf-8")
     front = table[table["front"]].sort_values(COST)
     labels = [" ".join(f"{group} {row[group]}" for group in groups) for _, row in front.iterrows()]
     title = f"bits per group of layers, {folder.name}"

@@ -23,12 +23,14 @@ class SweepRecord:
         hydra: those that concern Hydra: launcher, sweeper and their settings.
         swept: settings that differ between the jobs.
         started: seconds since 1970.
+        config_dir: folder with configuration files of one's own, as --config-dir names it.
     """
 
     task: list[str]
     hydra: list[str]
     swept: list[str]
     started: float = field(default_factory=time.time)
+    config_dir: str | None = None
 
     @classmethod
     def of(cls, config: DictConfig) -> SweepRecord:
@@ -41,7 +43,9 @@ class SweepRecord:
         swept += [plain_key(key) for key in params if plain_key(key) not in given]
         ours = ("hydra.mode", "hydra.sweep.dir")  # told by the folder
         hydra = [override for override in overrides.hydra if plain_key(override) not in ours]
-        return cls(list(overrides.task), hydra, swept)
+        sources = config.hydra.runtime.config_sources
+        own = next((source.path for source in sources if source.provider == "command-line"), None)
+        return cls(list(overrides.task), hydra, swept, config_dir=own)
 
     @classmethod
     def load(cls, folder: Path) -> SweepRecord:

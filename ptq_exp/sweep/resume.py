@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ptq_exp.errors import ConfigError
+from ptq_exp.overrides import flags, given, quoted, typed
+from ptq_exp.paths import with_home
 from ptq_exp.sweep.record import FILE, SweepRecord, plain_key
 
 RESUME = "sweep.resume"
@@ -19,27 +21,31 @@ def with_resumed_sweep(arguments: list[str]) -> list[str]:
         ConfigError: the folder holds no sweep, or a setting is given that would change what its jobs compute.
         DataError: its sweep.json is damaged.
     """
-    named = [argument.partition("=")[2] for argument in arguments if plain_key(argument) == RESUME]
-    if not named or named[0] in ("", "null"):
+    command = typed(arguments)
+    named = given(command.overrides, multirun=command.multirun).get(RESUME, [None])[0]
+    if named in (None, "", "null"):
         return arguments
-    folder = Path(named[0].strip("'\""))
+    place = with_home(str(named), RESUME)
+    folder = Path(place)
     if not (folder / FILE).is_file():
         raise ConfigError(f"{RESUME}={folder} holds no sweep, {FILE} is missing: give the folder that a sweep wrote to")
     record = SweepRecord.load(folder)
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    given = [argument for argument in arguments if "=" in argument and argument not in flags]
-    given = [argument for argument in given if plain_key(argument) not in (RESUME, "hydra.sweep.dir")]
+    asked = [override for override in command.overrides if plain_key(override) not in (RESUME, "hydra.sweep.dir")]
     before = [override for override in [*record.task, *record.hydra] if plain_key(override) != RESUME]
-    for argument in given:
-        if argument not in before and _changes_jobs(plain_key(argument)):
+    for override in asked:
+        if override not in before and _changes_jobs(plain_key(override)):
             raise ConfigError(
-                f"{argument} would change the sweep in {folder}, which was started with: {' '.join(record.task)}; "
+                f"{override} would change the sweep in {folder}, which was started with: {' '.join(record.task)}; "
                 f"leave it out, or start another sweep without {RESUME}"
             )
-    keys = [plain_key(argument) for argument in given]
+    keys = [plain_key(override) for override in asked]
     kept = [override for override in before if plain_key(override) not in keys]
-    multirun = [] if {"-m", "--multirun"} & set(flags) else ["-m"]
-    return [*multirun, *flags, *kept, *given, f"hydra.sweep.dir={folder}", f"{RESUME}={folder}"]
+    flags_given = flags(arguments)
+    if not command.multirun:
+        flags_given.append("-m")
+    if command.config_dir is None and record.config_dir is not None:
+        flags_given.append(f"--config-dir={record.config_dir}")
+    return [*flags_given, *kept, *asked, f"hydra.sweep.dir={quoted(place)}", f"{RESUME}={quoted(place)}"]
 
 
 def _changes_jobs(key: str) -> bool:

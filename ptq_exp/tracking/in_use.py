@@ -94,7 +94,7 @@ def open_files(root: str | os.PathLike) -> set[Path] | None:
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            lines = (process / "maps").read_text(errors="replace").splitlines()
+            lines = (process / "maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
             found |= {line[line.index("/") :] for line in lines if top in line}
         with suppress(OSError):
             for descriptor in (process / "fd").iterdir():

@@ -41,7 +41,7 @@ def only_one(path: Path, what: str) -> Iterator[str | None]:
             waited_for = _owner(path)
             _log.info("%s: %s is computing it, waiting", what, waited_for)
             lock.acquire(poll_interval=_POLL_SECONDS)
-        _owner_file(path).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        _owner_file(path).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except NotImplementedError:
         _log.warning("%s knows no file locks: several runs may compute the same thing at once", path.parent)
     try:
@@ -56,6 +56,6 @@ def _owner_file(path: Path) -> Path:
 
 def _owner(path: Path) -> str:
     try:
-        return _owner_file(path).read_text() or "another process"
+        return _owner_file(path).read_text(encoding="utf-8", errors="replace") or "another process"
     except OSError:  # it has just taken the lock
         return "another process"

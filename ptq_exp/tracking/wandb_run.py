@@ -56,6 +56,8 @@ def make_logger(
         raise ConfigError(f"logger.mode={mode!r} is unknown, expected one of {', '.join(MODES)}")
     if mode == "none":
         return None
+    if os.path.expanduser("~") == "~":
+        raise ConfigError(f"logger.mode={mode}: W&B needs a home folder, this user has none: set HOME or logger=none")
     try:
         _keep_files_in(Path(save_dir).resolve(), offline=mode == "offline")
     except OSError as error:
@@ -67,7 +69,12 @@ def make_logger(
     if wandb.run is not None:
         raise PTQError(f"the W&B run {wandb.run.name!r} of this process is still open: finish it first")
     quiet = wandb.Settings(silent=True, console="off", x_disable_stats=True)
-    wandb.setup(settings=quiet)  # before the run starts: silent also means that no prompt waits for a key
+    try:
+        wandb.setup(settings=quiet)  # before the run starts: silent also means that no prompt waits for a key
+    except ValueError as error:
+        variables = ", ".join(sorted(name for name in os.environ if name.startswith("WANDB_")))
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"W&B refuses a variable of the environment, one of {variables}: {reason}") from error
     logger = WandbLogger(
         name=name,
         save_dir=Path(save_dir).resolve(),

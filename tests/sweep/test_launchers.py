@@ -1,5 +1,6 @@
 """Jobs of a sweep in processes of their own: results, errors and exit status come back all the same."""
 
+import os
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -10,8 +11,9 @@ from omegaconf import OmegaConf
 from ptq_exp import config as config_module
 from ptq_exp.config import config_folder, job_threads, validated
 from ptq_exp.errors import ConfigError
+from ptq_exp.lightning import make_trainer
 from ptq_exp.sweep import plugins
-from ptq_exp.sweep.job import check_processes
+from ptq_exp.sweep.processes import check_devices, only_process
 
 
 @pytest.mark.parametrize(
@@ -67,21 +69,52 @@ def composed(*overrides):
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
-@pytest.mark.parametrize("record", [None, "a sweep"])
-def test_strategies_that_start_the_command_again_are_refused(strategy, record):
+def test_strategies_that_start_the_command_again_are_refused(strategy):
     config = composed("trainer.devices=2", f"trainer.strategy={strategy}")
     with pytest.raises(ConfigError, match=f"trainer.strategy={strategy} with trainer.devices=2 .*=ddp_spawn"):
-        check_processes(config, SimpleNamespace(record=record))
-
-
-def test_torchrun_is_refused_and_one_process_is_not(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+        check_devices(config.trainer)
     for overrides in ([], ["trainer.devices=2", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp"]):
-        check_processes(composed(*overrides), SimpleNamespace(record=None))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="torchrun starts the whole command once per device"):
-        check_processes(composed(), SimpleNamespace(record=None))
+        check_devices(composed(*overrides).trainer)
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+SBATCH = {"SLURM_JOB_ID": "11", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (TORCHRUN, "WORLD_SIZE=2: torchrun .*starts the whole command once per process"),
+        (SBATCH | {"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_STEP_NUM_TASKS=2: srun .*trainer.strategy=ddp_spawn"),
+        (SBATCH | {"SLURM_PROCID": "1"}, "SLURM_PROCID=1: srun"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, "OMPI_COMM_WORLD_SIZE=4: mpirun"),
+        ({"JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_RANK": "0"}, "JSM_NAMESPACE_SIZE=2: jsrun"),
+    ],
+)
+def test_one_of_several_processes_is_refused(variables, message, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        only_process()
+
+
+ALONE = [
+    TORCHRUN | {"WORLD_SIZE": "1"}, SBATCH, {"WORLD_SIZE": "8"}, {"RANK": "3", "LOCAL_RANK": "x", "MASTER_PORT": "y"},
+    {"SLURM_NTASKS": "two", "SLURM_JOB_ID": "", "SLURM_PROCID": "abc"}, {"LSB_JOBID": "1", "LSB_DJOB_RANKFILE": "/no"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variables", ALONE)
+def test_one_process_in_an_allocation_runs_on_one_device(variables, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "SLURM_PROCID", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that what is forgotten comes back after the test
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    only_process()
+    assert {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")} == {"0"}
+    trainer = make_trainer("t", accelerator="cpu", progress_bar=False)
+    assert (trainer.world_size, trainer.global_rank, trainer.is_global_zero) == (1, 0, True)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def _of_cache(path: Path) -> Path:
     """The snapshot of a repository's folder in the cache: that of its main branch, or the only one."""
     snapshots = sorted(p for p in (path / "snapshots").iterdir() if p.is_dir())
     main = path / "refs" / "main"
-    named = path / "snapshots" / main.read_text().strip() if main.is_file() else None
+    named = path / "snapshots" / main.read_text(encoding="utf-8").strip() if main.is_file() else None
     chosen = named if named in snapshots else snapshots[0] if len(snapshots) == 1 else None
     if chosen is None:
         raise CheckpointError(f"model.checkpoint={path}: the cache of a repository with {len(snapshots)} snapshots; "
