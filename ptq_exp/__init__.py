@@ -1,6 +1,6 @@
 """Post-training quantization of diffusion models: experiments that can be composed, repeated and compared."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "load_model": "ptq_exp.models", "MODELS": "ptq_exp.models", "sample": "ptq_exp.api",

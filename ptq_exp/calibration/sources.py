@@ -17,7 +17,6 @@ from ptq_exp.diffusion.sampler import StepRecord, ddim_step, sample
 from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import ConfigError, DataError
 
-
 NO_IMAGES = (
     "calibration.source=raw and =diffuse need real images: set model.images.path to a folder of images, an .npz file "
     "(arr_0 uint8 [N, H, W, C]) or a folder of CIFAR-10's python files"

@@ -29,7 +29,8 @@ from ptq_exp.correction.statistics import (
 
 __all__ = [
     "CONVENTIONS", "EDGES", "POWERS", "BitSchedule", "Corrected", "Merged", "MomentChunks", "NoiseStatistics",
-    "Scheduled", "VarianceFit", "budget_rows", "fit_moments", "fit_statistics", "forward_snr", "gains",
+    "Scheduled", "VarianceFit", "budget_rows", "fit_moments", "fit_statistics", "fixed_pattern_share", "forward_snr",
+    "gains",
     "mean_square_error", "measured_steps", "parse_widths", "propagated", "relative_error", "residual_histogram",
-    "sample_moments", "snr_rows", "standardised_residual", "step_correlation", "step_products",
+    "sample_moments", "share_of_noise", "snr_rows", "standardised_residual", "step_correlation", "step_products",
 ]  # fmt: skip

@@ -86,7 +86,7 @@ def retype_(module: nn.Module, quantizers: dict[str, nn.Module]) -> None:
 def restore_type_(module: nn.Module) -> None:
     """Undo `retype_`, before anything is calibrated."""
     module.__class__ = FULL_PRECISION[type(module)]
-    for name, child in list(module.named_children()):
+    for name in [name for name, _ in module.named_children()]:
         if name.endswith("_quantizer"):
             delattr(module, name)
 

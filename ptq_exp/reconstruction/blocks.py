@@ -143,7 +143,10 @@ def _same(one: list[Any], other: list[Any]) -> bool:
     if len(one) != len(other):
         return False
     pairs = zip(one, other, strict=True)
-    return all(
-        isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, Tensor) else not isinstance(b, Tensor) and a == b
-        for a, b in pairs
-    )
+    return all(_same_value(a, b) for a, b in pairs)
+
+
+def _same_value(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b

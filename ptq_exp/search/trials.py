@@ -13,7 +13,6 @@ from typing import Any
 from ptq_exp.errors import DataError
 from ptq_exp.overrides import quoted
 
-
 _running: set[subprocess.Popen] = set()
 
 

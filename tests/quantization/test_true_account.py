@@ -141,7 +141,6 @@ def test_adapters_are_layers_of_their_own():
     (lambda layer, h: F.conv2d(h, layer.weight.tanh(), layer.bias, padding=1), False),
 ], ids=["twice", "forward", "checkpoint", "outside", "also outside", "a function of it"])  # fmt: skip
 def test_a_weight_multiplied_outside_of_its_layer_is_not_covered(use, covered):
-    import torch.utils.checkpoint
 
     net = Net(use=use)
     report = quantized(net)
