@@ -63,7 +63,7 @@ def sample(
 
     Raises:
         ConfigError: a sampler setting does not fit the model, or is given for a saved quantized one.
-        DataError: the images hold NaN or infinity (CheckpointError or ConfigError where the network gives them at once).
+        DataError: the images hold NaN or infinity (CheckpointError, ConfigError: the network gives them at once).
     """
     if isinstance(model, QuantizedModel):
         given = {"steps": steps, "spacing": spacing, "eta": eta, "guidance_scale": guidance_scale, "denoiser": denoiser}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,8 @@ def _for_wandb(
         items["the table of layers"] = lambda logger: wandb_run.log_table(logger, "layers", report.table())
     for name in pictures:
         # a name of its own: a metric is called eps_error, too
-        items[name] = lambda logger, name=name: wandb_run.log_image(logger, f"pictures/{Path(name).stem}", folder / name)
+        picture = f"pictures/{Path(name).stem}"
+        items[name] = partial(wandb_run.log_image, key=picture, path=folder / name)
     return items
 
 

@@ -1,7 +1,7 @@
 """Numbers that were read: NaN and infinity are told with the file, the tensor and the setting that names them.
 
-Arrays of numpy and tensors of torch alike. Nothing is copied: the smallest and the largest value say all, as NaN spreads
-to both, and mapped files are read through once.
+Arrays of numpy and tensors of torch alike. Nothing is copied: the smallest and the largest value say all, as NaN
+spreads to both, and mapped files are read through once.
 """
 
 from __future__ import annotations

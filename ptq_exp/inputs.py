@@ -16,7 +16,7 @@ _BATCH = 64
 
 
 def check_inputs(setup: Setup) -> None:
-    """Raise the error that would come hours later: numbers that are not finite, images that do not fit, other statistics.
+    """Raise the error that would come hours later: numbers that are not finite, images or statistics that do not fit.
 
     Raises:
         PTQError: one line that names the setting, and the file where there is one.

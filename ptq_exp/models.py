@@ -82,7 +82,7 @@ def check_numbers(model: DiffusionModel, where: str) -> None:
     inside = (levels >= 0) & (levels <= 1) & torch.cat([levels[:-1] > 0, torch.ones_like(levels[-1:], dtype=bool)])
     if len(levels) == 0 or not bool(inside.all()) or bool((levels.diff() > 0).any()):
         raise CheckpointError(
-            f"{where}: alphas_cumprod of its noise schedule must fall from at most 1, to 0 at the last time alone, found "
+            f"{where}: alphas_cumprod of its noise schedule must fall from at most 1, to 0 at the last time only, got "
             f"{_ends(levels)}; mend the settings of its scheduler"
         )
 

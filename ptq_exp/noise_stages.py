@@ -97,7 +97,7 @@ def check_statistics(setup: Setup) -> None:
     if found != expected:
         raise ConfigError(
             f"correction.statistics={config.correction.statistics} has {found[0]} steps and {found[1]} channels, but "
-            f"the sampler takes {expected[0]} steps of {expected[1]} channels: set correction.statistics=null to fit them"
+            f"the sampler takes {expected[0]} steps of {expected[1]} channels: correction.statistics=null fits them"
         )
 
 

@@ -89,8 +89,8 @@ def load_quantized(
     Args:
         path: a run folder, or its sub-folder `quantized`, wherever it was copied to.
         checkpoint: the full-precision file, folder or repository id that the model was made from. None = the one in
-            the artefact, where it is there (a repository: in the local cache). Without it a model without first stage is
-            complete, but its full-precision network is not there.
+            the artefact, where it is there (a repository: in the local cache). Without it a model without first stage
+            is complete, but its full-precision network is not there.
         device: where to compute.
         model: the full-precision model, for models that `load_model` does not know.
 
@@ -141,8 +141,8 @@ def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, 
     name, recorded = artifact.identity["name"], artifact.checkpoint
     if name not in MODELS or artifact.identity.get("target") != "ptq_exp.load_model":
         raise ConfigError(
-            f"{artifact.folder}: {name} is no model of load_model: import the module that registers it, or build it and "
-            "give model="
+            f"{artifact.folder}: {name} is no model of load_model: import the module that registers it, or build it "
+            "and give model="
         )
     if checkpoint is not None:
         return _of_checkpoint(artifact, checkpoint), True
@@ -164,8 +164,8 @@ def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, 
             reason = f" ({error})"
     lacking = "structure" if model is None else "first stage"
     raise CheckpointError(
-        f"{artifact.folder}: the {lacking} of {name} is not in the artefact: give checkpoint=, the file or folder that it "
-        f"was made from (digest {artifact.identity['digest'][:12]}){reason}"
+        f"{artifact.folder}: the {lacking} of {name} is not in the artefact: give checkpoint=, the file or folder that "
+        f"it was made from (digest {artifact.identity['digest'][:12]}){reason}"
     )
 
 

@@ -67,7 +67,7 @@ def calibrate(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> None
 
 @torch.no_grad()
 def prove(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Twin:
-    """The twin with a report that one evaluation of calibration states bears out, see `proven`; what it does not is said.
+    """The twin with a report that one evaluation of calibration states bears out, see `proven`; the rest is logged.
 
     With candidate widths every sample has another one, with bins of sampling steps the ranges of its own step.
     """

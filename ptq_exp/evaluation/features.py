@@ -72,8 +72,9 @@ def _require_finite(extractor: FeatureExtractor, name: str, start: int, *found: 
     for what, values in zip(("features", "feature map", "logits"), map(np.asarray, found), strict=True):
         if not is_finite(values):
             bad = ~np.isfinite(values).reshape(len(values), -1).all(1)
+            shown = getattr(extractor, "name", type(extractor).__name__)
             raise DataError(
-                f"evaluation.extractor={getattr(extractor, 'name', type(extractor).__name__)}: gives NaN or infinity in "
+                f"evaluation.extractor={shown}: gives NaN or infinity in "
                 f"the {what} of image {start + int(bad.argmax())} of {name or 'the images'}; check its weights"
             )
 

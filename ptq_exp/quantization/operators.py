@@ -18,8 +18,9 @@ aten = torch.ops.aten
 
 _CREATING = """
     arange bartlett_window blackman_window empty empty_like empty_permuted empty_strided eye fft_fftfreq fft_rfftfreq
-    full full_like hamming_window hann_window kaiser_window linspace logspace new_empty new_empty_strided new_full new_ones
-    new_zeros ones ones_like range scalar_tensor tril_indices triu_indices zeros zeros_like _efficientzerotensor
+    full full_like hamming_window hann_window kaiser_window linspace logspace new_empty new_empty_strided new_full
+    new_ones new_zeros ones ones_like range scalar_tensor tril_indices triu_indices zeros zeros_like
+    _efficientzerotensor
 """
 _RANDOM = """
     bernoulli binomial cauchy exponential geometric log_normal multinomial native_dropout normal normal_functional

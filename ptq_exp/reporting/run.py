@@ -108,8 +108,9 @@ def _fixed_pattern(results: Mapping[str, Any]) -> list[Picture]:
     if not share:  # of a run from before it was measured
         return []
     independent = results["fixed_pattern_share_independent"]
-    caption = ("Norm of the mean error over samples / root mean squared norm of the error: 1 = the same for all samples; "
-               f"independent errors of {results['eps_error_samples']} samples: {independent:.2f}.")  # fmt: skip
+    samples = results["eps_error_samples"]
+    caption = ("Norm of the mean error over samples / root mean squared norm of the error: 1 = the same for "
+               f"all samples; independent errors of {samples} samples: {independent:.2f}.")  # fmt: skip
     draw = partial(figures.fixed_pattern, share, independent)
     return [drawn(draw, "Curve of the share of a fixed pattern in the eps error per step", caption)]
 

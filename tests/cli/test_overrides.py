@@ -12,7 +12,8 @@ from ptq_exp.paths import with_home, with_homes
 
 TEXTS = [
     "epoch=3-step=10.ckpt", "model (1)", "run#2", "Müller/model", "lr=0.1,b", "it's", 'a "b"', "a$b", "a`b", "a!b",
-    "back\\", "{a}", "[a]", "-x", "100 %", "a:b", "a&b;c|d", "null", "true", "12", " blank ", "日本/モデル", "a'b\"c\\'",
+    "back\\", "{a}", "[a]", "-x", "100 %", "a:b", "a&b;c|d", "null", "true", "12", " blank ",
+    "日本/モデル", "a'b\"c\\'",
 ]  # fmt: skip
 
 
@@ -32,7 +33,8 @@ def test_every_text_can_be_typed_as_we_say(text):
 
 
 @pytest.mark.parametrize(
-    "key", ["model.checkpoint", "hydra.run.dir", "sweep.resume", "evaluation.reference", "model.images.path", "+experiment"]
+    "key",
+    ["model.checkpoint", "hydra.run.dir", "sweep.resume", "evaluation.reference", "model.images.path", "+experiment"],
 )
 @pytest.mark.parametrize("text", ["epoch=3-step=10.ckpt", "model (1)", "run#2", "Müller/model"])
 @pytest.mark.parametrize("multirun", [False, True])

@@ -73,7 +73,8 @@ MIXED = [
     (["+experiment/sub=deep", "bits=odd"], "bits=odd would take over bits.weight=3, which experiment/sub=deep sets"),
     (["+experiment=on_bits", "bits=w8a8"], "bits=w8a8 would take over bits.weight=3, which experiment=on_bits sets"),
     (["+experiment=groups", "bits=w8a8"], "bits=w8a8 would take over bits.groups.time=w8a8, which experiment=groups"),
-    (["+experiment=derived"], "bits=w8a8 would take over bits.weight=3, which experiment=mine sets for its own bits=w4"),
+    (["+experiment=derived"],
+     "bits=w8a8 would take over bits.weight=3, which experiment=mine sets for its own bits=w4"),
     (["quantization=narrow", "bits=w8a8"], "bits=w8a8 would take over bits.weight=2, which quantization=narrow sets"),
 ]
 

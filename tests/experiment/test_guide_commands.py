@@ -15,13 +15,13 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DConditionModel, UNet2DM
 from guide_text import PAGES, commands, jobs
 from torch import nn
 
-from ptq_exp.__main__ import _spelt_out
+from ptq_exp.arguments import spelt_out
 from ptq_exp.diffusion import ClassConditionalUNet
 from ptq_exp.embedded import latent, load
 from ptq_exp.quantization import search
 from ptq_exp.tracking.results import read_json
 
-TEXTS = {"top": (Path(__file__).parents[2] / "README.md").read_text(), **PAGES}
+TEXTS = {"top": (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), **PAGES}
 SIZES = ("sampler.steps", "evaluation.n_samples", "evaluation.batch_size", "evaluation.eps_error_samples", "seed",
          "calibration.n_samples", "reconstruction.iterations", "reconstruction.batch_size")  # fmt: skip
 """Settings of a command that are sizes; of the seeds one will do."""
@@ -46,7 +46,7 @@ def runs() -> list[tuple[str, ...]]:
     seen: set[str] = set()
     for text in TEXTS.values():
         for words in commands(text, {}):
-            given = [word for word in _spelt_out(words[3:]) if not word.startswith(("-", "hydra"))]
+            given = [word for word in spelt_out(words[3:]) if not word.startswith(("-", "hydra"))]
             named = any(override.startswith(("quantized=", "sweep.resume=")) for override in given)
             if words[:3] != ["python", "-m", "ptq_exp"] or named or not any("=" in word for word in given):
                 continue
@@ -81,7 +81,7 @@ def small_networks(monkeypatch):
         )  # fmt: skip
         return ClassConditionalUNet(unet, nn.Embedding(11, 32))
 
-    for name in ("BUDGET", "ROUGH_BUDGET"):
+    for name in ("BUDGET", "COARSE_BUDGET", "ENDS_BUDGET"):
         monkeypatch.setattr(search, name, 1)  # as few candidate ranges as it tries
     for module, name, build in [(load, "build_unet", pixels), (latent, "build_latent_unet", latents)]:
         read = module.load_weights
@@ -128,7 +128,7 @@ def test_it_ends_well_with_the_default_logger(job, command, files, monkeypatch):
     assert results["status"] == "finished" and results["config"]["logger"]["mode"] == "offline"
     assert list(folder.glob("wandb/offline-run-*/run-*.wandb"))
     (log,) = folder.glob("*.log")
-    assert "W&B lacks" not in log.read_text() and "was not made" not in log.read_text()
+    assert "W&B lacks" not in log.read_text(encoding="utf-8") and "was not made" not in log.read_text(encoding="utf-8")
 
 
 def test_a_saved_model_is_evaluated_with_the_default_logger(command, files, monkeypatch):
@@ -137,4 +137,4 @@ def test_a_saved_model_is_evaluated_with_the_default_logger(command, files, monk
     folder = command("+experiment=evaluate", f"quantized={first}", "seed=1", *TINY)
     assert read_json(folder / "results.json")["status"] == "finished"
     (log,) = folder.glob("*.log")
-    assert "W&B lacks" not in log.read_text()
+    assert "W&B lacks" not in log.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Bad numbers in what a run is given end it before the first image is drawn, in one line with file, tensor and setting."""
+"""Bad numbers in what a run is given end it before the first image, in one line with file, tensor and setting."""
 
 import re
 
@@ -37,8 +37,8 @@ def in_order(line, *parts):
 def test_nan_in_a_network(tmp_path, refused):
     folder = tiny_folder.pixel(tmp_path / "m", spoiled(tiny_folder.unet(), "mid_block.resnets.0.conv1.weight"))
     line = refused(*FOLDER, f"model.checkpoint={folder}")
-    in_order(line, f"model.checkpoint={folder}/unet/diffusion_pytorch_model.safetensors: mid_block.resnets.0.conv1.weight",
-             "NaN or infinity in 1 of 576 values")  # fmt: skip
+    in_order(line, f"model.checkpoint={folder}/unet/diffusion_pytorch_model.safetensors:",
+             "mid_block.resnets.0.conv1.weight", "NaN or infinity in 1 of 576 values")  # fmt: skip
 
 
 def test_nan_in_a_first_stage(tmp_path):
@@ -46,7 +46,8 @@ def test_nan_in_a_first_stage(tmp_path):
     folder = tiny_folder.latent(tmp_path / "m", stage)
     with pytest.raises(CheckpointError) as told:
         ptq_exp.load_model("diffusers", folder)
-    in_order(str(told.value), f"model.checkpoint={folder}/vqvae/diffusion_pytorch_model.safetensors: decoder.conv_in.bias")
+    file = f"{folder}/vqvae/diffusion_pytorch_model.safetensors"
+    in_order(str(told.value), f"model.checkpoint={file}: decoder.conv_in.bias")
 
 
 @pytest.mark.parametrize(("saved", "file"), [
@@ -63,7 +64,8 @@ def test_weights_beyond_float16(tmp_path, refused):
     folder = tiny_folder.pixel(tmp_path / "m", spoiled(tiny_folder.unet(), "conv_in.weight", -3e5))
     line = refused(*FOLDER, f"model.checkpoint={folder}", "model.dtype=float16")
     in_order(line, "model.dtype=float16: unet.conv_in.weight", folder, "-300000", "model.dtype=bfloat16 or float32")
-    assert ptq_exp.load_model("diffusers", folder, dtype="bfloat16").denoiser.unet.conv_in.weight.dtype == torch.bfloat16
+    narrow = ptq_exp.load_model("diffusers", folder, dtype="bfloat16").denoiser.unet
+    assert narrow.conv_in.weight.dtype == torch.bfloat16
     border = tiny_folder.pixel(tmp_path / "border", spoiled(tiny_folder.unet(), "conv_in.weight", 65519.0))
     assert ptq_exp.load_model("diffusers", border, dtype="float16")  # rounds to the largest number, 65504
 
@@ -89,8 +91,8 @@ def test_activations_beyond_float16(tmp_path, refused):
         network.conv_in.weight.fill_(30000)
     folder = tiny_folder.pixel(tmp_path / "m", network)
     line = refused(*FOLDER, f"model.checkpoint={folder}", "model.dtype=float16")
-    in_order(line, "model.dtype=float16: the network gives NaN or infinity at time 666, first in the output of unet.conv_in",
-             "set model.dtype=bfloat16 or float32")  # fmt: skip
+    in_order(line, "model.dtype=float16: the network gives NaN or infinity at time 666,",
+             "first in the output of unet.conv_in", "set model.dtype=bfloat16 or float32")  # fmt: skip
 
 
 def test_a_network_that_overflows_in_float32(tmp_path, refused):
@@ -99,7 +101,8 @@ def test_a_network_that_overflows_in_float32(tmp_path, refused):
         network.conv_out.weight.fill_(3e38)
     folder = tiny_folder.pixel(tmp_path / "m", network)
     line = refused(*FOLDER, f"model.checkpoint={folder}")
-    in_order(line, f"model.checkpoint={folder}: the network gives NaN or infinity at time 666, first in", "unet.conv_out")
+    in_order(line, f"model.checkpoint={folder}: the network gives NaN or infinity at time 666, first in",
+             "unet.conv_out")  # fmt: skip
 
 
 @pytest.mark.parametrize(("betas", "said"), [
@@ -201,7 +204,8 @@ REFERENCE, CALIBRATION = ("evaluation.reference={}",), (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("settings", "setting"), [(REFERENCE, "evaluation.reference"), (CALIBRATION, "model.images.path")])
+@pytest.mark.parametrize(("settings", "setting"), [(REFERENCE, "evaluation.reference"),
+                                                     (CALIBRATION, "model.images.path")])  # fmt: skip
 @pytest.mark.parametrize("damage", ["cut", "empty", "sizes", "none"])
 def test_folders_of_images(settings, setting, damage, tmp_path, refused):
     folder = folder_of_images(tmp_path / "real")
@@ -244,7 +248,8 @@ def statistics_file(path, steps=3, channels=1, **changes):
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"k": float("nan")}, "k holds NaN"), ({"r": float("nan")}, "r holds NaN"), ({"bias": float("inf")}, "bias holds"),
-    ({"residual_std": -0.5}, "residual_std holds -0.5, which is never negative"), ({"k_stderr": float("nan")}, "k_stderr"),
+    ({"residual_std": -0.5}, "residual_std holds -0.5, which is never negative"),
+    ({"k_stderr": float("nan")}, "k_stderr"),
     ({}, "was made for another"),
 ])  # fmt: skip
 def test_noise_statistics(changes, said, tmp_path, refused):
@@ -280,7 +285,8 @@ class Broken:
 def test_an_extractor_that_gives_nan():
     from ptq_exp.evaluation import extract_features
 
-    with pytest.raises(DataError, match="evaluation.extractor=broken: gives NaN or infinity in the features of image 4 of x"):
+    line = "evaluation.extractor=broken: gives NaN or infinity in the features of image 4 of x"
+    with pytest.raises(DataError, match=line):
         extract_features(Broken(), np.zeros((5, 4, 4, 1), np.uint8), name="x")
 
 

@@ -140,7 +140,8 @@ def test_the_exit_code_of_the_wandb_run_says_how_it_ended(tmp_path, monkeypatch)
 def test_columns_of_a_wandb_table_are_of_one_type():
     frame = pd.DataFrame({
         "bits": [8, (8, 4), None], "lists": [[1], [2, 3], None], "mixed": [1, "a", True], "numbers": [1, 2.5, None],
-        "inf": [float("inf"), 1.0, float("nan")], "text": ["a", None, ""], "bool": [True, None, False], "none": [None] * 3,
+        "inf": [float("inf"), 1.0, float("nan")], "text": ["a", None, ""], "bool": [True, None, False],
+        "none": [None] * 3,
     })  # fmt: skip
     found = {name: column.tolist() for name, column in of_one_type(frame).items()}
     assert found == {

@@ -16,7 +16,8 @@ from ptq_exp.quantization.artifact import _description_hash
 from ptq_exp.tracking.results import read_samples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-QUICK = ("metric=minmax", "logger=none", "bits=w4a8", "model=diffusers", "sampler.guidance_scale=1", "evaluation=paired")
+QUICK = ("metric=minmax", "logger=none", "bits=w4a8", "model=diffusers", "sampler.guidance_scale=1",
+         "evaluation=paired")  # fmt: skip
 MAKERS = {"pixel": tiny_folder.pixel, "latent": tiny_folder.latent, "dit": tiny_folder.dit}
 
 
@@ -88,7 +89,7 @@ def test_a_pixel_model_is_complete_without_its_folder(made_of, tmp_path, monkeyp
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_structure_says_all_of_a_network(settings, dtype, tmp_path):
-    """From the settings files alone comes a network with the same tensors, which computes the same of the same weights."""
+    """From the settings files alone comes a network with the same tensors, which computes the same from them."""
     from ptq_exp.diffusion.zoo import folder_of_structure
 
     path = tiny_folder.pixel(tmp_path, tiny_folder.unet(**settings), beta_schedule="squaredcos_cap_v2", steps_offset=1)
@@ -109,7 +110,8 @@ def test_the_structure_says_all_of_a_network(settings, dtype, tmp_path):
 @pytest.mark.parametrize("kind", ["latent", "dit"])
 def test_a_first_stage_must_be_given(kind, made_of):
     run, original = made_of(kind)
-    with pytest.raises(CheckpointError, match=r"quantized: the first stage of diffusers .* give checkpoint=, .*original"):
+    line = r"quantized: the first stage of diffusers .* give checkpoint=, .*original"
+    with pytest.raises(CheckpointError, match=line):
         ptq_exp.load_quantized(run)
     model = ptq_exp.load_quantized(run, checkpoint=str(original))
     assert model.full_precision and np.array_equal(ptq_exp.sample(model, 5, batch_size=5), images(run))
@@ -159,7 +161,8 @@ def test_read_only_folders_and_links(made_of, tmp_path):
 
 def test_evaluate_needs_full_precision(made_of, command, refused):
     run, original = made_of("pixel")
-    evaluate = ("logger=none", "+experiment=evaluate", f"quantized={run}", "evaluation=paired", "evaluation.n_samples=5")
+    evaluate = ("logger=none", "+experiment=evaluate", f"quantized={run}", "evaluation=paired",
+                "evaluation.n_samples=5")  # fmt: skip
     said = refused(*evaluate)
     assert f"quantized={run} is compared with images of full precision" in said and "set model.checkpoint to" in said
     again = command(*evaluate, f"model.checkpoint={original}")

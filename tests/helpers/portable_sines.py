@@ -32,7 +32,7 @@ def portable_embedding() -> Iterator[Callable[..., torch.Tensor]]:
         else:
             os.environ["MKL_CBWR"] = before
 
-        def embedding(timesteps, embedding_dim, flip_sin_to_cos=False, downscale_freq_shift=1, scale=1, max_period=10000):
+        def embedding(timesteps, embedding_dim, flip_sin_to_cos=False, downscale_freq_shift=1, scale=1, max_period=1e4):
             order = (embedding_dim, flip_sin_to_cos, downscale_freq_shift, scale, max_period)
             return process.submit(_embedding, timesteps, *order).result()
 

@@ -59,7 +59,9 @@ def test_a_name_changes_no_numbers_but_the_folders_of_jobs():
     assert not has_effect("name") and _changes_jobs("name") and not _changes_jobs("hydra/launcher")
 
 
-@pytest.mark.parametrize("key", ["model.build.seed", "model.images.cache", "calibration.distribution.name", "bits.name"])
+@pytest.mark.parametrize(
+    "key", ["model.build.seed", "model.images.cache", "calibration.distribution.name", "bits.name"]
+)
 def test_only_a_whole_setting_is_without_effect_not_a_word_in_it(key):
     assert has_effect(key) and _changes_jobs(key)
 

@@ -81,13 +81,14 @@ def settings_files(root: Path) -> dict[str, dict]:
     index = read_json(root / "model_index.json") if (root / "model_index.json").exists() else {}
     components = ["", "scheduler", "unet", *filter(str.isidentifier, index)]
     names = ("model_index.json", "config.json", "scheduler_config.json")
-    paths = dict.fromkeys(path for component in components for name in names if (path := root / component / name).exists())
-    found = {path.relative_to(root).as_posix(): read_json(path) for path in paths}
+    paths = dict.fromkeys(root / component / name for component in components for name in names)
+    found = {path.relative_to(root).as_posix(): read_json(path) for path in paths if path.exists()}
     for name, settings in found.items():
         try:
             json.dumps(settings, allow_nan=False)
         except ValueError as error:
-            raise CheckpointError(f"model.checkpoint={root}: {name} holds NaN or infinity; mend its settings") from error
+            line = f"model.checkpoint={root}: {name} holds NaN or infinity; mend its settings"
+            raise CheckpointError(line) from error
     return found
 
 

@@ -45,7 +45,7 @@ def local_folder(checkpoint: str) -> Path:
 
 
 def is_local(checkpoint: str) -> bool:
-    """Whether `checkpoint` is a file or folder that is there, or a repository id in the local cache; asks no network."""
+    """Whether `checkpoint` is an existing file or folder, or a repository id in the local cache; asks no network."""
     if Path(checkpoint).exists():
         return True
     from huggingface_hub import snapshot_download

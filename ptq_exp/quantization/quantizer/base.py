@@ -105,7 +105,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:
-        """How many elements of `x` are no level of their range, to the rounding of the type of `x`; `row`: see `forward`.
+        """Count the elements of `x` that are no level of their range, to the rounding of its type; see `forward`.
 
         NaN is no level.
         """
