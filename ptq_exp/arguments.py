@@ -33,9 +33,9 @@ def check_groups(arguments: list[str]) -> None:
 
 def _is_option(choice: Any) -> bool:
     """Whether a group's choice may be the name of a file; nested folders have a slash."""
-    if isinstance(choice, list | dict) or choice is None:
+    if not isinstance(choice, str):
         return False
-    text = str(choice).strip()
+    text = choice.strip()
     return bool(text) and text[0] not in "[{" and not {"", ".", ".."} & set(text.split("/"))
 
 

@@ -7,6 +7,7 @@ import shlex
 import typing
 from argparse import Namespace
 from collections.abc import Sequence
+from types import UnionType
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
@@ -138,7 +139,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def _takes_text(hint: Any) -> bool:
-    return str in (hint, *typing.get_args(hint))
+    """Whether a setting of this type is one text (or null): a list of texts is none."""
+    alternatives = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else ()
+    return str in (hint, *alternatives) and not any(typing.get_origin(kind) in (list, dict) for kind in alternatives)
 
 
 def _refused(text: str, error: HydraException, multirun: bool) -> str:
@@ -148,14 +151,14 @@ def _refused(text: str, error: HydraException, multirun: bool) -> str:
         plain = OverridesParser.create().parse_override(f"{key}=x").key_or_group
     except HydraException:
         equals, plain = "", key
-    types = setting_types()
-    if not equals or (plain in types and not _may_be_text(types[plain])):
+    hints = setting_types()
+    if not equals or (plain in hints and not _may_be_text(hints[plain])):
         reason = " ".join(str(error).split())
         return f"{text}: cannot be read as KEY=VALUE ({reason})" if not equals else f"{plain}={value}: {reason}"
-    outer = [name for name in types if plain == name or plain.startswith(f"{name}.")]
+    outer = [name for name in hints if plain == name or plain.startswith(f"{name}.")]
     if "." in plain and not outer and not plain.startswith(("hydra.", "sweep.")):
-        return f"{plain}: no such setting; {nearest(plain, list(types))}"
-    if typing.get_origin(types.get(plain)) is list:
+        return f"{plain}: no such setting; {nearest(plain, list(hints))}"
+    if typing.get_origin(hints.get(plain)) is list:
         entries = ",".join(map(quoted, _choices(value.strip("[]"))))
         return f"{plain}={value}: quote each entry of the list: {_for_shell(f'{key}=[{entries}]')}"
     return _remedy(key, value, multirun)

@@ -70,6 +70,16 @@ def test_other_mistakes_name_the_setting(override, message):
         given([override])
 
 
+@pytest.mark.parametrize("override, found", [
+    ("quantization.keep_fp=[tfmq]", ["tfmq"]), ("quantization.keep_fp=['*time*','*conv_in']", ["*time*", "*conv_in"]),
+    ("imports=[my_metric,my_model]", ["my_metric", "my_model"]), ("bits.candidates=[4,8]", [4, 8]),
+    ("bits.schedule=[8,4]", [8, 4]), ("evaluation.reference={_target_:a.b}", {"_target_": "a.b"}),
+])  # fmt: skip
+def test_a_setting_that_takes_a_list_is_given_one(override, found):
+    (key,) = (override.partition("=")[0],)
+    assert given([override], multirun=False) == {key: [found]}
+
+
 def test_flags_are_told_from_overrides():
     assert flags(["--config-dir", "a=b", "a=b", "seed=1", "-m"]) == ["--config-dir", "a=b", "-m"]
     assert given(["bits='w8a8'", "++seed=3", "a@b=c"]) == {"bits": ["w8a8"], "seed": [3], "a": ["c"]}

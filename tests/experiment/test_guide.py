@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -23,16 +24,23 @@ from ptq_exp.tracking.settings import VALUES
 
 def test_every_command_is_of_a_kind_that_is_checked():
     kinds = {" ".join(words[:3]) for _, words in ALL}
-    assert kinds == {"python -m ptq_exp", "python -m ptq_exp.table"} and len(RUNS) > 30
+    assert kinds == {f"python -m ptq_exp{tool}" for tool in ("", ".table", ".train_embedded")} and len(RUNS) > 30
 
 
 @pytest.mark.parametrize("page, arguments", RUNS, ids=[f"{page}{i}" for i, (page, _) in enumerate(RUNS)])
 def test_every_run_composes_and_a_table_can_tell_its_rows_apart(page, arguments, here):
     configs = [conf(*job) for job in jobs(arguments)]
-    # names tell rows apart; the tables page asks for these settings by their keys
-    keys = [(c.calibration.labels, json.dumps(c.calibration.distribution)) if page == "tables" else () for c in configs]
+    # names tell rows apart; tables of measured results ask for other settings by their keys
+    keys = [_by_key(config) if page == "tables" or page.startswith("results/") else () for config in configs]
     rows = {(config.name, config.metric.name, config.seed, key) for config, key in zip(configs, keys, strict=True)}
     assert len(rows) == len(configs)
+
+
+def _by_key(config: ExperimentConfig) -> tuple:
+    calibration, sampler = config.calibration, config.sampler
+    return (
+        calibration.labels, json.dumps(calibration.distribution), sampler.solver, sampler.eta, config.correction.name
+    )  # fmt: skip
 
 
 def test_the_tables_are_filled_by_the_sweeps_of_their_layouts():
@@ -67,7 +75,7 @@ def test_every_table_command_is_one(words, monkeypatch):
     monkeypatch.setattr(table, "make_table", made)
     monkeypatch.setattr(table, "_runs", lambda arguments: arguments.runs)
     table.main(words[3:])
-    assert asked == [["runs/sweeps"]]
+    assert asked == [[Path("runs/sweeps")]]
 
 
 def known_settings() -> set[str]:
@@ -81,7 +89,9 @@ def known_settings() -> set[str]:
     return {*walk(schema), "model.images.path", "experiment"}
 
 
-COMPANIONS = {"bits.bops_ratio": ["bits=step_budget"], "model.ema": ["model=ldm4_lsun_bedrooms256"]}
+FILES = (".ckpt", ".safetensors", ".json", ".npz", ".html", ".png", ".md")
+COMPANIONS = {"bits.bops_ratio": ["bits=step_budget"], "bits.schedule": ["bits=step_list"],
+              "model.ema": ["model=ldm4_lsun_bedrooms256"]}
 
 
 def test_every_setting_in_the_text_exists_and_takes_that_value(here):
@@ -91,7 +101,9 @@ def test_every_setting_in_the_text_exists_and_takes_that_value(here):
         for code in re.findall(r"`([^`]+)`", prose):
             if code.startswith("python -m ptq_exp.search "):
                 seen.update(search_parser().parse_args(shlex.split(code)[3:]).overrides)
-            elif re.fullmatch(r"[a-z_]+\.[a-z_]+", code) and code.partition(".")[0] in known and code != "model.ckpt":
+            elif code.endswith(FILES):
+                continue
+            elif re.fullmatch(r"[a-z_]+\.[a-z_]+", code) and code.partition(".")[0] in known:
                 assert code in known, f"{page}: {code}"
             seen.update(word for word in shlex.split(code) if "(" not in code and re.match(r"\+?[a-z_.]+=", word))
     assert len(seen) > 60
@@ -99,6 +111,8 @@ def test_every_setting_in_the_text_exists_and_takes_that_value(here):
     for setting in sorted(seen):
         key, _, value = setting.lstrip("+").partition("=")
         assert key in known, setting
+        if not value:  # the column of a table
+            continue
         beside = COMPANIONS.get(key, [])
         try:
             conf(*beside, f"{setting.partition('=')[0]}={value.partition(',')[0] if value[0] != '[' else value}")

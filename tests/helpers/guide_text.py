@@ -11,7 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from ptq_exp.config import config_folder, validated
 
 DOCS = Path(__file__).parents[2] / "docs"
-NAMES = ("README", "reproduce", "tables", "own_model", "extend", "differences")
+NAMES = ("README", "reproduce", "tables", "own_model", "extend", "differences", "sweeps", "saved_models",
+         "published_models", "embedded_models", "results/digits", "results/low_bits", "results/noise")  # fmt: skip
 PAGES = {name: (DOCS / f"{name}.md").read_text() for name in NAMES}
 
 
@@ -33,7 +34,9 @@ def commands(text: str, variables: dict[str, str]) -> list[list[str]]:
 
 
 ALL = [(page, words) for page, text in PAGES.items() for words in commands(text, {})]
-RUNS = [(page, words[3:]) for page, words in ALL if words[:3] == ["python", "-m", "ptq_exp"]]
+# a command that names a folder <time> reads what another left: such are run elsewhere (sweeps, saved models)
+RUNS = [(page, words[3:]) for page, words in ALL
+        if words[:3] == ["python", "-m", "ptq_exp"] and "<" not in " ".join(words)]  # fmt: skip
 OF_CIFAR = commands(PAGES["reproduce"].replace("$IN64", "$CIFAR"), {})
 OF_CIFAR = [words[3:] for words in OF_CIFAR if "model=ddim_cifar10" in words and "-m" in words[3:]]
 
