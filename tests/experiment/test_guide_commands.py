@@ -75,9 +75,9 @@ def small_networks(monkeypatch):
 
     def latents():
         unet = UNet2DConditionModel(
-            sample_size=8, in_channels=3, out_channels=3, down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",), block_out_channels=(32,), layers_per_block=1, norm_num_groups=8,
-            cross_attention_dim=32, attention_head_dim=2,
+            sample_size=8, in_channels=3, out_channels=3, down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2, block_out_channels=(16, 32), layers_per_block=1,
+            norm_num_groups=8, cross_attention_dim=32, attention_head_dim=2,
         )  # fmt: skip
         return ClassConditionalUNet(unet, nn.Embedding(11, 32))
 
