@@ -106,7 +106,7 @@ def test_a_network_that_overflows_in_float32(tmp_path, refused):
 
 
 @pytest.mark.parametrize(("betas", "said"), [
-    ({"beta_end": float("nan")}, "scheduler_config.json holds NaN"),
+    ({"beta_end": float("nan")}, "scheduler_config.json: beta_end=NaN"),
     ({"num_train_timesteps": 30, "trained_betas": [0.1, -0.5, 0.2] * 10}, "trained_betas"),
     ({"beta_end": 2.0}, "beta_end"), ({"beta_start": -1.0}, "beta_start"),
 ])  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,19 +74,27 @@ def _holds_bad(path: Path, name: str) -> bool:
 
 
 def settings_files(root: Path) -> dict[str, dict]:
-    """The content of the settings files of a folder, by relative path: all but the weights.
+    """The content of the settings files of a folder, by relative path: all but the weights, as JSON can hold it.
+
+    Infinite values are left out. The reader has refused those that it follows; what remains belongs to a solver
+    (`lambda_min_clipped` of DPM-Solver is minus infinity where it is not set), and an absent setting is its default.
 
     Raises:
-        CheckpointError: one cannot be read, or holds NaN or infinity.
+        CheckpointError: a file cannot be read, or holds NaN or infinity inside a list.
     """
     index = read_json(root / "model_index.json") if (root / "model_index.json").exists() else {}
     components = ["", "scheduler", "unet", *filter(str.isidentifier, index)]
     names = ("model_index.json", "config.json", "scheduler_config.json")
     paths = dict.fromkeys(root / component / name for component in components for name in names)
-    found = {path.relative_to(root).as_posix(): read_json(path) for path in paths if path.exists()}
-    for name, settings in found.items():
+    found = {}
+    for path in paths:
+        if not path.exists():
+            continue
+        name = path.relative_to(root).as_posix()
+        values = read_json(path).items()
+        found[name] = {key: value for key, value in values if not isinstance(value, float) or math.isfinite(value)}
         try:
-            json.dumps(settings, allow_nan=False)
+            json.dumps(found[name], allow_nan=False)
         except ValueError as error:
             line = f"model.checkpoint={root}: {name} holds NaN or infinity; mend its settings"
             raise CheckpointError(line) from error

@@ -58,12 +58,11 @@ def diffusers_folder(
     kind = of.values.get("_class_name")
     if kind not in (*_PIPELINES, "UNet2DModel"):
         raise of.error(f"holds a {kind}; known are UNet2DModel, {', '.join(_PIPELINES)}")
-    structure = settings_files(root)  # before the weights, which take longer
     scheduler = _scheduler(index)
     build = {"LDMPipeline": _latent, "DiTPipeline": _dit}.get(kind, _pixel)
     model = build(index, name, scheduler)
     frozen(model.denoiser, number_type, checkpoint)
-    model.structure = structure
+    model.structure = settings_files(root)
     return model
 
 
