@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.calibration import check_bins, labelled, positions
-from ptq_exp.calibration.sources import NO_IMAGES
 from ptq_exp.config import build
-from ptq_exp.errors import DataError, InfeasibleError, QuantizationError
+from ptq_exp.errors import InfeasibleError, QuantizationError
 from ptq_exp.policy import policy
 from ptq_exp.quantization import Report, disabled, quantize_
 from ptq_exp.quantization.operands import operands_of
@@ -28,12 +27,11 @@ def check_feasible(setup: Setup, results: Results) -> None:
 
     Raises:
         PTQError: as the stages would: rules that match nothing, ranges that do not fit a layer, blocks that cannot be
-            reconstructed, steps without calibration states, real images that are missing or of another size.
+            reconstructed, steps without calibration states.
         InfeasibleError: the quantized network would take more bit operations than `bits.min_bops_ratio` allows.
     """
     if setup.config.bits.name == FULL_PRECISION or setup.artifact is not None:
         return
-    _check_images(setup)
     config = setup.config.calibration
     drawn = positions(build(config.distribution, "calibration.distribution"), config.n_samples, len(setup.grid),
                       setup.config.seed)  # fmt: skip
@@ -85,22 +83,6 @@ def _check_budget(wanted: float, report: Report, results: Results) -> None:
         raise InfeasibleError(
             f"bits.min_bops_ratio={wanted:g} is not met: convolutions and linear layers take FP32 / {ratio:.2f} bit "
             "operations; choose lower bits"
-        )
-
-
-def _check_images(setup: Setup) -> None:
-    """Raise DataError where calibration starts from real images and there are none, or of another size."""
-    if setup.config.calibration.source not in ("raw", "diffuse"):
-        return
-    model = setup.model
-    images = setup.images
-    if images is None:
-        raise DataError(NO_IMAGES)
-    channels, height, width = model.image_shape
-    if tuple(images.shape[1:]) != (height, width, channels):
-        raise DataError(
-            f"model.images holds images of {tuple(images.shape[1:])}, but the model {model.name} works on "
-            f"{(height, width, channels)} (height, width, channels): set model.images.path to images of that size"
         )
 
 

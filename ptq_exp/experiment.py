@@ -68,8 +68,8 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         clock = _Clock(results)
         setup = clock.setup = Setup.of(config, fresh_since)
         results.update("start", environment=environment(), command=run_command(folder))
-        check_feasible(setup, results)
         check_inputs(setup)
+        check_feasible(setup, results)
         loaded = _loaded_twin(setup, clock) if setup.artifact else None
         reference = clock("reference", stages.reference_features, setup) if setup.extractor else None
         scorer = Scorer(setup, reference)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ptq_exp.calibration import chosen_images
+from ptq_exp.calibration.sources import NO_IMAGES
 from ptq_exp.diffusion import check_network
 from ptq_exp.errors import DataError
 from ptq_exp.noise_stages import check_statistics
@@ -40,8 +41,10 @@ def _check_images(setup: Setup) -> None:
     A source of somebody else's may choose others: then they are opened alone.
     """
     images, calibration = setup.images, setup.config.calibration
-    if images is None or calibration.source not in ("raw", "diffuse"):
+    if calibration.source not in ("raw", "diffuse"):
         return
+    if images is None:
+        raise DataError(NO_IMAGES)
     chosen = chosen_images(len(images), range(calibration.n_samples), setup.config.seed)
     channels, height, width = setup.model.image_shape
     for rows in slices(len(chosen), _BATCH):
