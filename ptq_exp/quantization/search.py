@@ -30,6 +30,8 @@ from ptq_exp.quantization.errors_by_metric import ErrorSource
 # very least while a cell's best lies at the low end. Their finest spacing, and the least number that makes sense.
 SMALLEST, LEAST = 0.005, 1e-5
 COARSE_SPACING, FEWEST_SCALES = 0.03, 10
+# The cosine does not see the magnitude, and its histogram sums cancel where nearly all is clipped: no smaller scales.
+SMALLEST_OF_COSINE = 0.1
 # Else the first pass varies both ends: down to this factor at a time, in so many steps as a budget of element
 # evaluations allows; of an error that is not convex it follows so many of the best.
 END_SPAN, FEWEST_ENDS, MOST_ENDS, ENDS_WIDTH = 0.04, 5, 25, 8
@@ -151,16 +153,23 @@ def _first_pass(space: GridSpace, source: ErrorSource, effort: Effort) -> Promis
 
 def _whole_path(space: GridSpace, source: ErrorSource, most: int) -> Path:
     """The path of up to `most` scales from the largest to the smallest, and on while a cell's best is the lowest."""
-    lowest = math.log(SMALLEST)
+    lowest, least = (math.log(scale) for scale in _smallest(source))
     count = min(math.ceil((math.log(LARGEST) - lowest) / _goal(space)), most)
     spacing = (math.log(LARGEST) - lowest) / count
     steps = spacing * torch.arange(count + 1, device=space.low.device)
     path = _path(space, source, lowest + steps, spacing)
-    while lowest > math.log(LEAST) and bool((path.errors.argmin(1) == 0).any()):
+    while lowest > least and bool((path.errors.argmin(1) == 0).any()):
         lowest -= spacing * count
         lower = _path(space, source, lowest + steps[:-1], spacing)
         path = Path(*(torch.cat(parts, 1) for parts in zip(lower.parts(), path.parts(), strict=True)), spacing)
     return path
+
+
+def _smallest(source: ErrorSource) -> tuple[float, float]:
+    """The smallest scale of the first pass, and how far it goes on down, as factors of the data's own."""
+    if getattr(source, "metric", None) == "cosine":
+        return SMALLEST_OF_COSINE, SMALLEST_OF_COSINE
+    return SMALLEST, LEAST
 
 
 def _path(space: GridSpace, source: ErrorSource, t: Tensor, spacing: float) -> Path:
@@ -184,7 +193,8 @@ def _vary_ends(space: GridSpace, source: ErrorSource, width: int) -> Promising:
     steps = -size * torch.arange(count, device=space.low.device)
     on_low, on_high = torch.cartesian_prod(steps, steps).T if space.axes == 2 else (steps, steps)
     beam = Beam(space, source, torch.zeros_like(space.low), space.minmax.zero_point, width)
-    while lowest > math.log(LEAST) and bool((beam.t[:, 0] < lowest + size / 2).any()):
+    least = math.log(_smallest(source)[1])
+    while lowest > least and bool((beam.t[:, 0] < lowest + size / 2).any()):
         grid = choose_qparams(space.low * (on_low + lowest).exp(), space.high * (on_high + lowest).exp(),
                               space.bits, space.symmetric)
         beam.offer((grid.scale / space.minmax.scale).log(), grid.zero_point)

@@ -107,7 +107,7 @@ def test_wandb_offline_run_holds_config_metrics_and_tags(command):
         (["sampler.steps=5000"], "error: sampler.steps=5000: choose 1..1000"),
         (["model.dtype=int8"], "error: model.dtype=int8: choose one of float32, bfloat16, float16"),
         (["model.checkpoint=no.safetensors"], "error: model.checkpoint=no.safetensors: no such file"),
-        (["quantization.keep_fp=['*nothing*']"], "error: rule '*nothing*' matches no"),
+        (["quantization.keep_fp=['*nothing*']"], "error: rule '*nothing*' (quantization.keep_fp) matches no"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line_and_exit_code_1(overrides, message, command, capsys):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ptq_exp.quantization.affine import QRange
+from ptq_exp.quantization.affine import QRange, fake_quantize
 from ptq_exp.quantization.ranges import RangeSketch, search_range
 
 POWERS = {"mse": 2.0, "l1": 1.0, "lp": 2.4}
@@ -113,3 +113,15 @@ def test_sketch_is_within_a_hundredth_of_an_exhaustive_search_on_the_values(bits
             sketch.update(batch[None])
         found = sketch.search(bits, symmetric, "lp")
         assert achieved(x, found, "lp") <= exhaustive(x, bits, symmetric, "lp") * 1.01, data
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_cosine_keeps_the_magnitude_of_nearly_two_valued_data(symmetric):
+    """Sinusoids of four times are near 0 and 1: the range of their smallest values has nearly the same direction."""
+    times = torch.tensor([0.0, 250.0, 500.0, 750.0])[:, None] * torch.logspace(0, -4, 32)
+    x = torch.cat((times.sin(), times.cos()), 1).reshape(1, -1)
+    sketch = RangeSketch(1)
+    sketch.update(x)
+    found = sketch.search(8, symmetric, "cosine")
+    quantized = fake_quantize(x, *(part.reshape(()) for part in found))
+    assert float((quantized - x).norm() / x.norm()) < 0.01
