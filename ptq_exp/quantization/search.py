@@ -68,11 +68,12 @@ class Path:
 
     def promising(self, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(t, z, slope of z in t), [cells, m], best first, of all scales within `tolerance` [cells, 1] of the least."""
+        errors = self.errors.nan_to_num(nan=math.inf, posinf=math.inf)  # of scales beyond what float32 can square
         slope = torch.zeros_like(self.z)
         if self.z.shape[1] > 1:
             slope = torch.gradient(self.z, spacing=self.spacing, dim=1)[0]
-        within = self.errors <= self.errors.amin(1, keepdim=True) * (1 + tolerance)
-        order = self.errors.argsort(dim=1, stable=True)[:, : int(within.sum(1).max())]
+        within = errors <= errors.amin(1, keepdim=True) * (1 + tolerance)
+        order = errors.argsort(dim=1, stable=True)[:, : max(int(within.sum(1).max()), 1)]
         return tuple(part.gather(1, order) for part in (self.t, self.z, slope))
 
 

@@ -7,6 +7,7 @@ import torch
 
 from ptq_exp.quantization.affine import QRange, fake_quantize
 from ptq_exp.quantization.ranges import RangeSketch, search_range
+from ptq_exp.quantization.search import Path
 
 POWERS = {"mse": 2.0, "l1": 1.0, "lp": 2.4}
 
@@ -125,3 +126,10 @@ def test_the_cosine_keeps_the_magnitude_of_nearly_two_valued_data(symmetric):
     found = sketch.search(8, symmetric, "cosine")
     quantized = fake_quantize(x, *(part.reshape(()) for part in found))
     assert float((quantized - x).norm() / x.norm()) < 0.01
+
+
+def test_errors_that_are_no_numbers_leave_a_candidate():
+    errors = torch.tensor([[float("nan")] * 3, [float("inf"), 2.0, float("nan")]])
+    path = Path(torch.arange(3.0).expand(2, 3), torch.zeros(2, 3), errors, 1.0)
+    t, z, slope = path.promising(torch.zeros(2, 1))
+    assert t.shape == z.shape == slope.shape == (2, 1) and float(t[1, 0]) == 1.0
