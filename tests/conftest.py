@@ -1,6 +1,7 @@
 """One thread per process: two on a busy machine are slower than one, and the order of sums stays the same."""
 
 import io
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,16 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def log_handlers_end_with_the_test():
+    """Hydra adds handlers to the root logger: to log files in temporary folders, and to a captured standard output."""
+    before = list(logging.root.handlers)
+    yield
+    for handler in [handler for handler in logging.root.handlers if handler not in before]:
+        logging.root.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from ptq_exp.errors import DataError, InfeasibleError, PTQError
 from ptq_exp.schema import ExperimentConfig, SweepConfig
 from ptq_exp.sweep.processes import check_devices, only_process
 from ptq_exp.sweep.record import SweepRecord, plain_key
-from ptq_exp.tracking.identity import has_effect
+from ptq_exp.tracking.identity import decides_numbers
 from ptq_exp.tracking.results import read_json, to_plain, write_json
 from ptq_exp.tracking.runs import flatten
 
@@ -126,7 +126,7 @@ def _done(path: Path, config: ExperimentConfig) -> dict[str, Any] | None:
 
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide the numbers, flat, the seed included."""
-    return {key: value for key, value in flatten(settings).items() if key == "seed" or has_effect(key)}
+    return {key: value for key, value in flatten(settings).items() if decides_numbers(key)}
 
 
 def _tell(error: Exception, job: Job) -> None:

@@ -50,6 +50,6 @@ def with_resumed_sweep(arguments: list[str]) -> list[str]:
 
 def _changes_jobs(key: str) -> bool:
     """Whether the jobs of a sweep would be others with another value of this setting; folders have the job's name."""
-    from ptq_exp.tracking.identity import has_effect  # loads pandas: help does without
+    from ptq_exp.tracking.identity import decides_numbers  # loads pandas: help does without
 
-    return key == "name" or (key.partition(".")[0].partition("/")[0] != "hydra" and has_effect(key))
+    return key == "name" or (key.partition(".")[0].partition("/")[0] != "hydra" and decides_numbers(key))

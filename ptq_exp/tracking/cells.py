@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.tracking.identity import SEED, has_effect, newest, plain, text_of
+from ptq_exp.tracking.identity import decides_numbers, newest, plain, text_of
 from ptq_exp.tracking.notation import is_missing
 from ptq_exp.tracking.settings import DERIVED, FULL_PRECISION, SPEC, Value, is_idle
 
@@ -112,7 +112,7 @@ def _same_settings(group: pd.DataFrame, allowed: Iterable[str]) -> None:
     """Refuse to average runs whose configuration differs in more than `allowed` and how they were executed."""
     for column in map(str, group):
         section, _, key = column.partition(".")
-        if section != "config" or column in allowed or not (has_effect(key) or key == SEED):
+        if section != "config" or column in allowed or not decides_numbers(key):
             continue
         found = {text_of(value) for value in group[column]}
         if len(found) > 1:

@@ -30,6 +30,11 @@ def has_effect(setting: str) -> bool:
     return setting != SEED and not any(setting == name or setting.startswith(f"{name}.") for name in NO_EFFECT)
 
 
+def decides_numbers(setting: str) -> bool:
+    """Whether two runs with different values of a setting may have different numbers: the seed is such a setting."""
+    return setting == SEED or has_effect(setting)
+
+
 def settings_of(columns: Iterable[Any]) -> list[str]:
     """The columns that hold settings which change numbers, without the seed."""
     named = [column for column in map(str, columns) if column.startswith("config.")]

@@ -1,6 +1,5 @@
 """The command run in this process, in small, with a cache that the tests of a module share."""
 
-import logging
 import re
 import sys
 from pathlib import Path
@@ -37,11 +36,7 @@ def command(monkeypatch, tmp_path, cache):
         main()
         return folder
 
-    yield run
-    for handler in list(logging.root.handlers):  # hydra's file handlers point into tmp_path
-        if isinstance(handler, logging.FileHandler):
-            logging.root.removeHandler(handler)
-            handler.close()
+    return run
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
     ("unet", ["calibration=raw"], "need real images: set model.images.path"),
     ("dit", ["+experiment=training_mimic_w8a8"], "need real images: set model.images.path"),
     ("unet", ["calibration=raw", "model.images.path={root}/images.npz", "model.images.size=6"],
-     "images of (6, 6, 3), but the model diffusers works on (8, 8, 3)"),
+     "the images are uint8 [6, 6, 3] (height, width, channels), but the model diffusers works on uint8 [8, 8, 3]"),
     ("dit", ["quantization.last=['*conv_out']"], "rule '*conv_out' matches no convolution"),
     ("dit", ["quantization.keep_fp=['*conv_shortcut']"], "rule '*conv_shortcut' (quantization.keep_fp) matches no"),
     ("unet", ["evaluation=digits"], "set model.images.path, or choose evaluation=paired"),

@@ -1,6 +1,5 @@
 """Sweeps through the command in this process, in small, with a cache that the tests of a module share."""
 
-import logging
 import sys
 from pathlib import Path
 
@@ -32,11 +31,7 @@ def command(monkeypatch):
         except SystemExit as stop:
             return stop.code
 
-    yield run
-    for handler in list(logging.root.handlers):  # hydra's file handlers point into temporary folders
-        if isinstance(handler, logging.FileHandler):
-            logging.root.removeHandler(handler)
-            handler.close()
+    return run
 
 
 @pytest.fixture
