@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ptq_exp.correction import EDGES, forward_snr, share_of_noise
 from ptq_exp.noise_stages import EpsError
+from ptq_exp.plain_json import write_json
 from ptq_exp.quantization import ranges
 from ptq_exp.setup import Setup
 from ptq_exp.tracking.plots import plot_bit_schedule, plot_eps_error, plot_noise
-from ptq_exp.tracking.results import write_json
 from ptq_exp.tracking.sinks import spoils_nothing
 from ptq_exp.twin import Twin
 

@@ -32,9 +32,9 @@ from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.files import file_digest, write_npz
 from ptq_exp.lightning import NoiseModule, PropagationModule, measure
 from ptq_exp.npz import npz_arrays
+from ptq_exp.plain_json import to_plain
 from ptq_exp.schema import RULES
 from ptq_exp.setup import Setup, given_schedule
-from ptq_exp.tracking.results import to_plain
 from ptq_exp.twin import AtRow, Twin
 
 log = logging.getLogger("ptq_exp")

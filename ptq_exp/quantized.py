@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 import ptq_exp
-from ptq_exp.api import QuantizedModel
 from ptq_exp.artifact import (
     OF_MODEL,
     SCHEDULE_FILE,
@@ -23,6 +22,7 @@ from ptq_exp.artifact import (
     grid_account,
 )
 from ptq_exp.config import from_settings
+from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import DiffusionModel
 from ptq_exp.diffusion.zoo import folder_of_structure, is_local
 from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
@@ -30,10 +30,10 @@ from ptq_exp.errors import CheckpointError, ConfigError, DataError, PTQError
 from ptq_exp.files import file_digest
 from ptq_exp.models import MODELS, load_model
 from ptq_exp.paths import with_homes
+from ptq_exp.plain_json import to_plain
 from ptq_exp.quantization.artifact import DESCRIPTION_FILE, TENSORS_FILE, load_quantized_, save_quantized
 from ptq_exp.setup import Setup
 from ptq_exp.tracking.cache import ArtifactCache
-from ptq_exp.tracking.results import to_plain
 from ptq_exp.twin import Twin
 
 log = logging.getLogger("ptq_exp")

@@ -19,6 +19,7 @@ from ptq_exp.errors import DataError
 from ptq_exp.files import write_npz
 from ptq_exp.lightning import reconstruct_network
 from ptq_exp.npz import npz_arrays
+from ptq_exp.plain_json import write_json
 from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, select_row
 from ptq_exp.range_stages import batches_of_times, time_layers
 from ptq_exp.reconstruction import (
@@ -34,7 +35,6 @@ from ptq_exp.reconstruction import (
 )
 from ptq_exp.schema import ReconstructionConfig
 from ptq_exp.setup import Setup
-from ptq_exp.tracking.results import write_json
 from ptq_exp.twin import Twin
 
 log = logging.getLogger("ptq_exp")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ptq_exp.errors import DataError, command_line
 from ptq_exp.paths import PathArgument
+from ptq_exp.plain_json import read_json
 from ptq_exp.reporting import write_run_report, write_sweep_report
-from ptq_exp.tracking.results import read_json
 
 
 def write_reports(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ptq_exp.errors import DataError
 from ptq_exp.files import file_digest
-from ptq_exp.tracking.results import read_json
+from ptq_exp.plain_json import read_json
 
 PARTS = "parts"
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptq_exp.plain_json import read_json
 from ptq_exp.reporting.section import Section
 from ptq_exp.reporting.table import Table, number, text
-from ptq_exp.tracking.results import read_json
 
 FP_BITS = 32
 

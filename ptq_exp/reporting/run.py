@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import DataError
+from ptq_exp.plain_json import read_json
 from ptq_exp.reporting import figures
 from ptq_exp.reporting.account import account_section
 from ptq_exp.reporting.analysis import activation_section, sensitivity_section
@@ -17,7 +18,6 @@ from ptq_exp.reporting.page import file_uri, write_page
 from ptq_exp.reporting.section import Image, Section
 from ptq_exp.reporting.table import Table, number, text
 from ptq_exp.tracking.environment import run_command
-from ptq_exp.tracking.results import read_json
 
 SCORES = {
     "is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall",

@@ -12,11 +12,11 @@ from ptq_exp.errors import AGAIN, ConfigError, command_line
 from ptq_exp.files import atomic_path
 from ptq_exp.overrides import given
 from ptq_exp.paths import PathArgument, with_home
+from ptq_exp.plain_json import write_json
 from ptq_exp.search.coordinate import Search, Trial
 from ptq_exp.search.report import config_groups, experiment_file, markdown
 from ptq_exp.search.space import Space
 from ptq_exp.search.trials import run_trial, stop_trials
-from ptq_exp.tracking.results import write_json
 
 _HELP = """
 A coordinate search: the stages of conf/search/SPACE.yaml are decided one after the other, each with the earlier

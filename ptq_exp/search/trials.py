@@ -52,7 +52,7 @@ def stop_trials() -> None:
 
 
 def _finished(place: Path) -> dict[str, Any] | None:
-    from ptq_exp.tracking.results import read_json  # loads numpy: help does without
+    from ptq_exp.plain_json import read_json
 
     try:
         found = read_json(place / "results.json")

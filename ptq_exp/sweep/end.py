@@ -9,9 +9,10 @@ from typing import Any
 
 from ptq_exp.errors import DataError, PTQError
 from ptq_exp.overrides import to_type
+from ptq_exp.plain_json import read_json, write_json
 from ptq_exp.sweep.record import SweepRecord, plain_key
 from ptq_exp.sweep.resume import RESUME
-from ptq_exp.tracking.results import INTERRUPTED, read_json, write_json
+from ptq_exp.tracking.results import INTERRUPTED
 
 DONE = ("finished", "infeasible")
 

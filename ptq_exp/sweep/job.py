@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from ptq_exp.composition import check_composition
 from ptq_exp.config import validated
 from ptq_exp.errors import DataError, InfeasibleError, PTQError
+from ptq_exp.plain_json import read_json, to_plain, write_json
 from ptq_exp.schema import ExperimentConfig, SweepConfig
 from ptq_exp.sweep.processes import check_devices, only_process
 from ptq_exp.sweep.record import SweepRecord, plain_key
 from ptq_exp.tracking.identity import decides_numbers
-from ptq_exp.tracking.results import read_json, to_plain, write_json
 from ptq_exp.tracking.runs import flatten
 
 log = logging.getLogger("ptq_exp")

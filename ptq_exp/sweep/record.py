@@ -54,7 +54,7 @@ class SweepRecord:
         Raises:
             DataError: it is missing or damaged.
         """
-        from ptq_exp.tracking.results import read_json  # loads numpy: help does without
+        from ptq_exp.plain_json import read_json
 
         try:
             return cls(**read_json(folder / FILE))
@@ -63,7 +63,7 @@ class SweepRecord:
 
     def save(self, folder: Path) -> None:
         """Write `folder`/sweep.json."""
-        from ptq_exp.tracking.results import write_json
+        from ptq_exp.plain_json import write_json
 
         write_json(folder / FILE, asdict(self))
 

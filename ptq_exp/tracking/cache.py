@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from ptq_exp.errors import ConfigError, DataError, PTQError
 from ptq_exp.files import file_digest
+from ptq_exp.plain_json import read_json, to_plain, write_json
 from ptq_exp.tracking.locks import only_one
-from ptq_exp.tracking.results import read_json, to_plain, write_json
 
 T = TypeVar("T")
 MODES = ("on", "off", "refresh")

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.tracking.results import read_json
+from ptq_exp.plain_json import read_json
 
 SOURCES = ("auto", "results", "wandb")
 _BEFORE = {"config.calibration.labels": "paired"}

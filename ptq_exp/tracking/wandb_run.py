@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ptq_exp.errors import ConfigError, PTQError
+from ptq_exp.plain_json import to_plain
 from ptq_exp.tracking.notation import is_missing
-from ptq_exp.tracking.results import to_plain
 from ptq_exp.tracking.sinks import reason, within
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.tracking.results import INTERRUPTED, restore
+from ptq_exp.plain_json import restore
+from ptq_exp.tracking.results import INTERRUPTED
 from ptq_exp.tracking.runs import completed, flatten
 
 TABLE_TAG = "ptq-exp-table"

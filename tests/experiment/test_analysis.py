@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ptq_exp.config import config_folder
-from ptq_exp.tracking.results import read_json
+from ptq_exp.plain_json import read_json
 
 QUICK = ("metric=minmax", "logger=none", "analysis.n_samples=4", "analysis.sensitivity_samples=2")
 FEW = "analysis.layers=['*conv_in','*conv_out','*up_blocks.0.attentions.0*']"

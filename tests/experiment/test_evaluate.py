@@ -8,7 +8,8 @@ import pytest
 
 import ptq_exp
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
-from ptq_exp.tracking.results import read_json, read_samples
+from ptq_exp.plain_json import read_json
+from ptq_exp.tracking.results import read_samples
 
 QUICK = ("metric=minmax", "logger=none")
 SCHEDULED = ("bits=step_list", "bits.schedule='[8]*2+[4]'", "bits.candidates=[4,8]")

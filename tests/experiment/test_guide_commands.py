@@ -18,8 +18,8 @@ from torch import nn
 from ptq_exp.arguments import spelt_out
 from ptq_exp.diffusion import ClassConditionalUNet
 from ptq_exp.embedded import latent, load
+from ptq_exp.plain_json import read_json
 from ptq_exp.quantization import search
-from ptq_exp.tracking.results import read_json
 
 TEXTS = {"top": (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), **PAGES}
 SIZES = ("sampler.steps", "evaluation.n_samples", "evaluation.batch_size", "evaluation.eps_error_samples", "seed",

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from ptq_exp.config import config_folder
-from ptq_exp.tracking.results import read_json, read_samples
+from ptq_exp.plain_json import read_json
+from ptq_exp.tracking.results import read_samples
 
 OF_LDM4 = sorted(path.stem for path in (config_folder() / "experiment").glob("ptqd_ldm4_*.yaml"))
 QUICK = ("metric=minmax", "logger=none")

@@ -5,7 +5,7 @@ import torch
 
 from ptq_exp import reconstruction_stage
 from ptq_exp.models import load_model
-from ptq_exp.tracking.results import read_json
+from ptq_exp.plain_json import read_json
 
 FAST = ("metric=minmax", "logger=none", "bits=w4a8")
 

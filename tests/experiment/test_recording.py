@@ -11,9 +11,9 @@ import wandb
 
 from ptq_exp import experiment, noise_account
 from ptq_exp.errors import ConfigError, Interrupted, PTQError
+from ptq_exp.plain_json import read_json
 from ptq_exp.tracking import tracked as tracked_module
 from ptq_exp.tracking import wandb_run
-from ptq_exp.tracking.results import read_json
 from ptq_exp.tracking.tracked import Tracked, tracked
 from ptq_exp.tracking.wandb_log import read_log
 from ptq_exp.tracking.wandb_run import of_one_type

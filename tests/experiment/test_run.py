@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from ptq_exp.config import config_folder
-from ptq_exp.tracking.results import read_json, read_samples
+from ptq_exp.plain_json import read_json
+from ptq_exp.tracking.results import read_samples
 from ptq_exp.tracking.runs import gather
 
 OTHERS = ("evaluate", "analyze")  # tested in files of their own

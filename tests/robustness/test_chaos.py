@@ -8,8 +8,9 @@ import pytest
 from ptq_exp.cli.cache_entries import PARTS, entries
 from ptq_exp.files import file_digest
 from ptq_exp.npz import npz_arrays
+from ptq_exp.plain_json import read_json
 from ptq_exp.tracking.in_use import users
-from ptq_exp.tracking.results import read_json, read_samples
+from ptq_exp.tracking.results import read_samples
 
 KILLS = 20
 JOB = ["+experiment=ptqd_w4a8"]

@@ -12,9 +12,10 @@ from ptq_exp import experiment, noise_stages, stages
 from ptq_exp.__main__ import main
 from ptq_exp.errors import Interrupted, command_line, interruptible, interruption
 from ptq_exp.lightning import EvaluationModule
+from ptq_exp.plain_json import read_json
 from ptq_exp.search.coordinate import Search
 from ptq_exp.search.space import Space, Stage
-from ptq_exp.tracking.results import Results, read_json
+from ptq_exp.tracking.results import Results
 
 SMALL = [
     "sampler.steps=2", "evaluation=paired", "evaluation.n_samples=6", "evaluation.batch_size=2", "metric=minmax",

@@ -24,7 +24,8 @@ from ptq_exp.errors import CheckpointError, DataError, PTQError
 from ptq_exp.evaluation import FeatureStatistics, GaussianStatistics, load_statistics
 from ptq_exp.evaluation.data import open_images
 from ptq_exp.npz import npz_arrays
-from ptq_exp.tracking.results import read_json, read_samples, write_json, write_samples
+from ptq_exp.plain_json import read_json, write_json
+from ptq_exp.tracking.results import read_samples, write_samples
 from ptq_exp.tracking.tables import collect
 
 RNG = np.random.default_rng(0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ptq_exp.__main__ import main
-from ptq_exp.tracking.results import read_json
+from ptq_exp.plain_json import read_json
 
 SMALL = [
     "sampler.steps=2", "evaluation.n_samples=4", "evaluation.batch_size=4", "evaluation.eps_error_samples=2",

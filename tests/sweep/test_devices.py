@@ -5,7 +5,8 @@ import pytest
 
 from ptq_exp.lightning import EvaluationModule, draw_images, make_trainer
 from ptq_exp.models import load_model
-from ptq_exp.tracking.results import read_json, read_samples
+from ptq_exp.plain_json import read_json
+from ptq_exp.tracking.results import read_samples
 
 SMALL = [
     "sampler.steps=2", "evaluation.n_samples=6", "evaluation.batch_size=2", "evaluation.eps_error_samples=2",

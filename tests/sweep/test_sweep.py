@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ptq_exp import stages
+from ptq_exp.plain_json import read_json, write_json
 from ptq_exp.sweep.end import cache_line, read_jobs
-from ptq_exp.tracking.results import read_json, write_json
 
 FAILING = "3_ndtc_w4a8"
 

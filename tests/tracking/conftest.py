@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptq_exp.tracking.results import write_json
+from ptq_exp.plain_json import write_json
 
 SPEC = {"extractor": "digits", "preprocessing": "none", "reference": "train", "n_samples": 512}
 

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from ptq_exp.errors import DataError
+from ptq_exp.plain_json import write_json
 from ptq_exp.tracking.ablation import TITLES, ablation
-from ptq_exp.tracking.results import write_json
 from ptq_exp.tracking.tables import collect
 
 SPEC = {"extractor": "digits", "reference": "train", "n_samples": 512}

@@ -7,8 +7,8 @@ from importlib.metadata import version
 
 import torch
 
+from ptq_exp.plain_json import to_plain
 from ptq_exp.tracking.environment import environment, git_commit, run_command, sweep_command
-from ptq_exp.tracking.results import to_plain
 
 
 def git(folder, *arguments):

@@ -5,13 +5,13 @@ import os
 import pytest
 
 from ptq_exp.errors import ConfigError
+from ptq_exp.plain_json import write_json
 from ptq_exp.reporting.compare import groups, with_readable_units
 from ptq_exp.sweep.job import _deciding
 from ptq_exp.sweep.resume import _changes_jobs
 from ptq_exp.table import ablation_table, experiment_table, main, make_table
 from ptq_exp.tracking.identity import has_effect, newest, telling_apart
 from ptq_exp.tracking.result_table import Request
-from ptq_exp.tracking.results import write_json
 from ptq_exp.tracking.runs import gather
 from ptq_exp.tracking.tables import aggregate, collect
 

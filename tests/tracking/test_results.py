@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq_exp.errors import DataError, PTQError
-from ptq_exp.tracking.results import Results, read_json, read_samples, to_plain, write_json, write_samples
+from ptq_exp.plain_json import read_json, to_plain, write_json
+from ptq_exp.tracking.results import Results, read_samples, write_samples
 
 
 class Color(enum.Enum):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.tracking.results import write_json
+from ptq_exp.plain_json import write_json
 from ptq_exp.tracking.tables import add_percent, aggregate, caption, collect, to_latex, to_markdown
 
 SPEC = {"extractor": "digits", "reference": "train", "n_samples": 512}
