@@ -3,8 +3,8 @@
 __version__ = "0.2.0"
 
 _LAZY = {
-    "load_model": "ptq_exp.models", "MODELS": "ptq_exp.models", "sample": "ptq_exp.api",
-    "load_quantized": "ptq_exp.quantized",
+    "load_model": "ptq_exp.diffusion.zoo.registry", "MODELS": "ptq_exp.diffusion.zoo.registry", "sample": "ptq_exp.api",
+    "load_quantized": "ptq_exp.experiment.saved",
 }  # fmt: skip
 _PACKAGES = ("calibration", "correction", "diffusion", "embedded", "evaluation", "quantization")
 

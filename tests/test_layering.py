@@ -1,8 +1,4 @@
-"""The layering of the package, read from its import statements.
-
-Rows are listed from the ground up; a row may import only the rows named with it. Frameworks that own the
-program's configuration or flow stay in the rows at the end.
-"""
+"""The layering of the package, read from its import statements: what the table does not name is denied."""
 
 import ast
 import subprocess
@@ -13,32 +9,56 @@ import pytest
 
 import ptq_exp
 
-# may be imported anywhere; they import nothing of ours but each other
-FOUNDATION = {"errors", "files", "finite", "npz", "parts", "paths"}
-ALGORITHMS = {"quantization", "diffusion", "calibration", "reconstruction", "correction"}
-ALLOWED = {
-    "quantization": set(),
-    "diffusion": set(),
-    "calibration": {"diffusion"},
-    "reconstruction": {"quantization", "calibration"},
-    "correction": {"quantization", "diffusion", "calibration"},
-    "evaluation": set(),
-    "embedded": {"diffusion", "evaluation"},
-    "deploy": ALGORITHMS | {"evaluation", "embedded"},
-    "lightning": ALGORITHMS | {"evaluation", "embedded", "deploy"},
-    "tracking": {"evaluation"},
-    "search": {"tracking", "config", "overrides"},
-    "reporting": {"tracking"},
-    "cli": {"tracking", "config", "overrides"},
+# A room may import what is named beside it, itself, and `ptq_exp.__version__`. Every name is of a lower floor.
+FLOORS = [
+    {"errors": ""},
+    {"storage": "errors"},
+    {
+        "quantization": "errors storage",
+        "diffusion": "errors storage",
+        "evaluation": "errors storage",
+        "results": "errors storage",
+    },
+    {
+        "calibration": "errors storage diffusion",
+        "correction": "errors storage quantization diffusion",
+        "reports": "errors storage evaluation results",
+    },
+    {
+        "reconstruction": "errors quantization calibration",
+        "deploy": "errors storage quantization diffusion correction",
+    },
+    {
+        "lightning": "errors storage quantization diffusion evaluation calibration correction reconstruction",
+        "embedded": "errors storage diffusion evaluation",
+        "settings": "errors storage quantization diffusion results calibration correction deploy",
+    },
+    {
+        "experiment": "errors storage quantization diffusion evaluation results calibration correction reports "
+        "reconstruction deploy lightning settings",
+        "api": "errors diffusion evaluation deploy",
+    },
+    {"cli": "errors storage diffusion evaluation results reports deploy embedded settings experiment api"},
+    {"__main__": "cli", "__init__": ""},
+]
+ALLOWED = {room: set(names.split()) for floor in FLOORS for room, names in floor.items()}
+# Frameworks that own the configuration or the flow of a program, by the rooms or modules that may import them.
+HYDRA, LIGHTNING = {"hydra", "omegaconf"}, {"pytorch_lightning", "lightning", "lightning_fabric"}
+FRAMEWORKS = HYDRA | LIGHTNING | {"wandb", "argparse"}
+MAY_USE = {
+    "lightning": LIGHTNING,
+    "embedded.training": LIGHTNING,
+    "results.wandb": LIGHTNING | {"wandb"},
+    "reports.tables.wandb_log": {"wandb"},
+    "reports.tables.wandb_source": {"wandb"},
+    "settings.compose": HYDRA,
+    "settings.composition": HYDRA | {"argparse"},
+    "settings.overrides": HYDRA | {"argparse"},
+    "storage.paths": {"argparse"},
+    "cli": FRAMEWORKS,
 }
-HYDRA = {"hydra", "omegaconf"}
-LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
-FRAMEWORKS = HYDRA | LIGHTNING | {"wandb"}
-MAY_USE = {"lightning": LIGHTNING, "tracking": LIGHTNING | {"wandb"}}
-ENTRY_PACKAGES = {"sweep"}  # no row: around the command, as the entry modules
-ENTRY_MODULES_WITH_FRAMEWORKS = ENTRY_PACKAGES | {
-    "experiment", "config", "overrides", "composition", "cli", "__main__", "train_embedded", "table",
-}  # fmt: skip
+HEAVY = {"storage": {"torch", "pandas"}}
+"""Libraries that a room does without."""
 
 
 def imports(module: str, source: str, is_package: bool) -> set[str]:
@@ -56,33 +76,35 @@ def imports(module: str, source: str, is_package: bool) -> set[str]:
 
 def violations(module: str, source: str, is_package: bool = False) -> list[str]:
     """What module `ptq_exp.x.y` may not import, one line each."""
-    row = module.split(".")[1] if "." in module else "__init__"
+    room = module.split(".")[1] if "." in module else "__init__"
     problems = []
     for name in sorted(imports(module, source, is_package)):
         parts = name.split(".")
-        if parts[0] in FRAMEWORKS and not _may_use(row, parts[0]):
+        if parts[0] in FRAMEWORKS and not _may_use(module, parts[0]):
             problems.append(f"{module} imports the framework {name}")
-        elif parts[0] == "ptq_exp" and not _may_import(row, parts[1] if len(parts) > 1 else ""):
-            problems.append(f"{module} imports {name}, which is no row below it")
+        elif parts[0] in HEAVY.get(room, ()):
+            problems.append(f"{module} imports {name}, which {room} does without")
+        elif parts[0] == "ptq_exp" and not _may_import(room, parts[1:]):
+            problems.append(f"{module} imports {name}, which is no room that {room} may import")
     return problems
 
 
-def _may_use(row: str, framework: str) -> bool:
-    return row in ENTRY_MODULES_WITH_FRAMEWORKS or framework in MAY_USE.get(row, ())
+def _may_use(module: str, framework: str) -> bool:
+    inside = module.removeprefix("ptq_exp.")
+    return any(
+        framework in names and (inside == where or inside.startswith(f"{where}."))
+        for where, names in MAY_USE.items()
+    )
 
 
-def _may_import(row: str, target: str) -> bool:
-    if row in FOUNDATION:
-        return target in FOUNDATION
-    if row in ALLOWED:
-        return target in ALLOWED[row] | FOUNDATION | {row, "__version__"}
-    return True  # an entry module
+def _may_import(room: str, parts: list[str]) -> bool:
+    return parts in ([], ["__version__"]) or parts[0] in ALLOWED.get(room, set()) | {room}
 
 
 def package_modules() -> list[tuple[str, str, bool]]:
     root = Path(ptq_exp.__file__).parent
     modules = []
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(root.rglob("*.py")):  # conf/ holds none
         parts = path.relative_to(root.parent).with_suffix("").parts
         is_package = parts[-1] == "__init__"
         modules.append((".".join(parts[:-1] if is_package else parts), path.read_text(), is_package))
@@ -95,10 +117,19 @@ def test_every_import_follows_the_table():
     assert [problem for module in modules for problem in violations(*module)] == []
 
 
-def test_every_package_has_a_row():
+def test_every_room_stands_on_a_floor():
     root = Path(ptq_exp.__file__).parent
-    packages = {path.parent.name for path in root.glob("*/__init__.py")}
-    assert packages - set(ALLOWED) - ENTRY_PACKAGES == set()
+    rooms = {path.parent.name for path in root.glob("*/__init__.py")} | {path.stem for path in root.glob("*.py")}
+    assert rooms == set(ALLOWED)
+    assert len(ALLOWED) <= 22 and len(FLOORS) <= 9
+
+
+def test_the_table_names_lower_floors_alone():
+    below = set()
+    for floor in FLOORS:
+        for room in floor:
+            assert ALLOWED[room] <= below, room
+        below |= set(floor)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +139,6 @@ def test_every_package_has_a_row():
         ("ptq_exp.quantization.layers", "def f():\n    import ptq_exp.diffusion.sampler"),
         ("ptq_exp.quantization.layers", "from ..diffusion import TimeGrid"),
         ("ptq_exp.quantization.layers", "from .. import diffusion"),
-        ("ptq_exp.quantization.layers", "import ptq_exp"),
         ("ptq_exp.quantization.layers", "from ptq_exp import load_model"),
         ("ptq_exp.diffusion.sampler", "from ptq_exp.quantization.quantizer import Quantizer"),
         ("ptq_exp.diffusion.zoo.ldm", "from ...quantization import rules"),
@@ -118,12 +148,15 @@ def test_every_package_has_a_row():
         ("ptq_exp.embedded.load", "from ptq_exp.quantization import quantize_"),
         ("ptq_exp.embedded.load", "if TYPE_CHECKING:\n    from omegaconf import DictConfig"),
         ("ptq_exp.deploy.export", "from ptq_exp.lightning import trainer"),
+        ("ptq_exp.unheard_of", "from ptq_exp.storage import atomic"),
+        ("ptq_exp.storage.cache", "import torch"),
+        ("ptq_exp.experiment.stages", "from ptq_exp.cli import table"),
         ("ptq_exp.lightning.calibration", "from hydra.utils import instantiate"),
-        ("ptq_exp.lightning.calibration", "from ptq_exp.tracking import results"),
-        ("ptq_exp.tracking.results", "from ptq_exp.quantization import Report"),
-        ("ptq_exp.tracking.results", "from omegaconf import OmegaConf"),
-        ("ptq_exp.tracking.results", "from ptq_exp.config import ExperimentConfig"),
-        ("ptq_exp.stages", "import hydra"),
+        ("ptq_exp.lightning.calibration", "from ptq_exp.reports.tables import results"),
+        ("ptq_exp.results.record", "from ptq_exp.quantization import Report"),
+        ("ptq_exp.results.record", "from omegaconf import OmegaConf"),
+        ("ptq_exp.results.record", "from ptq_exp.settings.compose import ExperimentConfig"),
+        ("ptq_exp.experiment.stages", "import hydra"),
         ("ptq_exp.errors", "from ptq_exp.evaluation import metrics"),
         ("ptq_exp", "import wandb"),
     ],
@@ -144,8 +177,8 @@ def test_the_checker_resolves_relative_imports_of_a_package():
         ("ptq_exp.diffusion.zoo.ldm", "from ...errors import PTQError\nfrom ..model import DiffusionModel"),
         ("ptq_exp.embedded.load", "from ptq_exp import __version__\nfrom ptq_exp.evaluation import to_uint8"),
         ("ptq_exp.lightning.calibration", "import pytorch_lightning\nfrom ptq_exp.quantization import rules"),
-        ("ptq_exp.tracking.wandb_run", "import wandb\nfrom pytorch_lightning.loggers import WandbLogger"),
-        ("ptq_exp.config", "import hydra, omegaconf\nfrom ptq_exp import stages"),
+        ("ptq_exp.results.wandb", "import wandb\nfrom pytorch_lightning.loggers import WandbLogger"),
+        ("ptq_exp.settings.compose", "import hydra, omegaconf\nfrom ptq_exp.deploy import artifact"),
     ],
 )
 def test_the_checker_lets_pass(module, source):

@@ -56,20 +56,20 @@ def test_the_embedded_weights_are_packed(wheel):
 
 
 def test_the_templates_of_reports_are_packed(wheel):
-    templates = files_below("ptq_exp/reporting/templates", "*")
+    templates = files_below("ptq_exp/reports/html/templates", "*")
     assert {Path(name).suffix for name in templates} == {".j2", ".css", ".js"}
-    assert in_wheel(wheel, "ptq_exp/reporting/templates/") == templates
+    assert in_wheel(wheel, "ptq_exp/reports/html/templates/") == templates
 
 
 def test_the_command_is_installed(wheel):
     (name,) = in_wheel(wheel, "ptq_exp-", "entry_points.txt")
     entries = configparser.ConfigParser()
     entries.read_string(wheel.read(name).decode())
-    assert entries["console_scripts"]["ptq-exp"] == "ptq_exp.__main__:main"
+    assert entries["console_scripts"]["ptq-exp"] == "ptq_exp.cli.main:main"
 
 
 def test_the_installed_package_finds_its_configuration_from_any_folder(wheel, tmp_path, monkeypatch):
-    from ptq_exp.config import config_folder
+    from ptq_exp.settings.compose import config_folder
 
     wheel.extractall(tmp_path / "site")
     monkeypatch.setattr(ptq_exp, "__file__", str(tmp_path / "site" / "ptq_exp" / "__init__.py"))

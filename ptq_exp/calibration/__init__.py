@@ -2,8 +2,8 @@
 
 from ptq_exp.calibration.bins import TEMPORAL, check_bins, time_bins
 from ptq_exp.calibration.calibration_set import CalibrationSet
-from ptq_exp.calibration.labels import LABELS, Labelled, labelled
 from ptq_exp.calibration.sources import SOURCES, WITHOUT_IMAGES, StateRequest, chosen_images, source
+from ptq_exp.calibration.time_labels import LABELS, Labelled, labelled
 from ptq_exp.calibration.timesteps import Constant, Normal, SkewNormal, Uniform, positions
 
 __all__ = [

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ptq_exp.diffusion.guidance import both_halves
 from ptq_exp.errors import DataError
-from ptq_exp.files import write_npz
-from ptq_exp.finite import is_finite
-from ptq_exp.npz import npz_arrays, require_arrays
-from ptq_exp.parts import slices
+from ptq_exp.storage.atomic import write_npz
+from ptq_exp.storage.finite import is_finite
+from ptq_exp.storage.npz import npz_arrays, require_arrays
+from ptq_exp.storage.pieces import slices
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ptq_exp.cli.cache_entries import PARTS, Entry, entries, total
-from ptq_exp.cli.cache_prune import Limits, Signs, chosen, remove
-from ptq_exp.config import config_folder
 from ptq_exp.errors import PTQError, command_line
-from ptq_exp.overrides import unquoted
-from ptq_exp.paths import PathArgument
+from ptq_exp.settings.compose import config_folder
+from ptq_exp.settings.overrides import unquoted
+from ptq_exp.storage.entries import PARTS, Entry, entries, total
+from ptq_exp.storage.paths import PathArgument
+from ptq_exp.storage.prune import Limits, Signs, chosen, remove
 
 _HELP = f"""
 An entry is computed once and reused by every run with the same settings: calibration sets, ranges, full-precision

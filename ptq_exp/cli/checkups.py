@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 
 from ptq_exp import __version__
 from ptq_exp.cli.cache import size_text
-from ptq_exp.cli.cache_entries import entries, total
 from ptq_exp.errors import PTQError
+from ptq_exp.storage.entries import entries, total
 
 OK, WARNING, PROBLEM = LEVELS = ("ok", "warning", "problem")
 _PACKAGE = Path(__file__).parents[1]
@@ -201,7 +201,7 @@ def weights() -> Iterator[Finding]:
     """The weights inside the package against the digests on their cards."""
     import json
 
-    from ptq_exp.files import file_digest
+    from ptq_exp.storage.atomic import file_digest
 
     folder = _PACKAGE / "embedded" / "weights"
     cards = sorted(folder.glob("*.json"))

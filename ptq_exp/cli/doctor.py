@@ -11,7 +11,7 @@ from ptq_exp.cli import checkups
 from ptq_exp.cli.cache import default_folder, with_plain_options
 from ptq_exp.cli.checkups import OK, PROBLEM, Finding
 from ptq_exp.errors import command_line
-from ptq_exp.paths import PathArgument
+from ptq_exp.storage.paths import PathArgument
 
 _HELP = "Exit status 1 if there is a problem, 0 otherwise. Nothing is changed, and no network is used."
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from ptq_exp.config import config_folder
-from ptq_exp.overrides import quoted
+from ptq_exp.cli.commands import COMMANDS
+from ptq_exp.settings.compose import config_folder
+from ptq_exp.settings.overrides import quoted
 
 _PACKAGE = "# @package"
 TITLE = "ptq_exp: post-training quantization of diffusion models"
@@ -21,15 +22,6 @@ EXAMPLES = """\
   python -m ptq_exp +experiment=ndtc_w8a8 metric=lp        one group exchanged
   python -m ptq_exp -m bits=w8a8,w4a8 seed=0,1,2           a sweep
 """
-COMMANDS = {
-    "doctor": "checks Python, packages, devices, disk space, W&B, weights",
-    "cache": "cache ls | prune: what runs share on disk",
-    "table": "a table of many runs; --list: layouts, one of conf/table each",
-    "search": "the best combination of settings at given bits, stage by stage as conf/search says",
-    "report": "a report of many runs",
-}
-
-
 OTHERS = ("hydra", "search", "table")
 """Folders of `conf/` that are no groups of an experiment."""
 

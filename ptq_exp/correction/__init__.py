@@ -5,12 +5,9 @@ corrected = Corrected(quantized, statistics, grid)
 images = model.sample(corrected, grid, range(8), seed=0, eps_noise_std=statistics.eps_noise_std)
 """
 
-from ptq_exp.correction.assign import budget_rows, forward_snr, snr_rows
-from ptq_exp.correction.bit_schedule import BitSchedule, Scheduled, parse_widths
 from ptq_exp.correction.corrected import Corrected, VarianceFit
 from ptq_exp.correction.fixed_pattern import fixed_pattern_share, share_of_noise
 from ptq_exp.correction.moments import POWERS, Merged, MomentChunks, sample_moments
-from ptq_exp.correction.propagation import gains, measured_steps, propagated
 from ptq_exp.correction.residuals import (
     EDGES,
     residual_histogram,
@@ -18,6 +15,9 @@ from ptq_exp.correction.residuals import (
     step_correlation,
     step_products,
 )
+from ptq_exp.correction.schedule.assign import budget_rows, forward_snr, snr_rows
+from ptq_exp.correction.schedule.bit_schedule import BitSchedule, Scheduled, parse_widths
+from ptq_exp.correction.schedule.propagation import gains, measured_steps, propagated
 from ptq_exp.correction.statistics import (
     CONVENTIONS,
     NoiseStatistics,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ptq_exp.errors import DataError
-from ptq_exp.parts import slices
+from ptq_exp.storage.pieces import slices
 
 ORDER = 4
 POWERS = tuple((i, j) for i in range(ORDER + 1) for j in range(ORDER + 1 - i))

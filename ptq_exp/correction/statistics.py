@@ -19,10 +19,10 @@ from torch import Tensor
 from ptq_exp.correction.moments import Chunk, Merged, at, pooled, residual_moment, sample_moments
 from ptq_exp.correction.shrinkage import bias_stderr, shrunk_bias, shrunk_slope, slope_stderr
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.files import write_npz
-from ptq_exp.finite import is_finite, require_finite
-from ptq_exp.npz import npz_arrays, require_arrays
-from ptq_exp.parts import slices
+from ptq_exp.storage.atomic import write_npz
+from ptq_exp.storage.finite import is_finite, require_finite
+from ptq_exp.storage.npz import npz_arrays, require_arrays
+from ptq_exp.storage.pieces import slices
 
 CONVENTIONS = ("paper", "code")
 _CHUNK = 64

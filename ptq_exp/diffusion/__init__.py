@@ -1,11 +1,11 @@
 """Diffusion models as denoisers, their time convention, and one sampler."""
 
-from ptq_exp.diffusion.compare import relative_eps_error
 from ptq_exp.diffusion.denoisers import ClassConditionalUNet, DiTDenoiser, FirstStage, UNetDenoiser
 from ptq_exp.diffusion.first_evaluations import check_network, wider
 from ptq_exp.diffusion.guidance import Guided, both_halves
 from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.noise import SampleNoise
+from ptq_exp.diffusion.paired import relative_eps_error
 from ptq_exp.diffusion.sampler import (
     StepCoefficients,
     StepRecord,

@@ -12,7 +12,7 @@ from ptq_exp.diffusion.model import DiffusionModel
 from ptq_exp.diffusion.noise import EVALUATION, SampleNoise
 from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import CheckpointError, ConfigError
-from ptq_exp.finite import is_finite
+from ptq_exp.storage.finite import is_finite
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from ptq_exp.diffusion.zoo.build import frozen, torch_dtype
 from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, N_CLASSES
 from ptq_exp.embedded.networks import LATENT_CHANNELS, TRAIN_STEPS, build_autoencoder, build_latent_unet
 from ptq_exp.embedded.weights_file import WEIGHTS, load_weights
-from ptq_exp.files import file_digest
+from ptq_exp.storage.atomic import file_digest
 
 GUIDANCE_SCALE = 1.5
 
@@ -36,7 +36,7 @@ def digits_ldm_model(
 
     Args:
         name: what tables call it.
-        checkpoint: a safetensors file of `ptq_exp.train_embedded latent_unet`, made with the shipped autoencoder;
+        checkpoint: a file of `python -m ptq_exp train_embedded latent_unet`, made with the shipped autoencoder;
             None = the weights inside the package.
         dtype: of the denoiser.
 

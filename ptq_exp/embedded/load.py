@@ -23,7 +23,7 @@ def digits_model(name: str = "digits", checkpoint: str | None = None, dtype: str
 
     Args:
         name: what tables call it.
-        checkpoint: a safetensors file of `ptq_exp.train_embedded`; None = the weights inside the package.
+        checkpoint: a safetensors file of `python -m ptq_exp train_embedded`; None = the weights inside the package.
         dtype: of the denoiser.
 
     Raises:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ptq_exp.errors import CheckpointError
-from ptq_exp.files import file_digest
-from ptq_exp.finite import bad_values, is_finite
+from ptq_exp.storage.atomic import file_digest
+from ptq_exp.storage.finite import bad_values, is_finite
 
 WEIGHTS = Path(__file__).parent / "weights"
 

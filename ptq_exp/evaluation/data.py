@@ -10,9 +10,9 @@ import numpy as np
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation.cifar import cifar10_files, cifar10_folder, read_cifar10
 from ptq_exp.evaluation.image_source import ArrayImages, FolderImages, ImageSource
-from ptq_exp.files import file_digest
-from ptq_exp.finite import extremes
-from ptq_exp.npz import npz_array
+from ptq_exp.storage.atomic import file_digest
+from ptq_exp.storage.finite import extremes
+from ptq_exp.storage.npz import npz_array
 
 NPZ_IMAGES = "arr_0"
 """Name of the images in an `.npz` file of the ADM evaluator, and in our own `samples.npz`."""

@@ -10,7 +10,7 @@ import numpy as np
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation.image_source import ImageSource
 from ptq_exp.evaluation.statistics import SPATIAL_CHANNELS, FeatureStatistics
-from ptq_exp.finite import is_finite
+from ptq_exp.storage.finite import is_finite
 
 
 class FeatureExtractor(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ptq_exp.errors import DataError
-from ptq_exp.files import file_digest
+from ptq_exp.storage.atomic import file_digest
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 

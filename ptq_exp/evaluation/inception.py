@@ -16,8 +16,8 @@ from torch import nn
 
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
 from ptq_exp.evaluation.statistics import SPATIAL_CHANNELS
-from ptq_exp.files import file_digest
-from ptq_exp.finite import require_finite
+from ptq_exp.storage.atomic import file_digest
+from ptq_exp.storage.finite import require_finite
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """Published by torch-fidelity; the digits at the end are those with which its SHA-256 begins."""

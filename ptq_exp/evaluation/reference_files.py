@@ -12,7 +12,7 @@ from ptq_exp.evaluation.data import NPZ_IMAGES, open_images
 from ptq_exp.evaluation.features import FeatureExtractor, extract_features
 from ptq_exp.evaluation.metrics import require_covariance
 from ptq_exp.evaluation.statistics import FeatureStatistics, GaussianStatistics, load_statistics, require_sizes
-from ptq_exp.npz import npz_keys
+from ptq_exp.storage.npz import npz_keys
 
 # What tells stored statistics from mere images.
 _STATISTICS = {"mu", "sigma", "pooled", "spatial", "probabilities"}

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ptq_exp.errors import DataError
-from ptq_exp.files import write_npz
-from ptq_exp.finite import require_finite
-from ptq_exp.npz import open_npz, require_arrays
+from ptq_exp.storage.atomic import write_npz
+from ptq_exp.storage.finite import require_finite
+from ptq_exp.storage.npz import open_npz, require_arrays
 
 SPATIAL_CHANNELS = 7
 """sFID uses the first seven channels of a mid-level feature map, as the ADM evaluator does."""

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.diffusion.sampler import StepRecord
 from ptq_exp.lightning.writer import predict_to_file, sample_indices
-from ptq_exp.parts import Parts
 from ptq_exp.quantization.probe import one_layer_quantized
-from ptq_exp.quantization.tap import ActivationTap
+from ptq_exp.quantization.trace.tap import ActivationTap
+from ptq_exp.storage.pieces import Parts
 
 
 class ActivationModule(pl.LightningModule):

@@ -13,7 +13,7 @@ from ptq_exp.calibration.sources import ImageSource
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.diffusion.noise import CALIBRATION
 from ptq_exp.lightning.writer import predict_to_file, sample_indices
-from ptq_exp.parts import Parts
+from ptq_exp.storage.pieces import Parts
 
 
 class CalibrationModule(pl.LightningModule):

@@ -13,7 +13,7 @@ from ptq_exp.diffusion import DiffusionModel, TimeGrid, wider
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation.images import to_uint8
 from ptq_exp.lightning.writer import predict_to_file, sample_indices
-from ptq_exp.parts import Parts
+from ptq_exp.storage.pieces import Parts
 
 
 class EvaluationModule(pl.LightningModule):

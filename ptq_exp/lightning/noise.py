@@ -19,9 +19,9 @@ from ptq_exp.correction import (
     step_products,
 )
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
-from ptq_exp.diffusion.compare import paired_estimates
+from ptq_exp.diffusion.paired import paired_estimates
 from ptq_exp.lightning.writer import predict_to_file, sample_indices
-from ptq_exp.parts import Parts
+from ptq_exp.storage.pieces import Parts
 
 
 class NoiseModule(pl.LightningModule):

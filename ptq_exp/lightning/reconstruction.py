@@ -10,9 +10,9 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from torch.utils.data import DataLoader
 
-from ptq_exp.files import atomic_path
 from ptq_exp.lightning.trainer import make_trainer
 from ptq_exp.reconstruction import BlockReport, Reconstruction
+from ptq_exp.storage.atomic import atomic_path
 
 _REPORTS = "block_reports"
 

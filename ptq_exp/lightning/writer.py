@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch.utils.data import DataLoader
 
-from ptq_exp.parts import Parts
+from ptq_exp.storage.pieces import Parts
 
 
 class PartWriter(BasePredictionWriter):

@@ -8,7 +8,6 @@ steps, ``default_rules(8, 8, bins=4)``, of which ``select_row(model, row)`` puts
 the next.
 """
 
-from ptq_exp.quantization.account import describe, ranges
 from ptq_exp.quantization.affine import (
     QRange,
     choose_qparams,
@@ -17,7 +16,6 @@ from ptq_exp.quantization.affine import (
     integer_range,
     quantize,
 )
-from ptq_exp.quantization.artifact import load_quantized_, save_quantized
 from ptq_exp.quantization.calibrate import (
     calibrate_,
     calibrate_activations_,
@@ -29,19 +27,21 @@ from ptq_exp.quantization.calibrate import (
     quantizers,
     set_mode,
 )
-from ptq_exp.quantization.concats import depending_on_alone, find_chunks, find_concats
+from ptq_exp.quantization.cost.account import describe, range_table
+from ptq_exp.quantization.cost.proof import proven, refuted
+from ptq_exp.quantization.cost.report import Report, Row
 from ptq_exp.quantization.group_rules import group_bits, with_groups
 from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
-from ptq_exp.quantization.placement import quantize_
-from ptq_exp.quantization.policy_rules import default_rules, kept, segmented, with_outputs
+from ptq_exp.quantization.place import quantize_
+from ptq_exp.quantization.policy import default_rules, kept, segmented, with_outputs
 from ptq_exp.quantization.probe import one_layer_quantized, probe_of, quantized_layers
-from ptq_exp.quantization.proof import proven, refuted
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
-from ptq_exp.quantization.ranges import METRICS, RangeSketch, search_range
-from ptq_exp.quantization.report import Report, Row
-from ptq_exp.quantization.rules import QuantSpec, Rule, TensorSpec
-from ptq_exp.quantization.step import Step, of_samples, select_row, step_of
-from ptq_exp.quantization.tap import ActivationTap
+from ptq_exp.quantization.quantizer.time_step import Step, of_samples, select_row, step_of
+from ptq_exp.quantization.ranges.range_search import METRICS, RangeSketch, search_range
+from ptq_exp.quantization.save import load_quantized_, save_quantized
+from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec
+from ptq_exp.quantization.trace.concats import depending_on_alone, find_chunks, find_concats
+from ptq_exp.quantization.trace.tap import ActivationTap
 
 __all__ = [
     "METRICS",
@@ -89,7 +89,7 @@ __all__ = [
     "quantize_",
     "quantized_layers",
     "quantizers",
-    "ranges",
+    "range_table",
     "refuted",
     "save_quantized",
     "search_range",

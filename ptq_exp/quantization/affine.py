@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.finite import bad_values, is_finite
+from ptq_exp.storage.finite import bad_values, is_finite
 
 MIN_BITS, MAX_BITS = 2, 16
 # Keeps x / scale finite for an all-zero tensor, and lies below every step that a 16-bit softmax map needs.

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization.operations import evaluating
+from ptq_exp.quantization.cost.macs import evaluating
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 
 

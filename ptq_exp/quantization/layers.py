@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
-from ptq_exp.quantization.rules import QuantSpec, TensorSpec
+from ptq_exp.quantization.specs import QuantSpec, TensorSpec
 
 
 class QuantConv1d(nn.Conv1d):

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.errors import DataError, QuantizationError
-from ptq_exp.finite import bad_values, is_finite
 from ptq_exp.quantization.affine import QRange, check_range, integer_range
 from ptq_exp.quantization.calibrate import quantizers
 from ptq_exp.quantization.packing import pack, unpack
 from ptq_exp.quantization.quantizer import Quantizer, WeightQuantizer
+from ptq_exp.storage.finite import bad_values, is_finite
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 _FOLLOWS = ("calibrated", "frozen")  # buffers of quantizers that say nothing new once the ranges are there

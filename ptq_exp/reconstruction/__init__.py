@@ -9,13 +9,13 @@ for block in reconstruction.remaining:
     reconstruction.end()
 """
 
+from ptq_exp.reconstruction.activations import StepSizes, dropping
 from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss, rectified_sigmoid, regulariser
+from ptq_exp.reconstruction.block_report import BlockError, BlockReport, summary, table
 from ptq_exp.reconstruction.blocks import Block, find_blocks
 from ptq_exp.reconstruction.capture import Arena, Calls, capture
 from ptq_exp.reconstruction.optimise import BlockData, BlockOptimisation, Settings, block_error
-from ptq_exp.reconstruction.report import BlockError, BlockReport, summary, table
 from ptq_exp.reconstruction.run import Reconstruction, split
-from ptq_exp.reconstruction.steps import StepSizes, dropping
 from ptq_exp.reconstruction.time_block import TimeBlock, find_time_blocks
 
 __all__ = [

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ptq_exp.reconstruction.activations import StepSizes, dropping
 from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss
+from ptq_exp.reconstruction.block_report import BlockError
 from ptq_exp.reconstruction.blocks import Block
 from ptq_exp.reconstruction.capture import Calls, single_tensor
-from ptq_exp.reconstruction.draws import block_generator, random_mask
-from ptq_exp.reconstruction.report import BlockError
-from ptq_exp.reconstruction.steps import StepSizes, dropping
+from ptq_exp.reconstruction.randomness import block_generator, random_mask
 
 EVALUATION_BATCH = 64
 

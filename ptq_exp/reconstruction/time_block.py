@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization import WeightQuantizer, of_samples
-from ptq_exp.quantization.provenance import watching
+from ptq_exp.quantization.trace.provenance import watching
 from ptq_exp.reconstruction.blocks import Block
 from ptq_exp.reconstruction.capture import Batch, Calls
-from ptq_exp.reconstruction.part import Part, Plan, check_same, plan_part
+from ptq_exp.reconstruction.subnetwork import Part, Plan, check_same, plan_part
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,12 +9,12 @@ import time
 import numpy as np
 import pytest
 
-from ptq_exp.__main__ import main
 from ptq_exp.cli.cache import age_text, size_text
-from ptq_exp.cli.cache_entries import entries
+from ptq_exp.cli.main import main
 from ptq_exp.errors import PTQError
-from ptq_exp.tracking.cache import ArtifactCache
-from ptq_exp.tracking.in_use import lock_held, users, using
+from ptq_exp.storage.cache import ArtifactCache
+from ptq_exp.storage.entries import entries
+from ptq_exp.storage.in_use import lock_held, users, using
 
 NOW = time.time()
 ARRAY = np.arange(1000.0)  # 8128 bytes as .npy
@@ -163,7 +163,7 @@ time.sleep(60)
 """
 RUNNER = """
 import sys, time
-from ptq_exp.tracking.in_use import using
+from ptq_exp.storage.in_use import using
 with using(sys.argv[1]):
     print("ready", flush=True)
     time.sleep(60)

@@ -9,10 +9,10 @@ from importlib import metadata
 
 import pytest
 
-from ptq_exp.__main__ import main
 from ptq_exp.cli import checkups
 from ptq_exp.cli.checkups import OK, PROBLEM, WARNING
 from ptq_exp.cli.doctor import examination, report
+from ptq_exp.cli.main import main
 
 
 def levels(findings):

@@ -7,9 +7,9 @@ import sys
 import pytest
 import yaml
 
-from ptq_exp.__main__ import main
+from ptq_exp.cli.main import main
 from ptq_exp.cli.overview import comment, groups
-from ptq_exp.config import config_folder
+from ptq_exp.settings.compose import config_folder
 
 FILES = [path for files in groups().values() for path in files]
 CHECKOUT = config_folder().parent
@@ -107,7 +107,7 @@ def test_the_other_commands_get_their_arguments(monkeypatch, capsys, tmp_path):
 
 def test_help_and_overview_do_without_torch():
     code = (
-        "import sys; from ptq_exp.__main__ import main\n"
+        "import sys; from ptq_exp.cli.main import main\n"
         "for sys.argv in (['x'], ['x', '--help']): main()\n"
         "print('heavy:', *{'torch', 'diffusers', 'wandb', 'numpy', 'pandas', 'matplotlib'} & set(sys.modules))"
     )
@@ -128,7 +128,7 @@ done
 def test_the_console_script_completes_groups_and_options(tmp_path):
     """As bash calls it: the function that the script installs, with the variables that bash sets."""
     script = tmp_path / "ptq-exp"
-    script.write_text(f"#!{sys.executable}\nimport sys\nfrom ptq_exp.__main__ import main\nsys.exit(main())\n")
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom ptq_exp.cli.main import main\nsys.exit(main())\n")
     script.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(CHECKOUT)}
     run = subprocess.run(["bash", "-c", COMPLETE], env=environment, cwd=tmp_path, capture_output=True, text=True)

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-import ptq_exp.experiment
-from ptq_exp.__main__ import main
+import ptq_exp.experiment.experiment
+from ptq_exp.cli.main import main
 
 G = "# @package _global_\n"
 FILES = {
@@ -47,7 +47,7 @@ def command(folder, tmp_path, monkeypatch, capsys):
         found.append((config, run_folder))
         return {"status": "finished", "metrics": {"eps_error": 0.0}}
 
-    monkeypatch.setattr(ptq_exp.experiment, "run_experiment", record)
+    monkeypatch.setattr(ptq_exp.experiment.experiment, "run_experiment", record)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-import ptq_exp.config
+import ptq_exp.settings.compose
 from ptq_exp.errors import command_line, start_command
 
 
@@ -34,7 +34,7 @@ def test_names_of_files_are_utf8_in_every_locale(tmp_path):
     """The name reaches the disk as UTF-8, and what the terminal's encoding lacks is replaced."""
     (tmp_path / "\u00fc").mkdir()
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    root = os.path.dirname(os.path.dirname(ptq_exp.config.__file__))
+    root = os.path.dirname(os.path.dirname(ptq_exp.settings.compose.__file__))
     run = subprocess.run(
         [sys.executable, "-m", "ptq_exp", "cache", "ls", "cache_dir='\u00fc'"], cwd=tmp_path, capture_output=True,
         timeout=120, env={**os.environ, **locale, "PYTHONPATH": root}, check=False,

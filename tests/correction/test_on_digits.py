@@ -15,8 +15,8 @@ from ptq_exp.correction import (
     standardised_residual,
 )
 from ptq_exp.diffusion import SampleNoise, relative_eps_error
-from ptq_exp.diffusion.compare import paired_estimates
 from ptq_exp.diffusion.noise import CALIBRATION, EVALUATION
+from ptq_exp.diffusion.paired import paired_estimates
 from ptq_exp.embedded import digits_model
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import calibrate_, default_rules, quantize_

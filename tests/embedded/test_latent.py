@@ -13,10 +13,10 @@ from torch.nn import functional as F
 import ptq_exp
 from ptq_exp.embedded import DigitsExtractor, card, digits, digits_ldm_model, digits_reference
 from ptq_exp.embedded.networks import DigitsClassifier
+from ptq_exp.embedded.training.latent_modules import codes_used, encode_all, reconstruction_psnr
 from ptq_exp.embedded.weights_file import WEIGHTS, load_weights
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
 from ptq_exp.evaluation.images import from_uint8, to_uint8
-from ptq_exp.lightning.training_latent import codes_used, encode_all, reconstruction_psnr
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation import content_digest, image_source, open_images
-from ptq_exp.npz import npz_array
+from ptq_exp.storage.npz import npz_array
 
 
 def failure(*args, **kwargs):

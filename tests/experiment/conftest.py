@@ -8,8 +8,8 @@ import pytest
 from guide_text import PAGES, blocks
 
 from ptq_exp import MODELS
-from ptq_exp.__main__ import main
 from ptq_exp.calibration import SOURCES
+from ptq_exp.cli.main import main
 from ptq_exp.quantization import METRICS
 
 SMALL = [

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from ptq_exp.config import config_folder
-from ptq_exp.plain_json import read_json
+from ptq_exp.settings.compose import config_folder
+from ptq_exp.storage.plain_json import read_json
 
 QUICK = ("metric=minmax", "logger=none", "analysis.n_samples=4", "analysis.sensitivity_samples=2")
 FEW = "analysis.layers=['*conv_in','*conv_out','*up_blocks.0.attentions.0*']"
@@ -105,11 +105,11 @@ def test_a_report_that_cannot_be_written_spoils_no_results(command, monkeypatch)
     def broken(folder):
         raise ValueError("no ink")
 
-    monkeypatch.setattr("ptq_exp.experiment.write_run_report", broken)
+    monkeypatch.setattr("ptq_exp.experiment.experiment.write_run_report", broken)
     folder = command("+experiment=fp32", "logger=none")
     assert read_json(folder / "results.json")["status"] == "finished"
     log = (folder / "fp32.log").read_text(encoding="utf-8")
-    assert "report.html was not made (" in log and "no ink" in log and "python -m ptq_exp.report" in log
+    assert "report.html was not made (" in log and "no ink" in log and "python -m ptq_exp report" in log
 
 
 def test_the_experiment_file_says_what_it_does():

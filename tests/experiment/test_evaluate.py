@@ -8,8 +8,8 @@ import pytest
 
 import ptq_exp
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
-from ptq_exp.plain_json import read_json
-from ptq_exp.tracking.results import read_samples
+from ptq_exp.results.record import read_samples
+from ptq_exp.storage.plain_json import read_json
 
 QUICK = ("metric=minmax", "logger=none")
 SCHEDULED = ("bits=step_list", "bits.schedule='[8]*2+[4]'", "bits.candidates=[4,8]")
@@ -233,7 +233,7 @@ def test_ranges_per_step_demand_their_grid(run_of, command, capsys):
 )  # fmt: skip
 def test_nothing_in_a_saved_model_names_code_to_run(added, named, run_of, monkeypatch):
     """Whoever writes such a file can also write the right checksums."""
-    from ptq_exp import artifact
+    from ptq_exp.deploy import artifact
 
     folder = run_of("bits=w8a8") / "quantized"
     whole = artifact.read_description(folder)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DiTPipeline, DiTTransformer2DModel, UNet2DModel
 
-from ptq_exp.plain_json import read_json
+from ptq_exp.storage.plain_json import read_json
 
 
 @pytest.fixture(scope="module")

@@ -8,23 +8,23 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from guide_text import ALL, DOCS, OF_CIFAR, PAGES, RUNS, blocks, commands, conf, jobs
+from guide_text import ALL, DOCS, OF_CIFAR, PAGES, RUNS, blocks, commands, conf, jobs, tool
 from omegaconf import OmegaConf
 
-from ptq_exp import table
-from ptq_exp.config import config_folder
+from ptq_exp.cli import table
+from ptq_exp.cli.search.command import _parser as search_parser
+from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import ConfigError
-from ptq_exp.models import load_model
-from ptq_exp.schema import ExperimentConfig
-from ptq_exp.search.__main__ import _parser as search_parser
-from ptq_exp.tracking.layouts import find_layout
-from ptq_exp.tracking.result_table import ResultTable
-from ptq_exp.tracking.settings import VALUES
+from ptq_exp.reports.tables.layouts import find_layout
+from ptq_exp.reports.tables.result_table import ResultTable
+from ptq_exp.reports.tables.settings import VALUES
+from ptq_exp.settings.compose import config_folder
+from ptq_exp.settings.schema import ExperimentConfig
 
 
 def test_every_command_is_of_a_kind_that_is_checked():
-    kinds = {" ".join(words[:3]) for _, words in ALL}
-    assert kinds == {f"python -m ptq_exp{tool}" for tool in ("", ".table", ".train_embedded")} and len(RUNS) > 30
+    assert {" ".join(words[:3]) for _, words in ALL} == {"python -m ptq_exp"}
+    assert {tool(words) for _, words in ALL} == {"", "table", "train_embedded"} and len(RUNS) > 30
 
 
 @pytest.mark.parametrize("page, arguments", RUNS, ids=[f"{page}{i}" for i, (page, _) in enumerate(RUNS)])
@@ -59,7 +59,7 @@ def test_runs_for_imagenet_compose_for_cifar(arguments):
     assert conf(*jobs(arguments)[-1]).model.name == "ddim_cifar10"
 
 
-@pytest.mark.parametrize("words", [words for _, words in ALL if words[2] == "ptq_exp.table"])
+@pytest.mark.parametrize("words", [words for _, words in ALL if tool(words) == "table"])
 def test_every_table_command_is_one(words, monkeypatch):
     asked = []
     fakes = {name: lambda runs, form: asked.append(runs) or "" for name in table.FIXED}
@@ -74,7 +74,7 @@ def test_every_table_command_is_one(words, monkeypatch):
 
     monkeypatch.setattr(table, "make_table", made)
     monkeypatch.setattr(table, "_runs", lambda arguments: arguments.runs)
-    table.main(words[3:])
+    table.main(words[4:])
     assert asked == [[Path("runs/sweeps")]]
 
 
@@ -99,8 +99,8 @@ def test_every_setting_in_the_text_exists_and_takes_that_value(here):
     for page, text in PAGES.items():
         prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         for code in re.findall(r"`([^`]+)`", prose):
-            if code.startswith("python -m ptq_exp.search "):
-                seen.update(search_parser().parse_args(shlex.split(code)[3:]).overrides)
+            if code.startswith("python -m ptq_exp search "):
+                seen.update(search_parser().parse_args(shlex.split(code)[4:]).overrides)
             elif "=" not in code and code.endswith(FILES):
                 continue
             elif re.fullmatch(r"[a-z_]+\.[a-z_]+", code) and code.partition(".")[0] in known:
@@ -139,7 +139,7 @@ def test_estimated_hours_are_what_the_formula_gives(row):
     variables = {}
     commands(text[0], variables)
     found = commands(re.split(r"^##", text[1], flags=re.MULTILINE)[0], variables)
-    runs = [job for words in found if words[2] == "ptq_exp" for job in jobs(words[3:])]
+    runs = [job for words in found if not tool(words) for job in jobs(words[3:])]
     assert int(sets) == 1 + len(runs)
 
 

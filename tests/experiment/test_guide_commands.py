@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DConditionModel, UNet2DModel
-from guide_text import PAGES, commands, jobs
+from guide_text import PAGES, commands, jobs, tool
 from torch import nn
 
-from ptq_exp.arguments import spelt_out
+from ptq_exp.cli.arguments import spelt_out
 from ptq_exp.diffusion import ClassConditionalUNet
 from ptq_exp.embedded import latent, load
-from ptq_exp.plain_json import read_json
-from ptq_exp.quantization import search
+from ptq_exp.quantization.ranges import search
+from ptq_exp.storage.plain_json import read_json
 
 TEXTS = {"top": (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), **PAGES}
 SIZES = ("sampler.steps", "evaluation.n_samples", "evaluation.batch_size", "evaluation.eps_error_samples", "seed",
@@ -48,7 +48,7 @@ def runs() -> list[tuple[str, ...]]:
         for words in commands(text, {}):
             given = [word for word in spelt_out(words[3:]) if not word.startswith(("-", "hydra"))]
             named = any(override.startswith(("quantized=", "sweep.resume=")) for override in given)
-            if words[:3] != ["python", "-m", "ptq_exp"] or named or not any("=" in word for word in given):
+            if words[:3] != ["python", "-m", "ptq_exp"] or tool(words) or named or "=" not in " ".join(given):
                 continue
             of_command = [tuple(job) for job in jobs(["-m", *shrunk(given)])]
             for n, job in enumerate(of_command):

@@ -10,10 +10,10 @@ from guide_text import conf, run_of
 
 from ptq_exp.calibration import CalibrationSet, StateRequest, source
 from ptq_exp.embedded import digits_model
-from ptq_exp.plain_json import read_json
+from ptq_exp.experiment.run import Setup
+from ptq_exp.experiment.stages import make_calibration_set
 from ptq_exp.quantization import METRICS, calibrate_, default_rules, fake_quantize, quantize_, search_range
-from ptq_exp.setup import Setup
-from ptq_exp.stages import make_calibration_set
+from ptq_exp.storage.plain_json import read_json
 
 QUICK = ("logger=none", "evaluation=paired", "evaluation.n_samples=2", "evaluation.batch_size=2",
          "save_quantized=false")

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import ptq_exp
-from ptq_exp import stages
 from ptq_exp.errors import CheckpointError, ConfigError, DataError, PTQError
+from ptq_exp.experiment import stages
 
 FOLDER = ("model=diffusers", "evaluation=paired", "metric=minmax", "logger=none", "bits=w8a8")
 DIGITS = ("metric=minmax", "logger=none", "bits=w8a8")
@@ -300,7 +300,7 @@ def test_weights_of_the_extractor(tmp_path):
 
 
 def test_infinity_in_a_buffer_is_a_mask():
-    from ptq_exp.models import check_numbers
+    from ptq_exp.diffusion.zoo.registry import check_numbers
 
     model = ptq_exp.load_model("digits")
     model.denoiser.register_buffer("mask", torch.full((2, 2), -float("inf")).triu(1))

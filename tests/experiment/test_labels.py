@@ -3,9 +3,9 @@
 import pytest
 from hydra import compose, initialize_config_dir
 
-from ptq_exp.config import config_folder, validated
-from ptq_exp.setup import Setup
-from ptq_exp.stages import make_calibration_set
+from ptq_exp.experiment.run import Setup
+from ptq_exp.experiment.stages import make_calibration_set
+from ptq_exp.settings.compose import config_folder, validated
 
 
 @pytest.fixture

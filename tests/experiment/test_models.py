@@ -9,11 +9,11 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from hydra import compose, initialize_config_dir
 
 from ptq_exp.calibration import CalibrationSet
-from ptq_exp.config import config_folder, validated
+from ptq_exp.diffusion.zoo.registry import MODELS, load_model
 from ptq_exp.embedded import digits_reference
-from ptq_exp.models import MODELS, load_model
-from ptq_exp.plain_json import read_json
-from ptq_exp.tracking.results import read_samples
+from ptq_exp.results.record import read_samples
+from ptq_exp.settings.compose import config_folder, validated
+from ptq_exp.storage.plain_json import read_json
 
 
 def test_the_latent_model_runs_through_first_stage_guidance_and_decoder(command, cache):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ptq_exp.config import config_folder
-from ptq_exp.plain_json import read_json
-from ptq_exp.tracking.results import read_samples
+from ptq_exp.results.record import read_samples
+from ptq_exp.settings.compose import config_folder
+from ptq_exp.storage.plain_json import read_json
 
 OF_LDM4 = sorted(path.stem for path in (config_folder() / "experiment").glob("ptqd_ldm4_*.yaml"))
 QUICK = ("metric=minmax", "logger=none")

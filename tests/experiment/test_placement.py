@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
-from ptq_exp.models import load_model
-from ptq_exp.plain_json import read_json
+from ptq_exp.diffusion.zoo.registry import load_model
+from ptq_exp.storage.plain_json import read_json
 
 QUICK = ("metric=minmax", "logger=none", "calibration=uniform")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ptq_exp import reconstruction_stage
-from ptq_exp.models import load_model
-from ptq_exp.plain_json import read_json
+from ptq_exp.diffusion.zoo.registry import load_model
+from ptq_exp.experiment import reconstruct as reconstruction_stage
+from ptq_exp.storage.plain_json import read_json
 
 FAST = ("metric=minmax", "logger=none", "bits=w4a8")
 

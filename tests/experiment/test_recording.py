@@ -9,14 +9,15 @@ import pandas as pd
 import pytest
 import wandb
 
-from ptq_exp import experiment, noise_account
 from ptq_exp.errors import ConfigError, Interrupted, PTQError
-from ptq_exp.plain_json import read_json
-from ptq_exp.tracking import tracked as tracked_module
-from ptq_exp.tracking import wandb_run
-from ptq_exp.tracking.tracked import Tracked, tracked
-from ptq_exp.tracking.wandb_log import read_log
-from ptq_exp.tracking.wandb_run import of_one_type
+from ptq_exp.experiment import experiment
+from ptq_exp.experiment import noise_record as noise_account
+from ptq_exp.reports.tables.wandb_log import read_log
+from ptq_exp.results import tracked as tracked_module
+from ptq_exp.results import wandb as wandb_run
+from ptq_exp.results.tracked import Tracked, tracked
+from ptq_exp.results.wandb import of_one_type
+from ptq_exp.storage.plain_json import read_json
 
 QUICK = ("evaluation=paired", "evaluation.n_samples=2", "evaluation.batch_size=2", "metric=minmax")
 
@@ -58,7 +59,7 @@ def test_a_run_is_finished_whatever_fails_after_its_results(command, monkeypatch
     lines = [line.partition("] - ")[2] or line for line in said(folder)]
     for what in ("grid.png", "noise.png", "quantized/README.md", "report.html"):
         assert len([line for line in lines if f"{what} was not made (RuntimeError: no luck at all); " in line]) == 1
-    assert any(f"python -m ptq_exp.report {folder} makes it" in line for line in lines)
+    assert any(f"python -m ptq_exp report {folder} makes it" in line for line in lines)
     (lost,) = [line for line in lines if "W&B lacks" in line]
     assert "W&B lacks grid.png, the table of layers, the end of the run (FileNotFoundError" in lost
     assert wandb.run is None and (folder / "eps_error.png").exists()

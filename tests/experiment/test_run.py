@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ptq_exp.config import config_folder
-from ptq_exp.plain_json import read_json
-from ptq_exp.tracking.results import read_samples
-from ptq_exp.tracking.runs import gather
+from ptq_exp.reports.tables.runs import gather
+from ptq_exp.results.record import read_samples
+from ptq_exp.settings.compose import config_folder
+from ptq_exp.storage.plain_json import read_json
 
 OTHERS = ("evaluate", "analyze")  # tested in files of their own
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem not in OTHERS)

@@ -12,8 +12,8 @@ import torch
 
 import ptq_exp
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
-from ptq_exp.quantization.artifact import _description_hash
-from ptq_exp.tracking.results import read_samples
+from ptq_exp.quantization.save import _description_hash
+from ptq_exp.results.record import read_samples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 QUICK = ("metric=minmax", "logger=none", "bits=w4a8", "model=diffusers", "sampler.guidance_scale=1",
@@ -51,7 +51,7 @@ def forged(folder, edit, edit_tensors=lambda tensors: None):
     """Edit the description and the tensors, then make its hash agree again, as whoever edits it on purpose would."""
     from safetensors.torch import load_file, save_file
 
-    from ptq_exp.files import file_digest
+    from ptq_exp.storage.atomic import file_digest
 
     path, file = folder / "quantization.json", folder / "quantized.safetensors"
     description = json.loads(path.read_text())
@@ -170,7 +170,7 @@ def test_evaluate_needs_full_precision(made_of, command, refused):
 
 
 def test_evaluate_reads_the_saved_model_before_it_draws(made_of, refused, tmp_path, monkeypatch):
-    from ptq_exp import stages
+    from ptq_exp.experiment import stages
 
     run, original = made_of("pixel")
     shutil.copytree(run / "quantized", tmp_path / "copy")

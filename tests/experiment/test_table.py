@@ -2,8 +2,8 @@
 
 import pytest
 
-from ptq_exp.plain_json import write_json
-from ptq_exp.table import experiment_table, main
+from ptq_exp.cli.table import experiment_table, main
+from ptq_exp.storage.plain_json import write_json
 
 
 def results(name, bits, seed, increase, **metrics):

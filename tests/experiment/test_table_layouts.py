@@ -6,11 +6,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from ptq_exp.config import config_folder, validated
-from ptq_exp.plain_json import to_plain, write_json
-from ptq_exp.schema import setting_names
-from ptq_exp.table import layout_list, layout_table
-from ptq_exp.tracking.layouts import layouts
+from ptq_exp.cli.table import layout_list, layout_table
+from ptq_exp.reports.tables.layouts import layouts
+from ptq_exp.settings.compose import config_folder, validated
+from ptq_exp.settings.schema import setting_names
+from ptq_exp.storage.plain_json import to_plain, write_json
 
 LAYOUTS = {layout.name: layout for layout in layouts(config_folder() / "table")}
 

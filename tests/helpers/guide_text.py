@@ -8,7 +8,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from ptq_exp.config import config_folder, validated
+from ptq_exp.cli.commands import COMMANDS
+from ptq_exp.settings.compose import config_folder, validated
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAMES = ("README", "reproduce", "tables", "own_model", "extend", "differences", "sweeps", "saved_models",
@@ -34,9 +35,16 @@ def commands(text: str, variables: dict[str, str]) -> list[list[str]]:
 
 
 ALL = [(page, words) for page, text in PAGES.items() for words in commands(text, {})]
+
+
+def tool(words: list[str]) -> str:
+    """The command beside the experiment that is called, such as table; empty for an experiment."""
+    return words[3] if words[3:] and words[3] in COMMANDS else ""
+
+
 # a command that names a folder <time> reads what another left: such are run elsewhere (sweeps, saved models)
 RUNS = [(page, words[3:]) for page, words in ALL
-        if words[:3] == ["python", "-m", "ptq_exp"] and "<" not in " ".join(words)]  # fmt: skip
+        if words[:3] == ["python", "-m", "ptq_exp"] and not tool(words) and "<" not in " ".join(words)]  # fmt: skip
 OF_CIFAR = commands(PAGES["reproduce"].replace("$IN64", "$CIFAR"), {})
 OF_CIFAR = [words[3:] for words in OF_CIFAR if "model=ddim_cifar10" in words and "-m" in words[3:]]
 

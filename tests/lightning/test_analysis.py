@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from ptq_exp.analysis_stage import FRACTIONS, quantiles
 from ptq_exp.diffusion import DiffusionModel, NoiseSchedule, relative_eps_error
 from ptq_exp.errors import QuantizationError
+from ptq_exp.experiment.analyse import FRACTIONS, quantiles
 from ptq_exp.lightning import ActivationModule, SensitivityModule, measure_sensitivity, record_activations
-from ptq_exp.npz import npz_arrays
-from ptq_exp.parts import Parts
 from ptq_exp.quantization import (
     ActivationTap,
     calibrate_,
@@ -24,6 +22,8 @@ from ptq_exp.quantization import (
     quantized_layers,
     quantizers,
 )
+from ptq_exp.storage.npz import npz_arrays
+from ptq_exp.storage.pieces import Parts
 
 SEED, STEPS, SCALE = 3, 4, 2.0
 SITES = ["first.input_quantizer", "time.input_quantizer", "last.input_quantizer"]

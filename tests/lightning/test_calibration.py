@@ -6,8 +6,8 @@ import torch
 
 from ptq_exp.calibration import CalibrationSet, StateRequest, source
 from ptq_exp.errors import ConfigError
-from ptq_exp.files import write_npz
 from ptq_exp.lightning import CalibrationModule, collect_calibration_set
+from ptq_exp.storage.atomic import write_npz
 
 STEPS = torch.tensor([3, 0, 5, 1, 2, 4, 5, 0, 3, 2])
 

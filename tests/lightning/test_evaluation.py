@@ -9,10 +9,10 @@ import pytest
 
 from ptq_exp.diffusion import padded_batches
 from ptq_exp.evaluation.images import to_uint8
-from ptq_exp.files import write_npz
 from ptq_exp.lightning import EvaluationModule, draw_images, make_trainer
-from ptq_exp.parts import Parts
-from ptq_exp.tracking.results import read_samples
+from ptq_exp.results.record import read_samples
+from ptq_exp.storage.atomic import write_npz
+from ptq_exp.storage.pieces import Parts
 
 N, BATCH, STEPS, SEED = 10, 4, 3, 11
 

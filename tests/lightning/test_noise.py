@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from ptq_exp.correction import MomentChunks, fit_moments, fixed_pattern_share
-from ptq_exp.diffusion.compare import paired_estimates
 from ptq_exp.diffusion.noise import EVALUATION
+from ptq_exp.diffusion.paired import paired_estimates
 from ptq_exp.lightning import NoiseModule, measure
-from ptq_exp.npz import npz_arrays
+from ptq_exp.storage.npz import npz_arrays
 
 N, STEPS, SEED = 5, 3, 2
 

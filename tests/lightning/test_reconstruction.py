@@ -73,8 +73,8 @@ SCRIPT = textwrap.dedent('''
             return counted
         if kill_at:
             if kill_in == "write":
-                import ptq_exp.files
-                ptq_exp.files.os.replace = dying(os.replace)
+                import ptq_exp.storage.atomic
+                ptq_exp.storage.atomic.os.replace = dying(os.replace)
             else:
                 setattr(made, kill_in, dying(getattr(made, kill_in)))
         reports = reconstruct_network(made, folder / "blocks.ckpt", accelerator="cpu", progress_bar=False)

@@ -19,7 +19,7 @@ from ptq_exp.quantization import (
     finish_calibration,
     quantize_,
     quantizers,
-    ranges,
+    range_table,
     select_row,
     step_of,
 )
@@ -77,7 +77,7 @@ def test_a_bin_without_its_turn_leaves_the_model_uncalibrated(batches):
     with pytest.raises(QuantizationError, match="not calibrated"):
         model(batches[0])
     with pytest.raises(QuantizationError, match="not calibrated"):
-        ranges(model)
+        range_table(model)
 
 
 def test_observing_needs_a_row(batches):
@@ -115,8 +115,8 @@ def test_rows_travel_with_the_state_dict_and_with_copies(batches):
         for other in (model, fresh, twin):
             select_row(other, row)
         assert torch.equal(fresh(batch), model(batch)) and torch.equal(twin(batch), model(batch))
-    assert ranges(model)["2.output_quantizer"]["bits"] == 4
-    assert len(ranges(model)["0.input_quantizer"]["scale"]) == BINS
+    assert range_table(model)["2.output_quantizer"]["bits"] == 4
+    assert len(range_table(model)["0.input_quantizer"]["scale"]) == BINS
 
 
 def test_bins_of_a_whole_unet_share_one_step(unet, example, batch):

@@ -23,10 +23,10 @@ from ptq_exp.quantization import (
     disabled,
     finish_calibration,
     quantize_,
-    ranges,
+    range_table,
     select_row,
 )
-from ptq_exp.quantization.rules import first_match
+from ptq_exp.quantization.specs import first_match
 
 FIELDS = QRange._fields
 
@@ -149,7 +149,7 @@ def test_candidates_concern_layer_inputs_and_q_k_v():
 def test_ranges_list_the_candidates(unet, example, batch):
     quantize_(unet, default_rules(8, (4, 8)), example)
     calibrate_(unet, "minmax", [batch])
-    stored = json.loads(json.dumps(ranges(unet), allow_nan=False))
+    stored = json.loads(json.dumps(range_table(unet), allow_nan=False))
     found = stored["mid_block.resnets.0.conv1.input_quantizer"]
     assert found["bits"] == [4, 8] and found["qmax"] == [[15.0], [255.0]] and len(found["scale"]) == 2
     assert stored["mid_block.resnets.0.conv1.weight_quantizer"]["bits"] == 8

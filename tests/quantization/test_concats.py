@@ -7,7 +7,7 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from ptq_exp.diffusion.denoisers import DiTDenoiser
-from ptq_exp.models import load_model
+from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.quantization import (
     QuantSpec,
     Rule,

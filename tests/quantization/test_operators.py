@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ptq_exp.quantization import calibrate_, default_rules, describe, proven, quantize_
-from ptq_exp.quantization.operations import trace
-from ptq_exp.quantization.operators import without_products
+from ptq_exp.quantization.cost.macs import trace
+from ptq_exp.quantization.cost.operators import without_products
 
 X = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
 MAP = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))

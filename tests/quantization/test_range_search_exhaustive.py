@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ptq_exp.quantization.affine import QRange, fake_quantize
-from ptq_exp.quantization.ranges import RangeSketch, search_range
-from ptq_exp.quantization.search import Path
+from ptq_exp.quantization.ranges.range_search import RangeSketch, search_range
+from ptq_exp.quantization.ranges.search import Path
 
 POWERS = {"mse": 2.0, "l1": 1.0, "lp": 2.4}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ptq_exp.quantization.affine import QRange, choose_qparams, fake_quantize
-from ptq_exp.quantization.ranges import search_range
+from ptq_exp.quantization.ranges.range_search import search_range
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -20,7 +20,7 @@ from ptq_exp.quantization import (
     describe,
     quantize_,
     quantizers,
-    ranges,
+    range_table,
 )
 
 
@@ -237,9 +237,9 @@ def test_the_summary_groups_operations_and_reasons(unet, example):
 def test_ranges_are_plain_lists(unet, example, batch):
     quantize_(unet, default_rules(4, 8), example)
     with pytest.raises(QuantizationError, match="not calibrated"):
-        ranges(unet)
+        range_table(unet)
     calibrate_(unet, "minmax", [batch])
-    stored = json.loads(json.dumps(ranges(unet), allow_nan=False))
+    stored = json.loads(json.dumps(range_table(unet), allow_nan=False))
     assert set(stored) == {name for name, _ in quantizers(unet)}
     weight = stored["mid_block.resnets.0.conv1.weight_quantizer"]
     assert (weight["bits"], weight["symmetric"], len(weight["scale"]), weight["qmax"][3]) == (

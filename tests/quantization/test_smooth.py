@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ptq_exp.models import load_model
-from ptq_exp.quantization.smooth import largest_outputs, smooth_, smoothable, smoothing_factors
+from ptq_exp.diffusion.zoo.registry import load_model
+from ptq_exp.quantization.transforms.smooth import largest_outputs, smooth_, smoothable, smoothing_factors
 
 
 class Net(nn.Module):

@@ -10,8 +10,8 @@ from torch import nn
 
 from ptq_exp.calibration import CalibrationSet
 from ptq_exp.diffusion.denoisers import DiTDenoiser
+from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import QuantizationError
-from ptq_exp.models import load_model
 from ptq_exp.quantization import (
     calibrate_activations_,
     calibrate_weights_,

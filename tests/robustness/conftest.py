@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import ptq_exp.experiment  # noqa: F401  loaded before the fork
-from ptq_exp.__main__ import main
+import ptq_exp.experiment.experiment  # noqa: F401  loaded before the fork
+from ptq_exp.cli.main import main
 
 SMALL = [
     "sampler.steps=2", "evaluation.n_samples=6", "evaluation.batch_size=2", "evaluation.eps_error_samples=2",

@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 
-from ptq_exp.cli.cache_entries import PARTS, entries
-from ptq_exp.files import file_digest
-from ptq_exp.npz import npz_arrays
-from ptq_exp.plain_json import read_json
-from ptq_exp.tracking.in_use import users
-from ptq_exp.tracking.results import read_samples
+from ptq_exp.results.record import read_samples
+from ptq_exp.storage.atomic import file_digest
+from ptq_exp.storage.entries import PARTS, entries
+from ptq_exp.storage.in_use import users
+from ptq_exp.storage.npz import npz_arrays
+from ptq_exp.storage.plain_json import read_json
 
 KILLS = 20
 JOB = ["+experiment=ptqd_w4a8"]

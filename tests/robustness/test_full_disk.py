@@ -2,7 +2,7 @@
 
 import pytest
 
-from ptq_exp.files import file_digest
+from ptq_exp.storage.atomic import file_digest
 
 JOB = ["+experiment=ndtc_w8a8"]
 

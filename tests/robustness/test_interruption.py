@@ -8,14 +8,15 @@ import time
 
 import pytest
 
-from ptq_exp import experiment, noise_stages, stages
-from ptq_exp.__main__ import main
+from ptq_exp.cli.main import main
+from ptq_exp.cli.search.coordinate import Search
+from ptq_exp.cli.search.space import Space, Stage
 from ptq_exp.errors import Interrupted, command_line, interruptible, interruption
+from ptq_exp.experiment import experiment, stages
+from ptq_exp.experiment import noise as noise_stages
 from ptq_exp.lightning import EvaluationModule
-from ptq_exp.plain_json import read_json
-from ptq_exp.search.coordinate import Search
-from ptq_exp.search.space import Space, Stage
-from ptq_exp.tracking.results import Results
+from ptq_exp.results.record import Results
+from ptq_exp.storage.plain_json import read_json
 
 SMALL = [
     "sampler.steps=2", "evaluation=paired", "evaluation.n_samples=6", "evaluation.batch_size=2", "metric=minmax",

@@ -23,10 +23,10 @@ from ptq_exp.embedded.weights_file import WEIGHTS
 from ptq_exp.errors import CheckpointError, DataError, PTQError
 from ptq_exp.evaluation import FeatureStatistics, GaussianStatistics, load_statistics
 from ptq_exp.evaluation.data import open_images
-from ptq_exp.npz import npz_arrays
-from ptq_exp.plain_json import read_json, write_json
-from ptq_exp.tracking.results import read_samples, write_samples
-from ptq_exp.tracking.tables import collect
+from ptq_exp.reports.tables.tables import collect
+from ptq_exp.results.record import read_samples, write_samples
+from ptq_exp.storage.npz import npz_arrays
+from ptq_exp.storage.plain_json import read_json, write_json
 
 RNG = np.random.default_rng(0)
 HTML = b"<!DOCTYPE html><html><body>404 not found</body></html>"

@@ -16,10 +16,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ptq_exp.config import config_folder, constructor, validated
 from ptq_exp.errors import ConfigError, PTQError
-from ptq_exp.schema import ExperimentConfig
-from ptq_exp.setup import Setup
+from ptq_exp.experiment.run import Setup
+from ptq_exp.settings.compose import config_folder, constructor, validated
+from ptq_exp.settings.schema import ExperimentConfig
 
 HUGE = "99999999999999999999999"
 BAD = {
@@ -91,7 +91,7 @@ def outcome(config, override):
         if override.startswith("model.images="):  # the first stage reads them
             constructor(settings.model.images, "model.images")
         if override.startswith("evaluation.reference="):
-            from ptq_exp.stages import reference_features
+            from ptq_exp.experiment.stages import reference_features
 
             reference_features(Setup.of(settings))
     except PTQError as error:
@@ -132,10 +132,10 @@ COMPOSED = [
 @pytest.mark.parametrize("override", COMPOSED)
 def test_a_malformed_override_ends_in_one_line(override, monkeypatch, tmp_path):
     """Group choices, silent additions, deletions, interpolations and broken grammar, through the entry point."""
-    import ptq_exp.experiment
-    from ptq_exp.__main__ import main
+    import ptq_exp.experiment.experiment
+    from ptq_exp.cli.main import main
 
-    monkeypatch.setattr(ptq_exp.experiment, "run_experiment", lambda config, folder: pytest.fail("accepted"))
+    monkeypatch.setattr(ptq_exp.experiment.experiment, "run_experiment", lambda config, folder: pytest.fail("accepted"))
     monkeypatch.setattr(sys, "argv", ["ptq-exp", f"hydra.run.dir={tmp_path}/run", *QUICK, override])
     monkeypatch.chdir(tmp_path)
     told = []

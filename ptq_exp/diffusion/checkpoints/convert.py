@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ptq_exp.diffusion.checkpoints.families import looks_like
 from ptq_exp.diffusion.time_grid import NoiseSchedule
 from ptq_exp.errors import CheckpointError
-from ptq_exp.finite import require_finite
+from ptq_exp.storage.finite import require_finite
 
 Rename = Callable[[str, Tensor], Mapping[str, Tensor]]
 _SHOWN = 3

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.errors import CheckpointError, ConfigError
-from ptq_exp.finite import extremes
+from ptq_exp.storage.finite import extremes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _SEED = 0

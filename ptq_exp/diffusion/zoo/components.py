@@ -16,8 +16,8 @@ from ptq_exp.diffusion.zoo.build import of_random_weights, random_weights_wanted
 from ptq_exp.diffusion.zoo.settings import read_json
 from ptq_exp.diffusion.zoo.weights import STEM, damage, find_weights
 from ptq_exp.errors import CheckpointError
-from ptq_exp.files import file_digest
-from ptq_exp.finite import is_finite, require_finite
+from ptq_exp.storage.atomic import file_digest
+from ptq_exp.storage.finite import is_finite, require_finite
 
 
 def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Module:

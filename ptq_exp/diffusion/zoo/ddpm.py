@@ -14,7 +14,7 @@ from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.time_grid import NoiseSchedule
 from ptq_exp.diffusion.zoo.build import empty_or_random, frozen, linear_alphas_cumprod, random_digest, torch_dtype
 from ptq_exp.diffusion.zoo.components import component_digest, load_component
-from ptq_exp.files import file_digest
+from ptq_exp.storage.atomic import file_digest
 
 _CHANNELS = (128, 256, 256, 256)
 _WANTED = "the PyTorch port of the DDPM CIFAR-10 network (ema-cifar10-model-790000.ckpt), or its diffusers folder"

@@ -13,7 +13,7 @@ from ptq_exp.diffusion.denoisers import UNetDenoiser
 from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.time_grid import NoiseSchedule
 from ptq_exp.diffusion.zoo.build import cosine_alphas_cumprod, empty_or_random, frozen, random_digest, torch_dtype
-from ptq_exp.files import file_digest
+from ptq_exp.storage.atomic import file_digest
 
 _STEPS, _LAYERS, _HEADS = 4000, 3, 4
 # attn_norm_num_groups: without it the attention of the middle block would lose its norm under scale_shift

@@ -13,7 +13,7 @@ from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.time_grid import NoiseSchedule
 from ptq_exp.diffusion.zoo.build import empty_or_random, frozen, random_digest, torch_dtype
 from ptq_exp.errors import CheckpointError
-from ptq_exp.files import file_digest
+from ptq_exp.storage.atomic import file_digest
 
 _CLASSES, _CONTEXT = 1000, 512
 _LATENT, _IMAGE = (3, 64, 64), (3, 256, 256)

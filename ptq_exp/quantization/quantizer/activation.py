@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.quantizer.base import Mode, Quantizer, columns
-from ptq_exp.quantization.ranges import RangeSketch
-from ptq_exp.quantization.step import Step
+from ptq_exp.quantization.quantizer.time_step import Step
+from ptq_exp.quantization.ranges.range_search import RangeSketch
 
 
 class ActivationQuantizer(Quantizer):

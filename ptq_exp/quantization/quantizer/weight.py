@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.affine import QRange
 from ptq_exp.quantization.quantizer.base import Quantizer, columns
-from ptq_exp.quantization.ranges import search_range
+from ptq_exp.quantization.ranges.range_search import search_range
 
 
 class WeightQuantizer(Quantizer):

@@ -5,8 +5,8 @@ import torch
 
 from ptq_exp.diffusion.checkpoints import Part, fill, identity, read_checkpoint
 from ptq_exp.diffusion.checkpoints.families import looks_like
+from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import CheckpointError
-from ptq_exp.models import load_model
 
 PREFIX = "model.diffusion_model."
 NAMES = {"ddim_cifar10": "iddpm_cifar10", "ddim_imagenet64": "iddpm_imagenet64", "ddpm_cifar10": "ddim_cifar10",

@@ -19,8 +19,8 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
+from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import CheckpointError, ConfigError
-from ptq_exp.models import load_model
 
 
 def unet(**settings):

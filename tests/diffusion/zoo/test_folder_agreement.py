@@ -10,9 +10,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from small_folders import AUTOENCODERS, BETAS, autoencoder, dit_folder, latent_folder, pixel_folder, transformer, unet
 
 from ptq_exp.diffusion.noise import SampleNoise
+from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.diffusion.zoo.scheduler import KNOWN, read_scheduler
 from ptq_exp.diffusion.zoo.settings import Settings
-from ptq_exp.models import load_model
 
 STEPS, SEED, INDICES = 10, 3, range(2)
 

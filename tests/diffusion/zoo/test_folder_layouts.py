@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from small_folders import BETAS, dit_folder, edit, latent_folder, pixel_folder, unet
 
+from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import CheckpointError
-from ptq_exp.models import load_model
 
 STEM = "diffusion_pytorch_model"
 

@@ -11,8 +11,8 @@ from small_folders import BETAS, dit_folder, edit, latent_folder, pixel_folder
 
 from ptq_exp.diffusion.zoo import first_stage
 from ptq_exp.diffusion.zoo import folder as zoo_folder
+from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import PTQError
-from ptq_exp.models import load_model
 
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
 INFINITE = float("inf")

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from ptq_exp.models import load_model
+from ptq_exp.diffusion.zoo.registry import load_model
 
 pytestmark = pytest.mark.large
 FLOAT32, FLOAT64 = 1e-4, 1e-9

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ptq_exp.diffusion.zoo.build import RandomWeightsWarning, cosine_alphas_cumprod, linear_alphas_cumprod
+from ptq_exp.diffusion.zoo.registry import MODELS, load_model
 from ptq_exp.errors import ConfigError
-from ptq_exp.models import MODELS, load_model
 
 ZOO = [name for name, target in MODELS.items() if "zoo" in target]
 

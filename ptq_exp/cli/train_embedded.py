@@ -1,0 +1,189 @@
+"""Train an embedded network: `python -m ptq_exp train_embedded {unet,classifier,autoencoder,latent_unet}`.
+
+Checkpoints go to `runs/train/<network>/`; the same command resumes from the last one. At the end the EMA weights
+and a JSON card (how trained, seed, losses, accuracy) are written into the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from diffusers import DDIMScheduler
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
+
+from ptq_exp.api import sample
+from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
+from ptq_exp.embedded import DigitsExtractor
+from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, digits
+from ptq_exp.embedded.latent import first_stage, latent_model
+from ptq_exp.embedded.networks import (
+    BETA_SCHEDULE,
+    TRAIN_STEPS,
+    DigitsClassifier,
+    build_autoencoder,
+    build_latent_unet,
+    build_unet,
+)
+from ptq_exp.embedded.training.latent_modules import (
+    AutoencoderTraining,
+    LatentDenoiserTraining,
+    codes_used,
+    encode_all,
+    reconstruction_psnr,
+)
+from ptq_exp.embedded.training.modules import ClassifierTraining, DenoiserTraining, EMATraining
+from ptq_exp.errors import command_line
+from ptq_exp.evaluation import extract_features, inception_score
+from ptq_exp.storage.atomic import file_digest
+from ptq_exp.storage.paths import PathArgument
+
+WEIGHTS = Path(__file__).parent / "embedded" / "weights"
+
+
+NETWORKS = {"unet": 5000, "classifier": 2500, "autoencoder": 1500, "latent_unet": 5000}
+"""Default number of optimizer steps of each."""
+FILES = {"autoencoder": "digits_vq"}
+DATA = {
+    "unet": "16x16, all 1,797", "classifier": "16x16, four fifths", "autoencoder": "32x32, four fifths",
+    "latent_unet": "latents of the autoencoder at 32x32, all 1,797",
+}  # fmt: skip
+
+
+def loader(data: TensorDataset, batch_size: int, seed: int) -> DataLoader:
+    """Batches, shuffled by (seed, epoch) alone so that a resumed training sees the same order."""
+    sampler = DistributedSampler(data, num_replicas=1, rank=0, shuffle=True, seed=seed)
+    return DataLoader(data, batch_size=batch_size, sampler=sampler, drop_last=True)
+
+
+def training_module(
+    network: str, steps: int, seed: int, weights: Path
+) -> tuple[EMATraining, DataLoader, DataLoader | None]:
+    """The Lightning module of `network` with its training and validation batches; `weights`: folder of the others'."""
+    settings = {"seed": seed, "total_steps": steps}
+    if network == "unet":
+        alphas_cumprod = DDIMScheduler(TRAIN_STEPS, beta_schedule=BETA_SCHEDULE).alphas_cumprod
+        module = DenoiserTraining(build_unet(), alphas_cumprod, lr=1e-3, ema_decay=0.999, **settings)
+        return module, loader(TensorDataset(*digits()), 64, seed), None
+    if network == "autoencoder":
+        images, labels = digits("train", LATENT_IMAGE_SIZE)
+        module = AutoencoderTraining(build_autoencoder(), images, lr=2e-3, ema_decay=0.995, **settings)
+        return module, loader(TensorDataset(images, labels), 64, seed), None
+    if network == "latent_unet":
+        images, labels = digits("all", LATENT_IMAGE_SIZE)
+        latents = first_stage(weights).encode(images)
+        alphas_cumprod = NoiseSchedule.latent_diffusion(total=TRAIN_STEPS).alphas_cumprod.float()
+        module = LatentDenoiserTraining(build_latent_unet(), alphas_cumprod, lr=1e-3, ema_decay=0.999, **settings)
+        return module, loader(TensorDataset(latents, labels), 64, seed), None
+    module = ClassifierTraining(DigitsClassifier(), lr=2e-3, ema_decay=0.995, **settings)
+    held_out = DataLoader(TensorDataset(*digits("held_out")), batch_size=512)
+    return module, loader(TensorDataset(*digits("train")), 64, seed), held_out
+
+
+def measured(
+    network: str, module: EMATraining, trainer: pl.Trainer, held_out: DataLoader | None, weights: Path, samples: int
+) -> dict:
+    """What the card says about the quality of the trained network; `weights`: folder of the autoencoder."""
+    if held_out is not None:
+        return {"held_out_accuracy": float(trainer.validate(module, held_out, verbose=False)[0]["accuracy"])}
+    if network == "latent_unet":
+        model = latent_model(module.ema.module, first_stage(weights), name="digits_ldm", digest="")
+        return sample_quality(model, samples)
+    if network != "autoencoder":
+        return {}
+    autoencoder = module.ema.module.eval()
+    latents = encode_all(autoencoder, digits("train", LATENT_IMAGE_SIZE).images)
+    return {
+        "scaling_factor": float(1 / latents.std()),
+        "held_out_psnr_db": reconstruction_psnr(autoencoder, digits("held_out", LATENT_IMAGE_SIZE).images),
+        "codes_used": codes_used(autoencoder, digits("train", LATENT_IMAGE_SIZE).images),
+    }
+
+
+def sample_quality(model: DiffusionModel, n: int, seed: int = 0) -> dict:
+    """Inception score, and how often the embedded classifier sees the class asked for, in `n` published samples."""
+    probabilities = extract_features(DigitsExtractor(), sample(model, n, seed, batch_size=min(n, 100))).probabilities
+    agreement = (probabilities.argmax(1) == model.labels(range(n), seed).numpy()).mean()
+    return {
+        "samples": n,
+        "sampler": f"{model.sampler.steps} DDIM steps, guidance scale {model.sampler.guidance_scale}, seed {seed}",
+        "label_agreement": round(float(agreement), 4),
+        "inception_score": round(float(inception_score(probabilities)), 3),
+    }
+
+
+def export(module: EMATraining, name: str, card: dict, folder: Path) -> None:
+    """Write the EMA weights as `<name>.safetensors` and what is known of them as `<name>.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / f"{name}.safetensors"
+    state = module.ema.module.state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, weights)
+    card["parameters"] = sum(p.numel() for p in module.network.parameters())
+    card["sha256"] = file_digest(weights)
+    (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def losses_by_tenth(history: list[float]) -> list[float]:
+    """Mean training loss of each tenth of the training."""
+    tenth = max(1, len(history) // 10)
+    starts = range(0, min(tenth * 10, len(history)), tenth)
+    return [round(sum(history[i : i + tenth]) / tenth, 5) for i in starts]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, resume or only export one network; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m ptq_exp train_embedded", description=__doc__)
+    parser.add_argument("network", choices=list(NETWORKS))
+    parser.add_argument("--steps", type=int, help=f"optimizer steps (default: {NETWORKS})")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; leave 1 if anything else runs")
+    parser.add_argument("--work", action=PathArgument, default=Path("runs/train"), help="folder of the checkpoints")
+    parser.add_argument("--out", action=PathArgument, default=WEIGHTS, help="folder of the exported weights and card")
+    parser.add_argument("--samples", type=int, default=1000, help="images that the card of latent_unet is measured on")
+    with command_line("the same command goes on from the last checkpoint"):
+        train(parser.parse_args(argv))
+
+
+def train(args: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    steps = args.steps or NETWORKS[args.network]
+    torch.set_num_threads(args.threads)
+    pl.seed_everything(args.seed)
+
+    module, train_batches, held_out = training_module(args.network, steps, args.seed, args.out)
+    folder = args.work / args.network
+    checkpoint = ModelCheckpoint(
+        folder, filename="latest", save_last=True, every_n_epochs=2, save_on_train_epoch_end=True
+    )
+    # counted in epochs (the module stops at the last step): with max_steps, Lightning repeats a batch on resuming
+    max_epochs = math.ceil(steps / len(train_batches))
+    trainer = pl.Trainer(
+        accelerator="auto", devices=1, max_epochs=max_epochs, default_root_dir=folder, logger=False,
+        callbacks=[checkpoint, TQDMProgressBar(refresh_rate=20)], gradient_clip_val=1.0,
+        check_val_every_n_epoch=10, num_sanity_val_steps=0,
+    )  # fmt: skip
+    last = folder / "last.ckpt"
+    started = time.time()
+    trainer.fit(module, train_batches, held_out, ckpt_path=last if last.exists() else None, weights_only=False)
+    card = {
+        "network": f"digits {args.network}",
+        "data": f"sklearn.datasets.load_digits, {DATA[args.network]}",
+        "command": f"python -m ptq_exp train_embedded {args.network} --steps {steps} --seed {args.seed}",
+        "seed": args.seed,
+        "steps": module.global_step,
+        "batch_size": train_batches.batch_size,
+        "optimizer": f"AdamW lr {module.lr}, warm-up, constant, linear decay over the last 30 %; EMA weights",
+        "minutes_of_last_session": round((time.time() - started) / 60, 1),
+        "loss_by_tenth": losses_by_tenth(module.loss_history),
+    }
+    card |= measured(args.network, module, trainer, held_out, args.out, args.samples)
+    export(module, FILES.get(args.network, f"digits_{args.network}"), card, args.out)
+    print(json.dumps(card, indent=2))

@@ -1,0 +1,1 @@
+"""Activation bits for each sampling step."""

@@ -1,0 +1,174 @@
+"""`Artifact`: a saved quantized model as it lies on disk, and what it may be combined with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptq_exp.correction import BitSchedule, NoiseStatistics
+from ptq_exp.diffusion import DiffusionModel, TimeGrid
+from ptq_exp.errors import CheckpointError, ConfigError, DataError
+from ptq_exp.quantization.save import DESCRIPTION_FILE, TENSORS_FILE, read_description
+from ptq_exp.storage.atomic import file_digest
+
+SUBFOLDER = "quantized"
+SCHEDULE_FILE, STATISTICS_FILE = "bit_schedule.json", "noise_statistics.npz"
+SECTIONS = ("seed", "model", "sampler", "calibration", "metric", "bits", "quantization", "reconstruction", "correction")
+OF_MODEL = ("name", "checkpoint", "dtype", "ema", "channels_last", "compile")
+"""The settings that are saved with a model. No others are taken from a file: some name code that a run executes."""
+_EXPECTED = {
+    "model.name": str, "model.digest": str, "model.dtype": str, "model.options": dict, "settings.model": dict,
+    "settings.sampler": dict, "settings.bits": dict, "settings.bits.name": str, "settings.correction": dict,
+    "grid": dict, "activation_widths": list, "evaluations": int, "bit_schedule": dict | None,
+    "noise_statistics": dict | None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The files of a saved model and the content of its quantization.json; open one with `Artifact.open`."""
+
+    folder: Path
+    description: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Artifact:
+        """The saved model in `path`: a run folder, or its sub-folder `quantized`.
+
+        Raises:
+            DataError: there is none, or it is damaged, incomplete or of an unknown version.
+        """
+        folder = Path(path)
+        if (folder / SUBFOLDER / DESCRIPTION_FILE).exists():
+            folder = folder / SUBFOLDER
+        for name in (DESCRIPTION_FILE, TENSORS_FILE):
+            if not (folder / name).is_file():
+                raise DataError(
+                    f"quantized={path} holds no saved model, {name} is missing: give the folder of a run with "
+                    f"save_quantized=true, or its sub-folder {SUBFOLDER}"
+                )
+        description = read_description(folder)
+        for name, kind in _EXPECTED.items():
+            found = description
+            for key in name.split("."):
+                found = found.get(key, ...) if isinstance(found, dict) else ...
+            if not isinstance(found, kind):
+                raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {name} is missing or of another type")
+        if not isinstance(description["model"].get("structure"), dict | None):
+            raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: model.structure is of another type")
+        settings = description["settings"]
+        of_model = set(settings["model"]) - set(OF_MODEL)
+        if foreign := [*(set(settings) - set(SECTIONS)), *(f"model.{key}" for key in of_model)]:
+            raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {min(foreign)} is no setting of a saved model")
+        return cls(folder, description)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Name, digest and build options of the model."""
+        return self.description["model"]
+
+    @property
+    def structure(self) -> Mapping[str, Any] | None:
+        """The settings files of the folder that the model was read from; None = its name says all, or nobody knows."""
+        return self.identity.get("structure")
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint that the model was made from, as the settings of the run named it."""
+        found = self.description["settings"]["model"].get("checkpoint")
+        return found if isinstance(found, str) else None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file of tensors."""
+        return self.description["file"]["sha256"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the network was made with, section by section, as they are to be used from now on.
+
+        A bit schedule is spelt out and noise statistics are the saved ones, whatever they had been made from.
+        """
+        settings = copy.deepcopy(dict(self.description["settings"]))
+        if (schedule := self.schedule()) is not None:
+            widths = list(self.description["activation_widths"])
+            settings["bits"] |= {"schedule": list(schedule.activation), "candidates": widths}
+        if self.description["noise_statistics"] is not None:
+            settings["correction"]["statistics"] = str(self.folder / STATISTICS_FILE)
+        return settings
+
+    def schedule(self) -> BitSchedule | None:
+        """The activation widths per step; None = one width.
+
+        Raises:
+            DataError: its file is missing, or is not the one that was saved.
+        """
+        return self._beside("bit_schedule", SCHEDULE_FILE, BitSchedule.load)
+
+    def statistics(self) -> NoiseStatistics | None:
+        """The noise statistics; None = no correction. Raises as `schedule`."""
+        return self._beside("noise_statistics", STATISTICS_FILE, NoiseStatistics.load)
+
+    def check_model(self, model: DiffusionModel, setting: str = "model.checkpoint") -> None:
+        """Raise CheckpointError unless `model` has the weights that were quantized."""
+        if model.digest != self.identity["digest"]:
+            raise CheckpointError(
+                f"{self.folder} was quantized from weights of {self.identity['name']} with the digest "
+                f"{_short(self.identity['digest'])}, this model {model.name} has {_short(model.digest)}: set {setting} "
+                "to the checkpoint that it was made from"
+            )
+
+    def check_grid(self, grid: TimeGrid, guidance_scale: float) -> None:
+        """Raise ConfigError if schedule, ranges of steps or statistics were made for another sampler than this one."""
+        if (schedule := self.schedule()) is not None:
+            schedule.check(grid)
+        temporal = self.settings["quantization"]["temporal"]
+        if temporal != "static" and not _same(self.description["grid"]["timesteps"], grid.timesteps.tolist()):
+            raise ConfigError(
+                f"{self.folder} has ranges for each sampling step (quantization.temporal={temporal}) of another grid "
+                "than this one: leave out sampler.steps and sampler.spacing, or quantize again with them"
+            )
+        if self.description["noise_statistics"] is None:
+            return
+        wanted = grid_account(grid, guidance_scale)
+        for key, found in self.description["grid"].items():
+            if not _same(found, wanted.get(key)):
+                raise ConfigError(
+                    f"{self.folder / STATISTICS_FILE} was made for another {key} of the sampler: leave out the sampler "
+                    "settings, or quantize again with them"
+                )
+
+    def _beside(self, key: str, name: str, load):
+        entry = self.description[key]
+        if entry is None:
+            return None
+        if file_digest(self.folder / name) != entry.get("sha256"):
+            raise DataError(f"{self.folder / name} is not the file that {DESCRIPTION_FILE} describes: copy both again")
+        return load(self.folder / name)
+
+
+def grid_account(grid: TimeGrid, guidance_scale: float) -> dict[str, Any]:
+    """What of a sampler noise statistics depend on."""
+    return {
+        "timesteps": grid.timesteps.tolist(), "alphas_cumprod": grid.alphas_cumprod.tolist(),
+        "alphas_cumprod_prev": grid.alphas_cumprod_prev.tolist(), "eta": grid.eta, "solver": grid.solver,
+        "guidance_scale": guidance_scale,
+    }  # fmt: skip
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Whether two values agree; lists of numbers up to the rounding of another machine."""
+    if not isinstance(found, list) or not isinstance(wanted, list):
+        return found == wanted
+    return len(found) == len(wanted) and torch.allclose(
+        torch.tensor(found, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-12
+    )
+
+
+def _short(digest: str) -> str:
+    return digest if digest.startswith("random-") else digest[:12]

@@ -1,0 +1,111 @@
+"""The model card of a saved quantized model: README.md with the front matter that model hubs read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ptq_exp.storage.atomic import atomic_path
+
+_METRICS = {
+    "fid": "FID", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall",
+    "fid_increase": "FID increase over full precision, same seeds", "psnr": "PSNR to full precision, same seeds (dB)",
+    "eps_error": "relative error of the noise estimate, mean over steps",
+    "eps_error_without_last": "the same without the last step",
+    "fixed_pattern_share": "share of this error that is the same for all samples, mean over steps",
+}  # fmt: skip
+
+_CARD = """---
+library_name: ptq-exp
+tags:
+- diffusion
+- quantization
+- post-training-quantization
+- {bits_name}
+---
+
+# {model}, {title}
+
+The noise estimator of the diffusion model `{model}`, quantized after training. Files: `quantized.safetensors` (packed
+integers, ranges, all other parameters), `quantization.json` (rules, ranges, account of every layer, recipe){others}.
+
+| | |
+| --- | --- |
+| bits of weights / activations | {weight} / {activation} |
+| bits of the softmax map / first and last layer / their inputs | {softmax} / {first_last} / {boundary} |
+| coverage (MACs with both operands quantized), conv + linear / everything | {coverage} |
+| bit operations, FP32 over these, conv + linear / everything | {bops} |
+| size | {size:.3f} MB, FP32 {fp32:.3f} MB |
+
+## Measured
+
+{metrics}
+
+{spec}
+
+## How it was made
+
+```bash
+{command}
+```
+
+From weights of `{model}` with the digest `{digest}`; calibration {calibration}, range search by {metric},
+{sampler}, ptq-exp {version}.
+
+## How to load it
+
+```python
+import ptq_exp
+quantized = ptq_exp.load_quantized("PATH"{checkpoint})  # PATH: this folder
+images = ptq_exp.sample(quantized, 16, seed=0)  # uint8 [16, H, W, C]
+```
+
+Drawn and scored again: `python -m ptq_exp +experiment=evaluate quantized=PATH`.
+"""
+
+
+def write_card(folder: Path, description: dict[str, Any], results: dict[str, Any], command: str) -> None:
+    """Write README.md beside the saved model in `folder`.
+
+    Args:
+        description: the content of its quantization.json.
+        results: the content of results.json of its run.
+        command: that made the run.
+    """
+    with atomic_path(folder / "README.md") as temporary:
+        temporary.write_text(card(description, results, command), encoding="utf-8")
+
+
+def card(description: dict[str, Any], results: dict[str, Any], command: str) -> str:
+    """The text of the card, from the content of quantization.json and results.json."""
+    settings, totals = description["settings"], description["totals"]
+    bits, sampler, model = settings["bits"], settings["sampler"], description["model"]
+    scored = [f"| {title} | {results['metrics'][key]:.4g} |" for key, title in _METRICS.items()
+              if key in results["metrics"]]  # fmt: skip
+    spec = results["metric_spec"]
+    beside = [entry["file"] for key in ("bit_schedule", "noise_statistics") if (entry := description[key])]
+    activation = "/".join(map(str, description["activation_widths"]))
+    checkpoint = settings["model"]["checkpoint"] if model["first_stage"] else None  # else the folder is complete
+    if checkpoint is not None and Path(checkpoint).exists():  # no repository id, which is the same everywhere
+        checkpoint = Path(checkpoint).name
+    checkpoint = "" if checkpoint is None else f', checkpoint="{checkpoint}"'
+    return _CARD.format(
+        bits_name=bits["name"], title=bits["name"].upper(), model=model["name"], digest=model["digest"],
+        others="".join(f", `{name}`" for name in beside), weight=bits["weight"], softmax=bits["softmax"],
+        activation=activation + (", chosen for each sampling step" if "/" in activation else ""),
+        first_last=max(bits["first_last"], bits["weight"]), boundary=bits["boundary"],
+        coverage=_both(totals["coverage"], "{:.2%}"), bops=_both(totals["bops_reduction"], "{:.1f}"),
+        size=description["file"]["bytes"] / 1e6, fp32=totals["fp32_bytes"] / 1e6,
+        metrics="\n".join(["| metric | value |", "| --- | ---: |", *scored]),
+        spec=f"{spec['n_samples']} images, seed {spec['seed']}, extractor {spec['extractor']} "
+        f"({spec['preprocessing']}), reference {spec['reference']}.",
+        command=command, calibration=settings["calibration"]["name"], metric=settings["metric"]["name"],
+        sampler=f"{sampler['solver']} with {sampler['steps']} steps, eta {sampler['eta']:g}, guidance scale "
+        f"{description['grid']['guidance_scale']:g}",
+        version=description["ptq_exp"], checkpoint=checkpoint,
+    )  # fmt: skip
+
+
+def _both(values: dict[str, float | None], form: str) -> str:
+    found = [values[scope] for scope in ("conv_linear", "everything")]
+    return " / ".join("unknown" if value is None else form.format(value) for value in found)

@@ -1,0 +1,160 @@
+"""The account of a network: its multiplications joined with the quantizers that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.calibrate import disabled, quantizers
+from ptq_exp.quantization.cost.macs import Trace, multiplying_layers, trace
+from ptq_exp.quantization.cost.operands import Operands, Products, operands_of
+from ptq_exp.quantization.cost.report import Bits, Report, Row
+from ptq_exp.quantization.layers import FULL_PRECISION, QUANTIZED, QuantAttention, attention_obstacle, bits_of
+from ptq_exp.quantization.obstacles import layer_obstacles
+from ptq_exp.quantization.quantizer import WeightQuantizer
+
+
+def describe(model: nn.Module, example_inputs: tuple, reasons: Mapping[str, str] | None = None) -> Report:
+    """Account for the operations of `model`, quantized or not, by one forward with all quantizers off.
+
+    Args:
+        model: any network.
+        example_inputs: positional arguments of one sample (first dimension 1).
+        reasons: module name -> why it stays FP, where that is known.
+
+    Raises:
+        QuantizationError: the example holds more than one sample.
+    """
+    with disabled(model):
+        counted = trace(model, example_inputs)
+    return build_report(model, counted, reasons or {}, quantized_operands(model, example_inputs))
+
+
+def quantized_operands(model: nn.Module, example_inputs: tuple) -> Operands:
+    """What the multiplications of `model` read, by one forward with all quantizers off; nothing if it has none."""
+    if next(quantizers(model), None) is None:
+        return Operands()
+    with disabled(model):
+        return operands_of(model, example_inputs)
+
+
+def build_report(model: nn.Module, counted: Trace, reasons: Mapping[str, str], products: Operands) -> Report:
+    """Join the multiplications counted in full precision with the quantizers that their operands come from."""
+    reasons = {name: f"left alone: {why}" for name, why in layer_obstacles(model).items()} | reasons
+    layers = dict(multiplying_layers(model))
+    holders = dict(parameter_holders(model))
+    rows: list[Row] = []
+    for name, module in model.named_modules():
+        if name in layers:
+            macs = counted.layer_macs.get(name, 0)
+            rows.append(_layer_row(name, module, macs, reasons, products.layers.get(name)))
+        elif isinstance(module, Attention):
+            macs = counted.attention_macs[name]
+            rows += _attention_rows(name, module, macs, reasons, products.attention.get(name))
+        elif name in holders:
+            reason = f"left alone: {_type_name(module)} has no quantized counterpart"
+            rows.append(_fp_row(name, _type_name(module), _own_params(module), 0, reasons.get(name, reason)))
+    if counted.other_macs:
+        rows.append(
+            _fp_row("(other)", "(other)", 0, counted.other_macs, "multiplied outside the modules above")
+        )
+    params = sum(p.numel() for p in model.parameters())
+    not_counted = tuple(f"{name} (called {n} times)" for name, n in sorted(counted.uncounted.items()))
+    return Report(tuple(rows), params - sum(row.params for row in rows), not_counted=not_counted)
+
+
+def range_table(model: nn.Module) -> dict[str, dict]:
+    """Return per quantizer its bits (a list of candidates), symmetry, segments and ``[rows][segments]`` lists of its
+    four buffers (JSON).
+
+    Raises:
+        QuantizationError: a quantizer is not calibrated.
+    """
+    found = {}
+    for name, quantizer in quantizers(model):
+        if not quantizer.ready:
+            raise QuantizationError(f"{name}: not calibrated, it has no range to report")
+        found[name] = {
+            "bits": list(quantizer.bits) if isinstance(quantizer.bits, tuple) else quantizer.bits,
+            "symmetric": quantizer.symmetric,
+            "segments": quantizer.segments,
+        }
+        for buffer in ("scale", "zero_point", "qmin", "qmax"):
+            found[name][buffer] = getattr(quantizer, buffer).tolist()
+    return found
+
+
+def parameter_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) of the modules that own a matrix or kernel themselves (not norms, not biases)."""
+    for name, module in model.named_modules():
+        if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
+            yield name, module
+
+
+def _layer_row(
+    name: str, layer: nn.Module, macs: int, reasons: Mapping[str, str], products: Products | None
+) -> Row:
+    """Of a layer that the example never called its own quantizers count."""
+    quantizer, own_input = getattr(layer, "weight_quantizer", None), getattr(layer, "input_quantizer", None)
+    bits = bits_of(quantizer), bits_of(own_input)
+    if macs:
+        operands = products or []
+        weights = {operand.quantizer is quantizer for _, operand in operands}
+        bits = bits[0] if weights == {True} else None, _common_bits(operands, 0)
+    size = 4.0 * _own_params(layer)
+    if isinstance(quantizer, WeightQuantizer):
+        per_range = 4 if quantizer.symmetric else 4 + -(-quantizer.bits // 8)
+        size += layer.weight.numel() * (quantizer.bits / 8 - 4) + quantizer.scale.numel() * per_range
+    reason = "" if None not in bits else reasons.get(name) or _why_fp(layer, *bits)
+    return Row(name, _type_name(layer), "conv_linear", _own_params(layer), macs, *bits, size, reason)
+
+
+def _attention_rows(
+    name: str, attention: Attention, macs: tuple[int, int], reasons: Mapping[str, str], products: Products | None
+) -> list[Row]:
+    """Return the rows of q k^T and softmax(.) v."""
+    obstacle = "" if type(attention) in (Attention, QuantAttention) else "a subclass of Attention"
+    obstacle = obstacle or attention_obstacle(attention)
+    operands = [] if obstacle or products is None or len(products) % 2 else products
+    prefix = f"{name}." if name else ""
+    rows = []
+    for product, count, pairs in (("qk", macs[0], operands[::2]), ("av", macs[1], operands[1::2])):
+        pair = _common_bits(pairs, 1), _common_bits(pairs, 0)
+        reason = reasons.get(name) or obstacle or "q, k, v or the softmax map has no quantizer"
+        reason = "" if None not in pair else reason
+        rows.append(
+            Row(f"{prefix}{product}", f"Attention.{product}", "attention", 0, count, *pair, 0.0, reason)
+        )
+    return rows
+
+
+def _common_bits(products: Products, number: int) -> Bits:
+    """Bits of operand `number` of each of `products`; None where one is FP, or they have different ones."""
+    found = {bits_of(operands[number].quantizer) for operands in products}
+    return found.pop() if len(found) == 1 else None
+
+
+def _fp_row(name: str, kind: str, params: int, macs: int, reason: str) -> Row:
+    return Row(name, kind, "other", params, macs, None, None, 4.0 * params, reason)
+
+
+def _why_fp(layer: nn.Module, weight_bits: int | None, activation_bits: Bits) -> str:
+    if type(layer) not in QUANTIZED and type(layer) not in FULL_PRECISION:
+        bases = [base.__name__ for base in QUANTIZED if isinstance(layer, base)]
+        why = f"is a subclass of {bases[0]}" if bases else "has no quantized counterpart"
+        return f"left alone: {_type_name(layer)} {why}"
+    missing = [n for n, bits in (("weight", weight_bits), ("input", activation_bits)) if bits is None]
+    if any(bits_of(getattr(layer, f"{name}_quantizer", None)) is not None for name in missing):
+        return "its weight is used outside of its own forward, too, or without its quantizers"
+    return f"no quantizer on {' and '.join(missing)}"
+
+
+def _type_name(module: nn.Module) -> str:
+    return FULL_PRECISION.get(type(module), type(module)).__name__
+
+
+def _own_params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))

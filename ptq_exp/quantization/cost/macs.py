@@ -1,0 +1,187 @@
+"""What a network computes: its multiplications, found by one full-precision forward of one sample.
+
+Every operator that torch runs is seen. The multiply-accumulates of matrix products and convolutions belong to the
+innermost layer or attention that runs them, or to none; operators that neither are counted nor are known to multiply
+nothing are named, so that nothing is hidden.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.cost.operators import counted, macs_of, without_products
+from ptq_exp.quantization.cost.owners import Owners
+
+
+@dataclass
+class Trace:
+    """Multiply-accumulates of one sample.
+
+    Attributes:
+        layer_macs: per convolution and linear layer (subclasses included), summed over its calls.
+        attention_macs: per `Attention`, of the products (q k^T, softmax(.) v) over all heads.
+        total_macs: of all convolutions and matrix products, counted at the level of operators.
+        uncounted: {operator: calls} of those whose multiplications are not known.
+        used_outside: layers whose weight something else than their own forward reads.
+    """
+
+    layer_macs: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    attention_macs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    total_macs: int = 0
+    uncounted: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    used_outside: set[str] = field(default_factory=set)
+
+    @property
+    def other_macs(self) -> int:
+        """Multiply-accumulates outside convolutions, linear layers and `Attention` products."""
+        named = sum(self.layer_macs.values()) + sum(sum(pair) for pair in self.attention_macs.values())
+        return self.total_macs - named
+
+
+def multiplying_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) of the convolutions and linear layers, subclasses included, in module order."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear)))
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, Attention]]:
+    """Yield (name, module) of the `diffusers` attention modules, subclasses included, in module order."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Attention))
+
+
+def trace(model: nn.Module, example_inputs: tuple) -> Trace:
+    """Run ``model(*example_inputs)`` once without gradients, in evaluation mode, and count.
+
+    Args:
+        model: the network, in full precision (quantizers off).
+        example_inputs: positional arguments for one sample: the first tensor among them is ``[1, ...]``.
+
+    Raises:
+        QuantizationError: the example holds more than one sample.
+    """
+    sizes = [value.shape[0] for value in example_inputs if isinstance(value, Tensor) and value.ndim]
+    if not sizes or sizes[0] != 1:
+        raise QuantizationError(
+            f"example_inputs: expected one sample (first dimension 1), found sizes {sizes}"
+        )
+    shapes: dict[str, list[torch.Size]] = defaultdict(list)
+    by_shape: dict[str, int] = defaultdict(int)
+    layers, attentions = dict(multiplying_layers(model)), dict(attention_modules(model))
+    census = _Census(Owners(layers, attentions))
+
+    def record(layer: nn.Module, args: tuple, kwargs: dict, output: Any, name: str) -> None:
+        if isinstance(output, Tensor):
+            x = args[0] if args else kwargs["input"]
+            by_shape[name] += layer_macs(layer, x.shape, output.shape)
+            shapes[name].append(output.shape)
+
+    with plainly(model), census.owners, ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = layer.register_forward_hook(partial(record, name=name), prepend=True, with_kwargs=True)
+            hooks.callback(hook.remove)
+        with census:
+            model(*example_inputs)
+    for owner in {owner for owner, _ in census.uncounted} & set(layers):
+        census.macs[owner] = max(census.macs[owner], by_shape[owner])  # what it is for, by an unknown operator
+    result = Trace(total_macs=sum(census.macs.values()), used_outside=census.used_outside)
+    for (_, operator), calls in census.uncounted.items():
+        result.uncounted[operator] += calls
+    result.layer_macs |= {name: census.macs[name] for name in layers if census.macs[name]}
+    for name in attentions:
+        prefix = f"{name}." if name else ""
+        qk, av = _attention_macs(*(shapes[f"{prefix}to_{operand}"] for operand in "qkv"))
+        qk = min(qk, census.macs[name])  # a processor may compute less than the two products of its q, k and v
+        result.attention_macs[name] = qk, min(av, census.macs[name] - qk)
+    return result
+
+
+def layer_macs(layer: nn.Module, input_shape: torch.Size, output_shape: torch.Size) -> int:
+    """Multiply-accumulates of one call of a convolution (transposed or not) or linear layer, without bias."""
+    if isinstance(layer, nn.Linear):
+        return output_shape.numel() * layer.in_features
+    window = prod(layer.kernel_size)
+    if isinstance(layer, _ConvTransposeNd):
+        return input_shape.numel() * layer.out_channels // layer.groups * window
+    return output_shape.numel() * layer.in_channels // layer.groups * window
+
+
+class _Census(TorchDispatchMode):
+    """Counts the multiply-accumulates of all operators, and names those that it does not know, by their owners."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, owners: Owners) -> None:
+        super().__init__()
+        self.owners = owners
+        self.macs: dict[str | None, int] = defaultdict(int)
+        self.uncounted: dict[tuple[str | None, str], int] = defaultdict(int)
+        self.used_outside: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(function, torch._ops.OpOverload):
+            self.uncounted[self.owners.innermost, str(function)] += 1
+            return function(*args, **kwargs)
+        if not counted(function):
+            with self:
+                result = function.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        output = function(*args, **kwargs)
+        if (owner := self.owners.of(args)) != self.owners.innermost:
+            self.used_outside.add(owner)
+            if not counted(function):
+                self.owners.derive(owner, output)
+        if counted(function):
+            self.macs[owner] += macs_of(function, args, kwargs, output)
+        elif not without_products(function):
+            name = f"{function.namespace}.{function.overloadpacket.__name__}"
+            self.uncounted[self.owners.innermost, name] += 1
+        return output
+
+
+@contextmanager
+def plainly(model: nn.Module) -> Iterator[None]:
+    """Run what is computed one operator at a time: not compiled, nor fused for attention; without gradients, in
+    evaluation mode (dropout would draw random numbers)."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        # The math backend spells the fused attention out, which is counted as one operator of another kind otherwise.
+        with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _attention_macs(q: list[torch.Size], k: list[torch.Size], v: list[torch.Size]) -> tuple[int, int]:
+    """Sum over calls of B L_q L_k D and B L_q L_k D_v, from the shapes ``[B, L, D]`` (D: all heads)."""
+    calls = list(zip(q, k, v, strict=True)) if len(q) == len(k) == len(v) else []
+    qk = sum(a.numel() * b[-2] for a, b, _ in calls)
+    av = sum(a[0] * a[-2] * c[-2] * c[-1] for a, _, c in calls)
+    return qk, av
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put all modules in evaluation mode, then restore each one's own."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

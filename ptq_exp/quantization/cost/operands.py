@@ -1,0 +1,132 @@
+"""Which quantizers the operands of a network's multiplications come from, seen where the multiplications happen.
+
+A quantized operand is one that a quantizer returned, with nothing but copies and views between it and the
+multiplication. That a layer has quantizers says nothing yet: hooks may change what they returned, and code outside the
+layer may use its weight without them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptq_exp.quantization.calibrate import quantizers
+from ptq_exp.quantization.cost.macs import attention_modules, multiplying_layers, plainly
+from ptq_exp.quantization.cost.owners import Owners
+from ptq_exp.quantization.quantizer import Quantizer
+from ptq_exp.quantization.trace.provenance import MOVES, Notes
+
+# which positional arguments are multiplied
+_LAYERS = {F.linear: (0, 1), F.conv1d: (0, 1), F.conv2d: (0, 1)}
+_PRODUCTS = {
+    torch.bmm: (0, 1), torch.Tensor.bmm: (0, 1), torch.matmul: (0, 1), torch.Tensor.matmul: (0, 1),
+    torch.Tensor.__matmul__: (0, 1), torch.baddbmm: (1, 2), torch.Tensor.baddbmm: (1, 2),
+}  # fmt: skip
+_KEYWORDS = {"input": 0, "weight": 1, "query": 0, "key": 1, "value": 2, "batch1": 1, "batch2": 2, "mat2": 1, "other": 1}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an operand comes from: `quantizer`, which returned it in `dtype`."""
+
+    quantizer: Quantizer
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand of a multiplication: the quantizer it comes from (None: full precision), and how many of its elements
+    do not lie on the grid of that quantizer (0 where nobody looked)."""
+
+    quantizer: Quantizer | None
+    off_grid: int = 0
+
+
+Products = list[tuple[Operand, Operand]]
+
+
+@dataclass
+class Operands:
+    """The multiplications of one evaluation, in order.
+
+    Attributes:
+        layers: {layer: (input, weight) of each}, of convolutions and linear layers.
+        attention: {attention: pairs}, two for each call: (q, k), (softmax map, v).
+        called: names of the layers that were called.
+    """
+
+    layers: dict[str, Products] = field(default_factory=lambda: defaultdict(list))
+    attention: dict[str, Products] = field(default_factory=lambda: defaultdict(list))
+    called: set[str] = field(default_factory=set)
+
+
+def operands_of(model: nn.Module, inputs: tuple, *, values: bool = False) -> Operands:
+    """Evaluate `model` once on the positional `inputs` and see what it multiplies.
+
+    Args:
+        model: with quantizers, on or off; left as it was.
+        values: also compare the operands with the grids of their quantizers, which are calibrated and on.
+    """
+    layers, attentions = dict(multiplying_layers(model)), dict(attention_modules(model))
+    found, owners = Operands(), Owners(layers, attentions)
+
+    def carry(function: Callable, args: tuple, kwargs: dict, output: Tensor, notes: Notes) -> Source | None:
+        given = dict(enumerate(args)) | {_KEYWORDS.get(key, key): value for key, value in kwargs.items()}
+
+        def operand(number: int) -> Operand:
+            return _operand(given.get(number), notes.of(given.get(number)), values)
+
+        if not (function in _LAYERS or function in _PRODUCTS or function is F.scaled_dot_product_attention):
+            return notes.of(given.get(0)) if function in MOVES else None
+        name = owners.of(tuple(given.values()))
+        if function in _LAYERS and name in layers:
+            found.layers[name].append(tuple(map(operand, _LAYERS[function])))
+        elif name in attentions and function in _PRODUCTS:
+            found.attention[name].append(tuple(map(operand, _PRODUCTS[function])))
+        elif name in attentions and function is F.scaled_dot_product_attention:
+            found.attention[name] += [(operand(0), operand(1)), (Operand(None), operand(2))]
+        elif name in layers:  # its weight, in a product that is no layer's
+            found.layers[name].append((Operand(None), Operand(None)))
+        return None
+
+    notes = Notes(carry)
+    with plainly(model), owners, _noting(model, notes), ExitStack() as hooks, notes:
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda *_, name=name: found.called.add(name))
+            hooks.callback(hook.remove)
+        # not model(...): a compiled one would be compiled again because of the hooks
+        model.forward(*inputs)
+    return found
+
+
+@contextmanager
+def _noting(model: nn.Module, notes: Notes) -> Iterator[None]:
+    """Note on every tensor that a quantizer of `model` returns which one it was."""
+
+    def note(quantizer: Quantizer, _: tuple, output: Tensor) -> Tensor:
+        # one that is off returns its argument, which others may read, too: another name for the same values
+        returned = output.view_as(output)
+        notes.set(returned, Source(quantizer, output.dtype))
+        return returned
+
+    with ExitStack() as handles:
+        for _, quantizer in quantizers(model):
+            handles.callback(quantizer.register_forward_hook(note).remove)
+        yield
+
+
+def _operand(tensor: Any, source: Source | None, values: bool) -> Operand:
+    if source is None or not isinstance(tensor, Tensor):
+        return Operand(None)
+    if not values:
+        return Operand(source.quantizer)
+    original = tensor.to(source.dtype)  # a wider type holds the same values
+    changed = int((original.to(tensor.dtype) != tensor).sum())
+    return Operand(source.quantizer, changed + source.quantizer.off_grid(original))

@@ -1,0 +1,1 @@
+"""Ranges of quantizers: histograms, errors by metric, and the search for the best range."""

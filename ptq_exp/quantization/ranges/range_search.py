@@ -1,0 +1,160 @@
+"""Range search: the quantizer of given bits that minimises a metric between data and its quantized self.
+
+Metrics, x the data and q its quantized self: `mse` mean (x - q)^2; `l1` mean |x - q|; `lp` mean |x - q|^2.4;
+`cosine` 1 - <x, q> / (|x| |q|); `kl` divergence of two histograms, see `CodeDivergence` (with few values per
+quantizer and many bits it is zero for any range and leaves the data's own); `minmax` the range of the data,
+nothing clipped; `percentile` the range that holds 99.99 % of the values on either side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ptq_exp.errors import ConfigError, QuantizationError
+from ptq_exp.quantization.affine import QRange, choose_qparams, integer_range
+from ptq_exp.quantization.ranges.histogram import Histogram, describe, finite_ends
+from ptq_exp.quantization.ranges.metrics import CodeDivergence, ErrorSource, HistogramErrors, ValueErrors
+from ptq_exp.quantization.ranges.search import GridSpace, search_grid
+
+OwnErrors = Callable[[Tensor, Tensor, int], ErrorSource]
+METRICS: dict[str, OwnErrors | None] = dict.fromkeys(("mse", "l1", "cosine", "kl", "lp", "minmax", "percentile"))
+"""Name -> None for the metrics above. Add your own: a function (edges [cells, bins + 1], counts [cells, bins], bits) ->
+`ErrorSource` of a histogram of the data, whose errors are then minimised."""
+PERCENTILE = 0.9999
+SKETCH_BINS = 8192
+MOST_KL_BINS = 2048
+# Bins of the stand-in for a tensor whose values are at hand: all cells together, and the least for one.
+COARSE_BINS, FEWEST_BINS = 16384, 128
+
+
+@torch.no_grad()
+def search_range(
+    x: Tensor,
+    bits: int,
+    *,
+    symmetric: bool,
+    channel_axis: int | None = None,
+    metric: str = "lp",
+    name: str | None = None,
+) -> QRange:
+    """Quantizer parameters for `x`, one set, or one for each index of `channel_axis`.
+
+    Args:
+        x: tensor of any shape, finite; searched in float32.
+        bits: 2 to 16.
+        symmetric: zero point 0 on a signed grid (one-sided data: all levels on its side); else both ends and
+            the zero point are free, with zero inside the range.
+        metric: one of `METRICS`.
+        name: layer to name in an error.
+
+    Returns:
+        QRange of 0-d tensors, or with every dimension but `channel_axis` of size 1; fits `fake_quantize`.
+
+    Raises:
+        ConfigError: unknown metric, bits or axis. QuantizationError: `x` is empty or holds NaN or infinity.
+    """
+    _check(bits, metric)
+    rows, shape = _rows(x, channel_axis)
+    if rows.numel() == 0:
+        raise QuantizationError(f"{describe(name)}: found an empty tensor of shape {list(x.shape)}")
+    low, high = finite_ends(rows, name)
+    if metric == "percentile":
+        low, high = -_nearest_rank(-rows), _nearest_rank(rows)
+    if metric in ("minmax", "percentile"):
+        found = choose_qparams(low, high, bits, symmetric)
+    else:
+        space = GridSpace(low, high, bits, symmetric)
+        found = search_grid(space, *_sources(rows, metric, space))
+    return QRange(*(part.reshape(shape) for part in found))
+
+
+class RangeSketch(Histogram):
+    """Range search for data that arrives in batches: counts in bounded memory, then searches on the counts.
+
+    Usage: `update(x)` with x [cells, n] for each batch, then `search`. Takes 64 KiB per cell. The result
+    depends on the multiset of all values only, not on the order or the split of the batches.
+    """
+
+    def __init__(self, cells: int, name: str | None = None) -> None:
+        super().__init__(cells, SKETCH_BINS, name)
+
+    @torch.no_grad()
+    def search(self, bits: int, symmetric: bool, metric: str = "lp") -> QRange:
+        """Parameters of shape [cells]; arguments and errors as in `search_range`.
+
+        Raises QuantizationError if a cell has seen no value.
+        """
+        _check(bits, metric)
+        if not bool((self.count > 0).all()):
+            raise QuantizationError(f"{self.where}: its quantizer saw no data; calibrate through this layer")
+        low, high = self.percentile(PERCENTILE) if metric == "percentile" else (self.min, self.max)
+        if metric in ("minmax", "percentile"):
+            return choose_qparams(low, high, bits, symmetric)
+        space = GridSpace(low, high, bits, symmetric)
+        source = _histogram_source(self, metric, space)
+        return search_grid(space, source, source, self.count - self.zeros)
+
+
+def _check(bits: int, metric: str) -> None:
+    integer_range(bits, signed=False)
+    if metric not in METRICS:
+        raise ConfigError(f"metric={metric!r} is unknown: expected one of {', '.join(METRICS)}")
+
+
+def _rows(x: Tensor, channel_axis: int | None) -> tuple[Tensor, list[int]]:
+    """`x` as float32 [cells, n], and the shape that makes [cells] broadcast against `x`."""
+    x = x.detach().float()
+    if channel_axis is None:
+        return x.reshape(1, -1), []
+    if not -x.ndim <= channel_axis < x.ndim:
+        raise ConfigError(f"channel_axis={channel_axis} is not an axis of a tensor of shape {list(x.shape)}")
+    shape = [1] * x.ndim
+    shape[channel_axis] = -1
+    return x.movedim(channel_axis, 0).flatten(1).contiguous(), shape
+
+
+def _sources(rows: Tensor, metric: str, space: GridSpace) -> tuple[ErrorSource, ErrorSource, Tensor]:
+    """Errors for the first pass and for the scan, and how many values other than zero each cell has, [cells].
+
+    The first are those of a histogram, the second those of the values (but for `kl` and own metrics).
+    """
+    cells, n = rows.shape
+    if metric == "kl" or METRICS[metric] is not None:
+        histogram = Histogram(cells, MOST_KL_BINS)
+        histogram.update(rows)
+        source = _histogram_source(histogram, metric, space)
+        return source, source, histogram.count - histogram.zeros
+    exact = ValueErrors(rows, metric, space.minmax.scale)
+    bins = min(max(COARSE_BINS // cells, FEWEST_BINS), SKETCH_BINS)
+    histogram = Histogram(cells, _power_of_two(bins))
+    if n <= histogram.bins:
+        return exact, exact, rows.count_nonzero(1)
+    histogram.update(rows)
+    return _histogram_source(histogram, metric, space), exact, histogram.count - histogram.zeros
+
+
+def _histogram_source(histogram: Histogram, metric: str, space: GridSpace) -> ErrorSource:
+    if metric == "kl":
+        # With more bins the sampling noise of n values outweighs what the quantizer loses.
+        n = int(histogram.count.min())
+        histogram = histogram.coarsened(_power_of_two(min(4 * math.isqrt(n), MOST_KL_BINS)))
+        return CodeDivergence(histogram.width, *histogram.occupied(), space.bits)
+    first, counts = histogram.occupied()
+    edges = histogram.width * torch.arange(first, first + counts.shape[1] + 1, device=counts.device)
+    if (own := METRICS[metric]) is not None:
+        return own(edges, counts, space.bits)
+    return HistogramErrors(edges, counts, metric, space.minmax.scale)
+
+
+def _power_of_two(x: int) -> int:
+    """Largest power of two up to x."""
+    return 1 << x.bit_length() - 1
+
+
+def _nearest_rank(rows: Tensor) -> Tensor:
+    """Smallest value of each row that at least the fraction PERCENTILE of it does not exceed, [cells]."""
+    return rows.kthvalue(math.ceil(PERCENTILE * rows.shape[1]), dim=1).values

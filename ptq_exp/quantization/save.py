@@ -1,0 +1,184 @@
+"""A quantized network in two files: quantized.safetensors (its tensors) and quantization.json (all else).
+
+`quantization.json` is a dictionary with ``format`` and ``version``, ``rules`` (pattern, spec, reason), ``report``'s
+entries (``totals``, ``shares``, ``layers``), ``quantizers`` (every range, to be read by people), ``tensors`` (layout of
+the other file, see `ptq_exp.quantization.packed_network`), ``file`` (its name, SHA-256, size and the theoretical one)
+and whatever the caller adds about the model. Each file holds a hash of the other: what belongs to another network, was
+cut off or edited is refused. Nothing in the files is executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ptq_exp.errors import ConfigError, DataError, QuantizationError
+from ptq_exp.quantization.cost.account import range_table
+from ptq_exp.quantization.cost.report import Report
+from ptq_exp.quantization.packed_network import packed_tensors, restore_tensors_
+from ptq_exp.quantization.place import quantize_
+from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec
+from ptq_exp.storage.atomic import atomic_path, file_digest
+
+FORMAT, VERSION = "ptq-exp quantized network", 1
+TENSORS_FILE, DESCRIPTION_FILE = "quantized.safetensors", "quantization.json"
+_HASH = "description_sha256"
+
+
+def save_quantized(
+    folder: str | os.PathLike, network: nn.Module, rules: Sequence[Rule], report: Report, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write a calibrated network to `folder`; returns the content of quantization.json.
+
+    Args:
+        folder: created where it is missing; files in it are replaced.
+        network: with frozen weights and calibrated ranges.
+        rules: those that `quantize_` placed its quantizers by.
+        report: account of its operations; with candidate widths, one that knows their shares.
+        about: further entries, plain values for JSON.
+
+    Raises:
+        QuantizationError: the network is not calibrated, or a weight is not on the grid of its ranges.
+        PTQError: a file cannot be written.
+    """
+    tensors, layout = packed_tensors(network)
+    description = {
+        "format": FORMAT, "version": VERSION, **about, **report.to_dict(), "rules": [rule_to_dict(r) for r in rules],
+        "quantizers": range_table(network), "tensors": layout,
+    }  # fmt: skip
+    path = Path(folder) / TENSORS_FILE
+    metadata = {"format": FORMAT, "version": str(VERSION), _HASH: _description_hash(description)}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+    description["file"] = {
+        "name": TENSORS_FILE, "sha256": file_digest(path), "bytes": path.stat().st_size,
+        "theoretical_bytes": report.totals["weight_bytes"],
+    }  # fmt: skip
+    with atomic_path(path.with_name(DESCRIPTION_FILE)) as temporary:
+        temporary.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return description
+
+
+def read_description(folder: str | os.PathLike) -> dict[str, Any]:
+    """The content of quantization.json in `folder`, if it and the file of tensors are whole and belong together.
+
+    Raises:
+        DataError: a file is missing, truncated, edited, of an unknown version, or holds something else.
+    """
+    path = Path(folder) / DESCRIPTION_FILE
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no readable description of a quantized network: {_one_line(error)}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise DataError(f"{path} describes no saved network (a run with save_quantized=false writes such a file)")
+    if description.get("version") != VERSION:
+        raise DataError(
+            f"{path} has version {_one_line(description.get('version'))} of the format, this code reads {VERSION}: "
+            "install the ptq-exp that wrote it, or quantize again"
+        )
+    _check_tensors_file(path.with_name(TENSORS_FILE), description)
+    return description
+
+
+def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_inputs: tuple) -> Report:
+    """Turn `network`, full precision or of arbitrary weights, in place into the one that was saved in `folder`.
+
+    Neither calibration data nor full-precision weights are needed, and nothing is quantized again: all parameters and
+    ranges are those that were saved, bit for bit. After an error the network is of no use.
+
+    Args:
+        network: of the architecture and number type of the one that was saved.
+        folder: see `save_quantized`.
+        example_inputs: positional arguments of one sample, see `quantize_`.
+
+    Returns:
+        The account of its operations, without shares of candidate widths.
+
+    Raises:
+        DataError: a file is missing, truncated, edited, of an unknown version, or of another network.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    path = folder / TENSORS_FILE
+    try:
+        tensors = load_file(path)
+        report = quantize_(network, [rule_from_dict(rule) for rule in description["rules"]], example_inputs)
+        with torch.no_grad():
+            restore_tensors_(network, tensors, description["tensors"])
+    except (ConfigError, QuantizationError) as error:
+        raise DataError(f"{folder} does not fit the model: {error}") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {_one_line(repr(error))}") from error
+    return report
+
+
+def rule_to_dict(rule: Rule) -> dict[str, Any]:
+    """A rule as plain values for JSON; `rule_from_dict` makes the same rule of it."""
+    return {"pattern": rule.pattern, "spec": None if rule.spec is None else asdict(rule.spec), "reason": rule.reason}
+
+
+def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
+    """The rule that `rule_to_dict` described.
+
+    Raises:
+        KeyError, TypeError, ConfigError: it described something else.
+    """
+    spec = plain["spec"]
+    if spec is not None:
+        spec = QuantSpec(**{role: _tensor_spec(value) for role, value in spec.items()})
+    return Rule(plain["pattern"], spec, plain["reason"])
+
+
+def _tensor_spec(plain: Any) -> Any:
+    if not isinstance(plain, dict):
+        return plain
+    return TensorSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
+
+
+def _check_tensors_file(path: Path, description: Mapping[str, Any]) -> None:
+    """Raise DataError unless the file is the one that was described, and names this description."""
+    file = description.get("file")
+    expected = file.get("sha256") if isinstance(file, dict) else None
+    if not isinstance(expected, str):
+        raise DataError(f"{path.with_name(DESCRIPTION_FILE)} is damaged: it has no hash of {TENSORS_FILE}")
+    found = file_digest(path)
+    if found != expected:
+        raise DataError(
+            f"{path} is not the file that {DESCRIPTION_FILE} describes, but truncated, changed or another one "
+            f"({path.stat().st_size} bytes with SHA-256 {found[:12]}, expected {_one_line(expected[:12])}): copy both "
+            "files again"
+        )
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            metadata = tensors.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is no complete safetensors file ({_one_line(error)})") from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+        raise DataError(f"{path} holds no quantized network of version {VERSION}, but other tensors")
+    if metadata.get(_HASH) != _description_hash(description):
+        raise DataError(
+            f"{path.with_name(DESCRIPTION_FILE)} was edited, or belongs to another {TENSORS_FILE}: copy both again"
+        )
+
+
+def _description_hash(description: Mapping[str, Any]) -> str:
+    """SHA-256 of all but the entry about the file of tensors, independent of the order of keys."""
+    plain = {key: value for key, value in description.items() if key != "file"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())[:200]

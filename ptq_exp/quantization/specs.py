@@ -1,0 +1,181 @@
+"""Which operation gets which quantizers: ordered rules from name patterns to specifications.
+
+A pattern is a case-sensitive glob (`fnmatch`) on module names as `named_modules` spells them: ``*`` matches
+any text, dots included, ``[qkv]`` one of three letters. The first rule that matches a module decides.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from typing import Literal
+
+from ptq_exp.errors import ConfigError
+from ptq_exp.quantization.ranges.range_search import METRICS
+
+LAYER_BITS = (2, 8)
+SOFTMAX_BITS = (2, 16)
+GRANULARITIES = ("channel", "tensor", "group")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one tensor is quantized.
+
+    Attributes:
+        bits: width of the integer, 2 to 16; for an activation also a tuple of candidate widths, ascending, of which
+            every sampling step uses one. A tuple of one is the same as the number.
+        symmetric: zero point 0.
+        granularity: one range per ``"tensor"`` or, for weights, per output ``"channel"``, or per ``"group"`` of
+            `group_size` input channels of each output channel.
+        segments: input-channel counts of groups that get a range each; None = one group.
+        metric: error measure of the range search; None = the one of the run.
+        headroom: factor >= 1 by which an activation's range is widened after the search.
+        bins: rows of an activation's ranges, of which every sampling step uses one; not together with candidate widths.
+        group_size: input channels per range of granularity ``"group"``; the last group of a segment may be smaller.
+
+    Raises:
+        ConfigError: a value is outside the above.
+    """
+
+    bits: int | tuple[int, ...]
+    symmetric: bool = False
+    granularity: Literal["tensor", "channel", "group"] = "tensor"
+    segments: tuple[int, ...] | None = None
+    metric: str | None = None
+    headroom: float = 1.0
+    bins: int = 1
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, tuple):
+            # the dataclass is frozen
+            object.__setattr__(self, "bits", checked_widths("TensorSpec.bits", self.bits, SOFTMAX_BITS))
+        else:
+            check_bits("TensorSpec.bits", self.bits, SOFTMAX_BITS)
+        if self.granularity not in GRANULARITIES:
+            raise ConfigError(f"TensorSpec.granularity={self.granularity!r}: choose one of {', '.join(GRANULARITIES)}")
+        size_given = self.group_size is not None
+        if (self.granularity == "group") != size_given or (size_given and self.group_size < 1):
+            raise ConfigError(
+                f"TensorSpec.group_size={self.group_size}: give granularity='group' a number of input channels, 1 or "
+                "more, and no other granularity one"
+            )
+        if self.bins < 1 or (self.bins > 1 and isinstance(self.bits, tuple)):
+            raise ConfigError(
+                f"TensorSpec.bins={self.bins}: give 1 or more, and 1 with candidate widths (bits={self.bits}): each "
+                "sampling step chooses one row, either its bin or its width"
+            )
+        if self.segments is not None and (not self.segments or min(self.segments) < 1):
+            raise ConfigError(f"TensorSpec.segments={self.segments}: give positive channel counts, or None")
+        if not self.headroom >= 1:
+            raise ConfigError(f"TensorSpec.headroom={self.headroom}: choose 1 or more")
+        if self.metric is not None and self.metric not in METRICS:
+            raise ConfigError(f"TensorSpec.metric={self.metric!r}: choose one of {', '.join(METRICS)}")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Quantizers of one operation; None leaves that tensor in full precision.
+
+    A convolution or linear layer uses `weight`, `input` and `output`; an attention module uses `softmax` (its
+    q, k and v are the outputs of its linear layers).
+
+    Raises:
+        ConfigError: an activation asks for one range per channel, the softmax map for a zero point, or a weight for
+            several widths or bins.
+    """
+
+    weight: TensorSpec | None = None
+    input: TensorSpec | None = None
+    output: TensorSpec | None = None
+    softmax: TensorSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and isinstance(self.weight.bits, tuple):
+            raise ConfigError(
+                f"QuantSpec.weight: bits={self.weight.bits}, but a weight is quantized once: give one width (only "
+                "activations can change theirs from one sampling step to the next)"
+            )
+        if self.weight is not None and self.weight.bins > 1:
+            raise ConfigError(f"QuantSpec.weight: bins={self.weight.bins}, but a weight is the same at every step")
+        for role in ("input", "output", "softmax"):
+            spec = getattr(self, role)
+            if spec is not None and spec.granularity != "tensor":
+                raise ConfigError(
+                    f"QuantSpec.{role}: activations are quantized per tensor; use segments to split them"
+                )
+        if self.softmax is not None and (not self.softmax.symmetric or self.softmax.segments):
+            raise ConfigError(
+                "QuantSpec.softmax: the softmax map takes symmetric=True (zero point 0) and no segments"
+            )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose name matches the glob `pattern` follow `spec`; None keeps them FP for `reason`."""
+
+    pattern: str
+    spec: QuantSpec | None
+    reason: str = ""
+
+    def matches(self, name: str) -> bool:
+        """Whether the rule speaks of the module called `name`."""
+        return fnmatchcase(name, self.pattern)
+
+
+def first_match(rules: Sequence[Rule], name: str) -> Rule | None:
+    """Return the first rule that matches `name`, or None."""
+    return next((rule for rule in rules if rule.matches(name)), None)
+
+
+def check_rules(rules: Sequence[Rule], quantizable: Collection[str], left_alone: Collection[str]) -> None:
+    """Check that every rule matches some module.
+
+    Args:
+        rules: in order.
+        quantizable: names of the modules that can be quantized.
+        left_alone: names of other modules with weights; a rule that keeps FP may speak of them.
+
+    Raises:
+        ConfigError: a rule matches none; the message names its pattern and similar names.
+    """
+    for rule in rules:
+        names = [*quantizable, *left_alone] if rule.spec is None else list(quantizable)
+        if any(rule.matches(name) for name in names):
+            continue
+        called = f"rule {rule.pattern!r}" + (f" ({rule.reason})" if rule.reason else "")
+        blocked = [name for name in left_alone if rule.matches(name)]
+        if blocked:
+            raise ConfigError(f"{called} matches only modules that cannot be quantized: {blocked[:3]}")
+        near = difflib.get_close_matches(rule.pattern.replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
+        raise ConfigError(
+            f"{called} matches no convolution, linear layer or attention of the model; "
+            f"names near it: {', '.join(near) or 'none, the model has no such module'}"
+        )
+
+
+def check_bits(setting: str, bits: int, allowed: tuple[int, int] = LAYER_BITS) -> None:
+    """Raise ConfigError, naming `setting`, unless `bits` is an integer in the closed interval `allowed`."""
+    low, high = allowed
+    if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
+        raise ConfigError(f"{setting}={bits!r}: choose {low}..{high}")
+
+
+def checked_widths(
+    setting: str, widths: Sequence[int], allowed: tuple[int, int] = LAYER_BITS
+) -> int | tuple[int, ...]:
+    """Return candidate `widths` as a tuple, or as the number if there is one.
+
+    Raises:
+        ConfigError: none are given, they do not ascend, or one is no integer in `allowed`; the message names `setting`.
+    """
+    widths = tuple(widths)
+    for bits in widths:
+        check_bits(setting, bits, allowed)
+    if not widths or any(low >= high for low, high in pairwise(widths)):
+        raise ConfigError(f"{setting}={list(widths)}: give candidate widths in ascending order, each once")
+    return widths if len(widths) > 1 else widths[0]

@@ -1,0 +1,1 @@
+"""What is seen while a network runs: values at quantizers, where tensors come from, what is concatenated."""

@@ -1,0 +1,1 @@
+"""Exact re-parametrisations of a network before it is rounded."""

@@ -1,0 +1,1 @@
+"""Many runs or one, to look at: tables, figures, HTML."""

@@ -1,0 +1,154 @@
+"""The report of one run: report.html, from the files that the run left in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ptq_exp.errors import DataError
+from ptq_exp.reports.html import figures
+from ptq_exp.reports.html.account import account_section
+from ptq_exp.reports.html.analysis import activation_section, sensitivity_section
+from ptq_exp.reports.html.figures import Picture, drawn
+from ptq_exp.reports.html.page import file_uri, write_page
+from ptq_exp.reports.html.section import Image, Section
+from ptq_exp.reports.html.table import Table, number, text
+from ptq_exp.results.environment import run_command
+from ptq_exp.storage.plain_json import read_json
+
+SCORES = {
+    "is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall",
+    "fid_increase_units": "FID increase", "psnr": "PSNR dB", "eps_error": "eps error",
+    "eps_error_without_last": "without the last step", "fixed_pattern_share": "fixed-pattern share",
+}  # fmt: skip
+"""Scores of results.json and their headings, in the order of the summary."""
+
+
+def write_run_report(folder: Path) -> Path:
+    """Write report.html of the finished run in `folder` and return its path; what was not measured is left out.
+
+    Raises:
+        DataError: there is no results.json, it is damaged, or its run did not finish.
+        PTQError: the report cannot be written.
+    """
+    results = read_json(folder / "results.json")
+    if not isinstance(results, Mapping) or results.get("status") != "finished":
+        raise DataError(f"{folder / 'results.json'} is not of a finished run, which alone has a report: run it again")
+    found = [
+        _summary(results), _images(results, folder), _eps_error(results), _noise(folder),
+        activation_section(folder), sensitivity_section(folder), _schedule(results), account_section(folder),
+        _reproduce(results, folder),
+    ]  # fmt: skip
+    config = results["config"]
+    sampler = config["sampler"]
+    return write_page(
+        folder, "report.html.j2", title=str(results["name"]), tiles=_tiles(results),
+        subtitle=f"{config['model']['name']}, {config['bits']['name'].upper()}, {sampler['solver']} with "
+        f"{sampler['steps']} steps, seed {results['seed']}",
+        sections=[section for section in found if section is not None],
+    )  # fmt: skip
+
+
+def _tiles(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The numbers that people look for first."""
+    metrics, account = results["metrics"], results.get("quantization", {})
+    shown = [(SCORES[key], number(metrics[key]).text) for key in ("fid", "fid_increase_units", "psnr")
+             if key in metrics]  # fmt: skip
+    if "eps_error" in metrics:
+        shown.append(("eps error", f"{metrics['eps_error']:.2%}"))
+    if account:
+        shown.append(("coverage", f"{account['coverage_conv_linear']:.2%}"))
+        shown.append(("BOPs", f"FP32 / {account['bops_ratio']:.1f}"))
+    return shown
+
+
+def _summary(results: Mapping[str, Any]) -> Section:
+    rows = {"real data": results.get("real", {}), "FP32": results["fp32"]}
+    if "quantization" in results:
+        rows[results["config"]["bits"]["name"].upper()] = results["metrics"]
+    keys = [key for key in SCORES if any(key in scores for scores in rows.values())]
+    spec, unit = results["metric_spec"], results.get("real", {}).get("half_split_fid")
+    note = (f"{spec['n_samples']} images, seed {spec['seed']}, extractor {spec['extractor']} ({spec['preprocessing']}),"
+            f" reference {spec['reference']}.")  # fmt: skip
+    if unit is not None:
+        note += (" FID increase over FP32 of the same seeds in units of the FID between two random halves of the real "
+                 f"data ({unit:.4g}).")  # fmt: skip
+    table = Table(
+        [("", False), *((SCORES[key], True) for key in keys)],
+        [[text(name), *(number(scores.get(key)) for key in keys)] for name, scores in rows.items() if scores],
+        "Scores", sortable=False, note=note,
+    )  # fmt: skip
+    return Section("summary", "Summary", tables=[table])
+
+
+def _images(results: Mapping[str, Any], folder: Path) -> Section | None:
+    uri = file_uri(folder / "grid.png")
+    if uri is None:
+        return None
+    bits = results["config"]["bits"]["name"].upper()
+    alt = f"Images of the full-precision model over those of {bits}" if "quantization" in results else "Images"
+    return Section("images", "Images", images=[Image(uri, alt, caption=f"{alt}, same seeds.")])
+
+
+def _eps_error(results: Mapping[str, Any]) -> Section | None:
+    after, before = results.get("eps_error_per_step"), results.get("eps_error_uncorrected_per_step")
+    if not after:
+        return None
+    caption = "‖ε_q − ε‖ / ‖ε‖ of each sampling step, on full-precision trajectories."
+    picture = drawn(lambda width: figures.eps_error(after, before, width), "Curve of the eps error per step", caption)
+    pictures = [picture, *_fixed_pattern(results)]
+    return Section("eps-error", "Error of the noise estimate per step", pictures=pictures)
+
+
+def _fixed_pattern(results: Mapping[str, Any]) -> list[Picture]:
+    share = results.get("fixed_pattern_share_per_step")
+    if not share:  # of a run from before it was measured
+        return []
+    independent = results["fixed_pattern_share_independent"]
+    samples = results["eps_error_samples"]
+    caption = ("Norm of the mean error over samples / root mean squared norm of the error: 1 = the same for "
+               f"all samples; independent errors of {samples} samples: {independent:.2f}.")  # fmt: skip
+    draw = partial(figures.fixed_pattern, share, independent)
+    return [drawn(draw, "Curve of the share of a fixed pattern in the eps error per step", caption)]
+
+
+def _noise(folder: Path) -> Section | None:
+    uri = file_uri(folder / "noise.png")
+    if uri is None:
+        return None
+    image = Image(uri, "Slope, correlation, kurtosis and density of the quantization noise", "fixed")
+    return Section("noise", "Quantization noise", images=[image])
+
+
+def _schedule(results: Mapping[str, Any]) -> Section | None:
+    schedule = results.get("bit_schedule")
+    if not schedule:
+        return None
+    bits = schedule["activation"]
+    shares = ", ".join(f"{share:.0%} of the steps at {width} bits" for width, share in schedule["shares"].items())
+    caption = f"{shares}; mean {sum(bits) / len(bits):.2f} bits."
+    picture = drawn(lambda width: figures.bit_schedule(bits, width), "Activation bits of each step", caption)
+    return Section("bit-schedule", "Bit schedule", pictures=[picture])
+
+
+def _reproduce(results: Mapping[str, Any], folder: Path) -> Section:
+    """Command, environment, seconds and settings; the command of older runs from what Hydra left."""
+    tables = [
+        Table([("", False), ("", False)], [[text(key), text(value)] for key, value in results[part].items()], label,
+              sortable=False, head=False)
+        for part, label in (("environment", "Environment"),) if part in results
+    ]  # fmt: skip
+    seconds = results.get("seconds", {})
+    folded = []
+    if seconds:
+        rows = [[text(stage), number(spent)] for stage, spent in seconds.items()]
+        total = f"Seconds of each stage, {sum(seconds.values()):.0f} in all"
+        folded.append((total, Table([("stage", False), ("seconds", True)], rows, "Seconds of each stage")))
+    return Section(
+        "reproduce", "How to reproduce it", code=[results.get("command") or run_command(folder)], tables=tables,
+        folded_tables=folded,
+        folded_code=[("All settings", json.dumps(results["config"], indent=2, ensure_ascii=False))],
+    )  # fmt: skip

@@ -1,0 +1,125 @@
+"""Ready-made tables: YAML files that name rows, columns, values and filters, and the sweep that fills them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ptq_exp.errors import ConfigError
+from ptq_exp.reports.tables.published import Published, PublishedRow, idle_key
+from ptq_exp.reports.tables.result_table import Request
+from ptq_exp.reports.tables.settings import VALUES
+
+_KEYS = {
+    "title": str, "rows": list, "cols": list, "values": list, "agg": list, "where": dict, "delta": bool,
+    "command": list, "published": list,
+}  # fmt: skip
+_REQUIRED = ("title", "rows", "values", "command")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A table that can be asked for by name: what it shows, and the commands whose runs fill it."""
+
+    name: str
+    request: Request
+    command: tuple[str, ...]
+
+
+def layouts(folder: Path) -> list[Layout]:
+    """Every layout of a folder, by name."""
+    return [read_layout(path) for path in sorted(folder.glob("*.yaml"))]
+
+
+def find_layout(name: str, folder: Path, others: Iterable[str] = ()) -> Layout:
+    """The layout called `name` in `folder`, or in the file `name`.
+
+    Args:
+        others: further names for the error message.
+
+    Raises:
+        ConfigError: there is none of that name, or it is no valid layout.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if path.is_file():
+        return read_layout(path)
+    known = sorted({*(path.stem for path in folder.glob("*.yaml")), *others})
+    near = difflib.get_close_matches(name, known, n=1)
+    raise ConfigError(f"--layout {name}: no such layout; {f'did you mean {near[0]}? ' if near else ''}"
+                      f"There are {', '.join(known)}, or the path of a .yaml file")  # fmt: skip
+
+
+def read_layout(path: str | os.PathLike) -> Layout:
+    """The layout in a YAML file; `conf/table/` has examples.
+
+    Keys: title, rows, values, command (needed); cols, agg (seed), where, delta, published. A list of one may be written
+    without brackets. Each entry of `published` has heading, source and rows, each row the row's keys (or fp32: true)
+    and its figures.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown, missing or of the wrong kind.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is no readable YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(content).__name__}")
+    values = {key: _checked(path, key, value) for key, value in content.items()}
+    if lacking := [key for key in _REQUIRED if not values.get(key)]:
+        raise ConfigError(f"{path}: {lacking[0]} is missing")
+    where = {key: one if isinstance(one, list) else [one] for key, one in values.get("where", {}).items()}
+    published = [_published(path, entry, values["rows"]) for entry in values.get("published", [])]
+    request = Request(
+        rows=values["rows"], cols=values.get("cols", []), values=values["values"], agg=values.get("agg", ["seed"]),
+        where=where, delta=values.get("delta", False), published=published, title=values["title"],
+    )  # fmt: skip
+    return Layout(path.stem, request, tuple(values["command"]))
+
+
+def _checked(path: Path, key: Any, value: Any) -> Any:
+    if key not in _KEYS:
+        near = difflib.get_close_matches(str(key), _KEYS, n=1)
+        raise ConfigError(f"{path}: {key}: no such key; {f'did you mean {near[0]}?' if near else _valid(_KEYS)}")
+    kind = _KEYS[key]
+    if kind is list and isinstance(value, str):
+        value = [value]
+    if not isinstance(value, kind):
+        raise ConfigError(f"{path}: {key}={value}: expected a {kind.__name__}, found a {type(value).__name__}")
+    if kind is list and key != "published" and not all(isinstance(item, str) for item in value):
+        raise ConfigError(f"{path}: {key}={value}: expected a list of names")
+    return value
+
+
+def _valid(names: Iterable[str]) -> str:
+    return f"valid: {', '.join(names)}"
+
+
+def _published(path: Path, entry: Any, rows: list[str]) -> Published:
+    if not isinstance(entry, Mapping) or set(entry) != {"heading", "source", "rows"}:
+        raise ConfigError(f"{path}: each entry of published needs heading, source and rows, and nothing else")
+    return Published(entry["heading"], entry["source"], tuple(_row(path, row, rows) for row in entry["rows"]))
+
+
+def _row(path: Path, row: Mapping[str, Any], rows: list[str]) -> PublishedRow:
+    """{"model": …, "metric": …, "fid": …} taken apart into the row's keys and its figures."""
+    place = f"{path}: published: {dict(row)}"
+    fp32 = row.get("fp32", False)
+    needed = [key for key in rows if not (fp32 and idle_key(key))]
+    if lacking := [key for key in needed if key not in row]:
+        raise ConfigError(f"{place}: {lacking[0]} is missing, a key of the rows")
+    figures = {key: value for key, value in row.items() if key not in (*needed, "fp32")}
+    for key, value in figures.items():
+        if key not in VALUES:
+            raise ConfigError(f"{place}: {key} is no key of the rows and no value; {_valid(VALUES)}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{place}: {key}={value}: expected a number")
+    settings = {key: row[key] for key in needed}
+    return PublishedRow(settings, fp32, {key: float(value) for key, value in figures.items()})

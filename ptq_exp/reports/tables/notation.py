@@ -1,0 +1,178 @@
+"""A data frame as a Markdown or a LaTeX table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import pandas as pd
+
+from ptq_exp.errors import ConfigError
+from ptq_exp.results.missing import is_missing
+
+COMPANIONS = (".std", ".n", ".runs", ".delta", ".best")
+"""Endings of columns that belong to another one."""
+
+
+@dataclass(frozen=True)
+class _Notation:
+    """How a kind of table writes its cells."""
+
+    missing: str
+    plus_minus: str
+    infinity: tuple[str, str]  # positive, negative
+    number: str  # what a number is put into
+    bold: str
+    count: str
+    text: Callable[[str], str]
+
+
+_MARKDOWN = _Notation(
+    "—", " ± ", ("∞", "−∞"), "{}", "**{}**", " (n={})", lambda text: text.replace("|", "\\|")
+)  # fmt: skip
+_LATEX_SPECIAL = {character: f"\\{character}" for character in "%_&#${}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", "—": "--", "−": "$-$", "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$", "η": r"$\eta$",
+}  # fmt: skip
+_LATEX = _Notation(
+    "--", r" \pm ", (r"\infty", r"-\infty"), "${}$", r"\mathbf{{{}}}", r"\,(n{{=}}{})",
+    lambda text: text.translate(str.maketrans(_LATEX_SPECIAL)),
+)  # fmt: skip
+
+
+def to_markdown(
+    table: pd.DataFrame,
+    titles: Mapping[str, str] | None = None,
+    digits: int | Mapping[str, int] = 3,
+    *,
+    groups: Mapping[str, str] | None = None,
+) -> str:
+    """A Markdown table of an aggregated (or any other) frame.
+
+    A column v with a companion f"{v}.std" is printed as mean ± std; a missing cell as a dash, infinity as ∞. Where
+    there are f"{v}.best" (bool), f"{v}.n" (a count to show) and f"{v}.delta" (a difference), the cell is bold, and
+    count and difference follow it in brackets.
+
+    Args:
+        table: from `aggregate` or `result_table`.
+        titles: {column: heading}, which also chooses the columns and their order; None prints all of them.
+        digits: after the decimal point, for all columns or for each.
+        groups: {column: heading above it}, written before the column's own.
+
+    Raises:
+        ConfigError: a title for a column that is not there.
+    """
+    titles, groups = _chosen(table, titles), groups or {}
+    heads = [f"{groups[column]}: {title}" if groups.get(column) else title for column, title in titles.items()]
+    lines = [[_MARKDOWN.text(head) for head in heads]]
+    lines.append(["---" if _is_text(table[column]) else "---:" for column in titles])
+    lines += [_cells(row, titles, digits, _MARKDOWN) for row in table.to_dict("records")]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def to_latex(
+    table: pd.DataFrame,
+    titles: Mapping[str, str] | None = None,
+    digits: int | Mapping[str, int] = 3,
+    *,
+    groups: Mapping[str, str] | None = None,
+    caption: str | None = None,
+    label: str | None = None,
+    blocks: Sequence[str] = (),
+) -> str:
+    r"""The table of `to_markdown` in LaTeX, with the rules of the package booktabs.
+
+    Numbers stand in math mode, mean and deviation as `$1.23 \pm 0.04$`, a missing cell as `--`. Texts, headings and
+    the caption are escaped.
+
+    Args:
+        table, titles, digits: as in `to_markdown`.
+        groups: {column: heading above it}; neighbours with the same one share it.
+        caption: plain text. With a caption or a label the tabular stands in a floating `table`.
+        label: for `\ref`, as it is.
+        blocks: columns of `table`; a `\midrule` separates two rows that differ in one of them.
+
+    Raises:
+        ConfigError: a title or a block for a column that is not there.
+    """
+    titles, groups = _chosen(table, titles), groups or {}
+    _chosen(table, {column: column for column in blocks})
+    columns = "".join("l" if _is_text(table[column]) else "r" for column in titles)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines += _group_heads([groups.get(column, "") for column in titles])
+    lines.append(_latex_row(_LATEX.text(title) for title in titles.values()))
+    block = None
+    for row in table.to_dict("records"):
+        if block != (block := [str(row[column]) for column in blocks]):
+            lines.append(r"\midrule")
+        lines.append(_latex_row(_cells(row, titles, digits, _LATEX)))
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    if caption is not None or label is not None:
+        head = [r"\begin{table}", r"\centering"]
+        head += [] if caption is None else [rf"\caption{{{_LATEX.text(caption)}}}"]
+        head += [] if label is None else [rf"\label{{{label}}}"]
+        lines = [*head, *lines, r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def _group_heads(groups: Sequence[str]) -> list[str]:
+    """The row of headings over several columns and the rules below them; nothing without groups."""
+    if not any(groups):
+        return []
+    cells, rules, place = [], [], 1
+    for group, members in groupby(groups):
+        width = len(list(members))
+        cells.append(rf"\multicolumn{{{width}}}{{c}}{{{_LATEX.text(group)}}}" if group else " & ".join([""] * width))
+        rules += [rf"\cmidrule(lr){{{place}-{place + width - 1}}}"] if group else []
+        place += width
+    return [_latex_row(cells), " ".join(rules)]
+
+
+def _latex_row(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _chosen(table: pd.DataFrame, titles: Mapping[str, str] | None) -> dict[str, str]:
+    """The columns to print and their headings: `titles`, or all columns but the companions."""
+    companions = {f"{column}{ending}" for column in table for ending in COMPANIONS}
+    titles = titles or {column: column for column in table if column not in companions}
+    if unknown := [column for column in titles if column not in table]:
+        raise ConfigError(f"no column {unknown[0]!r} in the table, expected one of: {', '.join(table)}")
+    return dict(titles)
+
+
+def _is_text(column: pd.Series) -> bool:
+    return not pd.api.types.is_numeric_dtype(column)
+
+
+def _cells(
+    row: Mapping[str, Any], columns: Iterable[str], digits: int | Mapping[str, int], notation: _Notation
+) -> list[str]:
+    places = digits if isinstance(digits, Mapping) else dict.fromkeys(columns, digits)
+    return [_cell(row, column, places.get(column, 3), notation) for column in columns]
+
+
+def _cell(row: Mapping[str, Any], column: str, digits: int, notation: _Notation) -> str:
+    value, deviation = row[column], row.get(f"{column}.std")
+    if is_missing(value):
+        return notation.missing
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return notation.text(str(value))
+    parts = [value] if is_missing(deviation) else [value, deviation]
+    text = notation.plus_minus.join(_number(part, digits, notation) for part in parts)
+    if row.get(f"{column}.best") is True:
+        text = notation.bold.format(text)
+    if not is_missing(count := row.get(f"{column}.n")):
+        text += notation.count.format(int(count))
+    if not is_missing(delta := row.get(f"{column}.delta")):
+        text += f" ({'+' if delta >= 0 else ''}{_number(float(delta), digits, notation)})"
+    return notation.number.format(text)
+
+
+def _number(value: float, digits: int, notation: _Notation) -> str:
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return notation.infinity[value < 0]
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,127 @@
+"""The runs that tables are made of, one row each: from results.json, or from W&B's offline folders."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.storage.plain_json import read_json
+
+SOURCES = ("auto", "results", "wandb")
+_BEFORE = {"config.calibration.labels": "paired"}
+"""What runs did that are older than a setting."""
+_log = logging.getLogger(__name__)
+
+
+def collect(runs_dir: str | os.PathLike) -> pd.DataFrame:
+    """One row per results.json below `runs_dir`, nested keys joined by dots ("metrics.fid", "config.seed").
+
+    Two columns are added: "run", the folder relative to runs_dir, and "modified", the file's time in seconds.
+    A file that cannot be read is logged and gives a row with status "unreadable". A key that a run lacks is
+    missing (NaN) in its row; lists stay lists.
+
+    Raises:
+        DataError: `runs_dir` holds no results.json.
+    """
+    return gather([runs_dir], "results")
+
+
+def gather(folders: Iterable[str | os.PathLike], source: str = "auto") -> pd.DataFrame:
+    """The rows of `collect` for everything below several folders; a run that is found twice counts once.
+
+    Args:
+        folders: run folders, folders of many of them, or W&B's own (offline-run-...).
+        source: "results" reads results.json, "wandb" the offline W&B runs, "auto" the W&B run only where the run
+            folder has no results.json.
+
+    Raises:
+        ConfigError: an unknown source.
+        DataError: there is nothing to read.
+    """
+    if source not in SOURCES:
+        raise ConfigError(f"source={source!r} is unknown, expected one of {', '.join(SOURCES)}")
+    folders = [Path(folder) for folder in folders]
+    rows: dict[Path, dict[str, Any]] = {}
+    for folder in folders:
+        found: dict[Path, dict[str, Any]] = {}
+        if source != "wandb":
+            found = {path.parent.resolve(): _row(path, folder) for path in _in_order(folder)}
+        if source != "results":
+            found |= _offline_rows(folder, beside_results=source == "wandb")
+        if len(folders) > 1:  # two sweeps have a job 0 each
+            for row in found.values():
+                row["run"] = (folder / row["run"]).as_posix()
+        rows |= found
+    if not rows:
+        what = "offline W&B run" if source == "wandb" else "results.json"
+        also = " and no offline W&B run" if source == "auto" else ""
+        where = ", ".join(map(str, folders))
+        raise DataError(f"no {what} below {where}{also}: run an experiment first or name another folder")
+    return pd.DataFrame(list(rows.values()))
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """The results below `folder`, in the order of their names, where job 2 comes before job 10."""
+    return sorted(folder.rglob("results.json"), key=lambda path: re.sub(r"\d+", lambda m: m[0].zfill(20), str(path)))
+
+
+def _offline_rows(folder: Path, *, beside_results: bool) -> dict[Path, dict[str, Any]]:
+    """The offline W&B runs below `folder`; those that lie beside a results.json only if asked for."""
+    from ptq_exp.reports.tables.wandb_source import offline_folders, offline_row
+
+    rows = {}
+    for path in offline_folders(folder):
+        resolved = path.resolve()  # `latest-run` is a link to one of the others
+        if resolved in rows or not beside_results and (resolved.parent.parent / "results.json").exists():
+            continue
+        row = offline_row(resolved, _name(path, folder))
+        rows |= {resolved: row} if row else {}
+    return rows
+
+
+def _name(path: Path, folder: Path) -> str:
+    name = path.relative_to(folder).as_posix()
+    return path.name if name == "." else name
+
+
+def _row(path: Path, runs_dir: Path) -> dict[str, Any]:
+    row = {"run": path.parent.relative_to(runs_dir).as_posix(), "modified": path.stat().st_mtime}
+    row |= {"name": None, "status": None}  # of a file that is no experiment's
+    try:
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise DataError(f"{path} holds a {type(values).__name__}, expected an object")
+    except DataError as error:
+        _log.warning("%s", error)
+        return row | {"status": "unreadable"}
+    flat = flatten(values)
+    return row | completed(flat)
+
+
+def completed(flat: dict[str, Any]) -> dict[str, Any]:
+    """The settings and numbers of a run, with what it did that is older than a setting."""
+    return (_BEFORE if "config.calibration.name" in flat else {}) | flat
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty mapping disappears."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def add_percent(runs: pd.DataFrame, shares: Mapping[str, str]) -> pd.DataFrame:
+    """`runs` with new columns: {new: share} gives 100 times the column `share`, missing where there is none."""
+    nothing = pd.Series(float("nan"), index=runs.index)
+    return runs.assign(**{new: 100 * runs.get(share, nothing) for new, share in shares.items()})

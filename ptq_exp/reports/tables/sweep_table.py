@@ -1,0 +1,67 @@
+"""The table that ends a sweep: a row for each choice of the swept settings, the best marked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from ptq_exp.reports.tables.identity import plain
+from ptq_exp.reports.tables.render import render
+from ptq_exp.reports.tables.result_table import Request, ResultTable, result_table
+from ptq_exp.reports.tables.runs import gather
+from ptq_exp.reports.tables.settings import VALUES, value_of
+
+SHOWN = ("fid", "sfid", "is", "fid_increase_units", "psnr", "eps_error_percent", "bops_ratio")
+"""The values of a sweep's table, as far as its runs have them."""
+
+
+def sweep_table(
+    folder: str | os.PathLike,
+    keys: Sequence[str],
+    *,
+    values: Sequence[str] | None = None,
+    best: str | None = None,
+    form: str = "markdown",
+) -> str:
+    """The runs below `folder`, mean ± std over seeds: a row per choice of `keys`, the best row marked.
+
+    Args:
+        folder: of the sweep; it is searched for results.json.
+        keys: what was swept, as on the command line ("bits", "calibration.n_samples", "seed", "+experiment"); seed is
+            averaged over, experiments are told apart by their names.
+        values: what to show; None: those of `SHOWN` that a run has.
+        best: the value that chooses the marked row; None: the first one shown that has a better side.
+        form: one of `FORMATS`.
+
+    Raises:
+        PTQError: there are no results, an unknown key or value, or runs that differ in a setting that is no key.
+    """
+    runs = gather([folder], "results")
+    values = list(values or _present(runs))
+    names = [key.lstrip("+~").partition("@")[0] for key in keys]
+    names = ["name" if name == "experiment" else name for name in names]
+    rows = [name for name in dict.fromkeys(names) if name != "seed"] or ["name"]
+    table = result_table(runs, Request(rows=rows, values=values, best_within=()))
+    return render(_marked(table, best or _judge(values, runs)), form, "sweep")
+
+
+def _present(runs: pd.DataFrame) -> list[str]:
+    there = [name for name in SHOWN if VALUES[name].column in runs and runs[VALUES[name].column].notna().any()]
+    return there or ["fid"]
+
+
+def _judge(values: Sequence[str], runs: pd.DataFrame) -> str | None:
+    return next((name for name in values if value_of(name, runs).better), None)
+
+
+def _marked(table: ResultTable, best: str | None) -> ResultTable:
+    """`table` with a column that says which row is the best in `best`; unchanged where none is."""
+    marks = table.frame.get(f"{best}.best")
+    if marks is None or not marks.any():
+        return table
+    heading = VALUES[best].heading if best in VALUES else best
+    frame = table.frame.assign(best=[f"← best {heading}" if plain(mark) else "" for mark in marks])
+    return replace(table, frame=frame, titles=table.titles | {"best": ""})

@@ -1,0 +1,1 @@
+"""From Hydra's composition to one checked dataclass."""

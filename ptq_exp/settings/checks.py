@@ -1,0 +1,248 @@
+"""Values that no type can rule out, and settings that contradict each other: one line that names setting and fix."""
+
+from __future__ import annotations
+
+from ptq_exp.calibration import LABELS, SOURCES, TEMPORAL
+from ptq_exp.correction.statistics import CONVENTIONS
+from ptq_exp.diffusion.paired import FOLLOW
+from ptq_exp.diffusion.solvers import SOLVERS
+from ptq_exp.diffusion.time_grid import SPACINGS
+from ptq_exp.errors import ConfigError
+from ptq_exp.quantization import METRICS, group_bits
+from ptq_exp.quantization.policy import SITES
+from ptq_exp.quantization.specs import GRANULARITIES, SOFTMAX_BITS, check_bits
+from ptq_exp.results.wandb import MODES as LOGGER_MODES
+from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
+from ptq_exp.storage.cache import MODES as CACHE_MODES
+
+PLACEMENT = {
+    "weight_granularity": GRANULARITIES,
+    "activation_site": SITES,
+    "shortcut": ("joint", "split", "split_all"),
+    "time_embedding": ("none", "shared", "split"),
+    "temporal": TEMPORAL,
+    "time_layers": ("calibration_set", "all_steps"),
+}
+"""Settings of `quantization` that choose one of several words."""
+
+
+def check(config: ExperimentConfig) -> None:
+    """Raise ConfigError at the first impossible or contradictory setting."""
+    _at_least("seed", config.seed, 0)
+    _one_of("cache", config.cache, CACHE_MODES)
+    _one_of("logger.mode", config.logger.mode, LOGGER_MODES)
+    _at_least("sampler.steps", config.sampler.steps, 1)
+    _one_of("sampler.solver", config.sampler.solver, SOLVERS)
+    if config.sampler.spacing is not None:
+        _one_of("sampler.spacing", config.sampler.spacing, SPACINGS)
+    _between("sampler.eta", config.sampler.eta, 0, 1)
+    if config.sampler.guidance_scale is not None:
+        _at_least("sampler.guidance_scale", config.sampler.guidance_scale, 0)
+    _at_least("evaluation.n_samples", config.evaluation.n_samples, 2)
+    _at_least("evaluation.batch_size", config.evaluation.batch_size, 1)
+    _at_least("evaluation.eps_error_samples", config.evaluation.eps_error_samples, 1)
+    _at_least("evaluation.grid_images", config.evaluation.grid_images, 1)
+    _between("trainer.devices", config.trainer.devices, 1, 1024)
+    if config.trainer.threads is not None:
+        _between("trainer.threads", config.trainer.threads, 1, 4096)
+    reference = config.evaluation.reference
+    if reference is not None and not (isinstance(reference, dict | str) and reference):
+        raise ConfigError(f"evaluation.reference={reference!r}: give a path, or null where nothing is compared")
+    if config.model.ema is not None and "ema" not in config.model.build:
+        raise ConfigError(f"model.ema: a checkpoint of model={config.model.name} has one set of weights, not two")
+    if config.evaluation.extractor is not None and config.evaluation.reference is None:
+        raise ConfigError(
+            f"evaluation.reference is not set, but evaluation={config.evaluation.name} compares with real images: give "
+            "an ADM .npz file, a folder of images, a folder of CIFAR-10's python files, or saved statistics"
+        )
+    _check_analysis(config)
+    if config.bits.name == FULL_PRECISION:
+        _check_full_precision(config)
+    else:
+        _check_quantization(config)
+        _check_bits(config.bits)
+        _check_groups(config)
+        _check_reconstruction(config)
+        _check_correction(config)
+
+
+def _check_analysis(config: ExperimentConfig) -> None:
+    analysis = config.analysis
+    for name in ("n_samples", "batch_size", "steps", "values", "sensitivity_samples", "sensitivity_steps"):
+        _at_least(f"analysis.{name}", getattr(analysis, name), 1)
+    if not analysis.active:
+        return
+    if config.bits.name == FULL_PRECISION:
+        raise ConfigError("analysis.active=true looks at quantized layers, but bits=fp32 has none: choose bits=w8a8")
+    if config.quantization.smooth:
+        raise ConfigError(
+            "analysis.active=true switches layers between full precision and quantized, which quantization.smooth=true "
+            "rules out, as it changes several layers together: set quantization.smooth=false"
+        )
+
+
+def _check_full_precision(config: ExperimentConfig) -> None:
+    settings = ("weight", "activation", "softmax", "first_last", "boundary", "schedule")
+    given = [key for key in settings if getattr(config.bits, key) is not None]
+    given += [f"groups.{key}" for key, bits in config.bits.groups.items() if bits is not None]
+    if given:
+        raise ConfigError(f"bits.{given[0]} is set, but bits=fp32 quantizes nothing: choose bits=w8a8 or another")
+    if config.calibration.name != "none":
+        raise ConfigError(
+            f"calibration={config.calibration.name} contradicts bits=fp32, which quantizes nothing: "
+            "add calibration=none, or use +experiment=fp32"
+        )
+    if config.reconstruction.active:
+        raise ConfigError(f"reconstruction={config.reconstruction.name} contradicts bits=fp32, which quantizes nothing")
+    if config.correction.active:
+        raise ConfigError(f"correction={config.correction.name} contradicts bits=fp32, which has no noise to correct")
+
+
+def _check_quantization(config: ExperimentConfig) -> None:
+    bits, calibration = config.bits, config.calibration
+    _one_of("metric.name", config.metric.name, tuple(METRICS))
+    _check_placement(config)
+    if calibration.source is None:
+        raise ConfigError(f"calibration={calibration.name} has no samples, but bits={bits.name} needs some to choose "
+                          "activation ranges: choose calibration=ndtc or another")  # fmt: skip
+    _one_of("calibration.source", calibration.source, tuple(SOURCES))
+    _at_least("calibration.n_samples", calibration.n_samples, 1)
+    _at_least("calibration.batch_size", calibration.batch_size, 1)
+    _at_least("calibration.rounds", calibration.rounds, 1)
+    if calibration.rounds > 1 and calibration.source != "denoise":
+        raise ConfigError(
+            f"calibration.rounds={calibration.rounds}: states of calibration.source={calibration.source} are the same "
+            "for a quantized model; choose calibration.source=denoise, or calibration.rounds=1"
+        )
+    if calibration.rounds > 1 and bits.schedule is not None:
+        raise ConfigError(
+            f"calibration.rounds={calibration.rounds} contradicts bits.schedule, which is decided after calibration: "
+            "choose calibration.rounds=1"
+        )
+    _check_labels(config)
+
+
+def _check_labels(config: ExperimentConfig) -> None:
+    calibration, temporal = config.calibration, config.quantization.temporal
+    _one_of("calibration.labels", calibration.labels, LABELS)
+    if calibration.labels == "paired":
+        return
+    if calibration.source != "denoise":
+        raise ConfigError(
+            f"calibration.labels={calibration.labels} is about states of denoising runs, but "
+            f"calibration.source={calibration.source}: choose calibration.source=denoise, or calibration.labels=paired"
+        )
+    if temporal != "static":
+        raise ConfigError(
+            f"calibration.labels={calibration.labels} contradicts quantization.temporal={temporal}: "
+            "a state with a wrong time belongs to no step's ranges; choose quantization.temporal=static, or "
+            "calibration.labels=paired"
+        )
+
+
+def _check_placement(config: ExperimentConfig) -> None:
+    quantization = config.quantization
+    for setting, valid in PLACEMENT.items():
+        _one_of(f"quantization.{setting}", getattr(quantization, setting), valid)
+    _at_least("quantization.group_size", quantization.group_size, 1)
+    _between("quantization.smooth_alpha", quantization.smooth_alpha, 0, 1)
+    _at_least("quantization.temporal_bins", quantization.temporal_bins, 1)
+    if quantization.temporal == "binned" and quantization.temporal_bins > config.sampler.steps:
+        raise ConfigError(
+            f"quantization.temporal_bins={quantization.temporal_bins}: choose 1..{config.sampler.steps} (sampler.steps)"
+        )
+    if quantization.temporal != "static" and config.bits.schedule is not None:
+        raise ConfigError(
+            f"quantization.temporal={quantization.temporal} contradicts bits.schedule: a step chooses either its "
+            "ranges or its width; choose quantization.temporal=static, or one width such as bits=w8a8"
+        )
+
+
+def _check_bits(bits: BitsConfig) -> None:
+    check_bits("bits.weight", bits.weight)
+    check_bits("bits.softmax", bits.softmax, SOFTMAX_BITS)
+    check_bits("bits.first_last", bits.first_last)
+    check_bits("bits.boundary", bits.boundary, SOFTMAX_BITS)
+    if bits.schedule is None:
+        check_bits("bits.activation", bits.activation)
+        return
+    if not isinstance(bits.schedule, str | list):
+        raise ConfigError(f"bits.schedule={bits.schedule}: give snr, budget, a list of one width per step, or its file")
+    if bits.activation is not None:
+        raise ConfigError(f"bits.activation={bits.activation} contradicts bits.schedule: set bits.candidates instead")
+    for width in bits.candidates or ():
+        check_bits("bits.candidates", width)
+    if bits.schedule in RULES and len(set(bits.candidates or ())) < 2:
+        raise ConfigError(f"bits.candidates={bits.candidates}: give two or more widths to choose from, such as [4,8]")
+    if bits.schedule == "budget":
+        if bits.bops_ratio is None or bits.bops_ratio <= 1:
+            raise ConfigError(f"bits.bops_ratio={bits.bops_ratio}: say how many times fewer bit operations than FP32")
+        _at_least("bits.gain_steps", bits.gain_steps, 2)
+        _at_least("bits.gain_samples", bits.gain_samples, 1)
+
+
+def _check_groups(config: ExperimentConfig) -> None:
+    bits = config.bits
+    given = {key: value for key, value in bits.groups.items() if value is not None}
+    for key, value in given.items():
+        group_bits(f"bits.groups.{key}", value)
+        if key not in config.model.groups and not set("*?[.") & set(key):
+            raise ConfigError(
+                f"bits.groups.{key}: model={config.model.name} has no such group; choose one of "
+                f"{', '.join(config.model.groups) or 'none'}, or give a glob such as *conv1"
+            )
+    if bits.min_bops_ratio is not None and bits.min_bops_ratio < 1:
+        raise ConfigError(f"bits.min_bops_ratio={bits.min_bops_ratio}: choose 1 or more, times fewer BOPs than FP32")
+    for setting, value in (("groups", given), ("min_bops_ratio", bits.min_bops_ratio)):
+        if value and bits.schedule is not None:
+            raise ConfigError(
+                f"bits.{setting}={value} contradicts bits.schedule, which has a width per step and its own budget: "
+                "choose bits without a schedule"
+            )
+
+
+def _check_reconstruction(config: ExperimentConfig) -> None:
+    settings = config.reconstruction
+    _one_of("reconstruction.granularity", settings.granularity, ("block", "layer", "none"))
+    if not settings.active:
+        return
+    _at_least("reconstruction.iterations", settings.iterations, 1)
+    _at_least("reconstruction.batch_size", settings.batch_size, 1)
+    for name in ("lr", "step_lr", "weight", "b_end", "inner_weight", "cache_gb"):
+        _at_least(f"reconstruction.{name}", getattr(settings, name), 0)
+    _at_least("reconstruction.b_start", settings.b_start, settings.b_end)
+    _at_least("reconstruction.power", settings.power, 1)
+    _between("reconstruction.warmup", settings.warmup, 0, 0.99)
+    _between("reconstruction.input_prob", settings.input_prob, 0, 1)
+    _between("reconstruction.drop_prob", settings.drop_prob, 0, 1)
+    _at_least("calibration.n_samples", config.calibration.n_samples, 2)
+    if settings.step_lr and config.bits.schedule is not None:
+        raise ConfigError(
+            f"reconstruction.step_lr={settings.step_lr} learns one step size for all sampling steps, but bits.schedule "
+            "changes the width between them: set reconstruction.step_lr=0, or choose bits without a schedule"
+        )
+
+
+def _check_correction(config: ExperimentConfig) -> None:
+    correction = config.correction
+    _one_of("correction.convention", correction.convention, CONVENTIONS)
+    _one_of("correction.follow", correction.follow, FOLLOW)
+    _at_least("correction.n_samples", correction.n_samples, 2)
+    _at_least("correction.batch_size", correction.batch_size, 1)
+    if correction.statistics is not None and not correction.active:
+        raise ConfigError("correction.statistics is set, but correction=none corrects nothing: choose correction=ptqd")
+
+
+def _at_least(setting: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"{setting}={value}: choose {least} or more")
+
+
+def _between(setting: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{setting}={value}: choose {low}..{high}")
+
+
+def _one_of(setting: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{setting}={value}: choose one of {', '.join(valid)}")

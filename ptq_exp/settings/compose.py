@@ -1,0 +1,255 @@
+"""From the composed configuration to plain objects: unknown keys, wrong types and impossible values end here."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import os
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import ptq_exp
+from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig, path_settings
+from ptq_exp.settings.strict import check_argument, check_types
+from ptq_exp.storage.paths import with_homes
+
+
+def run_name(
+    calibration: str, bits: str, correction: str = "none", reconstruction: str = "none", labels: str = "paired",
+    groups: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """`<calibration>[_<labels>][_<reconstruction>]_<bits>[_groups]`, `fp32` for the full-precision model.
+
+    Where noise is corrected, the correction stands in place of the calibration. Paired labels are not mentioned, bits
+    per group of layers are.
+    """
+    if bits == FULL_PRECISION:
+        return FULL_PRECISION
+    labels = "none" if labels == "paired" else labels
+    mixed = "groups" if isinstance(groups, Mapping) and any(groups.values()) else "none"
+    parts = [calibration if correction == "none" else correction, labels, reconstruction, bits, mixed]
+    return "_".join(str(part) for part in parts if part != "none")  # a name that is no text is told later
+
+
+def evaluation_name(path: str) -> str:
+    """`evaluate_<bits>` of the quantized model saved in `path`."""
+    return f"evaluate_{_saved(with_homes(path, 'quantized')).settings['bits']['name']}"
+
+
+def job_threads() -> int | None:
+    """CPU threads for a job of a sweep whose launcher runs several at once; None = as many as torch takes.
+
+    Jobs that take more threads than there are cores slow each other down many times over.
+    """
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    launcher = HydraConfig.get().launcher
+    jobs = launcher.get("n_jobs")
+    if jobs is None:
+        return launcher.get("cpus_per_task")
+    cores = len(os.sched_getaffinity(0))
+    jobs = jobs if jobs > 0 else max(1, cores + 1 + jobs)  # as joblib counts: -1 = all cores, -2 = all but one
+    return None if jobs == 1 else max(1, cores // jobs)
+
+
+OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("job_threads", job_threads, replace=True)
+OmegaConf.register_new_resolver("evaluation_name", evaluation_name, replace=True)
+
+
+def config_folder() -> Path:
+    """Absolute path of `conf/`: beside the package in a checkout, inside it in an installed wheel.
+
+    Raises:
+        ConfigError: neither is there; the installation is incomplete.
+    """
+    package = Path(ptq_exp.__file__).parent
+    for folder in (package.parent / "conf", package / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    raise ConfigError(f"no conf/config.yaml beside or inside {package}: install ptq-exp again")
+
+
+def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConfig:
+    """Check the composed configuration against the schema and its values, and return it as plain objects.
+
+    Args:
+        given: the overrides of the command line; where `quantized` names a saved model, whose settings are taken over,
+            they must agree with these.
+
+    Raises:
+        ConfigError: one line that names the setting, what was found and what is valid.
+        DataError: the saved model is missing or damaged.
+    """
+    if deleted := next((override for override in given if override.startswith("~")), None):
+        raise ConfigError(f"{deleted}: a setting cannot be deleted; give it another value, such as null or GROUP=none")
+    try:
+        composed = _with_homes(composed)
+        if OmegaConf.select(composed, "quantized") is not None:
+            composed = with_saved_settings(composed, given)
+        settings = _in_order(OmegaConf.to_container(composed, resolve=True))
+        settings.pop("sweep", None)  # of the command, see `SweepConfig`
+        check_types(settings, ExperimentConfig)
+        # only this order of merging refuses `+group.extra=1`
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_schema_message(error)) from error
+    import_all(config.imports)
+    from ptq_exp.settings.checks import check  # loads torch: help and tab completion do without
+
+    check(config)
+    return config
+
+
+def _with_homes(composed: DictConfig) -> DictConfig:
+    """`composed` with `~` written out in all paths; what is made of them follows."""
+    result = composed
+    for name in path_settings():
+        node = OmegaConf.select(result, name)
+        value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        if (expanded := with_homes(value, name)) != value:
+            result = copy.deepcopy(result)
+            OmegaConf.update(result, name, expanded, merge=False)
+    return result
+
+
+def import_all(modules: Sequence[str]) -> None:
+    """Import `modules` for what they register.
+
+    Raises:
+        ConfigError: one is not there, or what it imports is not.
+    """
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"imports={module}: {error}; start where {module.replace('.', '/')}.py lies, or add its folder to "
+                "PYTHONPATH"
+            ) from error
+
+
+def _in_order(settings: dict[str, Any]) -> dict[str, Any]:
+    """The sections in the order of the schema: a mistake is told of the section where it is, not of one that copies."""
+    known = [key for key in ExperimentConfig.__dataclass_fields__ if key in settings]
+    known.sort(key=lambda key: key == "name")  # made of the others: last
+    return {key: settings[key] for key in known} | settings
+
+
+_MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.channels_last", "model.compile")
+
+
+def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfig:
+    """`composed` with the settings that the saved model `composed.quantized` was made with.
+
+    What is `given` on the command line wins for the sampler, the seed and how the model is run; all else must agree.
+
+    Raises:
+        ConfigError: a setting on the command line contradicts the saved model.
+        DataError: the saved model is missing or damaged.
+    """
+    keys = [override.lstrip("+~").partition("=")[0].partition("@")[0] for override in given]
+    here = OmegaConf.to_container(composed, resolve=True)
+    result = copy.deepcopy(composed)
+    OmegaConf.set_struct(result, False)
+    for section, values in _saved(composed.quantized).settings.items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            path = f"{section}.{key}" if key else section
+            asked = next((k for k in keys if path == k or path.startswith(f"{k}.") or k.startswith(f"{path}.")), None)
+            there = here.get(section, {}).get(key, value) if key else here.get(section, value)
+            if asked is not None and (path in _MAY_DIFFER or section in _MAY_DIFFER):
+                continue
+            if asked is not None and there != value:
+                raise ConfigError(
+                    f"{path}={there} contradicts quantized={composed.quantized}, which was made with {value}: leave "
+                    f"{asked} out"
+                )
+            OmegaConf.update(result, path, value, merge=False)
+    return result
+
+
+def from_settings(settings: dict[str, Any], where: str) -> ExperimentConfig:
+    """Sections of settings, as they were saved, as plain objects; the others at their defaults.
+
+    Raises:
+        DataError: they do not fit the schema; the message begins with `where` they come from.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        reason = _schema_message(error) if isinstance(error, OmegaConfBaseException) else error
+        raise DataError(f"{where}: its settings do not fit: {reason}") from error
+
+
+def _saved(path: str):
+    if not isinstance(path, str):
+        raise ConfigError(f"quantized={path}: give the folder of one saved model")
+    from ptq_exp.deploy.artifact import Artifact  # takes seconds to import, and is seldom needed
+
+    return Artifact.open(path)
+
+
+def _schema_message(error: OmegaConfBaseException) -> str:
+    key = error.full_key or ""
+    first_line = str(error).splitlines()[0]
+    parent = error.parent_node
+    if "not in" in first_line and isinstance(parent, DictConfig):
+        return f"{key}: no such setting; {nearest(key.rsplit('.', 1)[-1], [str(k) for k in parent])}"
+    return f"{key}: {first_line}"
+
+
+def nearest(word: str, valid: list[str]) -> str:
+    """`did you mean 'x'?` if something is near, else the list of valid words, or where to find a long one."""
+    if near := difflib.get_close_matches(word, valid, n=1):
+        return f"did you mean {near[0]!r}?"
+    return f"valid: {', '.join(sorted(valid))}" if len(valid) < 40 else "python -m ptq_exp --help lists what there is"
+
+
+def build(node: dict[str, Any], setting: str, **extra: Any) -> Any:
+    """Call the constructor that `node["_target_"]` names with the node's other entries as plain arguments.
+
+    Raises:
+        ConfigError: there is no such constructor, or it does not take these arguments.
+    """
+    target, arguments = constructor(node, setting, **extra)
+    return target(**arguments)
+
+
+def constructor(node: Any, setting: str, **extra: Any) -> tuple[Callable, dict[str, Any]]:
+    """What `build` calls, and with which arguments; nothing is built yet.
+
+    Raises:
+        ConfigError: there is no such constructor, an argument is unknown, missing, or of another type.
+    """
+    name = node.get("_target_") if isinstance(node, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{setting}={node}: {setting}._target_ must name a function or class")
+    arguments = {key: value for key, value in node.items() if key != "_target_"} | extra
+    try:
+        target = pkgutil.resolve_name(name)
+        parameters = inspect.signature(target).parameters
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{setting}._target_={name}: no such function or class ({reason})") from error
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in arguments:
+        if key not in parameters and not open_ended:
+            raise ConfigError(f"{setting}.{key}: {name} has no such argument; {nearest(key, list(parameters))}")
+    for key, parameter in parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and key not in arguments:
+            raise ConfigError(f"{setting}.{key}: {name} needs it, and it is not set")
+    for key in arguments.keys() & parameters.keys():
+        check_argument(f"{setting}.{key}", arguments[key], parameters[key].annotation)
+    return target, arguments

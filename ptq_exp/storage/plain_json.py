@@ -1,0 +1,88 @@
+"""Nested values as standard JSON and back: NaN and infinity included, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ptq_exp.errors import DataError, PTQError
+from ptq_exp.storage.atomic import atomic_path
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def to_plain(value: Any, where: str = "value") -> Any:
+    """Nested settings or metrics as what JSON can hold: dict, list, str, int, float, bool, None.
+
+    numpy and torch scalars and arrays, paths, enums, dataclasses, tuples and sets (sorted) are converted.
+    JSON has no NaN or infinity: they become the strings "NaN", "Infinity", "-Infinity", which `read_json`
+    turns back into floats.
+
+    Raises:
+        PTQError: a key is not a string, or a value has no plain form; the message names its place.
+    """
+    if isinstance(value, enum.Enum):
+        return to_plain(value.value, where)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else _non_finite_name(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        if bad := [key for key in value if not isinstance(key, str)]:
+            raise PTQError(f"{where} has the key {bad[0]!r}, expected only strings as keys")
+        return {str(key): to_plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        value = sorted(value)
+    elif hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
+        return to_plain(value.tolist(), where)
+    if isinstance(value, list | tuple):
+        return [to_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise PTQError(f"{where} is a {type(value).__name__}, which cannot be written as JSON")
+
+
+def _non_finite_name(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `to_plain(value)` as indented, standard JSON, atomically.
+
+    Raises:
+        PTQError: a value has no plain form, or the file cannot be written; the message names `path`.
+    """
+    text = json.dumps(to_plain(value, Path(path).name), indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read what `write_json` wrote, NaN and infinity included.
+
+    Raises:
+        DataError: the file is missing or holds no JSON.
+    """
+    try:
+        return restore(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no readable JSON file: {error}") from error
+
+
+def restore(value: Any) -> Any:
+    """`value` with the strings "NaN", "Infinity" and "-Infinity" turned back into floats, at any depth."""
+    if isinstance(value, dict):
+        return {key: restore(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [restore(item) for item in value]
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,150 @@
+"""Rules: validation, order, the default policy."""
+
+import pytest
+
+from ptq_exp.errors import ConfigError
+from ptq_exp.quantization import QuantSpec, Rule, TensorSpec, default_rules, kept
+from ptq_exp.quantization.specs import check_rules, first_match
+
+NAMES = ["conv_in", "mid.attn", "mid.attn.to_q", "mid.attn.to_out.0", "mid.conv1", "conv_out"]
+
+
+def test_the_first_match_wins():
+    keep, rest = Rule("mid.*", None), Rule("*", QuantSpec(TensorSpec(8)))
+    assert first_match([keep, rest], "mid.conv1") is keep
+    assert first_match([keep, rest], "conv_in") is rest
+    assert first_match([rest, keep], "mid.conv1") is rest
+    assert first_match([keep], "conv_in") is None
+
+
+def test_a_glob_matches_whole_names_across_dots():
+    assert Rule("mid*to_[qkv]", None).matches("mid.attn.to_q")
+    assert not Rule("mid*to_[qkv]", None).matches("mid.attn.to_out.0")
+    assert not Rule("conv", None).matches("conv_in")
+    assert not Rule("CONV_IN", None).matches("conv_in")
+
+
+def test_a_rule_that_matches_nothing_names_itself_and_near_names():
+    with pytest.raises(ConfigError, match=r"'\*conv_inn'.*conv_in"):
+        check_rules([Rule("*conv_inn", None)], NAMES, [])
+
+
+def test_a_rule_for_modules_that_cannot_be_quantized_says_so():
+    rule = Rule("up.deconv", QuantSpec(TensorSpec(8)))
+    with pytest.raises(ConfigError, match="cannot be quantized.*up.deconv"):
+        check_rules([rule], NAMES, ["up.deconv"])
+    check_rules([Rule("up.deconv", None)], NAMES, ["up.deconv"])  # keeping it FP is fine
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_bits": 1}, "bits.weight=1: choose 2..8"),
+        ({"weight_bits": 9}, "bits.weight=9: choose 2..8"),
+        ({"activation_bits": 0}, "bits.activation=0: choose 2..8"),
+        ({"activation_bits": 8.0}, "bits.activation=8.0: choose 2..8"),
+        ({"weight_bits": True}, "bits.weight=True: choose 2..8"),
+        ({"softmax_bits": 17}, "bits.softmax=17: choose 2..16"),
+        ({"first_last_bits": 16}, "bits.first_last=16: choose 2..8"),
+        ({"boundary_bits": 1}, "bits.boundary=1: choose 2..16"),
+    ],
+)
+def test_impossible_bits_name_the_setting(settings, message):
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        default_rules(**{"weight_bits": 8, "activation_bits": 8} | settings)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: TensorSpec(17),
+        lambda: TensorSpec(8, granularity="row"),
+        lambda: TensorSpec(8, segments=()),
+        lambda: TensorSpec(8, segments=(4, 0)),
+        lambda: TensorSpec(8, metric="l3"),
+        lambda: QuantSpec(input=TensorSpec(8, granularity="channel")),
+        lambda: QuantSpec(softmax=TensorSpec(8, symmetric=False)),
+    ],
+    ids=[
+        "bits",
+        "granularity",
+        "no_segment",
+        "empty_segment",
+        "metric",
+        "activation_channel",
+        "softmax_zero_point",
+    ],
+)
+def test_impossible_specifications_are_refused(make):
+    with pytest.raises(ConfigError):
+        make()
+
+
+def _bits(rules, name):
+    spec = first_match(rules, name).spec
+    return {
+        role: tensor.bits
+        for role in ("weight", "input", "output", "softmax")
+        if (tensor := getattr(spec, role))
+    }
+
+
+def test_default_policy():
+    rules = default_rules(4, 6, softmax_bits=16)
+    check_rules(rules, NAMES, [])
+    assert _bits(rules, "conv_in") == _bits(rules, "conv_out") == {"weight": 8, "input": 16}
+    assert _bits(rules, "mid.attn.to_q") == {"weight": 4, "input": 6, "output": 6}
+    assert _bits(rules, "mid.conv1") == {"weight": 4, "input": 6, "softmax": 16}
+    assert first_match(rules, "mid.attn").spec.softmax == TensorSpec(16, symmetric=True)
+    weight = first_match(rules, "mid.conv1").spec.weight
+    assert weight.granularity == "channel" and not weight.symmetric
+
+
+def test_first_and_last_layer_never_get_fewer_bits_than_the_rest():
+    rules = default_rules(8, 3, first_last_bits=4, boundary_bits=2)
+    assert _bits(rules, "conv_in") == _bits(rules, "conv_out") == {"weight": 8, "input": 4}
+
+
+def test_the_sampler_state_keeps_its_whole_range_with_headroom():
+    state = first_match(default_rules(4, 4), "conv_in").spec.input
+    assert (state.bits, state.metric, state.headroom) == (16, "minmax", 2.0)
+    narrow = first_match(default_rules(4, 4, boundary_bits=8), "conv_in").spec.input
+    assert (narrow.bits, narrow.metric, narrow.headroom) == (8, None, 1.0)
+
+
+def test_headroom_below_one_is_an_error():
+    with pytest.raises(ConfigError, match="headroom=0.5: choose 1 or more"):
+        TensorSpec(8, headroom=0.5)
+
+
+def test_switches_of_the_default_policy():
+    rules = default_rules(
+        4,
+        4,
+        attention=False,
+        first=(),
+        last=(),
+        weight_symmetric=True,
+        weight_granularity="tensor",
+        activation_symmetric=True,
+    )
+    assert len(rules) == 1
+    assert rules[0].spec == QuantSpec(TensorSpec(4, symmetric=True), TensorSpec(4, symmetric=True))
+
+
+def test_quantizing_attention_that_is_not_there_is_an_error():
+    with pytest.raises(ConfigError, match="to_"):
+        check_rules(default_rules(8, 8), ["conv_in", "conv1", "conv_out"], [])
+
+
+def test_a_set_of_kept_layers_keeps_what_the_network_has_of_it_and_globs_are_kept_as_they_are():
+    names = ["u.conv_in", "u.attentions.0", "u.attentions.0.to_q", "u.resnets.0.conv1"]
+    rules = kept(["tfmq", "*resnets.7*"], names)
+    assert [rule.pattern for rule in rules] == ["*conv_in", "*attentions.?", "*attentions.?.to_*", "*resnets.7*"]
+    assert [rule.reason for rule in rules] == 3 * ["quantization.keep_fp=[tfmq]"] + ["quantization.keep_fp"]
+    assert all(rule.spec is None for rule in rules)
+
+
+def test_a_set_of_which_the_network_has_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"quantization.keep_fp=\[tfmq\]: the model has none of the layers .*conv_in"):
+        kept(["tfmq"], ["blocks.0.to_q"])

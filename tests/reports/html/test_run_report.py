@@ -1,0 +1,138 @@
+"""report.html of a run: what stands in it, what does not, and that it needs nothing but itself."""
+
+import base64
+import re
+
+import pytest
+
+from ptq_exp.cli.report import main
+from ptq_exp.errors import DataError
+from ptq_exp.reports.html import write_run_report
+
+ALWAYS = ["summary", "images", "eps-error", "account", "reproduce"]
+
+
+def test_a_plain_run_has_what_it_measured_and_nothing_else(make_run, tmp_path, read_page):
+    path = write_run_report(make_run(tmp_path / "run"))
+    page = read_page(path)
+    assert path == tmp_path / "run" / "report.html" and page.sections == ALWAYS
+    assert len(page.elements) > 50
+
+
+def test_everything_that_was_measured_has_its_section(make_run, tmp_path, read_page):
+    schedule = {"rule": "snr", "activation": [8, 8, 4], "shares": {"4": 1 / 3, "8": 2 / 3}}
+    before = [0.02, 0.03, 0.05]
+    folder = make_run(tmp_path, analysis=True, bit_schedule=schedule, eps_error_uncorrected_per_step=before)
+    (folder / "noise.png").write_bytes((folder / "grid.png").read_bytes())
+    page = read_page(write_run_report(folder))
+    assert page.sections == ["summary", "images", "eps-error", "noise", "activations", "sensitivity", "bit-schedule",
+                             "account", "reproduce"]  # fmt: skip
+    assert any("33% of the steps at 4 bits, 67% of the steps at 8 bits; mean 6.67 bits" in text for text in page.texts)
+
+
+def test_a_full_precision_run_has_no_sections_of_quantization(make_run, tmp_path, read_page):
+    page = read_page(write_run_report(make_run(tmp_path, quantized=False)))
+    assert page.sections == ["summary", "images", "reproduce"]
+    assert [row[""] for row in page.table("")[:2]] == ["real data", "FP32"]
+
+
+def test_numbers_are_those_of_the_files(make_run, tmp_path, read_page):
+    page = read_page(write_run_report(make_run(tmp_path, analysis=True)))
+    scores = next(table for table in page.tables if "FID increase" in table[0])
+    assert scores[-1] == ["W8A8", "8.5", "1.5", "1", "30", "0.02"] and scores[1][2] == "—"
+    operations = page.table("name")
+    # BOPs: half of the evaluations at 4 bits, half at 8; an operand in full precision counts 32
+    assert float(operations[0]["BOPs, M"]) == pytest.approx(100 * 8 * (4 + 8) / 2 / 1e6)
+    assert float(operations[1]["BOPs, M"]) == pytest.approx(50 * 32 * 8 / 1e6)
+    assert operations[0]["activation bits"] == "4/8" and operations[1]["why in full precision"] == "no quantizer on k"
+    layers = page.table("layer")
+    assert [(row["layer"], row["eps error"], row["at worst"], row["in step"]) for row in layers] == [
+        ("b", "2.000%", "3.000%", "0"), ("a", "1.500%", "2.000%", "2")
+    ]  # fmt: skip
+    bars = [float(a["width"].rstrip("%")) for tag, a in page.elements if tag == "rect"]
+    assert bars == [100, 75]
+    sites = page.table("activation")
+    assert [row["activation"] for row in sites] == ["b, output", "a, input", "c, softmax"]
+    assert (sites[0]["minimum"], sites[0]["maximum"], sites[0]["ratio"]) == ("−20", "30", "10.00")
+    assert (sites[0]["narrowest"], sites[0]["widest"], sites[2]["ratio"]) == ("2", "20", "—")
+
+
+def test_the_share_of_a_fixed_pattern_is_drawn_beside_the_eps_error(make_run, tmp_path, read_page):
+    def curves(page):
+        return [a["alt"] for tag, a in page.elements if tag == "img" and a["alt"].startswith("Curve")]
+
+    old = read_page(write_run_report(make_run(tmp_path / "old")))
+    assert curves(old) == ["Curve of the eps error per step"]
+    shares = {"fixed_pattern_share_per_step": [0.8, 0.4, 0.3], "fixed_pattern_share_independent": 0.25}
+    new = make_run(tmp_path / "new", eps_error_samples=16, **shares, metrics={
+        "fid": 1.5, "eps_error": 0.02, "eps_error_without_last": 0.015, "fixed_pattern_share": 0.5,
+    })  # fmt: skip
+    page = read_page(write_run_report(new))
+    assert curves(page) == ["Curve of the eps error per step",
+                            "Curve of the share of a fixed pattern in the eps error per step"]  # fmt: skip
+    assert any("independent errors of 16 samples: 0.25" in text for text in page.texts)
+    scores = next(table for table in page.tables if "FID increase" in table[0] or "FID" in table[0])
+    assert scores[0][-3:] == ["eps error", "without the last step", "fixed-pattern share"]
+    assert scores[-1][-3:] == ["0.02", "0.015", "0.5"]
+
+
+def test_the_page_is_self_contained(make_run, tmp_path, read_page):
+    path = write_run_report(make_run(tmp_path, analysis=True))
+    page, text = read_page(path), path.read_text()
+    addresses = page.addresses()
+    assert len(addresses) >= 6 and all(address.startswith("data:") for address in addresses)
+    assert "url(" not in text and "@import" not in text and "fetch(" not in text
+    for address in page.addresses("img", "source"):
+        kind, content = re.fullmatch(r"data:image/(png|svg\+xml);base64,(.+)", address).groups()
+        head = base64.b64decode(content, validate=True)[:300]
+        assert head.startswith(b"\x89PNG") if kind == "png" else b"<svg" in head or b"<?xml" in head
+    assert all(attributes.get("alt") for tag, attributes in page.elements if tag == "img")
+    (policy,) = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_hostile_names_are_text(make_run, tmp_path, read_page):
+    hostile = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)> $\\frac{"
+    folder = make_run(tmp_path, name=hostile, model=hostile, command=hostile, environment={hostile: hostile},
+                      analysis=True)  # fmt: skip
+    page = read_page(write_run_report(folder))
+    assert [tag for tag, _ in page.elements].count("script") == 1
+    assert all(address.startswith("data:") for address in page.addresses())
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert page.texts.count(hostile) >= 4
+
+
+def test_the_same_run_gives_the_same_page(make_run, tmp_path):
+    folder = make_run(tmp_path, analysis=True)
+    first = write_run_report(folder).read_bytes()
+    assert write_run_report(folder).read_bytes() == first
+
+
+def test_older_runs_show_the_command_that_hydra_recorded(make_run, tmp_path, read_page):
+    folder = make_run(tmp_path, command=None, environment={})
+    (folder / ".hydra").mkdir()
+    (folder / ".hydra" / "overrides.yaml").write_text("- +experiment=ndtc_w8a8\n- model.checkpoint=my file.ckpt\n")
+    page = read_page(write_run_report(folder))
+    assert "python -m ptq_exp +experiment=ndtc_w8a8 'model.checkpoint=my file.ckpt'" in page.texts
+
+
+def test_a_run_that_did_not_finish_has_no_report(make_run, tmp_path):
+    folder = make_run(tmp_path, status="failed")
+    with pytest.raises(DataError, match="finished"):
+        write_run_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_the_command_rebuilds_reports_of_a_run_and_of_a_sweep(make_run, tmp_path, capsys):
+    first = make_run(tmp_path / "sweep" / "0_a")
+    make_run(tmp_path / "sweep" / "1_b", seed=1, status="failed")
+    main([str(first)])
+    assert capsys.readouterr().out.split() == [str(first / "report.html")]
+    (first / "report.html").unlink()
+    main([str(tmp_path / "sweep")])
+    written = [tmp_path / "sweep" / "0_a" / "report.html", tmp_path / "sweep" / "report.html"]
+    assert capsys.readouterr().out.split() == [str(path) for path in written]
+    for missing in (tmp_path / "nothing", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit, match="error: "):
+            main([str(missing)])

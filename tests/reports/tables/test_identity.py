@@ -1,0 +1,144 @@
+"""What tells runs apart: one list of settings without effect for all tables, and nothing lost in silence."""
+
+import os
+
+import pytest
+
+from ptq_exp.cli.sweep.job import _deciding
+from ptq_exp.cli.sweep.resume import _changes_jobs
+from ptq_exp.cli.table import ablation_table, experiment_table, main, make_table
+from ptq_exp.errors import ConfigError
+from ptq_exp.reports.html.compare import groups, with_readable_units
+from ptq_exp.reports.tables.identity import has_effect, newest, telling_apart
+from ptq_exp.reports.tables.result_table import Request
+from ptq_exp.reports.tables.runs import gather
+from ptq_exp.reports.tables.tables import aggregate, collect
+from ptq_exp.storage.plain_json import write_json
+
+SPEC = {"extractor": "e", "n_samples": 4, "reference": "r"}
+WITHOUT_EFFECT = {
+    "imports": ["mine"], "cache": "off", "cache_dir": "/tmp/c", "save_quantized": False,
+    "analysis": {"active": True}, "logger": {"mode": "none"}, "trainer": {"threads": 3},
+}  # fmt: skip
+
+
+def write(root, run, fid=1.0, seed=0, status="finished", name="ndtc_w8a8", spec=SPEC, age=0, **settings):
+    config = {
+        "name": name, "seed": seed, "imports": [], "save_quantized": True, "model": {"name": "digits"},
+        "sampler": {"name": "ddim", "steps": 4, "eta": 0.0}, "bits": {"name": "w8a8"}, "metric": {"name": "mse"},
+        "correction": {"name": "none"},
+    }  # fmt: skip
+    for key, value in settings.items():
+        config[key] = config.get(key, {}) | value if isinstance(value, dict) else value
+    values = {"name": name, "status": status, "seed": seed, "config": config, "metrics": {"fid": fid},
+              "metric_spec": spec | {"seed": seed}}  # fmt: skip
+    path = root / run / "results.json"
+    write_json(path, values)
+    os.utime(path, (1e9 - age, 1e9 - age))
+
+
+def by_name(runs):
+    return make_table(runs, Request(rows=["name"], values=["fid"]))
+
+
+@pytest.mark.parametrize(("key", "value"), WITHOUT_EFFECT.items())
+def test_a_setting_without_effect_is_none_for_every_table(tmp_path, key, value):
+    write(tmp_path, "a", fid=1.0)
+    write(tmp_path, "b", fid=3.0, seed=1, **{key: value})
+    runs = gather([tmp_path])
+    assert aggregate(runs, ["name"], ["metrics.fid"])["metrics.fid"].tolist() == [2.0]
+    assert "2.00 ± 1.41" in experiment_table(runs) and "2.00 ± 1.41" in ablation_table(runs)
+    assert by_name(runs).frame["fid"].tolist() == [2.0]
+    assert groups(with_readable_units(runs))["metrics.fid"].tolist() == [2.0]
+    assert not has_effect(key) and not has_effect(f"{key}.inner")
+    assert _deciding({key: value, "seed": 0}) == {"seed": 0}
+    assert not _changes_jobs(f"{key}.inner") and not _changes_jobs(key)
+
+
+def test_a_name_changes_no_numbers_but_the_folders_of_jobs():
+    assert not has_effect("name") and _changes_jobs("name") and not _changes_jobs("hydra/launcher")
+
+
+@pytest.mark.parametrize(
+    "key", ["model.build.seed", "model.images.cache", "calibration.distribution.name", "bits.name"]
+)
+def test_only_a_whole_setting_is_without_effect_not_a_word_in_it(key):
+    assert has_effect(key) and _changes_jobs(key)
+
+
+@pytest.mark.parametrize(
+    ("column", "settings"),
+    [
+        ("sampler.steps", {"sampler": {"steps": 6}}), ("model", {"model": {"name": "digits_ldm"}}),
+        ("model.build.seed", {"model": {"build": {"seed": 1}}}), ("bits.candidates", {"bits": {"candidates": [4, 8]}}),
+        ("quantized", {"quantized": "runs/a"}), ("quantization.smooth", {"quantization": {"smooth": True}}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
+def test_runs_of_one_name_that_differ_have_rows_of_their_own(tmp_path, column, settings, seeds):
+    write(tmp_path, "a", fid=1.0, seed=seeds[0], age=5)
+    write(tmp_path, "b", fid=3.0, seed=seeds[1], **settings)
+    for table in (experiment_table(tmp_path), ablation_table(tmp_path)):
+        assert "| 1.00 |" in table and "| 3.00 |" in table and "2.00" not in table
+        assert column in table.splitlines()[0]
+    table = groups(with_readable_units(collect(tmp_path)))
+    assert sorted(table["metrics.fid"]) == [1.0, 3.0]
+    with pytest.raises(ConfigError, match=f"would be averaged but differ in {column}"):
+        by_name(gather([tmp_path]))
+
+
+def test_runs_that_were_scored_differently_have_letters(tmp_path):
+    write(tmp_path, "a", fid=1.0)
+    write(tmp_path, "b", fid=3.0, spec=SPEC | {"reference": "another"})
+    text = experiment_table(tmp_path)
+    assert "| mse | (a) | 1.00 |" in text and "| mse | (b) | 3.00 |" in text
+    assert "(a) extractor e, n_samples 4, reference r; seeds 0." in text and "(b) extractor e" in text
+    table = groups(with_readable_units(collect(tmp_path)))
+    assert table["scored"].tolist() == ["(a)", "(b)"] and table["metrics.fid"].tolist() == [1.0, 3.0]
+
+
+def test_what_is_left_out_is_named_below_every_table(tmp_path, caplog, capsys):
+    write(tmp_path, "old", fid=9.0, age=10)
+    write(tmp_path, "new", fid=1.0)
+    write(tmp_path, "half", seed=1, status="running")
+    write(tmp_path, "stopped", seed=2, status="interrupted")
+    write(tmp_path, "nan", seed=3, fid=float("nan"))
+    write_json(tmp_path / "foreign" / "results.json", {"status": "finished"})
+    lost = ("not old", "unfinished: half", "interrupted: stopped", "no experiments, left out: foreign", "no fid in nan")
+    for form in ("markdown", "latex"):
+        for table in (experiment_table(tmp_path, form), ablation_table(tmp_path, form)):
+            assert [part for part in lost if part not in table] == []
+    experiment_table(tmp_path, "csv")
+    assert [part for part in lost if part not in caplog.text] == []
+    assert "not old" in groups(with_readable_units(collect(tmp_path))).attrs["notes"][0]
+    main([str(tmp_path)])
+    assert "several runs of one configuration and seed: the newest counts, not old" in capsys.readouterr().out
+
+
+def test_full_precision_runs_do_not_differ_in_what_has_no_effect_on_them(tmp_path):
+    write(tmp_path, "a", fid=1.0, name="fp32", bits={"name": "fp32"}, calibration={"name": "ndtc"})
+    write(tmp_path, "b", fid=3.0, seed=1, name="fp32", bits={"name": "fp32"}, calibration={"name": "raw"})
+    write(tmp_path, "c", fid=7.0, name="fp32", bits={"name": "fp32"}, sampler={"steps": 6})
+    text = experiment_table(tmp_path)
+    assert "| fp32 | - | 4 | 2.00 ± 1.41 |" in text and "| fp32 | - | 6 | 7.00 |" in text
+
+
+def test_as_few_settings_as_tell_all_apart(tmp_path):
+    for i, (model, steps) in enumerate([("digits", 4), ("digits_ldm", 6), ("digits_ldm", 8)]):
+        write(tmp_path, str(i), model={"name": model, "dtype": model}, sampler={"steps": steps})
+    assert telling_apart(collect(tmp_path), ["name"]) == ["config.model.name", "config.sampler.steps"]
+    assert telling_apart(collect(tmp_path).iloc[:2], ["name"]) == ["config.model.name"]
+
+
+def test_of_repeated_runs_the_newest_is_kept_whatever_their_order(tmp_path):
+    for i, age in enumerate((5, 0, 9)):
+        write(tmp_path, f"r{i}", age=age)
+    kept, notes = newest(collect(tmp_path), ["seed"])
+    assert kept["run"].tolist() == ["r1"] and notes[0].endswith("not r0, r2")
+
+
+def test_jobs_of_two_sweeps_are_called_by_their_folders(tmp_path):
+    for sweep in ("x", "y"):
+        write(tmp_path / sweep, "0_ndtc")
+    names = gather([tmp_path / "x", tmp_path / "y"])["run"]
+    assert len(set(names)) == 2 and all(name.endswith("0_ndtc") for name in names)
