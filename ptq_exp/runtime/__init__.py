@@ -1,0 +1,1 @@
+"""How a quantized network is executed: simulated in torch, or as integers by an engine."""

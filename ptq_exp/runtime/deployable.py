@@ -1,0 +1,283 @@
+"""A quantized network in plain operations that engines recognise: the meaning of every layer's integers.
+
+Three kinds of operations carry the quantization: `torch.fake_quantize_per_tensor_affine` on activations, int8 buffers
+times a scale as weights, and sums. Engines turn the first two into 8-bit kernels; here, in torch, they compute what the
+simulation does, to the rounding of float32. Grids of more than 8 bits are written out, as some engines add the zero
+point before they round.
+
+Where several rows of ranges exist (bins of sampling steps, candidate widths) the row is an input of the network. No
+engine quantizes by ranges that are inputs; but x = s (u - z) with u on the constant grid 0..255 gives
+
+    conv(x, w) = s (conv(u, w) - z conv(1, w)),
+
+where the last convolution is of constants: with zero padding it is one number per position.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from ptq_exp.runtime.plan import BYTE, INT8, Grid, IntegerWeight, LayerPlan, Plan, layers_of
+
+
+class Row(nn.Module):
+    """The row of ranges in force, int64 [1]: set by `Deployable` from its last input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: Tensor | None = None
+
+
+class GridQuantizer(nn.Module):
+    """Quantizes an activation to one grid: a constant one, or a row of several."""
+
+    def __init__(self, grid: Grid, row: Row) -> None:
+        super().__init__()
+        self.row, self.rows, self.levels = [row], grid.rows, grid.levels  # a list: the row is no child
+        for name in ("scale", "lowest", "highest"):
+            self.register_buffer(name, getattr(grid, name))
+        # a grid of no more than 8 bits whose zero is an integer 0 of a signed byte stays so, others start from 0
+        self.signed = grid.symmetric and not grid.one_sided
+        self.constant_zero = grid.symmetric or grid.one_sided
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The values of `x` on the grid, of its shape."""
+        if self.levels > BYTE:
+            scale, lowest, highest = (self._in_force(name) for name in ("scale", "lowest", "highest"))
+            return torch.minimum(torch.maximum((x / scale).round(), lowest), highest) * scale
+        if self.rows == 1:
+            return self._constant(x)
+        u, scale, zero = self.integers(x)
+        return (u - zero) * scale
+
+    def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(u, scale, zero) with the values scale * (u - zero), u on the constant grid of a byte; of several rows."""
+        scale, lowest, highest = (self._in_force(name) for name in ("scale", "lowest", "highest"))
+        if self.signed:
+            bounded = torch.minimum(torch.maximum(x / scale, lowest), highest)
+            u = torch.fake_quantize_per_tensor_affine(bounded, 1.0, 0, -(BYTE // 2), BYTE // 2 - 1)
+            return u, scale, torch.zeros_like(scale)
+        bounded = torch.minimum(torch.maximum(x / scale - lowest, torch.zeros_like(scale)), highest - lowest)
+        return torch.fake_quantize_per_tensor_affine(bounded, 1.0, 0, 0, BYTE - 1), scale, -lowest
+
+    def _constant(self, x: Tensor) -> Tensor:
+        """Rounds on all levels of a byte, the only grid that engines know; fewer levels clip before."""
+        scale, low, high = float(self.scale), int(self.lowest), int(self.highest)
+        first, zero = (-(BYTE // 2), 0) if self.signed else (0, -low)
+        if (low + zero, high + zero) != (first, first + BYTE - 1):
+            x = x.clamp(low * scale, high * scale)
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero, first, first + BYTE - 1)
+
+    def _in_force(self, name: str) -> Tensor:
+        values = getattr(self, name)
+        return values if self.rows == 1 else values.index_select(0, self.row[0].value)
+
+
+class Multiplication(nn.Module):
+    """Multiplies one segment of an input by its int8 weight; without bias.
+
+    Args:
+        layer: the convolution or linear layer, for its stride, padding, dilation and groups.
+    """
+
+    def __init__(self, layer: nn.Module, weight: IntegerWeight, grid: Grid, row: Row) -> None:
+        super().__init__()
+        self.quantizer = GridQuantizer(grid, row)
+        self.groups, self.shifted = getattr(layer, "groups", 1), weight.shifted
+        self.settings = {}
+        if not isinstance(layer, nn.Linear):
+            self.settings = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation,
+                             "groups": self.groups}
+            self.function = nn.functional.conv1d if isinstance(layer, nn.Conv1d) else nn.functional.conv2d
+        else:
+            self.function = nn.functional.linear
+        levels, scale, offset = weight.levels, weight.scale, weight.offset.float() * weight.scale
+        if self.shifted:  # one more output channel, of ones, in each group
+            levels, scale = _with_ones(levels, self.groups), _with_ones(scale, self.groups)
+        self.register_buffer("levels", levels)
+        self.register_buffer("scale", scale.view(-1, *[1] * (levels.ndim - 1)))
+        self.register_buffer("offset", offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C_in, ...] or [..., C_in] -> the product, of the same layout."""
+        if self.quantizer.rows == 1:
+            return self._product(self.quantizer(x))
+        u, scale, zero = self.quantizer.integers(x)
+        return (self._product(u) - zero * self._product(torch.ones_like(x[:1]))) * scale
+
+    def _product(self, x: Tensor) -> Tensor:
+        y = self.function(x, self.levels.float() * self.scale, **self.settings)
+        if not self.shifted:
+            return y
+        # the sum of the inputs under the kernel, times the offset of each channel
+        axis = -1 if self.function is nn.functional.linear else 1
+        if self.groups == 1:
+            channels = len(self.offset)
+            own, ones = y.narrow(axis, 0, channels), y.narrow(axis, channels, 1)
+            return own + ones * self.offset.view([-1] if axis == -1 else [-1, *[1] * (y.ndim - 2)])
+        y = y.unflatten(1, (self.groups, -1))
+        own, ones = y[:, :, :-1], y[:, :, -1:]
+        return (own + ones * self.offset.view(self.groups, -1, *[1] * (y.ndim - 3))).flatten(1, 2)
+
+
+def _with_ones(values: Tensor, groups: int) -> Tensor:
+    """`values` [out_channels, ...] with one more row of ones at the end of each of `groups` groups."""
+    grouped = values.unflatten(0, (groups, -1))
+    return torch.cat((grouped, torch.ones_like(grouped[:, :1])), 1).flatten(0, 1)
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or linear layer as the sum over its segments of integer multiplications."""
+
+    def __init__(self, layer: nn.Module, plan: LayerPlan, row: Row) -> None:
+        super().__init__()
+        self.segments = list(plan.segments)
+        self.axis = -1 if isinstance(layer, nn.Linear) else 1
+        self.parts = nn.ModuleList(
+            Multiplication(layer, weight, grid, row) for weight, grid in zip(plan.weights, plan.inputs, strict=True)
+        )
+        bias = layer.bias
+        shape = (-1,) if self.axis == -1 else (-1, *[1] * (layer.weight.ndim - 2))
+        self.register_buffer("bias", None if bias is None else bias.detach().view(shape))
+        self.output = nn.Identity() if plan.output is None else GridQuantizer(plan.output, row)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer that it stands for."""
+        inputs = x.split(self.segments, self.axis) if self.segments else (x,)
+        y = self.parts[0](inputs[0])
+        for part, piece in zip(self.parts[1:], inputs[1:], strict=True):
+            y = y + part(piece)
+        return self.output(y if self.bias is None else y + self.bias)
+
+
+class FloatLayer(nn.Module):
+    """A layer that no 8-bit kernel executes: float arithmetic on quantized operands, their rounding kept."""
+
+    def __init__(self, layer: nn.Module, plan: LayerPlan, row: Row) -> None:
+        super().__init__()
+        self.segments, self.axis = list(plan.segments), -1 if isinstance(layer, nn.Linear) else 1
+        self.inputs = nn.ModuleList(GridQuantizer(grid, row) for grid in plan.inputs)
+        self.output = nn.Identity() if plan.output is None else GridQuantizer(plan.output, row)
+        self.layer = _plain(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer that it stands for."""
+        if self.inputs:
+            pieces = x.split(self.segments, self.axis) if self.segments else (x,)
+            pieces = [grid(piece) for grid, piece in zip(self.inputs, pieces, strict=True)]
+            x = torch.cat(pieces, self.axis) if len(pieces) > 1 else pieces[0]
+        return self.output(self.layer(x))
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    """The layer with its frozen weight and without quantizers."""
+    if isinstance(layer, nn.Linear):
+        made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    else:
+        kind = nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d
+        made = kind(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+                    layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode)
+    with torch.no_grad():
+        made.weight.copy_(layer.weight_quantizer(layer.weight))
+        if layer.bias is not None:
+            made.bias.copy_(layer.bias)
+    return made
+
+
+class IntegerAttnProcessor:
+    """Attention on heads as a dimension of their own, its two products on quantized operands.
+
+    Args:
+        operands: quantizers of q, k and v, applied to the heads; the identity where there is none.
+        softmax: quantizer of the softmax map.
+    """
+
+    def __init__(self, operands: tuple[nn.Module, nn.Module, nn.Module], softmax: nn.Module) -> None:
+        self.operands, self.softmax = operands, softmax
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, temb: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        shape = hidden_states.shape
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        layers = ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        q, k, v = (layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer, x in layers)
+        scores, scale = self._multiply(q, k.transpose(-1, -2), self.operands[0], self.operands[1])
+        scores = scores * (scale * attn.scale)
+        if attention_mask is not None:
+            mask = attn.prepare_attention_mask(attention_mask, k.shape[2], len(q))
+            scores = scores + mask.unflatten(0, (len(q), attn.heads))
+        y, scale = self._multiply(scores.softmax(-1), v, self.softmax, self.operands[2])
+        y = (y if isinstance(scale, float) else y * scale).transpose(1, 2).flatten(2)
+        y = attn.to_out[1](attn.to_out[0](y))
+        if len(shape) == 4:
+            y = y.transpose(-1, -2).reshape(shape)
+        if attn.residual_connection:
+            y = y + residual
+        return y if attn.rescale_output_factor == 1 else y / attn.rescale_output_factor
+
+    @staticmethod
+    def _multiply(a: Tensor, b: Tensor, left: nn.Module, right: nn.Module) -> tuple[Tensor, Tensor | float]:
+        """(product, factor): a b = factor * product, where rows of ranges leave their scales outside."""
+        scale: Tensor | float = 1.0
+        operands = []
+        for x, quantizer in ((a, left), (b, right)):
+            if getattr(quantizer, "rows", 1) > 1 and quantizer.levels <= BYTE and quantizer.constant_zero:
+                x, own, _ = quantizer.integers(x)
+                scale = scale * own
+            else:
+                x = quantizer(x)
+            operands.append(x)
+        return operands[0] @ operands[1], scale
+
+
+class Deployable(nn.Module):
+    """A quantized network as plain operations: `forward(*call)` or, with several rows of ranges, `(*call, row)`."""
+
+    def __init__(self, network: nn.Module, row: Row, rows: int) -> None:
+        super().__init__()
+        self.network, self.rows = network, rows
+        self._row = [row]
+
+    def forward(self, *call: Tensor) -> Tensor:
+        """The network's output; `row` int64 [1] is the last argument where `rows` > 1."""
+        if self.rows > 1:
+            *call, self._row[0].value = call
+        return self.network(*call)
+
+
+def deployable(network: nn.Module, plan: Plan) -> Deployable:
+    """Write a calibrated `network`, planned by `integer_plan`, in plain operations; the network itself stays as it is."""
+    made, row = copy.deepcopy(network).float().eval().requires_grad_(False), Row()
+    found = [grid for entry in plan.values() for grid in (*entry.inputs, entry.output) if grid is not None]
+    rows = max((grid.rows for grid in found), default=1)
+    attentions = [(name, layer, entry) for name, layer, entry in layers_of(made, plan) if entry.kind == "Attention"]
+    inside = {f"{name}.{role}" for name, _, _ in attentions for role in ("to_q", "to_k", "to_v")}
+    for _, attention, entry in attentions:
+        quantizers = [GridQuantizer(grid, row) for grid in entry.inputs] or [
+            nn.Identity(), nn.Identity(), nn.Identity()
+        ]
+        softmax = nn.Identity() if entry.output is None else GridQuantizer(entry.output, row)
+        attention.set_processor(IntegerAttnProcessor(tuple(quantizers), softmax))
+    for name, layer, entry in list(layers_of(made, plan)):
+        if entry.kind == "Attention":
+            continue
+        if name in inside and entry.output is not None and plan[name.rpartition(".")[0]].inputs:
+            entry = LayerPlan(**{**vars(entry), "output": None})  # on the heads instead
+        kind = IntegerLayer if entry.executed == INT8 else FloatLayer
+        made.set_submodule(name, kind(layer, entry, row))
+    return Deployable(made, row, rows)

@@ -1,0 +1,216 @@
+"""What of a quantized network an engine can execute as integers: levels, scales and grids of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.errors import ConfigError
+from ptq_exp.quantization import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
+from ptq_exp.quantization.quantizer import Quantizer
+
+INT8, FLOAT = "int8", "float"
+BYTE = 256
+"""Levels of an 8-bit integer: activations and shifted weights with more are executed in float."""
+SEVEN_BITS = 64
+"""Largest weight level whose products with two 8-bit activations fit into 16 bits (CPUs without VNNI add pairs)."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integer grid of an activation: the values scale * level, levels from `lowest` to `highest`.
+
+    Levels count from the zero point. All fields are float32 [rows]; one row is in force at each sampling step.
+    """
+
+    scale: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.scale)
+
+    @property
+    def levels(self) -> int:
+        """The largest number of levels of a row."""
+        return int((self.highest - self.lowest).max()) + 1
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the levels fit a signed byte: the zero point is the integer 0."""
+        return bool((self.lowest >= -BYTE // 2).all() and (self.highest < BYTE // 2).all())
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether 0 is the lowest level of every row."""
+        return bool((self.lowest == 0).all())
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight as scale * (levels + offset), with int8 `levels` of its own shape.
+
+    Attributes:
+        scale: float32 [out_channels].
+        offset: int32 [out_channels], not zero where the levels from the zero point need nine bits.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    @property
+    def shifted(self) -> bool:
+        """Whether an offset has to be added: by one more output channel, of ones."""
+        return bool(self.offset.any())
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer, or the two products of one attention, is executed.
+
+    Attributes:
+        kind: name of the layer's class.
+        executed: INT8 or FLOAT, as planned; what an engine made of it stands in its own account.
+        reason: why in float, or what had to be changed; empty otherwise.
+        weights: for each segment of input channels.
+        inputs: grids, one for each segment; none where the input is not quantized.
+        output: grid of the output; None where it is not quantized.
+        segments: input channels of each segment, empty for a single one.
+    """
+
+    name: str
+    kind: str
+    executed: str
+    reason: str = ""
+    weights: tuple[IntegerWeight, ...] = ()
+    inputs: tuple[Grid, ...] = ()
+    output: Grid | None = None
+    segments: tuple[int, ...] = ()
+
+
+Plan = dict[str, LayerPlan]
+
+
+def integer_plan(network: nn.Module, *, regrid: bool = False, seven_bits: bool = False) -> Plan:
+    """Plan the execution of every quantized layer of a calibrated `network`, by module name.
+
+    Args:
+        regrid: quantize weights with several scales per output channel anew, symmetric, 8 bits per channel.
+        seven_bits: the same for weights with levels beyond +-64, for CPUs whose 8-bit sums saturate.
+
+    Raises:
+        ConfigError: a layer has a scale for each group of input channels, and `regrid` is off.
+    """
+    plan: Plan = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, QuantConv1d | QuantConv2d | QuantLinear):
+            plan[name] = _layer(name, layer, regrid, seven_bits)
+        elif isinstance(layer, QuantAttention):
+            plan[name] = _attention(name, layer)
+    return plan
+
+
+def grids(quantizer: nn.Module) -> tuple[Grid, ...]:
+    """The grid of each segment of an activation quantizer; none for the identity."""
+    if not isinstance(quantizer, Quantizer):
+        return ()
+    lowest, highest = quantizer.qmin - quantizer.zero_point, quantizer.qmax - quantizer.zero_point
+    columns = zip(quantizer.scale.T, lowest.T, highest.T, strict=True)
+    return tuple(Grid(*(part.detach().clone() for part in column)) for column in columns)
+
+
+def _layer(name: str, layer: nn.Module, regrid: bool, seven_bits: bool) -> LayerPlan:
+    inputs = grids(layer.input_quantizer)
+    outputs = grids(layer.output_quantizer)
+    made = LayerPlan(name, type(layer).__name__.removeprefix("Quant"), FLOAT, inputs=inputs,
+                     output=outputs[0] if len(outputs) == 1 else None)
+    if len(outputs) > 1:
+        raise ConfigError(f"{name}: its output has {len(outputs)} ranges, which no engine executes")
+    weight_quantizer = layer.weight_quantizer
+    segments = layer.input_quantizer.segments if inputs else None
+    made = replace(made, segments=tuple(segments or ()))
+    if not isinstance(weight_quantizer, Quantizer):
+        return replace(made, reason="its weight is not quantized")
+    if weight_quantizer.bits > 8:
+        return replace(made, reason=f"{weight_quantizer.bits}-bit weights")
+    if not inputs:
+        return replace(made, reason="its input is not quantized")
+    if any(grid.levels > BYTE for grid in inputs):
+        return replace(made, reason=f"{layer.input_quantizer.bits}-bit input")
+    weights, reason = _weights(name, layer, made.segments, regrid, seven_bits)
+    return replace(made, executed=INT8, reason=reason, weights=weights)
+
+
+def _weights(
+    name: str, layer: nn.Module, segments: tuple[int, ...], regrid: bool, seven_bits: bool
+) -> tuple[tuple[IntegerWeight, ...], str]:
+    """The weight of each segment, and what was changed."""
+    quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+    own = tuple(quantizer.segments or ())
+    parts = list(weight.split(segments, 1)) if segments else [weight]
+    if own not in ((), segments):
+        if not regrid:
+            size = max(own)
+            raise ConfigError(
+                f"runtime: {name} has a scale for every {size} input channels, which no engine executes: choose "
+                "quantization.weight_granularity=channel, or runtime.regrid=true"
+            )
+        return tuple(map(_regrid, parts)), f"re-gridded: it had {len(own)} scales per channel"
+    lowest = (quantizer.qmin - quantizer.zero_point).int()
+    levels = quantizer.integers(weight) + quantizer._aligned(lowest, weight, None)
+    found = []
+    for n, part in enumerate(levels.split(segments, 1) if segments else [levels]):
+        column = min(n, quantizer.scale.shape[1] - 1)
+        scale = quantizer.scale[:, column].expand(len(weight)).clone()
+        found.append(_shifted(part, scale))
+    if seven_bits and any(int(part.levels.abs().max()) > SEVEN_BITS for part in found):
+        return tuple(_regrid(part, SEVEN_BITS - 1) for part in parts), "re-gridded to 7 bits"
+    return tuple(found), ""
+
+
+def _shifted(levels: Tensor, scale: Tensor) -> IntegerWeight:
+    """Levels that need nine bits, shifted into a signed byte channel by channel; others as they are."""
+    flat = levels.flatten(1)
+    low, high = flat.amin(1), flat.amax(1)
+    beyond = (low < -BYTE // 2) | (high >= BYTE // 2)
+    offset = torch.where(beyond, low + BYTE // 2, torch.zeros_like(low)).int()
+    shape = (-1,) + (1,) * (levels.ndim - 1)
+    return IntegerWeight((levels - offset.view(shape)).to(torch.int8), scale, offset)
+
+
+def _regrid(weight: Tensor, largest: int = BYTE // 2 - 1) -> IntegerWeight:
+    """Symmetric levels up to `largest` per output channel, nearest to `weight`."""
+    scale = (weight.flatten(1).abs().amax(1) / largest).clamp(min=1e-12)
+    shape = (-1,) + (1,) * (weight.ndim - 1)
+    levels = (weight / scale.view(shape)).round().clamp(-largest, largest)
+    return IntegerWeight(levels.to(torch.int8), scale, torch.zeros(len(scale), dtype=torch.int32))
+
+
+def _attention(name: str, attention: nn.Module) -> LayerPlan:
+    """The products q k^T and softmax v of one attention; its grids are those of softmax, q, k and v."""
+    softmax = grids(attention.softmax_quantizer)
+    operands = [grids(getattr(layer, "output_quantizer", None)) for layer in (attention.to_q, attention.to_k,
+                                                                              attention.to_v)]
+    made = LayerPlan(name, "Attention", FLOAT, output=softmax[0] if softmax else None)
+    if any(len(found) != 1 for found in operands):
+        return replace(made, reason="q, k or v is not quantized")
+    inputs = tuple(found[0] for found in operands)
+    made = replace(made, inputs=inputs)
+    if any(grid.levels > BYTE for grid in inputs):
+        return replace(made, reason="q, k or v has more than 8 bits")
+    if not all(grid.symmetric or grid.one_sided for grid in inputs):
+        return replace(made, reason="q, k or v is asymmetric: quantization.qkv_symmetric=true")
+    if not softmax or softmax[0].levels > BYTE:
+        return replace(made, reason="the softmax map has more than 8 bits")
+    return replace(made, executed=INT8)
+
+
+def layers_of(network: nn.Module, plan: Plan) -> Iterator[tuple[str, nn.Module, LayerPlan]]:
+    """Name, module and plan of every planned layer of a network of the same structure."""
+    for name, layer_plan in plan.items():
+        yield name, network.get_submodule(name), layer_plan
