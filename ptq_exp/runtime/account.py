@@ -80,8 +80,9 @@ def _kernels(compiled: Any) -> dict[str, list[tuple[str, bool]]]:
 
 def _modules(names: str, kind: str) -> set[str]:
     """The planned layers among the original names of a node of the runtime graph."""
-    if layers := _LAYER.findall(names):
-        return set(layers[:1])  # the node may have taken in the quantizers of layers that follow
+    layers = _LAYER.findall(names)
+    if kind != "Subgraph" and layers:
+        return set(layers[:1])  # the node may have taken in what follows
     return set(_PRODUCT.findall(names)) if kind in ("Subgraph", "MatMul") else set()
 
 

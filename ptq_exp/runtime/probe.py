@@ -1,0 +1,57 @@
+"""Whether 8-bit sums are right on this processor: without VNNI instructions two products are added in 16 bits first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.errors import ConfigError
+from ptq_exp.runtime.plan import Grid, IntegerWeight, LayerPlan
+
+CHANNELS = 64
+_LARGEST = {"as_saved": 127, "7bit": 63}
+
+
+class Probe(nn.Module):
+    """One convolution of inputs at their largest level, 255, by weights at theirs."""
+
+    def __init__(self, largest: int) -> None:
+        super().__init__()
+        from ptq_exp.runtime.deployable import IntegerLayer, Row
+
+        layer = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
+        levels = torch.full(layer.weight.shape, largest, dtype=torch.int8)
+        weight = IntegerWeight(levels, torch.ones(CHANNELS), torch.zeros(CHANNELS, dtype=torch.int32))
+        grid = Grid(torch.ones(1), torch.zeros(1), torch.full((1,), 255.0))
+        self.layer = IntegerLayer(layer, LayerPlan("probe", "Conv2d", "int8", weights=(weight,), inputs=(grid,)), Row())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def saturation(compile_network, weights: str = "as_saved") -> float:
+    """What an engine's 8-bit sum is of the right one, 1 where it is exact.
+
+    Args:
+        compile_network: (nn.Module) -> callable of the same arguments, the engine.
+        weights: "as_saved" probes with weights of 127, "7bit" with 63.
+    """
+    x = torch.full((1, CHANNELS, 8, 8), 255.0)
+    probe = Probe(_LARGEST[weights]).eval()
+    with torch.no_grad():
+        return float(compile_network(probe)(x)[..., 4, 4].double().mean() / probe(x)[..., 4, 4].double().mean())
+
+
+def check_sums(compile_network, weights: str = "as_saved", engine: str = "openvino") -> float:
+    """As `saturation`, which it returns.
+
+    Raises:
+        ConfigError: the sums are wrong; it says what to set.
+    """
+    ratio = saturation(compile_network, weights)
+    if abs(ratio - 1) > 1e-3:
+        raise ConfigError(
+            f"runtime={engine}: 8-bit sums saturate on this processor (it has no VNNI instructions): a sum came out as "
+            f"{ratio:.2f} of the right one; choose runtime.weights=7bit, or runtime=simulate"
+        )
+    return ratio
