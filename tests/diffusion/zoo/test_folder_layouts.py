@@ -99,6 +99,45 @@ def test_plain_weights_in_half_precision_are_widened(tmp_path):
     assert_weights(root, half())
 
 
+def prefixed(*prefixes):
+    return {"".join(prefixes) + key: value for key, value in plain().items()}
+
+
+def stored(tmp_path, content, safe=False):
+    """A pipeline whose network lies in its file as `content`."""
+    root = pixel_folder(tmp_path)
+    (root / "unet" / f"{STEM}.safetensors").unlink()
+    save = save_file if safe else torch.save
+    save(content, root / "unet" / f"{STEM}.{'safetensors' if safe else 'bin'}")
+    return root
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("prefixes", [("module.",), ("_orig_mod.",), ("_orig_mod.", "module.")], ids="".join)
+def test_what_a_run_puts_before_every_name_is_taken_off(tmp_path, safe, prefixes):
+    assert_weights(stored(tmp_path, prefixed(*prefixes), safe), plain())
+
+
+@pytest.mark.parametrize("nest", [
+    lambda: {"state_dict": plain(), "epoch": 3}, lambda: {"model": plain(), "optimizer": {"state": {}, "step": 2}},
+    lambda: {"ema": prefixed("module.")},
+])  # fmt: skip
+def test_a_single_state_dict_inside_a_training_state_is_taken(tmp_path, nest):
+    assert_weights(stored(tmp_path, nest()), plain())
+
+
+def test_other_stored_states_are_refused_in_a_line(tmp_path, capfd):
+    both = message(stored(tmp_path / "both", {"model": plain(), "ema": plain()}))
+    assert f"{STEM}.bin: holds several state dicts (model, ema); save the one to load alone" in both
+    some = prefixed("module.") | dict(list(plain().items())[:5])
+    assert "not the weights of its own config.json: " in message(stored(tmp_path / "some", some))
+    codes = {key: (10 * value).to(torch.int8) for key, value in plain().items()}
+    for safe in (True, False):
+        line = message(stored(tmp_path / f"codes {safe}", codes, safe))
+        assert "unet/diffusion_pytorch_model." in line and " is int8, not real numbers; give the weights in " in line
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_shards(tmp_path, safe):
     root = pixel_folder(tmp_path, save={"max_shard_size": "8KB", "safe_serialization": safe})
