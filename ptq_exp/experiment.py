@@ -232,7 +232,7 @@ def _for_wandb(
     if report is not None:
         account = _account(report)
         numbers |= {key: account[key] for key in ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")}
-    sections = ("metric_spec", "quantization", "real", "weights")  # with them a table can be made from the W&B run alone
+    sections = ("metric_spec", "quantization", "real", "weights")  # a table can be made from the W&B run alone
     summed = {key: values[key] for key in sections if key in values}
     items = {
         "the errors per step": errors_per_step,

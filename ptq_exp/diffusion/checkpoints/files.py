@@ -25,11 +25,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
 
     Understood are safetensors, and PyTorch files that hold a dict of tensors, `{"state_dict": ...}` (latent diffusion,
     Lightning) or another single state dict, or the training list of the PyTorch DDIM port (its averaged weights are
-    taken). `module.` (a data-parallel run) and `_orig_mod.` (a compiled one) before every name are removed. Pickles are unpickled by `torch.load(weights_only=True)`.
+    taken). `module.` (a data-parallel run) and `_orig_mod.` (a compiled one) before every name are removed. Pickles are
+    unpickled by `torch.load(weights_only=True)`.
 
     Raises:
         CheckpointError: one line that starts with `model.checkpoint=PATH:`; the file is missing, empty, truncated, a
-            web page, a Git LFS pointer, a folder, wants to run code, or holds no tensors.
+            web page, a Git LFS pointer, a folder, wants to run code, or holds no tensors or several state dicts.
     """
     path = Path(path)
     kind = _kind(path)
