@@ -107,7 +107,7 @@ def _flat(path: Path, loaded: object) -> dict[str, Tensor]:
     """The state dict inside one of the known containers."""
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    elif isinstance(loaded, dict) and (nested := [key for key, value in loaded.items() if _is_state_dict(value)]):
+    elif isinstance(loaded, dict) and (nested := _nested(loaded)):
         if len(nested) > 1:
             raise _error(path, f"holds several state dicts ({', '.join(map(str, nested))}); save the one to load alone")
         loaded = loaded[nested[0]]
@@ -124,6 +124,13 @@ def _flat(path: Path, loaded: object) -> dict[str, Tensor]:
     while wrapper := next((name for name in _WRAPPERS if all(key.startswith(name) for key in tensors)), None):
         tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
     return tensors
+
+
+def _nested(loaded: dict) -> list:
+    """The keys of the state dicts inside; none where the weights lie beside them (a counter is no weight)."""
+    if any(isinstance(value, Tensor) and value.ndim for value in loaded.values()):
+        return []
+    return [key for key, value in loaded.items() if _is_state_dict(value)]
 
 
 def _training_list(path: Path, loaded: list | tuple) -> object:

@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from small_folders import BETAS, dit_folder, edit, latent_folder, pixel_folder, unet
 
+from ptq_exp.diffusion.checkpoints import read_checkpoint
 from ptq_exp.errors import CheckpointError
 from ptq_exp.models import load_model
 
@@ -120,10 +121,16 @@ def test_what_a_run_puts_before_every_name_is_taken_off(tmp_path, safe, prefixes
 
 @pytest.mark.parametrize("nest", [
     lambda: {"state_dict": plain(), "epoch": 3}, lambda: {"model": plain(), "optimizer": {"state": {}, "step": 2}},
-    lambda: {"ema": prefixed("module.")},
+    lambda: {"ema": prefixed("module.")}, lambda: {"model": plain(), "step": torch.tensor(3)},
 ])  # fmt: skip
 def test_a_single_state_dict_inside_a_training_state_is_taken(tmp_path, nest):
     assert_weights(stored(tmp_path, nest()), plain())
+
+
+def test_weights_go_before_a_dict_of_tensors_beside_them(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(2), "averages": {"w": torch.zeros(2)}}, path)
+    assert read_checkpoint(path)["w"].tolist() == [1.0, 1.0]
 
 
 def test_other_stored_states_are_refused_in_a_line(tmp_path, capfd):
