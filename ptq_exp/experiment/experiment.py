@@ -69,6 +69,8 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         clock = _Clock(results)
         setup = clock.setup = Setup.of(config, fresh_since)
         results.update("start", environment=environment(), command=run_command(folder))
+        if config.model.checkpoint is not None:  # the same path may hold others later
+            results.update("start", weights={"model": setup.model.digest[:12]})
         check_inputs(setup)
         check_feasible(setup, results)
         loaded = _loaded_twin(setup, clock) if setup.artifact else None
@@ -231,7 +233,7 @@ def _for_wandb(
     if report is not None:
         account = _account(report)
         numbers |= {key: account[key] for key in ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")}
-    sections = ("metric_spec", "quantization", "real")  # with them a table can be made from the W&B run alone
+    sections = ("metric_spec", "quantization", "real", "weights")  # a table can be made from the W&B run alone
     summed = {key: values[key] for key in sections if key in values}
     items = {
         "the errors per step": errors_per_step,

@@ -102,6 +102,8 @@ def test_any_diffusers_folder_is_a_model_and_any_image_folder_its_data(command, 
     )  # fmt: skip
     results = read_json(folder / "results.json")
     assert results["status"] == "finished" and results["quantization"]["coverage_conv_linear"] == 1
+    assert len(results["weights"]["model"]) == 12
+    assert load_model("diffusers", str(pipeline_folder)).digest.startswith(results["weights"]["model"])
     assert read_samples(folder / "samples.npz")[0].shape == (10, 8, 8, 3)
     assert json.loads((folder / "quantization.json").read_text())["layers"]
 

@@ -132,20 +132,26 @@ def combine(metric: str, sums: list[Tensor], unit: Tensor, energy: Tensor) -> Te
 
 @dataclass
 class ValueErrors:
-    """Errors on the values themselves: `rows` [cells, n]; `reference` [cells, 1], any scale of each cell."""
+    """Errors on the values themselves: `rows` [cells, n]; `reference` [cells, 1], any scale of each cell.
+
+    `weights` [cells, n] says how often each value occurs; None = once.
+    """
 
     rows: Tensor
     metric: str
     reference: Tensor
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.cost, self.convex = self.rows.numel(), True
         self._energy = torch.zeros_like(self.reference)
         if self.metric == "cosine":
-            self._energy = (self.rows / self.reference).square_().sum(1, keepdim=True)
+            squares = (self.rows / self.reference).square_()
+            squares = squares if self.weights is None else squares.mul_(self.weights)
+            self._energy = squares.sum(1, keepdim=True)
 
     def errors(self, candidates: QRange) -> Tensor:
-        sums = block_sums(self.rows, None, candidates, value_summands(self.metric))
+        sums = block_sums(self.rows, self.weights, candidates, value_summands(self.metric))
         return combine(self.metric, sums, candidates.scale / self.reference, self._energy)
 
 

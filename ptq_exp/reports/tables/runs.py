@@ -17,6 +17,7 @@ from ptq_exp.storage.plain_json import read_json
 SOURCES = ("auto", "results", "wandb")
 _BEFORE = {"config.calibration.labels": "paired"}
 """What runs did that are older than a setting."""
+_WEIGHTS = {"weights.model": "config.model.weights"}
 _log = logging.getLogger(__name__)
 
 
@@ -107,7 +108,12 @@ def _row(path: Path, runs_dir: Path) -> dict[str, Any]:
 
 def completed(flat: dict[str, Any]) -> dict[str, Any]:
     """The settings and numbers of a run, with what it did that is older than a setting."""
-    return (_BEFORE if "config.calibration.name" in flat else {}) | flat
+    return (_BEFORE if "config.calibration.name" in flat else {}) | with_weights(flat)
+
+
+def with_weights(flat: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a run in which the digest of its weights is a setting: one path may have held several."""
+    return {_WEIGHTS.get(key, key): value for key, value in flat.items()}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

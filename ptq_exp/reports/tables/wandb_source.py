@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.reports.tables.runs import completed, flatten
+from ptq_exp.reports.tables.runs import completed, flatten, with_weights
 from ptq_exp.results.record import INTERRUPTED
 from ptq_exp.storage.plain_json import restore
 
 TABLE_TAG = "ptq-exp-table"
 """Tag of the W&B runs that hold nothing but a table: no experiments."""
 _log = logging.getLogger(__name__)
-_SECTIONS = ("metric_spec", "quantization", "real")  # as they are in results.json
+_SECTIONS = ("metric_spec", "quantization", "real", "weights")  # as they are in results.json
 _OF_QUANTIZATION = ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")  # logged beside the scores
 _SIGNALLED = (130, 143)  # exit codes after SIGINT and SIGTERM
 _SERVICE = ("_wandb", "trainer", "graph")
@@ -111,7 +111,7 @@ def recorded(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str,
             row[f"quantization.{key}"] = value
         elif "/" not in key:
             row[f"metrics.{key}"] = value
-    return row
+    return with_weights(row)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from ptq_exp.reports.tables.identity import has_effect, newest, telling_apart
 from ptq_exp.reports.tables.result_table import Request
 from ptq_exp.reports.tables.runs import gather
 from ptq_exp.reports.tables.tables import aggregate, collect
-from ptq_exp.storage.plain_json import write_json
+from ptq_exp.storage.plain_json import read_json, write_json
 
 SPEC = {"extractor": "e", "n_samples": 4, "reference": "r"}
 WITHOUT_EFFECT = {
@@ -84,6 +84,19 @@ def test_runs_of_one_name_that_differ_have_rows_of_their_own(tmp_path, column, s
     table = groups(with_readable_units(collect(tmp_path)))
     assert sorted(table["metrics.fid"]) == [1.0, 3.0]
     with pytest.raises(ConfigError, match=f"would be averaged but differ in {column}"):
+        by_name(gather([tmp_path]))
+
+
+def test_other_weights_under_the_same_path_have_a_row_of_their_own(tmp_path):
+    """A checkpoint that was trained on, or exchanged: the path says nothing of it, the digest does."""
+    for seed, digest in enumerate(("aaaa", "aaaa", "bbbb")):
+        write(tmp_path, str(seed), fid=1.0 + 2 * seed, seed=seed, model={"name": "mine", "checkpoint": "m.pt"})
+        path = tmp_path / str(seed) / "results.json"
+        write_json(path, read_json(path) | {"weights": {"model": digest}})
+    text = experiment_table(tmp_path)
+    assert "model.weights" in text.splitlines()[0] and "2.00 ± 1.41" in text and "| bbbb | 5.00 |" in text
+    assert sorted(groups(with_readable_units(collect(tmp_path)))["metrics.fid"]) == [2.0, 5.0]
+    with pytest.raises(ConfigError, match="would be averaged but differ in model.weights"):
         by_name(gather([tmp_path]))
 
 
