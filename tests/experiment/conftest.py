@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from guide_text import PAGES, blocks
+from small_networks import use_few_candidate_ranges, use_small_networks
 
 from ptq_exp import MODELS
 from ptq_exp.__main__ import main
@@ -23,6 +24,13 @@ SMALL = [
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    """Small networks of random weights and a short search of ranges, where neither matters."""
+    use_small_networks(monkeypatch)
+    use_few_candidate_ranges(monkeypatch)
 
 
 @pytest.fixture
