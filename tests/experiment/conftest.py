@@ -1,6 +1,7 @@
 """The command run in this process, in small, with a cache that the tests of a module share."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -43,6 +44,26 @@ def command(monkeypatch, tmp_path, cache):
         monkeypatch.setattr(sys, "argv", argv)
         main()
         return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Run folders by name, each made once; they are only read."""
+    return {}
+
+
+@pytest.fixture
+def run_of(command, saved, tmp_path_factory):
+    """The folder of a run with these overrides, moved away from where it was made."""
+
+    def run(*overrides):
+        if overrides not in saved:
+            folder = tmp_path_factory.mktemp("saved") / "run"
+            shutil.move(command("metric=minmax", "logger=none", *overrides), folder)
+            saved[overrides] = folder
+        return saved[overrides]
 
     return run
 

@@ -1,4 +1,4 @@
-"""The command in a process of its own, forked from this one so that torch is loaded already."""
+"""The command in a process of its own, forked from this one so that torch is loaded already, on a small network."""
 
 import os
 import resource
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from small_networks import use_small_networks
 
 import ptq_exp.experiment  # noqa: F401  loaded before the fork
 from ptq_exp.__main__ import main
@@ -49,6 +50,7 @@ def job(tmp_path_factory):
         log = tmp_path_factory.mktemp("output") / "output.txt"
         pid = os.fork()
         if pid == 0:
+            use_small_networks(pytest.MonkeyPatch())
             _child([*SMALL, *overrides], log, limit_kb)
         while kill_at is not None and (spent := _cpu_seconds(pid)) is not None:
             if spent >= kill_at:
