@@ -25,8 +25,9 @@ SLOW = (
     "experiment/test_evaluate.py", "quantization/test_range_search_exhaustive.py", "experiment/test_analysis.py",
     "lightning/test_training_latent.py", "sweep", "experiment", "search", "robustness/test_full_disk.py",
     "robustness/test_malformed_settings.py", "lightning/test_training.py", "lightning", "reporting/test_in_browser.py",
-    "tracking/test_wandb_source.py", "tracking/test_wandb_run.py", "tracking/test_cache.py", "cli", "embedded",
-    "test_packaging.py", "test_layering.py", "test_api.py", "test_files.py",
+    "tracking/test_wandb_source.py", "tracking/test_wandb_run.py", "tracking/test_cache.py", "cli",
+    "embedded/test_load.py", "embedded/test_latent.py", "test_packaging.py", "test_layering.py", "test_api.py",
+    "test_files.py", "correction/test_on_digits.py",
 )  # fmt: skip
 TESTS = Path(__file__).parent
 
@@ -46,8 +47,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what is slow and put it in front; `large` tests, of minutes each, before everything."""
+    """Mark what is slow and put it in front; `large` tests, of minutes each, before everything. Skip without a GPU."""
     for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
         if place_among_slow(item.path) < len(SLOW):
             item.add_marker(pytest.mark.slow)
     large = {item.path for item in items if item.path.name == "test_golden_large.py"}
