@@ -8,12 +8,13 @@ RUN := $(VENV)/bin/python
 PIP := PIP_REQUIRE_VIRTUALENV=1 $(RUN) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench
+.PHONY: help demo test test-fast bench
 
 help:
 	@echo 'make demo    quantize the embedded model to 8 bits, draw images, score them (runs/ndtc_w8a8/...)'
 	@echo '             MODEL=name chooses conf/model/name.yaml, ARGS="seed=1 bits=w4a8" overrides settings'
 	@echo 'make test    run the tests, two files at a time; ARGS="-k metrics" chooses'
+	@echo 'make test-fast    only those that run no whole experiment and start no interpreter: a minute and a half'
 	@echo 'make bench   run the benchmarks'
 	@echo 'PYTHON=python3.12 chooses the interpreter that .venv is made with; the first call installs about 6 GB.'
 
@@ -22,6 +23,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-fast: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m 'not slow and not large' $(ARGS)
 
 bench: $(VENV)/.installed
 	@set -e; for benchmark in benchmarks/*.py; do \

@@ -18,11 +18,11 @@ JOB = ["+experiment=ptqd_w4a8"]
 
 @pytest.fixture
 def start(job, tmp_path):
-    """Start, or start again, the job of a chain: a run folder and a cache of its own."""
+    """Start, or start again, the job of a chain, on a small network: a run folder and a cache of its own."""
 
     def run(chain, **kwargs):
         folder = tmp_path / f"chain{chain}"
-        return folder, job(*JOB, f"hydra.run.dir={folder}/run", f"cache_dir={folder}/cache", **kwargs)
+        return folder, job(*JOB, f"hydra.run.dir={folder}/run", f"cache_dir={folder}/cache", small=True, **kwargs)
 
     return run
 

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from small_networks import use_small_networks
 
 from ptq_exp.cli.main import main
 from ptq_exp.cli.search.coordinate import Search
@@ -40,7 +41,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capsys, cache):
-    """Run the command with small settings; returns its exit status and what it says on standard error."""
+    """Run the command in small, on a small network; returns its exit status and what it says on standard error."""
+    use_small_networks(monkeypatch)
 
     def run(*arguments):
         flags = [argument for argument in arguments if argument.startswith("-")]
