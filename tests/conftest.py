@@ -24,8 +24,9 @@ SLOW = (
     "robustness/test_chaos.py", "robustness/test_interruption.py", "lightning/test_reconstruction.py",
     "experiment/test_evaluate.py", "quantization/test_range_search_exhaustive.py", "experiment/test_analysis.py",
     "embedded/test_training_latent.py", "cli/sweep", "experiment", "cli/search", "robustness/test_full_disk.py",
-    "robustness/test_malformed_settings.py", "embedded/test_training.py", "lightning", "reports/html/test_in_browser.py",
-    "reports/tables/test_wandb_source.py", "results/test_wandb.py", "storage/test_cache.py", "cli",
+    "robustness/test_malformed_settings.py", "embedded/test_training.py", "lightning",
+    "reports/html/test_in_browser.py", "reports/tables/test_wandb_source.py", "results/test_wandb.py",
+    "storage/test_cache.py", "cli",
     "embedded/test_load.py", "embedded/test_latent.py", "test_packaging.py", "test_layering.py", "test_api.py",
     "storage/test_atomic.py", "correction/test_on_digits.py",
 )  # fmt: skip

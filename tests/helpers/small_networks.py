@@ -6,7 +6,7 @@ from torch import nn
 
 from ptq_exp.diffusion import ClassConditionalUNet
 from ptq_exp.embedded import latent, load
-from ptq_exp.quantization import search
+from ptq_exp.quantization.ranges import search
 
 
 def small_pixel_unet() -> UNet2DModel:
