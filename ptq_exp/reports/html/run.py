@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import DataError
+from ptq_exp.evaluation.scores import SCORES
 from ptq_exp.reports.html import figures
 from ptq_exp.reports.html.account import account_section
 from ptq_exp.reports.html.analysis import activation_section, sensitivity_section
@@ -18,13 +19,6 @@ from ptq_exp.reports.html.section import Image, Section
 from ptq_exp.reports.html.table import Table, number, text
 from ptq_exp.results.environment import run_command
 from ptq_exp.storage.plain_json import read_json
-
-SCORES = {
-    "is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall",
-    "fid_increase_units": "FID increase", "psnr": "PSNR dB", "eps_error": "eps error",
-    "eps_error_without_last": "without the last step", "fixed_pattern_share": "fixed-pattern share",
-}  # fmt: skip
-"""Scores of results.json and their headings, in the order of the summary."""
 
 
 def write_run_report(folder: Path) -> Path:
@@ -55,7 +49,7 @@ def write_run_report(folder: Path) -> Path:
 def _tiles(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The numbers that people look for first."""
     metrics, account = results["metrics"], results.get("quantization", {})
-    shown = [(SCORES[key], number(metrics[key]).text) for key in ("fid", "fid_increase_units", "psnr")
+    shown = [(SCORES[key].heading, number(metrics[key]).text) for key in ("fid", "fid_increase_units", "psnr")
              if key in metrics]  # fmt: skip
     if "eps_error" in metrics:
         shown.append(("eps error", f"{metrics['eps_error']:.2%}"))
@@ -77,7 +71,7 @@ def _summary(results: Mapping[str, Any]) -> Section:
         note += (" FID increase over FP32 of the same seeds in units of the FID between two random halves of the real "
                  f"data ({unit:.4g}).")  # fmt: skip
     table = Table(
-        [("", False), *((SCORES[key], True) for key in keys)],
+        [("", False), *((SCORES[key].heading, True) for key in keys)],
         [[text(name), *(number(scores.get(key)) for key in keys)] for name, scores in rows.items() if scores],
         "Scores", sortable=False, note=note,
     )  # fmt: skip
