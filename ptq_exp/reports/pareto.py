@@ -27,6 +27,12 @@ def on_front(values: np.ndarray) -> np.ndarray:
     return finite & ~(no_larger & smaller).any(0)
 
 
+def front(values: np.ndarray) -> np.ndarray:
+    """Numbers of the rows of `values` [N, 2] that are on the front, by rising first column."""
+    found = np.flatnonzero(on_front(values))
+    return found[np.lexsort(np.asarray(values, dtype=float)[found].T[::-1])]
+
+
 def plot_front(
     path: str | os.PathLike, table: pd.DataFrame, cost: str, error: str, labels: Sequence[str], *, title: str
 ) -> None:
@@ -42,9 +48,9 @@ def plot_front(
     figure = Figure(figsize=(10, 6), layout="constrained", dpi=100)
     axes = figure.add_subplot()
     axes.scatter(shown[cost], shown[error], color=_GREY, label="dominated")
-    front = shown[shown["front"]].sort_values(cost)
-    axes.plot(front[cost], front[error], "o-", color=_BLUE, drawstyle="steps-post", label="Pareto front")
-    for (_, row), label in zip(front.iterrows(), labels, strict=True):
+    best = shown[shown["front"]].sort_values(cost)
+    axes.plot(best[cost], best[error], "o-", color=_BLUE, drawstyle="steps-post", label="Pareto front")
+    for (_, row), label in zip(best.iterrows(), labels, strict=True):
         axes.annotate(label, (row[cost], row[error]), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel=cost, ylabel=error, title=title)
     axes.legend()

@@ -11,7 +11,7 @@ import yaml
 
 from ptq_exp.cli.search.coordinate import Trial
 from ptq_exp.evaluation.scores import HEADLINE, shown
-from ptq_exp.reports.tables.tables import to_markdown
+from ptq_exp.reports.tables.notation import to_markdown
 
 
 def markdown(trials: Sequence[Trial]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.evaluation.scores import SCORES
+from ptq_exp.evaluation.scores import HEADLINE, SCORES, shown
 from ptq_exp.reports.tables.identity import SPEC, exact, metric_spec
 
 BITS = "config.bits.name"
@@ -52,6 +52,8 @@ VALUES = _of_scores() | {
     "size_reduction": Value("size ratio", "quantization.size_reduction", 1),
 }
 """Short names of the numbers that tables usually hold; any other number of results.json can be named in full."""
+HEADLINE_VALUES = [f"{name}_percent" if score.percent else name for name, score in shown(HEADLINE).items()]
+"""What tables of many runs show where nothing else is asked for."""
 _SECTIONS = ("config.", "metrics.", "quantization.", "")
 
 

@@ -9,12 +9,12 @@ from itertools import compress
 
 import pandas as pd
 
-from ptq_exp.evaluation.scores import HEADLINE, shown
 from ptq_exp.reports.tables.identity import plain
 from ptq_exp.reports.tables.render import render
-from ptq_exp.reports.tables.result_table import Request, ResultTable, result_table
+from ptq_exp.reports.tables.request import Request, ResultTable
+from ptq_exp.reports.tables.result_table import result_table
 from ptq_exp.reports.tables.runs import gather
-from ptq_exp.reports.tables.settings import VALUES, value_of
+from ptq_exp.reports.tables.settings import HEADLINE_VALUES, VALUES, value_of
 
 
 def sweep_table(
@@ -48,9 +48,9 @@ def sweep_table(
 
 
 def _present(runs: pd.DataFrame) -> list[str]:
-    names = [f"{name}_percent" if score.percent else name for name, score in shown(HEADLINE).items()]
-    there = [VALUES[name].column in runs and runs[VALUES[name].column].notna().any() for name in [*names, "bops_ratio"]]
-    return list(compress([*names, "bops_ratio"], there)) or ["fid"]
+    names = [*HEADLINE_VALUES, "bops_ratio"]
+    there = [VALUES[name].column in runs and runs[VALUES[name].column].notna().any() for name in names]
+    return list(compress(names, there)) or ["fid"]
 
 
 def _judge(values: Sequence[str], runs: pd.DataFrame) -> str | None:
