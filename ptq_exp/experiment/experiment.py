@@ -39,7 +39,6 @@ from ptq_exp.results.sinks import spoils_nothing
 from ptq_exp.results.tracked import Tracked, tracked
 from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.storage.atomic import file_digest
-from ptq_exp.storage.in_use import using
 
 log = stages.log
 
@@ -63,7 +62,6 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
     log.info("%s: seed %d, results in %s", config.name, config.seed, folder)
     with (
         Results(folder / "results.json", name=config.name, seed=config.seed, config=asdict(config)) as results,
-        using(config.cache_dir),
         _tracked(config, folder) as wandb_sink,
     ):
         clock = _Clock(results)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ptq_exp.correction import EDGES, forward_snr, share_of_noise
@@ -13,7 +14,8 @@ from ptq_exp.experiment.noise import EpsError
 from ptq_exp.experiment.run import Setup
 from ptq_exp.experiment.twin import Twin
 from ptq_exp.quantization import range_table
-from ptq_exp.reports.plots import plot_bit_schedule, plot_eps_error, plot_noise
+from ptq_exp.reports import figures
+from ptq_exp.reports.curves import write_figure
 from ptq_exp.results.sinks import spoils_nothing
 from ptq_exp.storage.plain_json import write_json
 
@@ -83,26 +85,26 @@ def write_account(setup: Setup, twin: Twin, error: EpsError, folder: Path) -> li
     title = f"{setup.model.name}, {setup.config.bits.name}, {len(setup.grid)} steps, eta {setup.grid.eta:g}"
     pictures = []
 
-    def drawn(name: str, draw: Callable[[Path], object]) -> None:
+    def drawn(name: str, draw: Callable[[], Figure]) -> None:
         with spoils_nothing(name, "results.json has its numbers"):
-            draw(folder / name)
+            write_figure(folder / name, draw())
             pictures.append(name)
 
-    drawn("eps_error.png", lambda path: plot_eps_error(
-        path, error.before.tolist() if error.corrected else None, error.after.tolist(), title=title,
+    drawn("eps_error.png", lambda: figures.eps_error(
+        error.before.tolist() if error.corrected else None, error.after.tolist(), title=title,
         share=error.share_after.tolist(), share_of_noise=share_of_noise(error.samples),
     ))  # fmt: skip
     if twin.schedule is not None:
         twin.schedule.save(folder / "bit_schedule.json")
-        drawn("bit_schedule.png", lambda path: plot_bit_schedule(
-            path, bits=twin.schedule.activation, output_snr=twin.output_snr or {},
+        drawn("bit_schedule.png", lambda: figures.bit_schedule(
+            twin.schedule.activation, output_snr=twin.output_snr or {},
             forward_snr=forward_snr(setup.grid).tolist(), title=title,
         ))  # fmt: skip
     if twin.statistics is not None:
         statistics = twin.statistics
         statistics.save(folder / "noise_statistics.npz")
-        drawn("noise.png", lambda path: plot_noise(
-            path, k=statistics.k.tolist(), r=statistics.r.tolist(), title=title,
+        drawn("noise.png", lambda: figures.noise(
+            k=statistics.k.tolist(), r=statistics.r.tolist(), title=title,
             kurtosis=statistics.kurtosis.tolist(), histogram=error.histogram, edges=EDGES.tolist(),
         ))  # fmt: skip
     return pictures

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ptq_exp.errors import ConfigError, DataError, PTQError
 from ptq_exp.storage.atomic import file_digest
-from ptq_exp.storage.locks import only_one
+from ptq_exp.storage.locks import lock_of, only_one
 from ptq_exp.storage.plain_json import read_json, to_plain, write_json
 
 T = TypeVar("T")
@@ -134,9 +134,12 @@ class ArtifactCache:
         """
         with ExitStack() as held:
             try:
-                waited_for = held.enter_context(only_one(self.root / ".locks" / f"{kind}-{key[:32]}.lock", kind))
+                waited_for = held.enter_context(only_one(lock_of(self.root, kind, key), kind))
             except OSError as error:
-                raise PTQError(f"cannot write the cache entry {self.root / kind / key}: {error.strerror}") from error
+                raise PTQError(
+                    f"cannot write the cache entry {self.root / kind / key}: {error.strerror or error}; choose a "
+                    "cache_dir that can be written, or free space there"
+                ) from error
             yield waited_for
 
     def _reused(self, kind: str, entry: Path, load: Callable[[Path], T], say: bool = False) -> tuple[T] | None:

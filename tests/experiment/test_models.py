@@ -59,7 +59,7 @@ def test_published_evaluation_against_an_npz_of_images(command, inception_weight
     ]  # fmt: skip
     results = read_json(command(*overrides) / "results.json")
     assert results["status"] == "finished" and results["metric_spec"]["extractor"].endswith(evaluation)
-    assert set(results["metrics"]) >= {"is", "fid", "sfid", "precision", "recall", "fid_increase_units"}
+    assert set(results["metrics"]) >= {"is", "fid", "sfid", "kid", "precision", "recall", "fid_increase_units"}
     again = read_json(command(*overrides) / "results.json")
     assert again["metrics"] == results["metrics"]
 

@@ -125,9 +125,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def add_percent(runs: pd.DataFrame, shares: Mapping[str, str]) -> pd.DataFrame:
-    """`runs` with new columns: {new: share} gives 100 times the column `share`, missing where there is none."""
-    nothing = pd.Series(float("nan"), index=runs.index)
-    return runs.assign(**{new: 100 * runs.get(share, nothing) for new, share in shares.items()})

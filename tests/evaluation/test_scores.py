@@ -1,15 +1,21 @@
-"""Feature statistics as a file, scores of known distributions, and the half-split unit."""
+"""Feature statistics as a file, scores of known distributions, KID as torch-fidelity has it, the half-split unit."""
 
 import numpy as np
 import pytest
+import torch
+from cleanfid.fid import kernel_distance as kernel_distance_of_clean_fid
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation import (
+    SCORES,
     FeatureStatistics,
     GaussianStatistics,
+    Score,
     extract_features,
     frechet_distance_from_features,
     half_split_fid,
+    kernel_distance,
     load_statistics,
     score,
 )
@@ -63,19 +69,62 @@ def test_score_compares_each_feature_with_its_own_kind():
     assert values["is"] == pytest.approx(10)
 
 
-def test_precision_and_recall_are_those_of_the_pooled_features_and_can_be_left_out():
+def test_precision_and_recall_are_those_of_the_pooled_features():
     real = statistics()
     half_away = np.where(np.arange(40)[:, None] < 10, real.pooled + 100, real.pooled)
-    generated = FeatureStatistics(half_away, real.spatial, real.probabilities)
-    values = score(generated, real)
+    values = score(FeatureStatistics(half_away, real.spatial, real.probabilities), real)
     assert values["precision"] == 0.75 and values["recall"] >= 0.75
-    fewer = score(generated, real, with_precision_recall=False)
-    assert fewer == {key: values[key] for key in ("fid", "sfid", "is")}
 
 
-def test_three_images_have_no_third_neighbour():
-    few = FeatureStatistics(*(x[:3] for x in (statistics().pooled, statistics().spatial, statistics().probabilities)))
-    assert set(score(few, statistics())) == set(score(statistics(), few)) == {"fid", "sfid", "is"}
+def test_three_images_have_no_third_neighbour_and_one_no_pair():
+    few, one = (FeatureStatistics(*(x[:n] for x in (statistics().pooled, statistics().spatial,
+                                                    statistics().probabilities))) for n in (3, 1))  # fmt: skip
+    assert set(score(few, statistics())) == set(score(statistics(), few)) == {"fid", "sfid", "is", "kid"}
+    gaussian = GaussianStatistics(np.zeros(6), np.eye(6), features=one)
+    assert set(score(statistics(), gaussian)) == {"fid", "is"}
+
+
+def fidelity(a, b, size):
+    """KID as torch-fidelity computes it with subsets of `size` rows."""
+    metric = kid_features_to_metric(torch.as_tensor(a), torch.as_tensor(b), kid_subset_size=size, verbose=False)
+    return metric[KEY_METRIC_KID_MEAN]
+
+
+@pytest.mark.parametrize(("rows", "size"), [((60, 90), 60), ((80, 45), 45), ((50, 50), 50), ((70, 50), 20)])
+def test_kid_is_that_of_torch_fidelity(rows, size):
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((rows[0], 12)), rng.standard_normal((rows[1], 12)) * 1.2 + 0.3
+    assert kernel_distance(a, b, subset_size=size) == pytest.approx(fidelity(a, b, size), rel=1e-9)
+    assert kernel_distance(a, b, subset_size=size) == kernel_distance(a.copy(), b.copy(), subset_size=size)
+
+
+def test_kid_of_whole_sets_is_that_of_clean_fid_and_subsets_scatter_about_it():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((300, 5)), rng.standard_normal((300, 5)) + 0.5
+    whole = kernel_distance(a, b)
+    assert whole == pytest.approx(kernel_distance_of_clean_fid(a, b, num_subsets=1), rel=1e-9)
+    assert kernel_distance(a, b, subset_size=100) == pytest.approx(whole, rel=0.1)
+    assert kernel_distance(a, b, subset_size=100, seed=1) != kernel_distance(a, b, subset_size=100)
+
+
+def test_kid_is_without_bias():
+    rng = np.random.default_rng(1)
+    values = [kernel_distance(*rng.standard_normal((2, 20, 3))) for _ in range(300)]
+    assert min(values) < 0 and abs(np.mean(values)) < 4 * np.std(values) / np.sqrt(300)
+
+
+def test_kid_refuses_what_has_no_pairs_or_other_features():
+    with pytest.raises(DataError, match="at least 2 rows"):
+        kernel_distance(np.ones((1, 3)), np.ones((4, 3)))
+    with pytest.raises(DataError, match="found 3 and 2"):
+        kernel_distance(np.ones((4, 3)), np.ones((4, 2)))
+
+
+def test_a_score_is_added_by_one_entry(monkeypatch):
+    mean_of_first = Score("mean", 1, function=lambda images: float(images.generated.pooled[:, 0].mean()))
+    monkeypatch.setitem(SCORES, "mean_of_first", mean_of_first)
+    generated = statistics(1)
+    assert score(generated, statistics())["mean_of_first"] == pytest.approx(generated.pooled[:, 0].mean())
 
 
 def test_gaussians_score_as_the_features_they_were_fitted_to(tmp_path):

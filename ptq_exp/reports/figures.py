@@ -1,4 +1,4 @@
-"""Curves over the sampling steps as PNG: eps error, statistics of quantization noise, bit schedule.
+"""Curves over the sampling steps as matplotlib figures; whoever writes them chooses width and format.
 
 Sampling runs the noisiest step first, and so does the horizontal axis. Figures are made without matplotlib's global
 state, so that any thread may draw.
@@ -7,14 +7,13 @@ state, so that any thread may draw.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, SymmetricalLogLocator
 
 from ptq_exp.errors import DataError
 from ptq_exp.reports.curves import (
@@ -22,95 +21,37 @@ from ptq_exp.reports.curves import (
     GREEN,
     GREY,
     ORANGE,
+    STEP,
+    WIDTH,
     as_array,
     as_curve,
+    as_histogram,
     draw,
     new_figure,
     step_axis,
-    write_figure,
 )
 
 _THIRDS = ("noisy", "middle", "clean")
 _LOG_RANGE = 20  # a curve that spans more than this factor is hard to read on a linear axis
 
 
-def plot_eps_error(
-    path: str | os.PathLike, before: Sequence[float] | None, after: Sequence[float], *, title: str,
-    share: Sequence[float] | None = None, share_of_noise: float = 0.0,
-) -> None:  # fmt: skip
-    """Relative eps error of each step, its change by a correction in percent, and its share of a fixed pattern.
+def eps_error(
+    before: Sequence[float] | None, after: Sequence[float], *, share: Sequence[float] | None = None,
+    share_of_noise: float = 0.0, title: str = "", width: float = WIDTH,
+) -> Figure:  # fmt: skip
+    """Draw the relative eps error of each step, its change by a correction in percent, and its fixed pattern.
 
     Args:
-        path: the .png file, written atomically.
         before, after: ||eps' - eps|| / ||eps|| of each of S steps without and with the correction; a value that is not
             finite leaves a gap. before=None: there is no correction.
-        title: over the picture.
         share: of the error `after` that is the same for all samples, S, 0 to 1; None: is not drawn.
         share_of_noise: what that would be without any fixed pattern, drawn as a dashed line.
+        title: over the picture.
+        width: inches.
 
     Raises:
         DataError: not lists of S numbers, a negative one, or no finite one.
-        PTQError: the file cannot be written.
     """
-    write_figure(path, _eps_error_figure(before, after, title, share, share_of_noise))
-
-
-def plot_noise(
-    path: str | os.PathLike,
-    *,
-    k: Sequence[float],
-    r: Sequence[float],
-    kurtosis: Sequence[float],
-    histogram: np.ndarray,
-    edges: Sequence[float],
-    title: str,
-) -> None:
-    """Slope, correlation and excess kurtosis of the noise per step, and its standardised residual against N(0, 1).
-
-    Args:
-        path: the .png file, written atomically.
-        k, r: slope of the error on eps, and their coefficient of correlation, of each of S steps.
-        kurtosis: excess kurtosis of the residual, S; 0 for a Gaussian.
-        histogram: residuals in units of their standard deviation, counted per step and bin, int [S, B]; the outermost
-            bins count also what lies beyond them.
-        edges: of the bins, ascending, [B + 1].
-        title: over the picture.
-
-    Raises:
-        DataError: shapes that do not fit, counts that are no counts, or edges that do not ascend.
-        PTQError: the file cannot be written.
-    """
-    write_figure(path, _noise_figure(k, r, kurtosis, histogram, edges, title))
-
-
-def plot_bit_schedule(
-    path: str | os.PathLike,
-    *,
-    bits: Sequence[int],
-    output_snr: Mapping[int, Sequence[float]],
-    forward_snr: Sequence[float],
-    title: str,
-) -> None:
-    """Activation width of each step, under the signal-to-noise ratios that it may have been chosen by.
-
-    Args:
-        path: the .png file, written atomically.
-        bits: of each of S steps.
-        output_snr: width -> ||eps||^2 / ||eps_q - eps||^2 of each step, S; empty: the widths alone are drawn.
-        forward_snr: alpha_bar / (1 - alpha_bar) of each step, S; infinity, such as in the last step, leaves a gap.
-        title: over the picture.
-
-    Raises:
-        DataError: shapes that do not fit, or widths that are no positive integers.
-        PTQError: the file cannot be written.
-    """
-    write_figure(path, _bit_schedule_figure(bits, output_snr, forward_snr, title))
-
-
-def _eps_error_figure(
-    before: Sequence[float] | None, after: Sequence[float], title: str, share: Sequence[float] | None = None,
-    share_of_noise: float = 0.0,
-) -> Figure:  # fmt: skip
     before = None if before is None else as_curve("before", before)
     after = as_curve("after", after, None if before is None else len(before))
     share = None if share is None else as_curve("share", share, len(after))
@@ -119,7 +60,7 @@ def _eps_error_figure(
     if not both.size or both.min() < 0:
         raise DataError("relative eps errors are 0 or more, found negative ones, or none that is finite")
     heights = [3] + [2] * (before is not None) + [2] * (share is not None)
-    figure = new_figure(1 + sum(heights), title)
+    figure = new_figure(1 + sum(heights) * (0.55 + 0.045 * width), title, width)
     upper, *lower = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights).flat
     if before is not None:
         draw(upper, before, ORANGE, "before correction")
@@ -156,13 +97,26 @@ def _draw_change(axes: Axes, before: np.ndarray, after: np.ndarray) -> None:
     axes.set_ylabel("change by\ncorrection, %")
 
 
-def _noise_figure(
-    k: Sequence[float], r: Sequence[float], kurtosis: Sequence[float], histogram: np.ndarray, edges: Sequence[float],
-    title: str,
+def noise(
+    *, k: Sequence[float], r: Sequence[float], kurtosis: Sequence[float], histogram: np.ndarray,
+    edges: Sequence[float], title: str = "",
 ) -> Figure:  # fmt: skip
+    """Draw slope, correlation and excess kurtosis of the noise per step, and its standardised residual against N(0, 1).
+
+    Args:
+        k, r: slope of the error on eps, and their coefficient of correlation, of each of S steps.
+        kurtosis: excess kurtosis of the residual, S; 0 for a Gaussian.
+        histogram: residuals in units of their standard deviation, counted per step and bin, int [S, B]; the outermost
+            bins count also what lies beyond them.
+        edges: of the bins, ascending, [B + 1].
+        title: over the picture.
+
+    Raises:
+        DataError: shapes that do not fit, counts that are no counts, or edges that do not ascend.
+    """
     k = as_curve("k", k)
     r, kurtosis = as_curve("r", r, len(k)), as_curve("kurtosis", kurtosis, len(k))
-    histogram, edges = _checked_histogram(histogram, edges, len(k))
+    histogram, edges = as_histogram(histogram, edges, len(k))
     figure = new_figure(6.6, title)
     grid = figure.add_gridspec(3, 2, width_ratios=(1, 1.1))
     bottom = figure.add_subplot(grid[2, 0])
@@ -201,29 +155,44 @@ def _draw_density(axes: Axes, histogram: np.ndarray, edges: np.ndarray) -> None:
     axes.plot(z, normal, "--", color="black", linewidth=1.2, label="N(0, 1)")
     axes.set_yscale("log")
     axes.set_ylim(lowest / 3, None)
-    axes.set_xlabel("residual / its standard deviation\n(outermost bins: all beyond)")
-    axes.set_ylabel("density")
+    axes.set(xlabel="residual / its standard deviation\n(outermost bins: all beyond)", ylabel="density")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower center")
 
 
-def _bit_schedule_figure(
-    bits: Sequence[int], output_snr: Mapping[int, Sequence[float]], forward_snr: Sequence[float], title: str
-) -> Figure:
+def bit_schedule(
+    bits: Sequence[int], *, output_snr: Mapping[int, Sequence[float]] | None = None,
+    forward_snr: Sequence[float] | None = None, title: str = "", width: float = WIDTH,
+) -> Figure:  # fmt: skip
+    """Draw the activation width of each step, under the signal-to-noise ratios that it may have been chosen by.
+
+    Args:
+        bits: of each of S steps.
+        output_snr: width -> ||eps||^2 / ||eps_q - eps||^2 of each step, S; None or empty: the widths alone are drawn.
+        forward_snr: alpha_bar / (1 - alpha_bar) of each step, S; infinity, such as in the last step, leaves a gap.
+        title: over the picture.
+        width: inches.
+
+    Raises:
+        DataError: shapes that do not fit, or widths that are no positive integers.
+    """
     widths = as_array("bits", bits)
     if widths.ndim != 1 or not widths.size or widths.dtype.kind not in "iu" or widths.min() < 1:
         found = f"{widths.dtype} of shape {widths.shape}"
         raise DataError(f"bits must be one positive integer for each step, found {found}")
-    curves = {width: as_curve(f"output_snr[{width}]", output_snr[width], len(widths)) for width in sorted(output_snr)}
-    forward = as_curve("forward_snr", forward_snr, len(widths))
-    figure = new_figure(6.0 if curves else 3.2, title)
+    output_snr = output_snr or {}
+    curves = {size: as_curve(f"output_snr[{size}]", output_snr[size], len(widths)) for size in sorted(output_snr)}
+    forward = None if forward_snr is None else as_curve("forward_snr", forward_snr, len(widths))
+    figure = new_figure(6.0 if curves else 0.24 * width + 0.8, title, width)
     lower = figure.add_subplot(2, 1, 2) if curves else figure.add_subplot()
     if curves:
         upper = figure.add_subplot(2, 1, 1, sharex=lower)
         shades = matplotlib.colormaps["viridis"](np.linspace(0.8, 0.1, len(curves)))
-        for (width, snr), color in zip(curves.items(), shades, strict=True):
-            draw(upper, _positive(snr), color, f"output at {width} bits, ‖ε‖² / ‖ε_q − ε‖²")
-        draw(upper, _positive(forward), ORANGE, r"forward process, $\bar\alpha\,/\,(1-\bar\alpha)$", linestyle="--")
+        for (size, snr), color in zip(curves.items(), shades, strict=True):
+            draw(upper, _positive(snr), color, f"output at {size} bits, ‖ε‖² / ‖ε_q − ε‖²")
+        if forward is not None:
+            name = r"forward process, $\bar\alpha\,/\,(1-\bar\alpha)$"
+            draw(upper, _positive(forward), ORANGE, name, linestyle="--")
         upper.set_yscale("log")
         upper.set_ylabel("signal-to-noise ratio")
         upper.tick_params(labelbottom=False)
@@ -240,20 +209,42 @@ def _bit_schedule_figure(
     return figure
 
 
+def box_plots(sites: dict[str, np.ndarray], steps: Sequence[int], width: float) -> Figure:
+    """Draw quantiles of activations per step as boxes.
+
+    Args:
+        sites: title -> [S, 7] minimum, 1 %, 25 %, 50 %, 75 %, 99 %, maximum.
+        steps: sampling steps [S].
+        width: inches.
+    """
+    columns = 1 if width < 6 else min(3, len(sites))
+    rows = -(-len(sites) // columns)
+    figure = Figure(figsize=(width, 2.3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes, (title, quantiles) in zip(panels.flat, sites.items(), strict=False):
+        axes.bxp([_box(row) for row in quantiles], positions=range(len(steps)), widths=0.6, patch_artist=True,
+                 boxprops={"facecolor": "#9ecae1", "edgecolor": BLUE}, medianprops={"color": ORANGE, "linewidth": 1.5},
+                 whiskerprops={"color": BLUE}, capprops={"color": BLUE},
+                 flierprops={"marker": ".", "markersize": 3, "markeredgecolor": GREY})  # fmt: skip
+        extreme, box = np.abs(quantiles[:, [0, -1]]).max(), np.median(quantiles[:, 4] - quantiles[:, 2])
+        if 0 < _LOG_RANGE * box < extreme:
+            axes.set_yscale("symlog", linthresh=box)
+            axes.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=box, base=10))
+        shown = np.unique(np.linspace(0, len(steps) - 1, min(6, len(steps))).round().astype(int))
+        axes.set_xticks(shown, [str(steps[i]) for i in shown])
+        axes.set_title(title, fontsize=9, parse_math=False, wrap=True)
+        axes.grid(alpha=0.3, axis="y")
+    for axes in panels.flat[len(sites) :]:
+        axes.set_visible(False)
+    figure.supxlabel(STEP, fontsize=10)
+    return figure
+
+
 def _positive(values: np.ndarray) -> np.ndarray:
     """NaN for what a logarithmic axis cannot show."""
     return np.where(values > 0, values, np.nan)
 
 
-def _checked_histogram(histogram: np.ndarray, edges: Sequence[float], steps: int) -> tuple[np.ndarray, np.ndarray]:
-    histogram, edges = as_array("histogram", histogram), as_array("edges", edges, np.float64)
-    if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
-        raise DataError(f"edges must be two or more ascending finite numbers, found shape {edges.shape}")
-    if histogram.shape != (steps, len(edges) - 1) or histogram.dtype.kind not in "iu":
-        raise DataError(
-            f"histogram must be integers of shape {(steps, len(edges) - 1)} (steps, bins), found {histogram.dtype} of "
-            f"shape {histogram.shape}"
-        )
-    if not histogram.any() or histogram.min() < 0:
-        raise DataError("histogram must hold counts: none is negative and not all are 0")
-    return histogram, edges
+def _box(quantiles: np.ndarray) -> dict:
+    low, whisker_low, q1, median, q3, whisker_high, high = map(float, quantiles)
+    return {"med": median, "q1": q1, "q3": q3, "whislo": whisker_low, "whishi": whisker_high, "fliers": [low, high]}

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ptq_exp.errors import DataError
-from ptq_exp.reports import plots
+from ptq_exp.reports import figures
+from ptq_exp.reports.curves import write_figure
 
 STEPS = 7
 BEFORE = np.linspace(0.02, 0.08, STEPS)
@@ -33,15 +34,15 @@ def schedule(bits=(8, 8, 4), output_snr=None, forward_snr=(0.1, 1.0, math.inf)):
 @pytest.mark.parametrize(
     ("plot", "arguments"),
     [
-        (plots.plot_eps_error, {"before": BEFORE, "after": AFTER, "title": "digits_ldm, $5 and a long title " * 5}),
-        (plots.plot_eps_error, {"before": None, "after": AFTER, "title": "t", "share": AFTER, "share_of_noise": 0.2}),
-        (plots.plot_noise, NOISE | {"histogram": histogram()}),
-        (plots.plot_bit_schedule, schedule(output_snr={8: [9.0, 9.0, 9.0]})),
-        (plots.plot_bit_schedule, schedule()),
+        (figures.eps_error, {"before": BEFORE, "after": AFTER, "title": "digits_ldm, $5 and a long title " * 5}),
+        (figures.eps_error, {"before": None, "after": AFTER, "title": "t", "share": AFTER, "share_of_noise": 0.2}),
+        (figures.noise, NOISE | {"histogram": histogram()}),
+        (figures.bit_schedule, schedule(output_snr={8: [9.0, 9.0, 9.0]})),
+        (figures.bit_schedule, schedule()),
     ],
 )
 def test_a_whole_picture_is_written(plot, arguments, tmp_path):
-    plot(tmp_path / "new" / "plot.png", **arguments)
+    write_figure(tmp_path / "new" / "plot.png", plot(**arguments))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["plot.png"]
     with Image.open(tmp_path / "new" / "plot.png") as picture:
         picture.load()
@@ -50,7 +51,7 @@ def test_a_whole_picture_is_written(plot, arguments, tmp_path):
 
 
 def test_eps_error_shows_both_curves_the_change_and_the_worst_step():
-    upper, lower = plots._eps_error_figure(BEFORE, AFTER, "title").axes
+    upper, lower = figures.eps_error(BEFORE, AFTER, title="title").axes
     curves = lines(upper)
     np.testing.assert_array_equal(curves["before correction"], BEFORE)
     np.testing.assert_array_equal(curves["after correction"], AFTER)
@@ -65,7 +66,7 @@ def test_eps_error_shows_both_curves_the_change_and_the_worst_step():
 def test_the_share_of_a_fixed_pattern_stands_below_over_that_of_independent_errors():
     share = np.linspace(0.8, 0.3, STEPS)
     for before, panels in ((BEFORE, 3), (None, 2)):
-        axes = plots._eps_error_figure(before, AFTER, "title", share, 0.25).axes
+        axes = figures.eps_error(before, AFTER, share=share, share_of_noise=0.25).axes
         assert len(axes) == panels and axes[-1].get_ylim()[0] == 0 and axes[-1].get_xlabel()
         floor, curve = axes[-1].get_lines()
         assert set(floor.get_ydata()) == {0.25} and floor.get_linestyle() == "--" and "√N" in floor.get_label()
@@ -77,14 +78,14 @@ def test_the_share_of_a_fixed_pattern_stands_below_over_that_of_independent_erro
 
 def test_eps_error_is_logarithmic_where_it_spans_more_than_a_factor_of_20():
     for factor, scale in ((20.0, "linear"), (20.1, "log")):
-        assert plots._eps_error_figure([1.0, factor], [1.0, 1.0], "").axes[0].get_yscale() == scale
+        assert figures.eps_error([1.0, factor], [1.0, 1.0]).axes[0].get_yscale() == scale
 
 
 def test_eps_error_leaves_gaps_where_there_is_no_number():
-    upper, lower = plots._eps_error_figure([0.1, math.inf, 0.0], [0.05, 0.1, 0.0], "").axes
+    upper, lower = figures.eps_error([0.1, math.inf, 0.0], [0.05, 0.1, 0.0]).axes
     assert np.isnan(lines(upper)["before correction"]).tolist() == [False, True, False]
     assert lower.get_lines()[-1].get_label() == "worst: step 0, −50.0 %"
-    plots._eps_error_figure([0.0, 0.0], [0.0, 0.0], "")  # no change that could be computed
+    figures.eps_error([0.0, 0.0], [0.0, 0.0])  # no change that could be computed
 
 
 @pytest.mark.parametrize(
@@ -98,20 +99,18 @@ def test_eps_error_leaves_gaps_where_there_is_no_number():
         ([math.nan], [math.nan], "finite"),
     ],
 )
-def test_eps_error_refuses_what_does_not_fit(before, after, message, tmp_path):
+def test_eps_error_refuses_what_does_not_fit(before, after, message):
     with pytest.raises(DataError, match=message):
-        plots.plot_eps_error(tmp_path / "plot.png", before, after, title="")
-    assert not list(tmp_path.iterdir())
+        figures.eps_error(before, after)
 
 
-def test_a_share_for_other_steps_is_refused(tmp_path):
+def test_a_share_for_other_steps_is_refused():
     with pytest.raises(DataError, match="share must be 7 numbers"):
-        plots.plot_eps_error(tmp_path / "plot.png", BEFORE, AFTER, title="", share=[0.5])
+        figures.eps_error(BEFORE, AFTER, share=[0.5])
 
 
 def noise_figure(**changes):
-    values = NOISE | {"histogram": histogram()} | changes
-    return plots._noise_figure(*(values[name] for name in ("k", "r", "kurtosis", "histogram", "edges", "title")))
+    return figures.noise(**NOISE | {"histogram": histogram()} | changes)
 
 
 def test_noise_shows_its_statistics_per_step():
@@ -162,14 +161,14 @@ def test_a_single_step_has_one_density():
         ({"edges": [*EDGES[:-1], math.inf]}, "finite"),
     ],
 )
-def test_noise_refuses_what_does_not_fit(changes, message, tmp_path):
+def test_noise_refuses_what_does_not_fit(changes, message):
     with pytest.raises(DataError, match=message):
-        plots.plot_noise(tmp_path / "plot.png", **NOISE | {"histogram": histogram()} | changes)
+        noise_figure(**changes)
 
 
 def test_the_bit_schedule_stands_below_the_ratios_it_comes_from():
     arguments = schedule(output_snr={8: [90.0, 80.0, math.inf], 4: [9.0, 8.0, 7.0]})
-    bits, ratios = plots._bit_schedule_figure(*arguments.values()).axes
+    bits, ratios = figures.bit_schedule(**arguments).axes
     values, edges, _ = bits.patches[-1].get_data()
     assert values.tolist() == [8, 8, 4] and edges.tolist() == [-0.5, 0.5, 1.5, 2.5]
     assert bits.patches[-1].get_label() == "mean 6.67 bits"
@@ -182,7 +181,7 @@ def test_the_bit_schedule_stands_below_the_ratios_it_comes_from():
 
 
 def test_a_bit_schedule_may_stand_alone():
-    (bits,) = plots._bit_schedule_figure(*schedule().values()).axes
+    (bits,) = figures.bit_schedule(**schedule()).axes
     assert bits.get_ylabel() == "activation bits" and bits.get_xlabel() == "sampling step s (0 = noisiest)"
 
 
@@ -196,16 +195,16 @@ def test_a_bit_schedule_may_stand_alone():
         (schedule(forward_snr=(1.0,)), "forward_snr must be 3 numbers"),
     ],
 )
-def test_a_bit_schedule_that_does_not_fit_is_refused(arguments, message, tmp_path):
+def test_a_bit_schedule_that_does_not_fit_is_refused(arguments, message):
     with pytest.raises(DataError, match=message):
-        plots.plot_bit_schedule(tmp_path / "plot.png", **arguments)
+        figures.bit_schedule(**arguments)
 
 
 def test_titles_are_plain_text():
-    assert plots._eps_error_figure(BEFORE, AFTER, "$a_b$")._suptitle.get_parse_math() is False
+    assert figures.eps_error(BEFORE, AFTER, title="$a_b$")._suptitle.get_parse_math() is False
 
 
 def test_the_global_state_of_matplotlib_is_left_alone():
-    code = "import sys, ptq_exp.reports.plots; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, ptq_exp.reports.figures, ptq_exp.reports.pareto; print('matplotlib.pyplot' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert output.strip() == "False"
