@@ -16,7 +16,7 @@ from torch import nn  # noqa: E402
 torch.set_num_threads(1)
 
 
-# Whole experiments, new interpreters, trainings: files and folders below tests/ that `-m "not slow"` leaves out. Those
+# Whole experiments, new interpreters, trainings, many networks: files and folders below tests/ that `-m "not slow"` leaves out. Those
 # that take longest come first, and are started first, so that two processes end together.
 SLOW = (
     "experiment/test_experiment_files.py", "experiment/test_guide_commands.py", "experiment/test_noise.py",
@@ -25,9 +25,9 @@ SLOW = (
     "experiment/test_evaluate.py", "quantization/test_range_search_exhaustive.py", "experiment/test_analysis.py",
     "lightning/test_training_latent.py", "sweep", "experiment", "search", "robustness/test_full_disk.py",
     "robustness/test_malformed_settings.py", "lightning/test_training.py", "lightning", "reporting/test_in_browser.py",
-    "tracking/test_wandb_source.py", "tracking/test_wandb_run.py", "tracking/test_cache.py", "cli",
+    "tracking/test_wandb_source.py", "tracking/test_wandb_run.py", "tracking/test_cache.py", "diffusion/zoo", "cli",
     "embedded/test_load.py", "embedded/test_latent.py", "test_packaging.py", "test_layering.py", "test_api.py",
-    "test_files.py", "correction/test_on_digits.py",
+    "test_files.py", "correction/test_on_digits.py", "quantization/test_artifact.py", "evaluation/test_inception.py",
 )  # fmt: skip
 TESTS = Path(__file__).parent
 
