@@ -16,8 +16,8 @@ from torch import nn  # noqa: E402
 torch.set_num_threads(1)
 
 
-# Whole experiments, new interpreters, trainings, many networks: files and folders below tests/ that `-m "not slow"` leaves out. Those
-# that take longest come first, and are started first, so that two processes end together.
+# Whole experiments, new interpreters, trainings, many networks: files and folders below tests/ that `-m "not slow"`
+# leaves out. Those that take longest come first, and are started first, so that two processes end together.
 SLOW = (
     "experiment/test_experiment_files.py", "experiment/test_guide_commands.py", "experiment/test_noise.py",
     "experiment/test_run.py", "experiment/test_evaluate_repeats.py", "experiment/test_results_commands.py",
