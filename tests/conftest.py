@@ -16,8 +16,8 @@ from torch import nn  # noqa: E402
 torch.set_num_threads(1)
 
 
-# Whole experiments, new interpreters, trainings: files and folders below tests/ that `-m "not slow"` leaves out. Those
-# that take longest come first, and are started first, so that two processes end together.
+# Whole experiments, new interpreters, trainings, many networks: files and folders below tests/ that `-m "not slow"`
+# leaves out. Those that take longest come first, and are started first, so that two processes end together.
 SLOW = (
     "experiment/test_experiment_files.py", "experiment/test_guide_commands.py", "experiment/test_noise.py",
     "experiment/test_run.py", "experiment/test_evaluate_repeats.py", "experiment/test_results_commands.py",
@@ -26,9 +26,10 @@ SLOW = (
     "embedded/test_training_latent.py", "cli/sweep", "experiment", "cli/search", "robustness/test_full_disk.py",
     "robustness/test_malformed_settings.py", "embedded/test_training.py", "lightning",
     "reports/html/test_in_browser.py", "reports/tables/test_wandb_source.py", "results/test_wandb.py",
-    "storage/test_cache.py", "cli",
+    "storage/test_cache.py", "diffusion/zoo", "cli",
     "embedded/test_load.py", "embedded/test_latent.py", "test_packaging.py", "test_layering.py", "test_api.py",
-    "storage/test_atomic.py", "correction/test_on_digits.py",
+    "storage/test_atomic.py", "correction/test_on_digits.py", "quantization/test_save.py",
+    "evaluation/test_inception.py",
 )  # fmt: skip
 TESTS = Path(__file__).parent
 

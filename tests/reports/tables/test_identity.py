@@ -90,9 +90,8 @@ def test_other_weights_under_the_same_path_have_a_row_of_their_own(tmp_path):
         write(tmp_path, str(seed), fid=1.0 + 2 * seed, seed=seed, model={"name": "mine", "checkpoint": "m.pt"})
         path = tmp_path / str(seed) / "results.json"
         write_json(path, read_json(path) | {"weights": {"model": digest}})
-    text = experiment_table(tmp_path)
-    assert "model.weights" in text.splitlines()[0] and "2.00 ± 1.41" in text and "| bbbb | 5.00 |" in text
-    assert sorted(groups(with_readable_units(collect(tmp_path)))["metrics.fid"]) == [2.0, 5.0]
+    for table in (compared(collect(tmp_path)), *(layout_table(tmp_path, name) for name in LAYOUTS)):
+        assert sorted(table.frame["fid"]) == [2.0, 5.0] and "model.weights" in table.keys
     with pytest.raises(ConfigError, match="would be averaged but differ in model.weights"):
         by_name(gather([tmp_path]))
 
