@@ -21,7 +21,7 @@ WORDS = {int: "int", float: "float", str: "text", bool: "bool", type(None): "nul
 INTRODUCTION = """# Settings
 
 Every setting: its type, its valid values, the default that `conf/config.yaml` composes, and what it is for. On the
-command line a setting is `section.name=value`, such as `sampler.steps=50`; a group such as `sampler=pndm` or `bits=w4a8`
+command line a setting is `section.name=value`, such as `sampler.steps=50`; a group, `sampler=pndm` or `bits=w4a8`,
 sets a whole section, and the files in `conf/` hold the groups' choices. What is misspelt, of another type or out of
 bounds ends in one line and exit code 1.
 

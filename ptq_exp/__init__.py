@@ -10,7 +10,7 @@ _PACKAGES = ("calibration", "correction", "diffusion", "embedded", "evaluation",
 
 
 def __getattr__(name: str):
-    """The Python interface, imported at its first use: the command says what is misspelt without waiting for torch."""
+    """Import a name of the Python interface at its first use: help and errors of the command do without torch."""
     if name not in (*_LAZY, *_PACKAGES):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -162,7 +162,7 @@ def _main() -> None:
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     sys.argv[1:] = spelt_out(sys.argv[1:])
     before = os.environ.get(TRACEBACK)
-    os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
+    os.environ[TRACEBACK] = "1"  # let Hydra raise, so that its message fits in one line
     failed, interrupted = [], False
     try:
         if _told(sys.argv[1:]):
@@ -173,7 +173,7 @@ def _main() -> None:
         check_groups(sys.argv[1:])
         sys.argv[1:] = with_saved_model(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
-    except PTQError as error:  # of the command line; those of jobs are told as they occur
+    except PTQError as error:  # of the command line; errors of jobs are reported as they occur
         if _traceback_wanted:
             raise
         sys.exit(f"error: {error}")

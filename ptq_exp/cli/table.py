@@ -25,7 +25,7 @@ from ptq_exp.settings.schema import setting_names
 from ptq_exp.storage.atomic import atomic_path
 from ptq_exp.storage.paths import PathArgument, with_home
 
-__all__ = ["ablation_table", "experiment_table", "layout_list", "layout_table", "make_table", "main"]
+__all__ = ["ablation_table", "experiment_table", "layout_list", "layout_table", "main", "make_table"]
 _HELP = f"""
 what is read:
   folders with results.json (runs); offline W&B runs (runs/.../wandb/offline-run-*) where there is no results.json, or

@@ -67,7 +67,7 @@ def loader(data: TensorDataset, batch_size: int, seed: int) -> DataLoader:
 def training_module(
     network: str, steps: int, seed: int, weights: Path
 ) -> tuple[EMATraining, DataLoader, DataLoader | None]:
-    """The Lightning module of `network` with its training and validation batches; `weights`: folder of the others'."""
+    """Build the Lightning module of `network` and its batches; `weights`: folder of the other networks' weights."""
     settings = {"seed": seed, "total_steps": steps}
     if network == "unet":
         alphas_cumprod = DDIMScheduler(TRAIN_STEPS, beta_schedule=BETA_SCHEDULE).alphas_cumprod
@@ -91,7 +91,7 @@ def training_module(
 def measured(
     network: str, module: EMATraining, trainer: pl.Trainer, held_out: DataLoader | None, weights: Path, samples: int
 ) -> dict:
-    """What the card says about the quality of the trained network; `weights`: folder of the autoencoder."""
+    """Return what the card says about the quality of the trained network; `weights`: folder of the autoencoder."""
     if held_out is not None:
         return {"held_out_accuracy": float(trainer.validate(module, held_out, verbose=False)[0]["accuracy"])}
     if network == "latent_unet":
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Return what the command line asks for."""
     steps = args.steps or NETWORKS[args.network]
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed)

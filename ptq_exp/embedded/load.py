@@ -19,7 +19,7 @@ from ptq_exp.evaluation.images import from_uint8, to_uint8
 
 
 def digits_model(name: str = "digits", checkpoint: str | None = None, dtype: str = "float32") -> DiffusionModel:
-    """The embedded pixel model: 16x16 one-channel digits, 1000-step cosine schedule, 1.6 M parameters.
+    """Load the embedded pixel model: 16x16 one-channel digits, 1000-step cosine schedule, 1.6 M parameters.
 
     Args:
         name: what tables call it.

@@ -38,7 +38,7 @@ def run_name(
     labels = "none" if labels == "paired" else labels
     mixed = "groups" if isinstance(groups, Mapping) and any(groups.values()) else "none"
     parts = [calibration if correction == "none" else correction, labels, reconstruction, bits, mixed]
-    return "_".join(str(part) for part in parts if part != "none")  # a name that is no text is told later
+    return "_".join(str(part) for part in parts if part != "none")  # validated() reports names that are no text
 
 
 def evaluation_name(path: str) -> str:
@@ -141,7 +141,7 @@ def import_all(modules: Sequence[str]) -> None:
 
 
 def _in_order(settings: dict[str, Any]) -> dict[str, Any]:
-    """The sections in the order of the schema: a mistake is told of the section where it is, not of one that copies."""
+    """Order the sections as the schema does: an error names the setting that was written, not one that copies it."""
     known = [key for key in ExperimentConfig.__dataclass_fields__ if key in settings]
     known.sort(key=lambda key: key == "name")  # made of the others: last
     return {key: settings[key] for key in known} | settings
@@ -227,7 +227,7 @@ def build(node: dict[str, Any], setting: str, **extra: Any) -> Any:
 
 
 def constructor(node: Any, setting: str, **extra: Any) -> tuple[Callable, dict[str, Any]]:
-    """What `build` calls, and with which arguments; nothing is built yet.
+    """Return what `build` calls, and with which arguments; nothing is built yet.
 
     Raises:
         ConfigError: there is no such constructor, an argument is unknown, missing, or of another type.

@@ -137,7 +137,7 @@ def _check_hidden(path: str, repository: ConfigRepository) -> None:
 
 
 def wrong_choice(error: MissingConfigException, overrides: Sequence[str]) -> str | None:
-    """The line about a group's option for which there is no file; None if something else is missing."""
+    """Return the line about a group's option for which there is no file; None if something else is missing."""
     if not error.missing_cfg_file or not error.options:
         return None
     missing, keys = str(error.missing_cfg_file), given(overrides)

@@ -39,7 +39,7 @@ class Setting:
         words = self.valid_words()
         if words and value not in words:
             raise ConfigError(f"{name}={value}: choose one of {', '.join(words)}")
-        if self.low is not None and value < self.low or self.high is not None and value > self.high:
+        if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
             raise ConfigError(f"{name}={value}: choose {self.bounds()}")
 
     def bounds(self) -> str:

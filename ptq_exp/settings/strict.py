@@ -69,7 +69,7 @@ def check_argument(name: str, value: Any, annotation: Any) -> None:
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, without None."""
+    """Return the alternatives of a union, without None."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
     return (hint,)

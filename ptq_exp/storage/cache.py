@@ -84,7 +84,7 @@ class ArtifactCache:
         load: Callable[[Path], T],
         suffix: str = ".npz",
     ) -> tuple[T, bool]:
-        """The artefact of (kind, spec), loaded if it is there and whole, made and stored otherwise.
+        """Return the artefact of (kind, spec), loaded if it is there and whole, made and stored otherwise.
 
         Args:
             kind: folder name, such as "calibration".
@@ -117,7 +117,7 @@ class ArtifactCache:
         return value, False
 
     def _made(self, kind: str, make: Callable[[], T]) -> tuple[T, float]:
-        """What `make` computes, and the wall seconds that it took."""
+        """Return what `make` computes, and the wall seconds that it took."""
         self.misses[kind] += 1
         started = time.perf_counter()
         value = make()
@@ -140,7 +140,7 @@ class ArtifactCache:
             yield waited_for
 
     def _reused(self, kind: str, entry: Path, load: Callable[[Path], T], say: bool = False) -> tuple[T] | None:
-        """The value of an entry that is there, whole and not to be replaced; None if there is none."""
+        """Return the value of an entry that is there, whole and not to be replaced; None if there is none."""
         if not entry.exists():
             return None
         if (problem := _problem(entry)) is not None:
@@ -198,7 +198,7 @@ def _discard(entry: Path) -> None:
 
 
 def _problem(entry: Path) -> str | None:
-    """What is wrong with an entry's files, or None."""
+    """Return what is wrong with an entry's files, or None."""
     try:
         record = read_json(entry / "entry.json")
         found = file_digest(entry / record["artefact"])

@@ -27,8 +27,8 @@ class Entry:
         path: its folder, or file.
         kind: such as "calibration"; `PARTS` for the pieces of an unfinished run.
         size: bytes of all its files.
-        made, used: seconds since the epoch of the first file, and of the last reading or writing. A file system
-            that records readings once a day, or never, is told by.
+        made, used: seconds since the epoch of the first file, and of the last reading or writing. `used` does not
+            rely on the access times of the file system, which may be recorded once a day or never.
         problem: why it is of no use (half-written, damaged), or None.
         writer: the process that was writing a half-written one.
     """
@@ -103,7 +103,7 @@ def _entry(path: Path, kind: str, problem: str | None = None, writer: int | None
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """The file or folder itself, and all that lies in it."""
+    """Return the file or folder itself, and all that lies in it."""
     yield path
     for folder, folders, files in os.walk(path):  # passes over what vanishes meanwhile
         yield from (Path(folder) / name for name in (*folders, *files))

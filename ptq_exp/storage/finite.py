@@ -1,4 +1,4 @@
-"""Numbers that were read: NaN and infinity are told with the file, the tensor and the setting that names them.
+"""Refuse NaN and infinity in what was read, naming the file, the tensor and the setting.
 
 Arrays of numpy and tensors of torch alike. Nothing is copied: the smallest and the largest value say all, as NaN
 spreads to both, and mapped files are read through once.
@@ -16,7 +16,7 @@ from ptq_exp.errors import DataError, PTQError
 
 
 def extremes(values: Any) -> tuple[float, float] | None:
-    """The smallest and the largest value of an array or a tensor, both NaN where it holds NaN.
+    """Return the smallest and the largest value of an array or a tensor, both NaN where it holds NaN.
 
     None = it is empty, or holds no real numbers.
     """

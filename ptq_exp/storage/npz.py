@@ -23,7 +23,7 @@ _LOCAL_HEADER = 30  # bytes before the member's name; its last two fields are th
 
 @contextmanager
 def open_npz(path: str | os.PathLike, what: str = ".npz file") -> Iterator[np.lib.npyio.NpzFile]:
-    """The archive at `path`, never unpickled; `what` names the expected content in the message.
+    """Open the archive at `path`, never unpickled; `what` names the expected content in the message.
 
     Raises:
         DataError: missing, damaged or not an archive, or the block reads an array that is not there.

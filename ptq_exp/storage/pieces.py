@@ -39,7 +39,7 @@ class Parts:
         return self.folder / f"{start:08d}.npz"
 
     def missing(self) -> list[int]:
-        """The starts of the pieces that are not there yet."""
+        """Return the starts of the pieces that are not there yet."""
         return [start for start in self.starts if not self.path(start).exists()]
 
     def write(self, start: int, **arrays: np.ndarray) -> None:

@@ -41,7 +41,7 @@ class Signs:
         return cls(users(root), open_files(root))
 
     def why(self, entry: Entry) -> str | None:
-        """The sign that a live process works with the entry, or None."""
+        """Return the sign that a live process works with the entry, or None."""
         if entry.writer is not None and entry.writer != os.getpid() and alive(entry.writer):
             return f"process {entry.writer} is writing it"
         if entry.writer is not None and any(not user.startswith(f"{socket.gethostname()}.") for user in self.live):
@@ -59,7 +59,7 @@ class Signs:
 
 
 def chosen(found: Sequence[Entry], limits: Limits, signs: Signs, now: float | None = None) -> list[tuple[Entry, str]]:
-    """The entries that go, and why: useless ones first, then those beyond the limits, least recently used first.
+    """Return the entries that go, and why: useless ones first, then those beyond the limits, least recently used first.
 
     What is in use counts for `max_bytes`, but others go in its place.
     """

@@ -83,7 +83,7 @@ class DenoiserTraining(EMATraining):
         return self.report_loss(F.mse_loss(self.estimate(x_t, t, labels, generator), eps))
 
     def estimate(self, x_t: Tensor, t: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """The network's estimate of the noise, [N, C, H, W]; draws of a subclass come from `generator`."""
+        """Estimate the noise, [N, C, H, W]; draws of a subclass come from `generator`."""
         return self.network(x_t, t).sample
 
 
