@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it over `path` when the block ends well.
 
     The temporary file lies in the folder of `path` (a rename is atomic only within one file system), keeps
@@ -54,7 +54,7 @@ def _refused(error: Exception) -> str | None:
     return next((os.strerror(number) for number in _DISK_ERRORS if os.strerror(number) in str(error)), None)
 
 
-def file_digest(*paths: str | os.PathLike) -> str:
+def file_digest(*paths: str | os.PathLike[str]) -> str:
     """SHA-256 (hexadecimal) of the bytes of one file, or of several one after the other: the identity of a checkpoint.
 
     Raises:
@@ -80,7 +80,7 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_npz(path: str | os.PathLike, *, compressed: bool = False, **arrays: np.ndarray) -> None:
+def write_npz(path: str | os.PathLike[str], *, compressed: bool = False, **arrays: np.ndarray) -> None:
     """Write named arrays (no Python objects) as one `.npz` file, atomically.
 
     Raises:
@@ -89,6 +89,6 @@ def write_npz(path: str | os.PathLike, *, compressed: bool = False, **arrays: np
     for name, array in arrays.items():
         if np.asarray(array).dtype.hasobject:
             raise PTQError(f"cannot write {path}: array {name!r} holds Python objects, not numbers or text")
-    save = np.savez_compressed if compressed else np.savez
+    save: Callable[..., None] = np.savez_compressed if compressed else np.savez
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
         save(stream, **arrays)

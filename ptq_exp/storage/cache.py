@@ -59,7 +59,7 @@ class ArtifactCache:
         ConfigError: an unknown mode.
     """
 
-    def __init__(self, root: str | os.PathLike, mode: str = "on", fresh_since: float | None = None) -> None:
+    def __init__(self, root: str | os.PathLike[str], mode: str = "on", fresh_since: float | None = None) -> None:
         if mode not in MODES:
             raise ConfigError(f"cache mode {mode!r} is unknown, expected one of {', '.join(MODES)}")
         self.root = Path(root)
@@ -155,7 +155,7 @@ class ArtifactCache:
         _log.info("reusing %s from %s", kind, entry)
         return (value,)
 
-    def _store(self, entry: Path, about: Mapping[str, Any], value: T, save: Callable, suffix: str) -> None:
+    def _store(self, entry: Path, about: Mapping[str, Any], value: Any, save: Callable[[Any, Path], None], suffix: str) -> None:
         """Fill a folder under a temporary name, then rename it to the entry."""
         temporary = _temporary(entry)
         try:

@@ -22,7 +22,7 @@ _LOCAL_HEADER = 30  # bytes before the member's name; its last two fields are th
 
 
 @contextmanager
-def open_npz(path: str | os.PathLike, what: str = ".npz file") -> Iterator[np.lib.npyio.NpzFile]:
+def open_npz(path: str | os.PathLike[str], what: str = ".npz file") -> Iterator[np.lib.npyio.NpzFile]:
     """Open the archive at `path`, never unpickled; `what` names the expected content in the message.
 
     Raises:
@@ -34,8 +34,8 @@ def open_npz(path: str | os.PathLike, what: str = ".npz file") -> Iterator[np.li
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is no {what}: it holds one array without a name")
             with archive:
-                for info in archive.zip.infolist():
-                    _check_size(path, archive, info)
+                for info in _members(archive).infolist():
+                    _check_size(path, _members(archive), info)
                 yield archive
     except PTQError:  # also a ValueError, and clear already
         raise
@@ -43,7 +43,7 @@ def open_npz(path: str | os.PathLike, what: str = ".npz file") -> Iterator[np.li
         raise DataError(f"{path} is no readable {what}: {' '.join(str(error).split())[:200]}") from error
 
 
-def npz_keys(path: str | os.PathLike) -> list[str]:
+def npz_keys(path: str | os.PathLike[str]) -> list[str]:
     """Names of the arrays in an `.npz` file.
 
     Raises:
@@ -53,7 +53,7 @@ def npz_keys(path: str | os.PathLike) -> list[str]:
         return list(archive.files)
 
 
-def npz_array(path: str | os.PathLike, key: str) -> np.ndarray:
+def npz_array(path: str | os.PathLike[str], key: str) -> np.ndarray:
     """One array; mapped read-only from the file where it is stored uncompressed (as `numpy.savez` does), else loaded.
 
     Mapped or not, the file is read once in full to compare its checksum.
@@ -67,7 +67,7 @@ def npz_array(path: str | os.PathLike, key: str) -> np.ndarray:
         return _read(path, archive, key)
 
 
-def npz_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def npz_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """All arrays, each as `npz_array` gives it.
 
     Raises:
@@ -78,7 +78,7 @@ def npz_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def require_arrays(
-    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[str, int]]
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[str, int]]
 ) -> None:
     """Nothing, if `arrays`, read from `path`, are what a file of its kind holds.
 
@@ -97,11 +97,17 @@ def require_arrays(
             raise DataError(f"{path}: {name} is {array.dtype} of shape {array.shape}, which is not what belongs there")
 
 
-def _check_size(path: str | os.PathLike, archive: np.lib.npyio.NpzFile, info: zipfile.ZipInfo) -> None:
+def _members(archive: np.lib.npyio.NpzFile) -> zipfile.ZipFile:
+    """Return the archive behind numpy's reader, which has one as long as it is open."""
+    assert archive.zip is not None
+    return archive.zip
+
+
+def _check_size(path: str | os.PathLike[str], archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
     """Raise DataError for a header that promises more or less than there is, before memory is taken for it."""
     if not info.filename.endswith(".npy"):
         return
-    with archive.zip.open(info) as stream:
+    with archive.open(info) as stream:
         read_header = _HEADER_READERS.get(npy.read_magic(stream))
         if read_header is None:
             return
@@ -111,12 +117,12 @@ def _check_size(path: str | os.PathLike, archive: np.lib.npyio.NpzFile, info: zi
         raise DataError(f"{path}: {info.filename} promises {promised} bytes of numbers, but has {there}")
 
 
-def _read(path: str | os.PathLike, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+def _read(path: str | os.PathLike[str], archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
     """One array, mapped where it can be; its checksum is compared either way."""
-    mapped = _map(path, archive.zip, f"{key}.npy")
+    mapped = _map(path, _members(archive), f"{key}.npy")
     if mapped is None:
         return archive[key]
-    _check_sum(archive.zip, f"{key}.npy")
+    _check_sum(_members(archive), f"{key}.npy")
     return mapped
 
 
@@ -127,7 +133,7 @@ def _check_sum(archive: zipfile.ZipFile, member: str) -> None:
             pass
 
 
-def _map(path: str | os.PathLike, archive: zipfile.ZipFile, member: str) -> np.ndarray | None:
+def _map(path: str | os.PathLike[str], archive: zipfile.ZipFile, member: str) -> np.ndarray | None:
     """Memory map of an uncompressed array of numbers, or None where there is no such thing."""
     info = archive.NameToInfo.get(member)
     if info is None or info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:

@@ -44,7 +44,7 @@ class Parts:
 
     def write(self, start: int, **arrays: np.ndarray) -> None:
         """Write one piece, atomically; each array [rows, ...], but for the totals."""
-        write_npz(self.path(start), **arrays)
+        write_npz(self.path(start), compressed=False, **arrays)
 
     def join(self, path: Path, **extra: np.ndarray) -> bool:
         """Write all pieces as one uncompressed `.npz` file with arrays [n, ...], and the `extra` arrays beside them.

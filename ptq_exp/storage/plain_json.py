@@ -56,7 +56,7 @@ def _non_finite_name(value: float) -> str:
     return "Infinity" if value > 0 else "-Infinity"
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `to_plain(value)` as indented, standard JSON, atomically.
 
     Raises:
@@ -67,7 +67,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """Read what `write_json` wrote, NaN and infinity included.
 
     Raises:

@@ -74,7 +74,7 @@ class Path:
             slope = torch.gradient(self.z, spacing=self.spacing, dim=1)[0]
         within = errors <= errors.amin(1, keepdim=True) * (1 + tolerance)
         order = errors.argsort(dim=1, stable=True)[:, : max(int(within.sum(1).max()), 1)]
-        return tuple(part.gather(1, order) for part in (self.t, self.z, slope))
+        return self.t.gather(1, order), self.z.gather(1, order), slope.gather(1, order)
 
 
 class Effort:
