@@ -1,3 +1,5 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnnecessaryIsInstance=false
 """Uniform affine quantization as pure functions: real value = scale * (integer - zero_point).
 
 The integer grid always holds the zero point, so that zero (padding, ReLU, empty skip) is represented exactly.
@@ -7,7 +9,7 @@ Integer-Arithmetic-Only Inference", section 2.1.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor

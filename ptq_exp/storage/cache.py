@@ -155,7 +155,9 @@ class ArtifactCache:
         _log.info("reusing %s from %s", kind, entry)
         return (value,)
 
-    def _store(self, entry: Path, about: Mapping[str, Any], value: Any, save: Callable[[Any, Path], None], suffix: str) -> None:
+    def _store(
+        self, entry: Path, about: Mapping[str, Any], value: T, save: Callable[[T, Path], Any], suffix: str
+    ) -> None:
         """Fill a folder under a temporary name, then rename it to the entry."""
         temporary = _temporary(entry)
         try:

@@ -47,7 +47,8 @@ class PathArgument(argparse.Action):
     """
 
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+        option_string: str | None = None,
     ) -> None:
         name = option_string or self.dest
         several = isinstance(values, list)

@@ -42,9 +42,10 @@ def to_plain(value: Any, where: str = "value") -> Any:
             raise PTQError(f"{where} has the key {bad[0]!r}, expected only strings as keys")
         return {str(key): to_plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, set | frozenset):
-        value = sorted(value)
-    elif hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
-        return to_plain(value.tolist(), where)
+        members: Any = value
+        value = sorted(members)
+    elif to_list := getattr(value, "tolist", None):  # numpy arrays and scalars, torch tensors
+        return to_plain(to_list(), where)
     if isinstance(value, list | tuple):
         return [to_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise PTQError(f"{where} is a {type(value).__name__}, which cannot be written as JSON")
