@@ -13,7 +13,7 @@ PIP := PIP_REQUIRE_VIRTUALENV=1 $(RUN) -m pip --disable-pip-version-check
 help:
 	@echo 'make demo    quantize the embedded model to 8 bits, draw images, score them (runs/ndtc_w8a8/...)'
 	@echo '             MODEL=name chooses conf/model/name.yaml, ARGS="seed=1 bits=w4a8" overrides settings'
-	@echo 'make lint    check style, imports and types (ruff, pyright)'
+	@echo 'make lint    check style, imports and types (ruff, pyright), and the layering'
 	@echo 'make test    run the tests, two files at a time; ARGS="-k metrics" chooses'
 	@echo 'make docs    make the documentation as a site, in site/'
 	@echo 'make bench   run the benchmarks'
@@ -25,6 +25,7 @@ demo: $(VENV)/.installed
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/basedpyright --pythonpath $(RUN)
+	$(RUN) -m pytest -q tests/test_layering.py
 
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)

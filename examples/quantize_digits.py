@@ -15,9 +15,9 @@ from ptq_exp.calibration import SkewNormal, StateRequest, positions, source
 from ptq_exp.evaluation.images import mean_psnr
 from ptq_exp.quantization import calibrate_, default_rules, quantize_
 
-EXPECTED = {(8, 8): 49.4, (4, 8): 0, (4, 4): 0}
+EXPECTED = {(8, 8): 49.4, (4, 8): 25.4, (4, 4): 23.9}
 """PSNR in dB by the bits of weights and activations."""
-TOLERANCE = 1.5
+TOLERANCE = 2.0
 """In dB: differences of 1e-7 between processors become other rounded values, and those other images."""
 
 model = ptq_exp.load_model("digits")
@@ -41,7 +41,8 @@ for weight, activation in EXPECTED:
     print(f"W{weight}A{activation}: {psnr[weight, activation]:.2f} dB")
 
 if len(sys.argv) > 1:  # full precision on top, then one row for each pair of bits
-    picture = np.concatenate([np.concatenate(row[..., 0], axis=1) for row in rows])
-    Image.fromarray(picture).resize((768, 384), Image.Resampling.NEAREST).save(sys.argv[1])
+    padded = [np.pad(row[..., 0], ((0, 0), (1, 1), (1, 1)), constant_values=255) for row in rows]
+    picture = np.concatenate([np.concatenate(row, axis=1) for row in padded])
+    Image.fromarray(picture).resize((720, 360), Image.Resampling.NEAREST).save(sys.argv[1])
 for bits, expected in EXPECTED.items():
     assert abs(psnr[bits] - expected) < TOLERANCE, f"{bits}: {psnr[bits]:.2f} dB, expected {expected} dB"

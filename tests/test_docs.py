@@ -15,6 +15,11 @@ FLOORS = runpy.run_path(str(ROOT / "tests" / "test_layering.py"))["FLOORS"]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 
 
+def prose(page: Path) -> str:
+    """Return the text of a page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
 def test_the_architecture_names_every_room_on_its_floor():
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", (DOCS / "architecture.md").read_text(), re.MULTILINE)
     assert [(int(floor), room) for floor, room in rows] == [
@@ -49,17 +54,17 @@ def test_the_readme_is_short():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_and_pictures_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#\s]+)", prose(page)):
         assert "://" in target or (page.parent / target).exists(), target
 
 
 def test_anchors_are_headings():
     for page in PAGES:
-        for target, anchor in re.findall(r"\]\(([^)#\s]*)#([\w-]+)\)", page.read_text()):
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#([\w-]+)\)", prose(page)):
             where = (page.parent / target).resolve() if target else page
             if where.parent.name == "api":  # made by mkdocstrings
                 continue
-            headings = re.findall(r"^#+ (.*)$", where.read_text(), re.MULTILINE)
+            headings = re.findall(r"^#+ (.*)$", prose(where), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, f"{page.name}: {target}#{anchor}"
 
