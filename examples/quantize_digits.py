@@ -1,7 +1,7 @@
 """Quantize the embedded digits model in Python and check the numbers that must come out.
 
-Half a minute on one CPU core; nothing is downloaded. PSNR is between quantized and full-precision images drawn from the
-same noise. Run it: python examples/quantize_digits.py [picture.png]
+About a minute on one CPU core; nothing is downloaded. PSNR is between quantized and full-precision images of the same
+noise. Run it: python examples/quantize_digits.py [picture.png]
 """
 
 import copy

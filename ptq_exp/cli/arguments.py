@@ -40,7 +40,7 @@ def _is_option(choice: Any) -> bool:
 
 
 def spelt_out(arguments: list[str]) -> list[str]:
-    """`bits=[8]*100+[4]*150`, a bit schedule in place of a choice, and `~/path`, in the words of Hydra's grammar."""
+    """Rewrite `bits=[8]*100+[4]*150` (a bit schedule in place of a choice) and `~/path` in Hydra's grammar."""
     found = []
     for argument in arguments:
         widths = re.fullmatch(r"(\+*)bits(\.schedule)?=(\[[^'\"]*)", argument)

@@ -101,7 +101,7 @@ def extras() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """CPU cores, CUDA, MPS."""
+    """Check CPU cores, CUDA, MPS."""
     import torch
 
     yield Finding(OK, f"CPU: {_cores()} cores")
@@ -121,7 +121,7 @@ def _cores() -> int:
 
 
 def threads() -> Iterator[Finding]:
-    """Whether torch's threads fit the cores and what else runs there."""
+    """Check whether torch's threads fit the cores and what else runs there."""
     import torch
 
     count, cores, load = torch.get_num_threads(), _cores(), os.getloadavg()[0]
@@ -135,7 +135,7 @@ def threads() -> Iterator[Finding]:
 
 
 def wandb() -> Iterator[Finding]:
-    """Whether there is a login, and whether the environment asks for what only a login gives. Keys are not read out."""
+    """Check whether there is a login, and whether the environment needs one. Keys are not read out."""
     mode, logged_in = os.environ.get("WANDB_MODE", ""), _logged_in()
     login = "there is a login" if logged_in else "no login"
     if mode == "online" and not logged_in:
@@ -159,7 +159,7 @@ def _logged_in() -> bool:
 
 
 def disk(setting: str, folder: Path) -> Iterator[Finding]:
-    """Space below `folder`, and whether it can be written; the nearest folder that exists stands for it."""
+    """Check the space below `folder`, and whether it can be written; the nearest folder that exists stands for it."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -182,7 +182,7 @@ def disk(setting: str, folder: Path) -> Iterator[Finding]:
 
 
 def cache(folder: Path) -> Iterator[Finding]:
-    """Size of the cache, and what is of no use in it."""
+    """Check the size of the cache, and what is of no use in it."""
     try:
         found = entries(folder)
     except PTQError as error:

@@ -64,7 +64,7 @@ def overview(commands: Sequence[str] = tuple(COMMANDS)) -> str:
 def full_help(
     overrides: Sequence[str] = (), commands: Sequence[str] = tuple(COMMANDS), own: Path | None = None
 ) -> str:
-    """`--help`: every group and option with one line, and the settings as `overrides` compose them.
+    """Return the text of `--help`: every group and option with one line, and the settings as `overrides` compose them.
 
     Args:
         own: a folder with configuration files of one's own, which may be chosen, too.

@@ -43,7 +43,7 @@ def digits_model(name: str = "digits", checkpoint: str | None = None, dtype: str
 
 
 def digits_reference(size: int = IMAGE_SIZE) -> np.ndarray:
-    """All real digits as scored images: uint8 [1797, size, size, 1]."""
+    """Return all real digits as scored images: uint8 [1797, size, size, 1]."""
     return to_uint8(digits(size=size).images)
 
 

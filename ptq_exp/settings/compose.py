@@ -1,4 +1,4 @@
-"""From the composed configuration to plain objects: unknown keys, wrong types and impossible values end here."""
+"""Turn the composed configuration into plain objects; refuse unknown keys, wrong types and impossible values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_name(
     calibration: str, bits: str, correction: str = "none", reconstruction: str = "none", labels: str = "paired",
     groups: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
-    """`<calibration>[_<labels>][_<reconstruction>]_<bits>[_groups]`, `fp32` for the full-precision model.
+    """Return `<calibration>[_<labels>][_<reconstruction>]_<bits>[_groups]`, `fp32` for the full-precision model.
 
     Where noise is corrected, the correction stands in place of the calibration. Paired labels are not mentioned, bits
     per group of layers are.
@@ -42,12 +42,12 @@ def run_name(
 
 
 def evaluation_name(path: str) -> str:
-    """`evaluate_<bits>` of the quantized model saved in `path`."""
+    """Return `evaluate_<bits>` for the quantized model saved in `path`."""
     return f"evaluate_{_saved(with_homes(path, 'quantized')).settings['bits']['name']}"
 
 
 def job_threads() -> int | None:
-    """CPU threads for a job of a sweep whose launcher runs several at once; None = as many as torch takes.
+    """Return the CPU threads for a job of a sweep whose launcher runs several at once; None = as many as torch takes.
 
     Jobs that take more threads than there are cores slow each other down many times over.
     """
@@ -68,7 +68,7 @@ OmegaConf.register_new_resolver("evaluation_name", evaluation_name, replace=True
 
 
 def config_folder() -> Path:
-    """Absolute path of `conf/`: beside the package in a checkout, inside it in an installed wheel.
+    """Return the absolute path of `conf/`: beside the package in a checkout, inside it in an installed wheel.
 
     Raises:
         ConfigError: neither is there; the installation is incomplete.
@@ -113,7 +113,7 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
 
 
 def _with_homes(composed: DictConfig) -> DictConfig:
-    """`composed` with `~` written out in all paths; what is made of them follows."""
+    """Write out `~` in all paths of `composed`; interpolations of them follow."""
     result = composed
     for name in path_settings():
         node = OmegaConf.select(result, name)
@@ -151,7 +151,7 @@ _MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.channels_last", "mo
 
 
 def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfig:
-    """`composed` with the settings that the saved model `composed.quantized` was made with.
+    """Overwrite the settings in `composed` with those of the saved model `composed.quantized`.
 
     What is `given` on the command line wins for the sampler, the seed and how the model is run; all else must agree.
 
@@ -180,7 +180,7 @@ def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfi
 
 
 def from_settings(settings: dict[str, Any], where: str) -> ExperimentConfig:
-    """Sections of settings, as they were saved, as plain objects; the others at their defaults.
+    """Turn saved sections of settings into plain objects; the others have their defaults.
 
     Raises:
         DataError: they do not fit the schema; the message begins with `where` they come from.
@@ -210,7 +210,7 @@ def _schema_message(error: OmegaConfBaseException) -> str:
 
 
 def nearest(word: str, valid: list[str]) -> str:
-    """`did you mean 'x'?` if something is near, else the list of valid words, or where to find a long one."""
+    """Return `did you mean 'x'?` if something is near, else the list of valid words, or where to find a long one."""
     if near := difflib.get_close_matches(word, valid, n=1):
         return f"did you mean {near[0]!r}?"
     return f"valid: {', '.join(sorted(valid))}" if len(valid) < 40 else "python -m ptq_exp --help lists what there is"
@@ -227,7 +227,7 @@ def build(node: dict[str, Any], setting: str, **extra: Any) -> Any:
 
 
 def constructor(node: Any, setting: str, **extra: Any) -> tuple[Callable, dict[str, Any]]:
-    """Return what `build` calls, and with which arguments; nothing is built yet.
+    """Return the constructor that `build` calls, and its arguments, without calling it.
 
     Raises:
         ConfigError: there is no such constructor, an argument is unknown, missing, or of another type.

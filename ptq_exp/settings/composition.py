@@ -1,4 +1,4 @@
-"""What Hydra composed, and of which files: those of the package and those of one's own are checked alike."""
+"""Check what Hydra composed, and of which files: the package's and the user's own alike."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ConfigFile:
 
 
 def check_composition(overrides: Sequence[str]) -> None:
-    """Refuse what Hydra composes without a word, though it is not what was asked for.
+    """Refuse compositions that Hydra accepts silently although they are not what was asked for.
 
     Values of bits in a file beside its choice of bits, where another choice is made: Hydra exchanges the choice alone,
     what the file sets beside it stays. And a file of one's own that the package's file of the same name hides.
@@ -83,7 +83,7 @@ def _file(default: ResultDefault, repository: ConfigRepository) -> ConfigFile:
 
 
 def _flat(value: Any, prefix: str = BITS) -> dict[str, Any]:
-    """Nested values as dotted keys; nothing for None or text in place of a section."""
+    """Flatten nested values to dotted keys; nothing for None or text in place of a section."""
     if not isinstance(value, dict):
         return {}
     found = {}
@@ -115,7 +115,7 @@ def _check_bits(files: Sequence[ConfigFile], chosen: str, keys: Sequence[str]) -
 
 
 def _check_package(default: ResultDefault) -> None:
-    """Raise ConfigError for an experiment whose settings would go to a section `experiment`, which there is not."""
+    """Raise ConfigError for an experiment whose settings would go to a section `experiment`, which does not exist."""
     if default.config_path.startswith("experiment/") and (default.package or "").partition(".")[0] == "experiment":
         raise ConfigError(
             f"{default.config_path}.yaml: begin it with the line `# @package _global_`, settings below it"

@@ -1,4 +1,4 @@
-"""What was typed: overrides as Hydra's own parser reads them, and how to type what that parser refuses."""
+"""Read what was typed: overrides as Hydra's own parser reads them, and how to type what that parser refuses."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def given(overrides: Sequence[str], *, multirun: bool = False) -> dict[str, list
 
 
 def quoted(text: str) -> str:
-    """Text as Hydra's grammar writes it, whatever is in it: `'epoch=3.ckpt'`."""
+    """Quote any text for Hydra's grammar: `'epoch=3.ckpt'`."""
     quote = Quote.double if set(text) & set(f"'{_FOR_SHELL}") else Quote.single
     return QuotedString(text, quote).with_quotes()
 
 
 def unquoted(text: str) -> str:
-    """Text without the quotes that Hydra's grammar would take; anything else as it is."""
+    """Return text without the quotes that Hydra's grammar would take; anything else as it is."""
     if text[:1] not in ("'", '"'):
         return text
     try:
@@ -78,7 +78,7 @@ def unquoted(text: str) -> str:
 
 
 def home_quoted(argument: str) -> str:
-    """`key=~/path` with the quotes that Hydra needs to read it as text; anything else as it is.
+    """Return `key=~/path` with the quotes that Hydra needs to read it as text; anything else as it is.
 
     Hydra's grammar has no `~` in a value, though no shell expands it behind the name of a setting.
     """
@@ -92,7 +92,7 @@ def home_quoted(argument: str) -> str:
 
 
 def to_type(key: str, *texts: str) -> str:
-    """`key=text` (several texts: a sweep) as it has to be typed, quoted for the shell and for Hydra.
+    """Return `key=text` (several texts: a sweep) as it has to be typed, quoted for the shell and for Hydra.
 
     For example `"model.checkpoint='epoch=3.ckpt'"`.
     """
@@ -107,7 +107,7 @@ def _for_shell(override: str) -> str:
 
 
 def _plain(text: str) -> bool:
-    """Whether Hydra takes the text as it is."""
+    """Return whether Hydra takes the text without quotes."""
     try:
         return values(OverridesParser.create().parse_override(f"x={text}")) == [text]
     except HydraException:

@@ -1,4 +1,4 @@
-"""Types that OmegaConf would bend: `attention=2` is no yes, `checkpoint=nan` no path, and no number is infinite."""
+"""Check types that OmegaConf would convert: `attention=2` is no bool, `checkpoint=nan` no path, no number infinite."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_value(name: str, value: Any, hint: Any) -> None:
 
 
 def check_argument(name: str, value: Any, annotation: Any) -> None:
-    """As `check_value`, for an argument of a constructor: text is no number there, nor a number text.
+    """Check an argument of a constructor as `check_value` does; text is no number there, nor a number text.
 
     Annotations of other than plain types are passed over.
     """
@@ -84,7 +84,7 @@ def _check_number(name: str, value: Any) -> None:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        return  # the schema tells
+        return  # the schema reports it
     except OverflowError:
         number = math.inf
     largest = _LARGEST_OF.get(name, LARGEST)

@@ -1,4 +1,4 @@
-"""Writing files so that a killed run leaves either the old file or the new one, never half of one."""
+"""Write files so that a killed run leaves either the old file or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _refused(error: Exception) -> str | None:
-    """Why the system did not let a file be written; None for an error of another kind.
+    """Say why the system did not let a file be written; None for an error of another kind.
 
     Libraries in other languages (safetensors) have errors of their own, with the system's words in the text.
     """
@@ -55,7 +55,7 @@ def _refused(error: Exception) -> str | None:
 
 
 def file_digest(*paths: str | os.PathLike[str]) -> str:
-    """SHA-256 (hexadecimal) of the bytes of one file, or of several one after the other: the identity of a checkpoint.
+    """Return the SHA-256 (hexadecimal) of one file, or of several one after the other, to identify a checkpoint.
 
     Raises:
         DataError: a file cannot be read.
@@ -72,7 +72,7 @@ def file_digest(*paths: str | os.PathLike[str]) -> str:
 
 
 def _flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder so that a rename inside it survives a power cut."""
+    """Call fsync on a file, or a folder so that a rename inside it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def digest(kind: str, spec: Mapping[str, Any]) -> str:
-    """sha256 (hex) of the canonical JSON of kind and spec: independent of key order, of tuple or list.
+    """Return the SHA-256 (hex) of the canonical JSON of kind and spec: independent of key order, of tuple or list.
 
     Raises:
         PTQError: a value of spec has no JSON form.
@@ -104,7 +104,7 @@ class ArtifactCache:
             return self._made(kind, make)[0], False
         key = digest(kind, spec)
         entry = self.root / kind / key
-        with suppress(PTQError):  # looked at without the lock, it may be replaced meanwhile: tell it below
+        with suppress(PTQError):  # optimistic read without the lock; errors are reported under it, below
             if (found := self._reused(kind, entry, load)) is not None:
                 return found[0], True
         with self.alone(kind, key) as waited_for:

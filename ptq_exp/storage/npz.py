@@ -1,4 +1,4 @@
-"""Reading `.npz` files, foreign ones too: their names, their arrays, and large arrays without loading them."""
+"""Read `.npz` files, foreign ones too: their names, their arrays, and large arrays without loading them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def open_npz(path: str | os.PathLike[str], what: str = ".npz file") -> Iterator[
 
 
 def npz_keys(path: str | os.PathLike[str]) -> list[str]:
-    """Names of the arrays in an `.npz` file.
+    """List the names of the arrays in an `.npz` file.
 
     Raises:
         DataError: as `open_npz`.
@@ -54,7 +54,7 @@ def npz_keys(path: str | os.PathLike[str]) -> list[str]:
 
 
 def npz_array(path: str | os.PathLike[str], key: str) -> np.ndarray:
-    """One array; mapped read-only from the file where it is stored uncompressed (as `numpy.savez` does), else loaded.
+    """Read one array; mapped read-only where it is stored uncompressed (as `numpy.savez` does), else loaded.
 
     Mapped or not, the file is read once in full to compare its checksum.
 
@@ -68,7 +68,7 @@ def npz_array(path: str | os.PathLike[str], key: str) -> np.ndarray:
 
 
 def npz_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """All arrays, each as `npz_array` gives it.
+    """Read all arrays, each as `npz_array` gives it.
 
     Raises:
         DataError: as `open_npz`.
@@ -80,7 +80,7 @@ def npz_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def require_arrays(
     path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[str, int]]
 ) -> None:
-    """Nothing, if `arrays`, read from `path`, are what a file of its kind holds.
+    """Raise unless `arrays`, read from `path`, are what a file of its kind holds.
 
     Args:
         expected: name -> (kinds of number as in `numpy.dtype.kind`, number of dimensions).
@@ -118,7 +118,7 @@ def _check_size(path: str | os.PathLike[str], archive: zipfile.ZipFile, info: zi
 
 
 def _read(path: str | os.PathLike[str], archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
-    """One array, mapped where it can be; its checksum is compared either way."""
+    """Read one array, mapped where it can be; its checksum is compared either way."""
     mapped = _map(path, _members(archive), f"{key}.npy")
     if mapped is None:
         return archive[key]
@@ -134,7 +134,7 @@ def _check_sum(archive: zipfile.ZipFile, member: str) -> None:
 
 
 def _map(path: str | os.PathLike[str], archive: zipfile.ZipFile, member: str) -> np.ndarray | None:
-    """Memory map of an uncompressed array of numbers, or None where there is no such thing."""
+    """Map an uncompressed array of numbers into memory; None where it cannot be mapped."""
     info = archive.NameToInfo.get(member)
     if info is None or info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         return None

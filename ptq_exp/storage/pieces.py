@@ -35,7 +35,7 @@ class Parts:
         self.totals = tuple(totals)
 
     def path(self, start: int) -> Path:
-        """File of the piece whose first row is `start`."""
+        """Return the file of the piece whose first row is `start`."""
         return self.folder / f"{start:08d}.npz"
 
     def missing(self) -> list[int]:
@@ -97,5 +97,5 @@ class Parts:
 
 
 def slices(n: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most `size` rows over 0..n-1."""
+    """Return consecutive slices of at most `size` rows over 0..n-1."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))

@@ -1,4 +1,4 @@
-"""Nested values as standard JSON and back: NaN and infinity included, written whole or not at all."""
+"""Convert nested values to standard JSON and back: NaN and infinity included, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def to_plain(value: Any, where: str = "value") -> Any:
-    """Nested settings or metrics as what JSON can hold: dict, list, str, int, float, bool, None.
+    """Convert nested settings or metrics to what JSON can hold: dict, list, str, int, float, bool, None.
 
     numpy and torch scalars and arrays, paths, enums, dataclasses, tuples and sets (sorted) are converted.
     JSON has no NaN or infinity: they become the strings "NaN", "Infinity", "-Infinity", which `read_json`
@@ -81,7 +81,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def restore(value: Any) -> Any:
-    """`value` with the strings "NaN", "Infinity" and "-Infinity" turned back into floats, at any depth."""
+    """Turn the strings "NaN", "Infinity" and "-Infinity" in `value` back into floats, at any depth."""
     if isinstance(value, dict):
         return {key: restore(item) for key, item in value.items()}
     if isinstance(value, list):

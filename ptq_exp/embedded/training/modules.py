@@ -12,7 +12,7 @@ from ptq_exp.diffusion.noise import sample_generator
 
 
 def warmup_stable_decay(step: int, *, warmup: int, total: int, decay_share: float = 0.3) -> float:
-    """Learning-rate factor: linear warm-up, constant, linear decay to 1 % over the last `decay_share`."""
+    """Return the learning-rate factor: linear warm-up, constant, linear decay to 1 % over the last `decay_share`."""
     decay_start = total * (1 - decay_share)
     if step < warmup:
         return (step + 1) / warmup
