@@ -7,7 +7,7 @@ import types
 import typing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -32,7 +32,7 @@ This page is written by `python docs/generate.py` from `ptq_exp/settings/`; edit
 def settings_page() -> str:
     """Return the text of docs/settings.md."""
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        defaults = OmegaConf.to_container(compose("config"), resolve=True)
+        defaults = cast(dict[str, Any], OmegaConf.to_container(compose("config"), resolve=True))
     return "\n".join([INTRODUCTION, *_section("", ExperimentConfig, defaults),
                       *_section("sweep", SweepConfig, defaults["sweep"])]) + "\n"
 
@@ -46,7 +46,7 @@ def _section(name: str, schema: type, defaults: dict[str, Any]) -> list[str]:
     inner = []
     for entry in fields(schema):
         key, hint = f"{name}.{entry.name}" if name else entry.name, hints[entry.name]
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             inner += _section(key, hint, defaults[entry.name])
             continue
         known, default = entry.metadata[KEY], defaults.get(entry.name, entry.default)

@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -97,12 +97,12 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
         composed = _with_homes(composed)
         if OmegaConf.select(composed, "quantized") is not None:
             composed = with_saved_settings(composed, given)
-        settings = _in_order(OmegaConf.to_container(composed, resolve=True))
+        settings = _in_order(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True)))
         settings.pop("sweep", None)  # of the command, see `SweepConfig`
         check_types(settings, ExperimentConfig)
         # only this order of merging refuses `+group.extra=1`
         merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings)
-        config = OmegaConf.to_object(merged)
+        config = cast(ExperimentConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_schema_message(error)) from error
     import_all(config.imports)
@@ -160,7 +160,7 @@ def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfi
         DataError: the saved model is missing or damaged.
     """
     keys = [override.lstrip("+~").partition("=")[0].partition("@")[0] for override in given]
-    here = OmegaConf.to_container(composed, resolve=True)
+    here = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     result = copy.deepcopy(composed)
     OmegaConf.set_struct(result, False)
     for section, values in _saved(composed.quantized).settings.items():
@@ -186,7 +186,8 @@ def from_settings(settings: dict[str, Any], where: str) -> ExperimentConfig:
         DataError: they do not fit the schema; the message begins with `where` they come from.
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings))
+        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings)
+        return cast(ExperimentConfig, OmegaConf.to_object(merged))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = _schema_message(error) if isinstance(error, OmegaConfBaseException) else error
         raise DataError(f"{where}: its settings do not fit: {reason}") from error

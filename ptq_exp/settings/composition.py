@@ -67,7 +67,8 @@ def check_composition(overrides: Sequence[str]) -> None:
 
 
 def _file(default: ResultDefault, repository: ConfigRepository) -> ConfigFile:
-    loaded = repository.load_config(default.config_path)
+    path = default.config_path or ""
+    loaded = repository.load_config(path)
     content = OmegaConf.to_container(loaded.config, resolve=False) if loaded else {}
     package = default.package or ""
     for name in reversed(package.split(".") if package else []):
@@ -76,10 +77,10 @@ def _file(default: ResultDefault, repository: ConfigRepository) -> ConfigFile:
     if default.primary or default.parent is None:  # it declares what options do not mention
         bits = {key: value for key, value in bits.items() if value is not None}
     chosen = [
-        entry.value for entry in (loaded.defaults_list if loaded else ())
-        if isinstance(entry, GroupDefault) and entry.group.lstrip("/") == BITS and isinstance(entry.value, str)
+        entry.value for entry in ((loaded and loaded.defaults_list) or ())
+        if isinstance(entry, GroupDefault) and (entry.group or "").lstrip("/") == BITS and isinstance(entry.value, str)
     ]  # fmt: skip
-    return ConfigFile(default.config_path, bits, chosen[-1] if chosen else None)
+    return ConfigFile(path, bits, chosen[-1] if chosen else None)
 
 
 def _flat(value: Any, prefix: str = BITS) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _flat(value: Any, prefix: str = BITS) -> dict[str, Any]:
     return found
 
 
-def _check_bits(files: Sequence[ConfigFile], chosen: str, keys: Sequence[str]) -> None:
+def _check_bits(files: Sequence[ConfigFile], chosen: str | None, keys: Sequence[str]) -> None:
     """Raise ConfigError for the first value of bits that another choice than `chosen` was to go with.
 
     Args:
@@ -116,9 +117,10 @@ def _check_bits(files: Sequence[ConfigFile], chosen: str, keys: Sequence[str]) -
 
 def _check_package(default: ResultDefault) -> None:
     """Raise ConfigError for an experiment whose settings would go to a section `experiment`, which does not exist."""
-    if default.config_path.startswith("experiment/") and (default.package or "").partition(".")[0] == "experiment":
+    path, package = default.config_path or "", default.package or ""
+    if path.startswith("experiment/") and package.partition(".")[0] == "experiment":
         raise ConfigError(
-            f"{default.config_path}.yaml: begin it with the line `# @package _global_`, settings below it"
+            f"{path}.yaml: begin it with the line `# @package _global_`, settings below it"
         )
 
 

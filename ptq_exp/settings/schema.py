@@ -197,7 +197,7 @@ def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]
     hints = get_type_hints(schema)
     for entry in fields(schema):
         hint = hints[entry.name]
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from walk(hint, f"{prefix}{entry.name}.")
         else:
             yield f"{prefix}{entry.name}", hint, entry

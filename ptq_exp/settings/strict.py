@@ -28,7 +28,7 @@ def check_types(settings: Mapping[str, Any], schema: type, prefix: str = "") -> 
     hints = typing.get_type_hints(schema)
     for key in (key for key in settings if key in hints):
         name, value, hint = f"{prefix}{key}", settings[key], hints[key]
-        if not is_dataclass(hint):
+        if not (isinstance(hint, type) and is_dataclass(hint)):
             check_value(name, value, hint)
         elif isinstance(value, Mapping):
             check_types(value, hint, f"{name}.")
@@ -60,9 +60,10 @@ def check_argument(name: str, value: Any, annotation: Any) -> None:
     Annotations of other than plain types are passed over.
     """
     words = annotation.split("|") if isinstance(annotation, str) else [getattr(annotation, "__name__", "")]
-    kinds = {_PLAIN.get(word.strip()) for word in words} - {type(None)}
-    if value is None or None in kinds:
+    found = [_PLAIN.get(word.strip()) for word in words]
+    if value is None or None in found:
         return
+    kinds = {kind for kind in found if kind is not None and kind is not type(None)}
     check_value(name, value, typing.Union[tuple(kinds)])  # noqa: UP007  made at run time
     if not isinstance(value, tuple(kinds | ({int} if float in kinds else set()))):
         raise ConfigError(f"{name}={value}: expected {_called(kinds)}")

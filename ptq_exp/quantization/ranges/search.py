@@ -162,7 +162,8 @@ def _whole_path(space: GridSpace, source: ErrorSource, most: int) -> Path:
     while lowest > least and bool((path.errors.argmin(1) == 0).any()):
         lowest -= spacing * count
         lower = _path(space, source, lowest + steps[:-1], spacing)
-        path = Path(*(torch.cat(parts, 1) for parts in zip(lower.parts(), path.parts(), strict=True)), spacing)
+        t, z, errors = (torch.cat(parts, 1) for parts in zip(lower.parts(), path.parts(), strict=True))
+        path = Path(t, z, errors, spacing)
     return path
 
 
