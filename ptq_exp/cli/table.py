@@ -25,7 +25,7 @@ from ptq_exp.settings.schema import setting_names
 from ptq_exp.storage.atomic import atomic_path
 from ptq_exp.storage.paths import PathArgument, with_home
 
-__all__ = ["layout_list", "layout_table", "make_table", "main"]
+__all__ = ["layout_list", "layout_table", "main", "make_table"]
 Runs = str | os.PathLike | pd.DataFrame
 _DEFAULT = "experiments"
 _HELP = f"""

@@ -87,7 +87,7 @@ def ddim_step(
         ConfigError: an unknown convention, or q is negative or not finite.
     """
     if convention not in CONVENTIONS:
-        raise ConfigError(f"correction.convention={convention}: choose one of {', '.join(CONVENTIONS)}")
+        raise ConfigError(f"convention={convention}: choose one of {', '.join(CONVENTIONS)}")
     if not 0 <= eps_noise_std < float("inf"):
         raise ConfigError(f"eps_noise_std={eps_noise_std}: a standard deviation is a finite number of 0 or more")
     x0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5

@@ -32,8 +32,11 @@ from ptq_exp.storage.cache import ArtifactCache, digest
 
 @dataclass
 class Setup:
-    """What all stages share: settings, the model on its time grid, the extractor (or None), the artefact cache, and the
-    saved quantized model to evaluate (or None)."""
+    """What all stages share.
+
+    Settings, the model on its time grid, the extractor (or None), the artefact cache, and the saved quantized model to
+    evaluate (or None).
+    """
 
     config: ExperimentConfig
     model: DiffusionModel

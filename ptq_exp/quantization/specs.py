@@ -158,7 +158,7 @@ def check_rules(rules: Sequence[Rule], quantizable: Collection[str], left_alone:
         )
 
 
-def check_bits(setting: str, bits: int, allowed: tuple[int, int] = LAYER_BITS) -> None:
+def check_bits(setting: str, bits: object, allowed: tuple[int, int] = LAYER_BITS) -> None:
     """Raise ConfigError, naming `setting`, unless `bits` is an integer in the closed interval `allowed`."""
     low, high = allowed
     if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:

@@ -32,7 +32,7 @@ class Block:
     elsewhere: tuple[str, ...] = ()
 
     def module(self, network: nn.Module) -> nn.Module:
-        """This block of `network`."""
+        """Return this block of `network`."""
         return network.get_submodule(self.name)
 
     def modules(self, network: nn.Module) -> list[nn.Module]:
@@ -113,8 +113,10 @@ def _generic(value: Any) -> Any:
 
 @torch.no_grad()
 def _call_order(network: nn.Module, names: set[str], inputs: tuple) -> tuple[list[str], Counter[str]]:
-    """The modules called `names` in the order in which a forward enters them, once per call; and on how many different
-    inputs each is called."""
+    """Return the modules called `names` in the order in which a forward enters them, once per call.
+
+    And on how many different inputs each is called.
+    """
     order: list[str] = []
     seen: dict[str, list[list[Any]]] = {}
 

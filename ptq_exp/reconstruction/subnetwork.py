@@ -101,7 +101,7 @@ def plan_part(network: nn.Module, names: Sequence[str], inputs: tuple) -> Plan:
         for name in names:
             watch(
                 network.get_submodule(name),
-                before=lambda x, name=name: recorder.enter(name, x), after=lambda y: recorder.leave(y),
+                before=lambda x, name=name: recorder.enter(name, x), after=recorder.leave,
             )  # fmt: skip
         network.forward(*inputs)
     wanted = set(recorder.read.values())

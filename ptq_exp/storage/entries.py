@@ -30,8 +30,8 @@ class Entry:
         path: its folder, or file.
         kind: such as "calibration"; `PARTS` for the pieces of an unfinished run.
         size: bytes of all its files.
-        made, used: seconds since the epoch of the first file, and of the last reading or writing. A file system
-            that records readings once a day, or never, is told by.
+        made, used: seconds since the epoch of the first file, and of the last reading or writing. `used` does not
+            rely on the access times of the file system, which may be recorded once a day or never.
         problem: why it is of no use (`HALF_WRITTEN`, damaged), or None.
     """
 
@@ -43,7 +43,7 @@ class Entry:
     problem: str | None = None
 
     def locks(self, root: Path) -> list[Path]:
-        """The lock files in the cache `root` that a process holds which writes the entry, or makes it from pieces."""
+        """Return the lock files in the cache `root` of a process that writes the entry, or makes it from pieces."""
         kind, name = self.path.relative_to(root).parts[:2]
         digest = name.lstrip(".").partition(".")[0]
         found = set((root / ".locks").glob(f"*-{digest[:16]}*.lock"))
@@ -102,7 +102,7 @@ def _entry(path: Path, kind: str, problem: str | None = None) -> Entry:
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """The file or folder itself, and all that lies in it."""
+    """Return the file or folder itself, and all that lies in it."""
     yield path
     for folder, folders, files in os.walk(path):  # passes over what vanishes meanwhile
         yield from (Path(folder) / name for name in (*folders, *files))

@@ -16,7 +16,7 @@ _POLL_SECONDS = 0.1
 
 
 def lock_of(root: Path, kind: str, key: str) -> Path:
-    """The lock file of what is computed under a kind and a key (a digest) in the cache `root`."""
+    """Return the lock file of what is computed under a kind and a key (a digest) in the cache `root`."""
     return root / ".locks" / f"{kind}-{key[:32]}.lock"
 
 

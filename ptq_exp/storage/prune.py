@@ -36,7 +36,7 @@ def held(root: Path, entry: Entry) -> bool:
 def chosen(
     found: Sequence[Entry], limits: Limits, is_held: Callable[[Entry], bool], now: float | None = None
 ) -> list[tuple[Entry, str]]:
-    """The entries that go, and why: useless ones first, then those beyond the limits, least recently used first.
+    """Choose the entries that go, and say why: useless ones, then those beyond the limits, least recently used first.
 
     What `is_held` counts for `max_bytes`, but others go in its place.
     """

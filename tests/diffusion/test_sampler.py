@@ -4,6 +4,7 @@ golden/sampler_*.npz: the samplers of improved-diffusion (`iddpm`), DDIM (`gener
 guidance (`ldm`) on the closed-form network; of the stored states, every third and the last.
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_one_step_agrees_with_diffusers_where_its_constant_stride_is_exact(steps
     scheduler.set_timesteps(steps)
     levels = scheduler.alphas_cumprod.double()
     generator = torch.Generator().manual_seed(steps)
-    for t in scheduler.timesteps[:: max(1, steps // 6)].tolist() + [int(scheduler.timesteps[-1])]:
+    for t in [*scheduler.timesteps[:: max(1, steps // 6)].tolist(), int(scheduler.timesteps[-1])]:
         x, eps, z = torch.randn(3, 2, 1, 4, 4, generator=generator)
         expected = scheduler.step(eps, t, x, eta=eta, use_clipped_model_output=clip, variance_noise=z)
         before = t - 1000 // steps
@@ -163,7 +164,7 @@ def test_records_hold_the_state_that_enters_the_step(toy):
     last = sample(toy.denoiser, toy.time_grid(6), noise, y=y, on_step=records.append)
     assert [r.step for r in records] == [0, 1, 2, 3, 4, 5]
     assert torch.equal(records[0].x, SampleNoise(1, [3, 8], (1, 2, 2)).draw())
-    for record, following in zip(records, records[1:], strict=False):
+    for record, following in itertools.pairwise(records):
         assert torch.equal(record.x_prev, following.x)
     assert torch.equal(last, records[-1].x_prev) and torch.equal(last, records[-1].x0)
     times, calls = toy.time_grid(6).timesteps.tolist(), list(toy.denoiser.calls)

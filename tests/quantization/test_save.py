@@ -198,7 +198,7 @@ def forged(folder, edit):
     path = folder / "quantization.json"
     description = json.loads(path.read_text())
     with safe_open(folder / "quantized.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
         metadata = file.metadata()
     edit(description, tensors)
     metadata["description_sha256"] = _description_hash(description)

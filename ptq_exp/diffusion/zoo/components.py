@@ -111,7 +111,7 @@ def _file_of(folder: Path, files: Sequence[Path], name: str) -> Path:
 
 def _holds_bad(path: Path, name: str) -> bool:
     with safe_open(path, "pt") as tensors:
-        return name in tensors.keys() and not is_finite(tensors.get_tensor(name))  # noqa: SIM118
+        return name in tensors.keys() and not is_finite(tensors.get_tensor(name))
 
 
 def settings_files(root: Path) -> dict[str, dict]:

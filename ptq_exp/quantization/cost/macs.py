@@ -155,8 +155,10 @@ class _Census(TorchDispatchMode):
 
 @contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
-    """Run what is computed one operator at a time: not compiled, nor fused for attention; without gradients, in
-    evaluation mode (dropout would draw random numbers)."""
+    """Run what is computed one operator at a time: not compiled, nor fused for attention.
+
+    Without gradients, in evaluation mode (dropout would draw random numbers).
+    """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

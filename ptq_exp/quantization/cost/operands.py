@@ -42,8 +42,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Operand:
-    """One operand of a multiplication: the quantizer it comes from (None: full precision), and how many of its elements
-    do not lie on the grid of that quantizer (0 where nobody looked)."""
+    """One operand of a multiplication.
+
+    The quantizer it comes from (None: full precision), and how many of its elements do not lie on the grid of that
+    quantizer (0 where nobody looked).
+    """
 
     quantizer: Quantizer | None
     off_grid: int = 0

@@ -87,7 +87,7 @@ def block_sums(
     lowest = (candidates.qmin - candidates.zero_point).unsqueeze(-1)
     highest = (candidates.qmax - candidates.zero_point).unsqueeze(-1)
     totals: list[Tensor] = []
-    for cell, k, n in _blocks(*inverse.shape[:2], points.shape[1]):
+    for cell, k, n in _blocks(inverse.shape[0], inverse.shape[1], points.shape[1]):
         u = points[cell, None, n] * inverse[cell, k]
         level = u.round()
         torch.maximum(level, lowest[cell, k], out=level)

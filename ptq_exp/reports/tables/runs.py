@@ -80,7 +80,7 @@ def _offline_rows(folder: Path, *, beside_results: bool) -> dict[Path, dict[str,
     rows = {}
     for path in offline_folders(folder):
         resolved = path.resolve()  # `latest-run` is a link to one of the others
-        if resolved in rows or not beside_results and (resolved.parent.parent / "results.json").exists():
+        if resolved in rows or (not beside_results and (resolved.parent.parent / "results.json").exists()):
             continue
         row = offline_row(resolved, _name(path, folder))
         rows |= {resolved: row} if row else {}
