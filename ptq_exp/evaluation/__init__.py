@@ -19,7 +19,7 @@ _HOME = {
     "statistics": ("FeatureStatistics", "GaussianStatistics", "load_statistics"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
-__all__ = [*_MODULE]
+__all__ = sorted(_MODULE)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
