@@ -44,6 +44,7 @@ class ModelConfig:
     """`build` makes the `DiffusionModel`, `images` its real images (uint8 [N, H, W, C]) or None.
 
     `ema` chooses between the averaged weights and those of the last step, where a checkpoint holds both;
+    `conditions` is an `.npz` file of what a network takes beside class labels, see `ConditionTable.read`;
     `groups` are names for globs of layers; `channels_last` and `compile` are how denoisers
     are run, full-precision and quantized alike.
     """
@@ -52,6 +53,7 @@ class ModelConfig:
     checkpoint: str | None = field(default=None, metadata=_PATH)
     dtype: str = "float32"
     ema: bool | None = None
+    conditions: str | None = field(default=None, metadata=_PATH)
     channels_last: bool = False
     compile: bool = False
     build: dict[str, Any] = field(default_factory=dict, metadata=_PATH)
