@@ -5,7 +5,7 @@
 calibrate_weights_(model, metric)
 with calibrating(model):
     for batch in calibration_set:
-        model(*batch)
+        evaluate(model, batch)
 finish_calibration(model, metric)
 """
 

@@ -35,7 +35,7 @@ def test_eps_of_the_calibration_set_is_the_eps_of_the_trajectory(eta):
     records = trajectory(model, grid, indices, seed)
     expected = torch.stack([records[s].eps[i] for i, s in enumerate(steps.tolist())])
     with torch.no_grad():
-        found = torch.cat([model.denoiser(*batch) for batch in made.batches(5)])
+        found = torch.cat([call.evaluate(model.denoiser) for call in made.batches(5)])
         wrong = [model.denoiser(x, grid.network_time(s)) for s in (len(grid) - 1 - steps, steps + 1)]
     assert float((found - expected).abs().max()) < 1e-5
     # each sample would notice the reversed label, and the label of the next step
