@@ -32,7 +32,7 @@ CASES = {
     "v_prediction": (prediction("v_prediction"), (*BRECQ, "quantization=tfmq", "calibration=uniform",
                                                   "calibration.n_samples=12", "sampler.eta=1", "correction=ptqd")),
     "sample": (prediction("sample"), ("bits=step_budget", "correction=ptqd", "bits.gain_samples=2")),
-    "classes": (classes, ("bits=w8a8", "analysis.active=true", "quantization.smooth=true", "correction=ptqd")),
+    "classes": (classes, ("bits=w8a8", "analysis.active=true", "correction=ptqd")),
     "text": (text, (*BRECQ, "sampler.guidance_scale=2", "correction=ptqd", "quantization.smooth=true")),
 }  # fmt: skip
 
