@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq_exp.calibration import check_bins, labelled, positions
+from ptq_exp.diffusion import Call
 from ptq_exp.errors import InfeasibleError, QuantizationError
 from ptq_exp.experiment.policy import policy
 from ptq_exp.experiment.reconstruct import blocks_of
@@ -47,7 +48,7 @@ def planned_report(setup: Setup) -> Report:
     Raises:
         PTQError: see `check_feasible`.
     """
-    example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
+    example = setup.model.example_inputs().to(setup.device)
     network = setup.model.twin().to(setup.device)
     with _silent():  # all of it is said again when it is done
         report = quantize_(network, policy(setup, network, example), example)
@@ -57,16 +58,15 @@ def planned_report(setup: Setup) -> Report:
     return report
 
 
-def _check_called(setup: Setup, network: nn.Module, report: Report, example: tuple[Tensor, ...]) -> None:
+def _check_called(setup: Setup, network: nn.Module, report: Report, example: Call) -> None:
     """Raise QuantizationError for layers that are to be calibrated and that no evaluation at some times calls."""
     waiting = {row.name for row in report.rows if row.scope == "conv_linear" and not row.macs and row.activation_bits}
     if not waiting:
         return
     steps = torch.linspace(0, len(setup.grid) - 1, min(4, len(setup.grid))).long()
-    x, _, *y = (part.expand(len(steps), *part.shape[1:]) for part in example)
-    t = setup.grid.network_time(steps).to(x.device)
+    calls = example.expanded(len(steps))._replace(t=setup.grid.network_time(steps).to(example.x.device))
     with disabled(network):
-        unused = sorted(waiting - operands_of(network, (x, t, *y)).called)
+        unused = sorted(waiting - operands_of(network, calls).called)
     if unused:
         raise QuantizationError(
             f"{', '.join(unused[:3])}{', ...' if len(unused) > 3 else ''}: the network never calls them, so that there "

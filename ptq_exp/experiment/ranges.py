@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq_exp.calibration import CalibrationSet, check_bins
+from ptq_exp.diffusion import Call
 from ptq_exp.experiment.run import Setup
 from ptq_exp.experiment.twin import Twin
 from ptq_exp.quantization import (
@@ -31,8 +32,6 @@ from ptq_exp.storage.atomic import write_npz
 from ptq_exp.storage.npz import npz_arrays
 
 log = logging.getLogger("ptq_exp")
-
-Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
 def calibrate(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> None:
@@ -72,15 +71,14 @@ def prove(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Twin:
     With candidate widths every sample has another one, with bins of sampling steps the ranges of its own step.
     """
     network, n = twin.network, max(2, len(setup.activation_widths))
-    x, t, y = next(iter(calibration_set.batches(n)))
+    call = next(iter(calibration_set.batches(n)))
     rows = None
     if setup.n_bins > 1:
-        rows = setup.time_bins[calibration_set.batch_steps(n)[: len(x)]]
+        rows = setup.time_bins[calibration_set.batch_steps(n)[: len(call.x)]]
     elif len(setup.activation_widths) > 1:
-        rows = torch.arange(len(x)) % len(setup.activation_widths)
-    inputs = tuple(None if part is None else part.to(setup.device) for part in (x, t, y))
+        rows = torch.arange(len(call.x)) % len(setup.activation_widths)
     with of_samples(network, rows):
-        checked = proven(network, twin.report, inputs)
+        checked = proven(network, twin.report, call.to(setup.device))
     for row in refuted(twin.report, checked):
         log.warning("%s is not covered: %s", row.name, row.reason)
     return replace(twin, report=checked)
@@ -102,8 +100,8 @@ def smooth(
 
     def make() -> dict[str, np.ndarray]:
         with largest_outputs(network, sites) as largest:
-            for x, t, y in calibration_set.batches(setup.config.calibration.batch_size):
-                network(x.to(setup.device), t.to(setup.device), None if y is None else y.to(setup.device))
+            for call in calibration_set.batches(setup.config.calibration.batch_size):
+                call.to(setup.device).evaluate(network)
         factors = smoothing_factors(network, sites, largest, quantization.smooth_alpha)
         return {name: factor.cpu().numpy() for name, factor in factors.items()}
 
@@ -116,11 +114,11 @@ def smooth(
     return sites
 
 
-def _observe(setup: Setup, network: nn.Module, batches: Iterable[Batch], chosen: Collection[str]) -> None:
+def _observe(setup: Setup, network: nn.Module, batches: Iterable[Call], chosen: Collection[str]) -> None:
     """Let the `chosen` quantizers see `batches`."""
     with calibrating(network, chosen), torch.no_grad():
-        for x, t, y in batches:
-            network(x.to(setup.device), t.to(setup.device), None if y is None else y.to(setup.device))
+        for call in batches:
+            call.to(setup.device).evaluate(network)
 
 
 def _time_quantizers(setup: Setup, network: nn.Module) -> tuple[set[str], set[str]]:
@@ -143,13 +141,12 @@ def time_layers(setup: Setup, network: nn.Module) -> list[str]:
         return depending_on_alone(network, _example(setup), 1)
 
 
-def batches_of_times(setup: Setup, row: int) -> Iterable[Batch]:
+def batches_of_times(setup: Setup, row: int) -> Iterable[Call]:
     """All different network times of one bin, each once, with any state: the layers concerned do not see it."""
     times = setup.grid.network_time((setup.time_bins == row).nonzero().flatten()).unique()
-    x, _, *y = _example(setup)
     for part in times.split(setup.config.calibration.batch_size):
-        yield x.expand(len(part), *x.shape[1:]), part, y[0].expand(len(part)) if y else None
+        yield _example(setup).expanded(len(part))._replace(t=part)
 
 
-def _example(setup: Setup) -> tuple[Tensor, ...]:
-    return tuple(part.to(setup.device) for part in setup.model.example_inputs())
+def _example(setup: Setup) -> Call:
+    return setup.model.example_inputs().to(setup.device)

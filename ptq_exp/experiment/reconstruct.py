@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ptq_exp.calibration import CalibrationSet
+from ptq_exp.diffusion import Call
 from ptq_exp.errors import DataError
 from ptq_exp.experiment.ranges import batches_of_times, time_layers
 from ptq_exp.experiment.run import Setup
@@ -124,7 +125,7 @@ def _reconstructed(setup: Setup, twin: Twin, calibration_set: CalibrationSet, fo
     # after smoothing the model's own denoiser has other weights than those that were rounded
     reference = setup.model.denoiser if twin.reference is None else twin.reference
     reference.to(setup.device)
-    example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
+    example = setup.model.example_inputs().to(setup.device)
     blocks = blocks_of(setup, network, reference, example)
     reconstruction = Reconstruction(
         network, reference, blocks, calibration_set, settings_of(config.reconstruction), seed=config.seed,
@@ -138,7 +139,7 @@ def _reconstructed(setup: Setup, twin: Twin, calibration_set: CalibrationSet, fo
     )
 
 
-def blocks_of(setup: Setup, network: nn.Module, reference: nn.Module, example: tuple[torch.Tensor, ...]) -> list[Block]:
+def blocks_of(setup: Setup, network: nn.Module, reference: nn.Module, example: Call) -> list[Block]:
     """The blocks of the quantized `network` in the order of their reconstruction, layers of the time alone first.
 
     Raises:

@@ -126,7 +126,7 @@ def _restored(setup: Setup, *, replace_denoiser: bool) -> Twin:
     """The twin in the files; `replace_denoiser`: it becomes the model's denoiser, whose weights are of no use."""
     model, artifact = setup.model, setup.artifact
     network = (model.denoiser if replace_denoiser else model.twin()).to(setup.device)
-    example = tuple(part.to(setup.device) for part in model.example_inputs())
+    example = model.example_inputs().to(setup.device)
     report = load_quantized_(network, artifact.folder, example)
     schedule, widths = artifact.schedule(), setup.activation_widths
     if schedule is not None and len(widths) > 1:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import ptq_exp
 from ptq_exp.calibration import CalibrationSet, labelled, positions
+from ptq_exp.calibration.calibration_set import FORMAT
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation import (
     FeatureStatistics,
@@ -74,7 +75,8 @@ def make_calibration_set(setup: Setup, previous: Twin | None = None, calibration
 
     From the second round on it holds the states of `previous`, the quantized twin of the round before.
     """
-    config, spec = setup.config.calibration, setup.calibration_spec(calibration_round)
+    config = setup.config.calibration
+    spec = setup.calibration_spec(calibration_round) | {"format": FORMAT}
     folder = setup.working_folder("calibration", spec)
 
     def make() -> CalibrationSet:
@@ -85,10 +87,10 @@ def make_calibration_set(setup: Setup, previous: Twin | None = None, calibration
             setup.model, setup.grid, config.source, seed=setup.config.seed, images=setup.images,
             denoiser=setup.guided(setup.model.denoiser) if previous is None else previous.guided(setup),
         )  # fmt: skip
-        null_label = None if setup.guidance_scale == 1 else setup.model.null_label
         joined = folder / "joined.npz"
         collect_calibration_set(
-            module, setup.trainer("calibration set"), states, config.batch_size, folder, joined, null_label
+            module, setup.trainer("calibration set"), states, config.batch_size, folder, joined,
+            guided=setup.guidance_scale != 1,
         )
         return CalibrationSet.load(joined)
 
@@ -114,7 +116,7 @@ def quantize_model(setup: Setup, calibration_set: CalibrationSet, calibration_ro
         smoothed = smooth(setup, quantized, calibration_set, calibration_round)
         if setup.config.reconstruction.active:  # it starts from these weights
             reference = copy.deepcopy(quantized)
-    example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
+    example = setup.model.example_inputs().to(setup.device)
     rules = policy(setup, quantized, example)
     report = quantize_(quantized, rules, example)
     twin = Twin(quantized, report, rules=tuple(rules), reference=reference, smoothed=smoothed)

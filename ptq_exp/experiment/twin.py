@@ -80,7 +80,7 @@ class AtRow(nn.Module):
         super().__init__()
         self.network, self.row = network, row
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         """eps [N, C, H, W]."""
         select_row(self.network, self.row)
-        return self.network(x, t, y)
+        return self.network(x, t, **conditions)

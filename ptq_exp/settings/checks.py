@@ -19,6 +19,8 @@ def check(config: ExperimentConfig) -> None:
         raise ConfigError(f"evaluation.reference={reference!r}: give a path, or null where nothing is compared")
     if config.model.ema is not None and "ema" not in config.model.build:
         raise ConfigError(f"model.ema: a checkpoint of model={config.model.name} has one set of weights, not two")
+    if config.model.conditions is not None and "conditions" not in config.model.build:
+        raise ConfigError(f"model.conditions: model={config.model.name} takes none but its own; set it to null")
     if config.evaluation.extractor is not None and config.evaluation.reference is None:
         raise ConfigError(
             f"evaluation.reference is not set, but evaluation={config.evaluation.name} compares with real images: give "

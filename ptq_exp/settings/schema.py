@@ -64,6 +64,9 @@ class ModelConfig:
     ema: bool | None = setting(
         None, "Take the averaged weights (true) or those of the last step, where a checkpoint holds both."
     )
+    conditions: str | None = setting(
+        None, "File (npz) of what the network receives beside class labels; see docs/own_model.md.", path=True
+    )
     channels_last: bool = setting(False, "Memory layout NHWC: faster convolutions on GPUs in half precision.")
     compile: bool = setting(False, "Run the network through torch.compile.")
     build: dict[str, Any] = setting(dict, "Function that makes the `DiffusionModel`, and its arguments.", path=True)

@@ -20,7 +20,7 @@ MEAN, STD = 0.4, 0.3
 def exact(grid):
     """E[eps | x_t] for data N(MEAN, STD^2): eps = sqrt(1 - a) (x - sqrt(a) MEAN) / (a STD^2 + 1 - a)."""
 
-    def denoiser(x, t, y):
+    def denoiser(x, t):
         a = grid.alphas_cumprod[grid.step_of(t)].float().view(-1, 1, 1, 1)
         return (1 - a).sqrt() * (x - a.sqrt() * MEAN) / (a * STD**2 + 1 - a)
 

@@ -114,7 +114,7 @@ def test_inputs_of_a_block_are_those_of_each_sample_alone_at_its_row(toy, sample
 
 
 def test_both_halves_of_guidance_use_the_row_of_their_sample(samples):
-    guided = replace(samples, y=np.arange(48), null_label=99)
+    guided = replace(samples, conditions={"y": np.arange(48)}, unconditional={"y": np.array(99)})
     steps = guided.batch_steps(10)
     times = torch.cat([t for _, t, _ in guided.batches(10)])
     assert len(steps) == 96 and torch.equal(1000 - 150 * steps.float(), times)

@@ -116,8 +116,7 @@ def test_of_the_embedded_models_every_projection_hangs_on_the_first_layer(name, 
     layers = depending_on_alone(model.denoiser, model.example_inputs(), 1)
     twin = model.twin()
     quantize_(twin, default_rules(4, 8), model.example_inputs())
-    x, _, *y = model.example_inputs()
-    whole = [(x.expand(3, *x.shape[1:]), TIMES[:3], y[0].expand(3) if y else None)]
+    whole = [model.example_inputs().expanded(3)._replace(t=TIMES[:3])]
     (block,) = find_time_blocks(twin, model.denoiser, layers, whole)
     assert len(block.layers) == n_layers and len(block.plan.leaves) == n_layers - 2
     assert [root.rpartition(".")[2] for root in block.plan.roots] == ["linear_1"]
@@ -306,8 +305,8 @@ def test_a_dit_is_reconstructed_on_all_times(joint, tmp_path):
     rng = np.random.default_rng(0)
     step = np.arange(16) % 5
     samples = CalibrationSet(
-        rng.standard_normal((16, 1, 6, 6), dtype=np.float32), step, TIMES.numpy()[step], np.zeros(16, int), step % 3,
-        null_label=3,
+        rng.standard_normal((16, 1, 6, 6), dtype=np.float32), step, TIMES.numpy()[step], np.zeros(16, int),
+        {"y": step % 3}, {"y": np.array(3)},
     )  # fmt: skip
     twin = copy.deepcopy(net)
     quantize_(twin, default_rules(3, 8, first=("*pos_embed.proj",), last=("*proj_out_2",)), example)

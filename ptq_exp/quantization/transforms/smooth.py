@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.quantization.trace.provenance import Notes, watching
 
 Makers = nn.LayerNorm | nn.GroupNorm | nn.Linear | nn.Conv1d | nn.Conv2d
@@ -43,7 +44,7 @@ def smoothable(model: nn.Module, example_inputs: tuple) -> dict[str, tuple[str, 
                 watch(module, before=lambda x, name=name, m=module: found.read(name, m, x, notes.of(x)))
             if isinstance(module, Makers) and module.weight is not None and module.weight.ndim > 0:
                 watch(module, after=lambda y, name=name, m=module: notes.set(y, (name, _axis(m) % y.ndim)))
-        model(*example_inputs)
+        evaluate(model, example_inputs)
     return found.sites()
 
 
