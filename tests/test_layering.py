@@ -26,7 +26,7 @@ FLOORS = [
     },
     {
         "reconstruction": "errors quantization calibration",
-        "deploy": "errors storage quantization diffusion correction",
+        "deploy": "errors storage quantization diffusion evaluation calibration correction",
     },
     {
         "lightning": "errors storage quantization diffusion evaluation calibration correction reconstruction",
