@@ -18,6 +18,7 @@ from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
 from ptq_exp.diffusion.zoo.registry import MODELS, load_model
 from ptq_exp.errors import CheckpointError, ConfigError, PTQError
 from ptq_exp.quantization.save import DESCRIPTION_FILE, load_quantized_, rule_from_dict
+from ptq_exp.runtime.base import check_runtime
 from ptq_exp.storage.paths import with_homes
 
 log = logging.getLogger("ptq_exp")
@@ -27,7 +28,7 @@ _RECIPE = ("ptq_exp", "model", "evaluations", "settings")
 
 def load_quantized(
     path: str | Path, checkpoint: str | None = None, device: torch.device | str = "cpu", *,
-    model: DiffusionModel | None = None,
+    model: DiffusionModel | None = None, runtime: str = "simulate",
 ) -> QuantizedModel:  # fmt: skip
     """Load a saved quantized model, without calibration data; its network gives the saved one's outputs bit for bit.
 
@@ -38,12 +39,15 @@ def load_quantized(
             is complete, but its full-precision network is not there.
         device: where to compute.
         model: the full-precision model, for models that `load_model` does not know.
+        runtime: how the network is executed, see `ptq_exp.runtime`.
 
     Raises:
+        ConfigError: there is no such runtime.
         DataError: the artefact is missing, truncated, edited or of an unknown version.
         CheckpointError: the checkpoint is another one, or is needed for the first stage (or for the structure of the
             network of a diffusers folder, which earlier versions did not save).
     """
+    check_runtime(runtime)
     artifact = Artifact.open(with_homes(path, "quantized"))
     full_precision = True
     if model is None:
@@ -60,7 +64,8 @@ def load_quantized(
     scale = artifact.setting("sampler.guidance_scale", float | int | None, None)
     scale = model.sampler.guidance_scale if scale is None else float(scale)
     artifact.check_grid(grid, scale)
-    return restored(artifact, model, grid, scale, torch.device(device), full_precision=full_precision)
+    quantized = restored(artifact, model, grid, scale, torch.device(device), full_precision=full_precision)
+    return replace(quantized, runtime=runtime)
 
 
 def restored(

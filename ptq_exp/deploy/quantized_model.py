@@ -19,6 +19,7 @@ from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import Report, Rule
 from ptq_exp.quantization.save import save_quantized
+from ptq_exp.runtime import ExecutedLayer, Runtime, runtime_of
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.plain_json import to_plain
 
@@ -41,6 +42,7 @@ class QuantizedModel:
         variance: whether the sampler's own noise makes room for that of the quantization.
         convention: "paper" or "code", of the variance correction.
         smoothed: module whose output channels were divided by factors -> the layers whose weights took them.
+        runtime: how the network is executed, see `ptq_exp.runtime`.
         full_precision: whether the full-precision weights are there, too.
         compile: whether networks are compiled.
         recipe: what it was made from and with, as plain values for quantization.json.
@@ -59,6 +61,7 @@ class QuantizedModel:
     variance: bool = False
     convention: str = "paper"
     smoothed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    runtime: str = "simulate"
     full_precision: bool = True
     compile: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -81,8 +84,21 @@ class QuantizedModel:
         """The guided denoiser with one row of the activation ranges in all steps."""
         return self._guided(torch.full((len(self.grid),), row) if len(self.widths) > 1 else None)
 
+    @cached_property
+    def _execution(self) -> tuple[Runtime, nn.Module]:
+        """The runtime, and the network that it made."""
+        runtime = runtime_of(self.runtime)
+        device = next(self.network.parameters()).device
+        return runtime, runtime.compile(self.network, tuple(part.to(device) for part in self.model.example_inputs()))
+
+    @property
+    def executed(self) -> list[ExecutedLayer]:
+        """How the runtime executes each operation of the network."""
+        return self._execution[0].account()
+
     def _guided(self, rows: Tensor | None) -> nn.Module:
-        denoiser = self.network if rows is None else Scheduled(self.network, rows, self.grid)
+        network = self._execution[1]
+        denoiser = network if rows is None else Scheduled(network, rows, self.grid)
         if self.compile:
             denoiser.compile()
         return self.model.guided(denoiser, self.guidance_scale)

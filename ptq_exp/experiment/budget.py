@@ -60,8 +60,10 @@ def planned_report(run: Run, plan: Plan, reconstruction: ReconstructionConfig) -
 
 def check_budget(wanted: float | None, report: Report) -> None:
     """Raise InfeasibleError if the network takes more bit operations than FP32 / `wanted`."""
+    if wanted is None:
+        return
     ratio = report.totals["bops_reduction"]["conv_linear"]
-    if wanted is not None and ratio < wanted:
+    if ratio < wanted:
         raise InfeasibleError(
             f"bits.min_bops_ratio={wanted:g} is not met: convolutions and linear layers take FP32 / {ratio:.2f} bit "
             "operations; choose lower bits"

@@ -80,6 +80,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         if plan is not None:
             quantized = _made(run, plan, config, keys, stage, images)
         elif quantized is not None:
+            quantized = replace(quantized, runtime=config.runtime.name)
             writer.write("load_quantized", schedule_record(quantized, config.bits.name))
         if quantized is None:
             labels = run.model.labels(range(len(fp_images)), run.seed)
@@ -121,7 +122,7 @@ def _made(
     model = stage("proof", prove, run, model, states)
     model = stage("bit_schedule", schedule_bits, run, plan, config.correction, key, model)
     model = stage("noise_statistics", fit_correction, run, plan, config.correction, keys, model)
-    return replace(model, recipe=recipe(config, run.model, evaluations))
+    return replace(model, recipe=recipe(config, run.model, evaluations), runtime=config.runtime.name)
 
 
 def _evaluated(

@@ -118,12 +118,13 @@ class Keys:
 
     def estimates(self, schedule: BitSchedule | None, corrected: bool) -> Key:
         """All that decides the noise estimates that images are drawn with."""
+        scheduled = self.scheduled(schedule) | {"runtime": self.config.runtime.name}
         if not corrected:
-            return self.scheduled(schedule) | {"correction": None}
+            return scheduled | {"correction": None}
         correction = asdict(self.config.correction)
         if correction["statistics"]:
             correction["statistics"] = file_digest(correction["statistics"])
-        return versioned("correction", self.scheduled(schedule)) | {"correction": correction}
+        return versioned("correction", scheduled) | {"correction": correction}
 
     def _quantizers(self) -> Key:
         bits, settings = asdict(self.config.bits), self.config

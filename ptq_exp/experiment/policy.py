@@ -62,7 +62,7 @@ def policy(plan: Plan, model: DiffusionModel, network: nn.Module, example: tuple
 
 
 def _say(setting: str, what: str, found: dict) -> None:
-    """Log what was found; a model that has none of it is told so, as the setting then changes nothing."""
+    """Log what was found; a warning where the model has none of it, as the setting then changes nothing."""
     if found:
         log.info("%s: %s", setting, what)
     else:

@@ -12,6 +12,7 @@ from ptq_exp.quantization import METRICS, group_bits
 from ptq_exp.quantization.policy import SITES
 from ptq_exp.quantization.specs import GRANULARITIES, SOFTMAX_BITS, check_bits
 from ptq_exp.results.wandb import MODES as LOGGER_MODES
+from ptq_exp.runtime.base import check_runtime
 from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
 from ptq_exp.storage.cache import MODES as CACHE_MODES
 
@@ -31,6 +32,7 @@ def check(config: ExperimentConfig) -> None:
     _at_least("seed", config.seed, 0)
     _one_of("cache", config.cache, CACHE_MODES)
     _one_of("logger.mode", config.logger.mode, LOGGER_MODES)
+    check_runtime(config.runtime.name, "runtime.name")
     _at_least("sampler.steps", config.sampler.steps, 1)
     _one_of("sampler.solver", config.sampler.solver, SOLVERS)
     if config.sampler.spacing is not None:

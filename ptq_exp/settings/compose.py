@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
-from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.errors import ConfigError
 from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig, path_settings
 from ptq_exp.settings.strict import check_argument, check_types
 from ptq_exp.storage.paths import with_homes
@@ -177,19 +177,6 @@ def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfi
                 )
             OmegaConf.update(result, path, value, merge=False)
     return result
-
-
-def from_settings(settings: dict[str, Any], where: str) -> ExperimentConfig:
-    """Sections of settings, as they were saved, as plain objects; the others at their defaults.
-
-    Raises:
-        DataError: they do not fit the schema; the message begins with `where` they come from.
-    """
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        reason = _schema_message(error) if isinstance(error, OmegaConfBaseException) else error
-        raise DataError(f"{where}: its settings do not fit: {reason}") from error
 
 
 def _saved(path: str):

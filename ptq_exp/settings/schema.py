@@ -189,6 +189,13 @@ class CorrectionConfig:
 
 
 @dataclass
+class RuntimeConfig:
+    """How the quantized network is executed when it is sampled; see `ptq_exp.runtime`."""
+
+    name: str = "simulate"
+
+
+@dataclass
 class EvaluationConfig:
     """Extractor, reference, and how many images are scored, compared and shown.
 
@@ -274,6 +281,7 @@ class ExperimentConfig:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
