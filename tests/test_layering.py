@@ -20,18 +20,19 @@ FLOORS = [
         "results": "errors storage",
     },
     {
+        "runtime": "errors quantization",
         "calibration": "errors storage diffusion",
         "correction": "errors storage quantization diffusion",
         "reports": "errors storage evaluation results",
     },
     {
         "reconstruction": "errors quantization calibration",
-        "deploy": "errors storage quantization diffusion evaluation correction",
+        "deploy": "errors storage quantization diffusion evaluation calibration correction runtime",
     },
     {
         "lightning": "errors storage quantization diffusion evaluation calibration correction reconstruction",
         "embedded": "errors storage diffusion evaluation",
-        "settings": "errors storage quantization diffusion results calibration correction deploy",
+        "settings": "errors storage quantization diffusion results calibration correction deploy runtime",
     },
     {
         "experiment": "errors storage quantization diffusion evaluation results calibration correction reports "

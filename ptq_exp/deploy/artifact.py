@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
@@ -102,6 +103,19 @@ class Artifact:
             settings["correction"]["statistics"] = str(self.folder / STATISTICS_FILE)
         return settings
 
+    def setting(self, name: str, kind: type | UnionType, default: Any) -> Any:
+        """A setting that the network was made with, such as "sampler.steps"; `default` where it is not recorded.
+
+        Raises:
+            DataError: it is of another type than `kind`.
+        """
+        section, key = name.split(".")
+        values = self.description["settings"].get(section, {})
+        found = values.get(key, default) if isinstance(values, dict) else ...
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+            raise DataError(f"{self.folder / DESCRIPTION_FILE}: its settings do not fit: {name} is of another type")
+        return found
+
     def schedule(self) -> BitSchedule | None:
         """The activation widths per step; None = one width.
 
@@ -127,7 +141,7 @@ class Artifact:
         """Raise ConfigError if schedule, ranges of steps or statistics were made for another sampler than this one."""
         if (schedule := self.schedule()) is not None:
             schedule.check(grid)
-        temporal = self.settings["quantization"]["temporal"]
+        temporal = self.setting("quantization.temporal", str, "static")
         if temporal != "static" and not _same(self.description["grid"]["timesteps"], grid.timesteps.tolist()):
             raise ConfigError(
                 f"{self.folder} has ranges for each sampling step (quantization.temporal={temporal}) of another grid "
@@ -135,7 +149,7 @@ class Artifact:
             )
         if self.description["noise_statistics"] is None:
             return
-        wanted = grid_account(grid, guidance_scale)
+        wanted = grid_entry(grid, guidance_scale)
         for key, found in self.description["grid"].items():
             if not _same(found, wanted.get(key)):
                 raise ConfigError(
@@ -152,7 +166,7 @@ class Artifact:
         return load(self.folder / name)
 
 
-def grid_account(grid: TimeGrid, guidance_scale: float) -> dict[str, Any]:
+def grid_entry(grid: TimeGrid, guidance_scale: float) -> dict[str, Any]:
     """What of a sampler noise statistics depend on."""
     return {
         "timesteps": grid.timesteps.tolist(), "alphas_cumprod": grid.alphas_cumprod.tolist(),

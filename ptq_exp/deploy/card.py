@@ -20,7 +20,7 @@ tags:
 # {model}, {title}
 
 The noise estimator of the diffusion model `{model}`, quantized after training. Files: `quantized.safetensors` (packed
-integers, ranges, all other parameters), `quantization.json` (rules, ranges, account of every layer, recipe){others}.
+integers, ranges, all other parameters), `quantization.json` (rules, ranges, bits of every layer, recipe){others}.
 
 | | |
 | --- | --- |

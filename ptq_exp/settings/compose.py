@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
-from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.errors import ConfigError
 from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig, path_settings
 from ptq_exp.settings.strict import check_argument, check_types
 from ptq_exp.storage.paths import with_homes
@@ -177,20 +177,6 @@ def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfi
                 )
             OmegaConf.update(result, path, value, merge=False)
     return result
-
-
-def from_settings(settings: dict[str, Any], where: str) -> ExperimentConfig:
-    """Turn saved sections of settings into plain objects; the others have their defaults.
-
-    Raises:
-        DataError: they do not fit the schema; the message begins with `where` they come from.
-    """
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings)
-        return cast(ExperimentConfig, OmegaConf.to_object(merged))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        reason = _schema_message(error) if isinstance(error, OmegaConfBaseException) else error
-        raise DataError(f"{where}: its settings do not fit: {reason}") from error
 
 
 def _saved(path: str):

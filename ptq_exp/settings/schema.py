@@ -148,6 +148,15 @@ class SweepConfig:
 
 
 @dataclass
+class RuntimeConfig:
+    """How the quantized network is executed when it is sampled; see `ptq_exp.runtime`."""
+
+    name: str = setting(
+        "simulate", "What executes the quantized network.", choices="ptq_exp.runtime.base.RUNTIMES"
+    )
+
+
+@dataclass
 class ExperimentConfig:
     """One experiment, as `conf/config.yaml` composes it."""
 
@@ -173,6 +182,7 @@ class ExperimentConfig:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

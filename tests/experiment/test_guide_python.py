@@ -10,7 +10,8 @@ from guide_text import conf, run_of
 
 from ptq_exp.calibration import CalibrationSet, StateRequest, source
 from ptq_exp.embedded import digits_model
-from ptq_exp.experiment.run import Setup
+from ptq_exp.experiment.keys import Keys
+from ptq_exp.experiment.run import Run, calibration_images
 from ptq_exp.experiment.stages import make_calibration_set
 from ptq_exp.quantization import METRICS, calibrate_, default_rules, fake_quantize, quantize_, search_range
 from ptq_exp.storage.plain_json import read_json
@@ -79,7 +80,10 @@ def test_the_calibration_strategies_make_their_sets(here, cache):
     made: dict[str, CalibrationSet] = {}
     for name in ("beta", "mixed"):
         arguments = run_of("extend", f"calibration.name={name}")
-        made[name] = make_calibration_set(Setup.of(conf(*small, f"cache_dir={cache}", *arguments)))
+        config = conf(*small, f"cache_dir={cache}", *arguments)
+        run = Run.of(config)
+        key = Keys(config, run.model, run.grid, run.guidance_scale).calibration(1)
+        made[name] = make_calibration_set(run, config.calibration, key, calibration_images(config))
     # most time indices of Beta(2, 3) are in the lower half, which are the later positions
     assert (made["beta"].step >= 2).sum() > 4
     model, mixed = digits_model(), made["mixed"]

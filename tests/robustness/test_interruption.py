@@ -13,8 +13,7 @@ from ptq_exp.cli.main import main
 from ptq_exp.cli.search.coordinate import Search
 from ptq_exp.cli.search.space import Space, Stage
 from ptq_exp.errors import Interrupted, command_line, interruptible, interruption
-from ptq_exp.experiment import experiment, stages
-from ptq_exp.experiment import noise as noise_stages
+from ptq_exp.experiment import experiment, images, stages
 from ptq_exp.lightning import EvaluationModule
 from ptq_exp.results.record import Results
 from ptq_exp.storage.plain_json import read_json
@@ -69,7 +68,7 @@ def sent(number):
     return send
 
 
-PLACES = [(stages, "draw"), (stages, "calibrate"), (noise_stages, "eps_error"),
+PLACES = [(images, "draw_images"), (stages, "calibrate"), (experiment, "eps_error"),
           (experiment, "mean_psnr"), (EvaluationModule, "predict_step")]  # fmt: skip
 
 

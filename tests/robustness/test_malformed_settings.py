@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ptq_exp.errors import ConfigError, PTQError
-from ptq_exp.experiment.run import Setup
+from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.run import Run
 from ptq_exp.settings.compose import config_folder, constructor, validated
 from ptq_exp.settings.schema import ExperimentConfig
 
@@ -87,13 +88,14 @@ def outcome(config, override):
     try:
         OmegaConf.update(config, parsed.key_or_group, parsed.value(), merge=False)
         settings = validated(config, [override])
-        Setup.of(settings)
+        run = Run.of(settings)
+        Plan.of(settings, run.grid)
         if override.startswith("model.images="):  # the first stage reads them
             constructor(settings.model.images, "model.images")
         if override.startswith("evaluation.reference="):
-            from ptq_exp.experiment.stages import reference_features
+            from ptq_exp.experiment.features import reference_features
 
-            reference_features(Setup.of(settings))
+            reference_features(run, settings.evaluation)
     except PTQError as error:
         return str(error)
     except OmegaConfBaseException as error:
