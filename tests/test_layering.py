@@ -50,7 +50,6 @@ MAY_USE = {
     "lightning": LIGHTNING,
     "embedded.training": LIGHTNING,
     "results.wandb": LIGHTNING | {"wandb"},
-    "reports.tables.wandb_log": {"wandb"},
     "reports.tables.wandb_source": {"wandb"},
     "settings.compose": HYDRA,
     "settings.composition": HYDRA | {"argparse"},

@@ -17,7 +17,7 @@ from ptq_exp.reports.tables.layouts import Layout, find_layout, layouts
 from ptq_exp.reports.tables.render import FORMATS, render, to_wandb
 from ptq_exp.reports.tables.request import Request, ResultTable
 from ptq_exp.reports.tables.result_table import result_table
-from ptq_exp.reports.tables.runs import SOURCES, gather
+from ptq_exp.reports.tables.runs import gather
 from ptq_exp.reports.tables.settings import VALUES
 from ptq_exp.reports.tables.wandb_source import online_rows
 from ptq_exp.settings.compose import config_folder
@@ -30,8 +30,8 @@ Runs = str | os.PathLike | pd.DataFrame
 _DEFAULT = "experiments"
 _HELP = f"""
 what is read:
-  folders with results.json (runs); offline W&B runs (runs/.../wandb/offline-run-*) where there is no results.json, or
-  with --source wandb in any case; with --wandb entity/project the runs of an online project instead
+  folders with results.json (runs), or the offline W&B folder of a run (RUN/wandb/offline-run-*), which stands for it;
+  with --wandb entity/project the runs of an online project instead
 
 layouts:
   files of conf/table: --list shows all, each with the sweep that fills it; a .yaml file of your own works, too
@@ -66,7 +66,7 @@ def make_table(runs: Runs, request: Request) -> ResultTable:
     Raises:
         PTQError: there are no results, an unknown key or value, or runs that differ in a setting would be averaged.
     """
-    runs = runs if isinstance(runs, pd.DataFrame) else gather([runs], "results")
+    runs = runs if isinstance(runs, pd.DataFrame) else gather([runs])
     return result_table(runs, request, [f"config.{name}" for name in setting_names()])
 
 
@@ -107,7 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-fp32", action="store_true", help="without the FP32 row")
     add("--format", choices=FORMATS, default="markdown", help="how it is written (markdown)")
     add("--output", metavar="FILE", action=PathArgument, help="write it into this file")
-    add("--source", choices=SOURCES, default="auto", help="what is read in the folders (auto)")
     add("--wandb", metavar="ENTITY/PROJECT", help="read the runs of this W&B project instead of folders")
     add("--wandb-url", metavar="URL", help="of a W&B server of one's own")
     add("--to-wandb", metavar="ENTITY/PROJECT", help="write the table into W&B, too; offline: into --wandb-dir")
@@ -165,7 +164,7 @@ def _runs(arguments: argparse.Namespace) -> pd.DataFrame:
         return pd.DataFrame(online_rows(arguments.wandb, arguments.wandb_url))
     if missing := [folder for folder in arguments.runs if not Path(folder).is_dir()]:
         raise DataError(f"no results.json below {missing[0]}: there is no such folder")
-    return gather(arguments.runs, arguments.source)
+    return gather(arguments.runs)
 
 
 def _names(text: str) -> list[str]:

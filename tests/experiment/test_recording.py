@@ -8,10 +8,11 @@ import time
 import pandas as pd
 import pytest
 import wandb
+from wandb_log import read_log
 
 from ptq_exp.errors import ConfigError, Interrupted, PTQError
-from ptq_exp.experiment import noise_record, outcome
-from ptq_exp.reports.tables.wandb_log import read_log
+from ptq_exp.experiment import outcome
+from ptq_exp.reports import figures
 from ptq_exp.results import tracked as tracked_module
 from ptq_exp.results import wandb as wandb_run
 from ptq_exp.results.tracked import Tracked, tracked
@@ -50,7 +51,7 @@ def said(folder):
 
 def test_a_run_is_finished_whatever_fails_after_its_results(command, monkeypatch):
     for place, name in [(outcome, "_picture"), (outcome, "write_card"), (outcome, "write_run_report"),
-                        (outcome, "summary"), (outcome, "_left_in"), (noise_record, "plot_noise"),
+                        (outcome, "summary"), (outcome, "_left_in"), (figures, "noise"),
                         (wandb_run, "log_table"), (wandb_run, "finish")]:  # fmt: skip
         monkeypatch.setattr(place, name, broken)
     folder = command("+experiment=ptqd_w4a8", *QUICK)

@@ -38,7 +38,7 @@ def sweep_table(
     Raises:
         PTQError: there are no results, an unknown key or value, or runs that differ in a setting that is no key.
     """
-    runs = gather([folder], "results")
+    runs = gather([folder])
     values = list(values or _present(runs))
     names = [key.lstrip("+~").partition("@")[0] for key in keys]
     names = ["name" if name == "experiment" else name for name in names]
