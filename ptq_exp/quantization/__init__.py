@@ -37,6 +37,7 @@ from ptq_exp.quantization.policy import default_rules, kept, segmented, with_out
 from ptq_exp.quantization.probe import one_layer_quantized, probe_of, quantized_layers
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from ptq_exp.quantization.quantizer.time_step import Step, of_samples, select_row, step_of
+from ptq_exp.quantization.ranges.elementwise import HistogramMetric
 from ptq_exp.quantization.ranges.range_search import METRICS, RangeSketch, search_range
 from ptq_exp.quantization.save import load_quantized_, save_quantized
 from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec
@@ -47,6 +48,7 @@ __all__ = [
     "METRICS",
     "ActivationQuantizer",
     "ActivationTap",
+    "HistogramMetric",
     "Mode",
     "QRange",
     "QuantAttention",

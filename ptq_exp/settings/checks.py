@@ -10,6 +10,7 @@ from ptq_exp.diffusion.time_grid import SPACINGS
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import METRICS, group_bits
 from ptq_exp.quantization.policy import SITES
+from ptq_exp.quantization.ranges.range_search import check_metric
 from ptq_exp.quantization.specs import GRANULARITIES, SOFTMAX_BITS, check_bits
 from ptq_exp.results.wandb import MODES as LOGGER_MODES
 from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
@@ -101,6 +102,7 @@ def _check_full_precision(config: ExperimentConfig) -> None:
 def _check_quantization(config: ExperimentConfig) -> None:
     bits, calibration = config.bits, config.calibration
     _one_of("metric.name", config.metric.name, tuple(METRICS))
+    check_metric(config.metric.name)
     _check_placement(config)
     if calibration.source is None:
         raise ConfigError(f"calibration={calibration.name} has no samples, but bits={bits.name} needs some to choose "
