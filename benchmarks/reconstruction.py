@@ -22,12 +22,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from ptq_exp.quantization import (
+    Policy,
     QuantSpec,
     Rule,
     TensorSpec,
+    Widths,
     calibrate_activations_,
     calibrate_weights_,
-    default_rules,
     quantize_,
 )
 from ptq_exp.reconstruction import Annealing, BlockData, BlockOptimisation, Calls, Settings, find_blocks
@@ -66,7 +67,7 @@ def optimisation(network: nn.Module, inputs: tuple, method: str, iterations: int
     one = tuple(None if part is None else part[:1] for part in inputs)
     if method == "qdrop":
         attention = any(isinstance(module, Attention) for module in twin.modules())
-        rules = default_rules(4, 4, first=(), last=(), attention=attention)
+        rules = Policy(first=(), last=(), attention=attention).rules(Widths(4, 4))
     else:
         rules = [Rule("*", QuantSpec(weight=TensorSpec(4, granularity="channel")))]
     quantize_(twin, rules, one)

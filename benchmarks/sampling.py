@@ -22,13 +22,13 @@ from torch import nn
 
 from ptq_exp import load_model
 from ptq_exp.diffusion import DiffusionModel
-from ptq_exp.quantization import calibrate_, default_rules, quantize_
+from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 
 
 def quantized_twin(model: DiffusionModel, inputs: tuple, device: str, activation: int | Sequence[int] = 8) -> nn.Module:
     """8-bit weights, ranges of one noise batch: speed does not depend on their values."""
     twin = model.twin()
-    rules = default_rules(8, activation, first=model.first_layers, last=model.last_layers)
+    rules = Policy(first=model.first_layers, last=model.last_layers).rules(Widths(8, activation))
     quantize_(twin, rules, tuple(part.to(device) for part in model.example_inputs()))
     calibrate_(twin, "minmax", [tuple(part[:1] for part in inputs)])
     return twin

@@ -15,7 +15,7 @@ from ptq_exp.errors import InfeasibleError, QuantizationError
 from ptq_exp.experiment.policy import policy
 from ptq_exp.experiment.reconstruct import blocks_of
 from ptq_exp.experiment.run import Setup
-from ptq_exp.quantization import Report, disabled, quantize_
+from ptq_exp.quantization import Report, disabled, quantize_, transforms_of
 from ptq_exp.quantization.cost.operands import operands_of
 from ptq_exp.results.record import Results
 from ptq_exp.settings.compose import build
@@ -50,7 +50,10 @@ def planned_report(setup: Setup) -> Report:
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
     network = setup.model.twin().to(setup.device)
     with _silent():  # all of it is said again when it is done
-        report = quantize_(network, policy(setup, network, example), example)
+        rules = policy(setup, network, example)
+        for transform in transforms_of(setup.config.quantization.transforms):
+            transform.install_(network, transform.find(network, example))
+        report = quantize_(network, rules, example)
         _check_called(setup, network, report, example)
         if setup.config.reconstruction.active:
             blocks_of(setup, network, setup.model.denoiser.to(setup.device), example)

@@ -123,8 +123,8 @@ def _quantized(
     config, results = setup.config, clock.results
     twin, evaluations = quantized
     error = clock("eps_error", noise_stages.eps_error, setup, twin)
-    smoothed = {"smoothed": twin.smoothed} if twin.smoothed else {}
-    results.update("quantize", quantization=_account(twin.report), evaluations=evaluations, **smoothed)
+    transforms = {"transforms": [made.to_dict() for made in twin.transforms]} if twin.transforms else {}
+    results.update("quantize", quantization=_account(twin.report), evaluations=evaluations, **transforms)
     results.update("reconstruct", **reconstruction_account(twin, folder))
     results.update("noise_statistics", **noise_account(setup, twin, error))
     pictures, saved = write_account(setup, twin, error, folder), None

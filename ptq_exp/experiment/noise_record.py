@@ -78,7 +78,9 @@ def write_account(setup: Setup, twin: Twin, error: EpsError, folder: Path) -> li
     Returns:
         The names of the pictures.
     """
-    account = twin.report.to_dict() | {"quantizers": range_table(twin.network), "smoothed": twin.smoothed}
+    account = twin.report.to_dict() | {
+        "quantizers": range_table(twin.network), "transforms": [made.to_dict() for made in twin.transforms]
+    }  # fmt: skip
     write_json(folder / "quantization.json", account)
     title = f"{setup.model.name}, {setup.config.bits.name}, {len(setup.grid)} steps, eta {setup.grid.eta:g}"
     pictures = []

@@ -1,4 +1,4 @@
-"""Before and while ranges are found: outliers moved into the weights, then weights, then activations bin by bin."""
+"""While ranges are found: those of weights, then those of activations, bin by bin."""
 
 from __future__ import annotations
 
@@ -26,9 +26,6 @@ from ptq_exp.quantization import (
     refuted,
     select_row,
 )
-from ptq_exp.quantization.transforms.smooth import largest_outputs, smooth_, smoothable, smoothing_factors
-from ptq_exp.storage.atomic import write_npz
-from ptq_exp.storage.npz import npz_arrays
 
 log = logging.getLogger("ptq_exp")
 
@@ -84,36 +81,6 @@ def prove(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Twin:
     for row in refuted(twin.report, checked):
         log.warning("%s is not covered: %s", row.name, row.reason)
     return replace(twin, report=checked)
-
-
-def smooth(
-    setup: Setup, network: nn.Module, calibration_set: CalibrationSet, calibration_round: int
-) -> dict[str, tuple[str, ...]]:
-    """Move outliers of the full-precision `network`'s activations into its weights, by the calibration set; in place.
-
-    Only the factors are kept for later runs: they are applied to the full-precision weights anew.
-
-    Returns:
-        {module whose output was smoothed: the layers that read it}.
-    """
-    quantization = setup.config.quantization
-    sites = smoothable(network, _example(setup))
-    spec = setup.calibration_spec(calibration_round) | {"alpha": quantization.smooth_alpha}
-
-    def make() -> dict[str, np.ndarray]:
-        with largest_outputs(network, sites) as largest:
-            for x, t, y in calibration_set.batches(setup.config.calibration.batch_size):
-                network(x.to(setup.device), t.to(setup.device), None if y is None else y.to(setup.device))
-        factors = smoothing_factors(network, sites, largest, quantization.smooth_alpha)
-        return {name: factor.cpu().numpy() for name, factor in factors.items()}
-
-    arrays, _ = setup.cache.get_or_make(
-        "smoothing", spec, make=make, load=npz_arrays, save=lambda arrays, path: write_npz(path, **arrays)
-    )
-    smooth_(network, sites, {name: torch.from_numpy(np.array(factor)) for name, factor in arrays.items()})
-    pairs = "; ".join(f"{maker} -> {', '.join(readers)}" for maker, readers in sites.items())
-    log.info("quantization.smooth: %d places qualify: %s", len(sites), pairs or "none")
-    return sites
 
 
 def _observe(setup: Setup, network: nn.Module, batches: Iterable[Batch], chosen: Collection[str]) -> None:

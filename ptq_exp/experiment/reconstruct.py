@@ -18,6 +18,7 @@ from ptq_exp.calibration import CalibrationSet
 from ptq_exp.errors import DataError
 from ptq_exp.experiment.ranges import batches_of_times, time_layers
 from ptq_exp.experiment.run import Setup
+from ptq_exp.experiment.transforms import transformed
 from ptq_exp.experiment.twin import Twin
 from ptq_exp.lightning import reconstruct_network
 from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, select_row
@@ -78,7 +79,7 @@ def reconstruct(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Tw
         "held-out samples", setup.config.reconstruction.name, "reused from the cache" if reused else "computed",
         said["blocks"], said["kept"], said["error_before"], said["error"],
     )  # fmt: skip
-    return replace(twin, reconstruction=reports, reference=None)
+    return replace(twin, reconstruction=reports)
 
 
 def reconstruction_account(twin: Twin, folder: Path) -> dict[str, Any]:
@@ -96,13 +97,13 @@ def reconstruction_account(twin: Twin, folder: Path) -> dict[str, Any]:
 def calibration_seconds(setup: Setup, twin: Twin) -> dict[str, float | None]:
     """Wall seconds of calibration when it was computed: {part: seconds} and their "total"; None where unknown.
 
-    Parts: the calibration set, the ranges (with smoothing) and the roundings. What runs share counts in each of them,
+    Parts: the calibration set, the ranges (with transforms) and the roundings. What runs share counts in each of them,
     and a part that was continued after a kill as long as its last process took.
     """
     seconds = setup.cache.seconds
     parts = {
         "calibration_set": seconds["calibration"],
-        "ranges": seconds["ranges"] + seconds["smoothing"],
+        "ranges": seconds["ranges"] + seconds["transform"],
         "reconstruction": sum(report.seconds for report in twin.reconstruction or ()),
     }
     parts["total"] = sum(parts.values())
@@ -121,8 +122,7 @@ def settings_of(config: ReconstructionConfig) -> Settings:
 def _reconstructed(setup: Setup, twin: Twin, calibration_set: CalibrationSet, folder: Path) -> list[BlockReport]:
     """Reconstruct the twin's network in place; a killed run with the same settings is continued."""
     config, network = setup.config, twin.network
-    # after smoothing the model's own denoiser has other weights than those that were rounded
-    reference = setup.model.denoiser if twin.reference is None else twin.reference
+    reference = transformed(setup, twin.transforms)  # whose weights were rounded
     reference.to(setup.device)
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
     blocks = blocks_of(setup, network, reference, example)

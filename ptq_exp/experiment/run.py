@@ -24,7 +24,7 @@ from ptq_exp.diffusion.zoo.registry import check_numbers
 from ptq_exp.errors import CheckpointError, ConfigError, DataError, PTQError
 from ptq_exp.evaluation import FeatureExtractor, content_digest
 from ptq_exp.lightning import make_trainer
-from ptq_exp.quantization import group_bits
+from ptq_exp.quantization import group_bits, transforms_of
 from ptq_exp.settings.compose import build, constructor
 from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
 from ptq_exp.storage.cache import ArtifactCache, digest
@@ -132,12 +132,14 @@ class Setup:
         return self.calibration_spec(calibration_round) | self._quantizer_settings()
 
     def _quantizer_settings(self) -> dict[str, Any]:
-        bits = asdict(self.config.bits)
+        bits, policy = asdict(self.config.bits), self.config.quantization
         widths = {key: bits[key] for key in ("weight", "softmax", "first_last", "boundary")}
+        # with the defaults of what is not given
+        transforms = [transform.to_dict() for transform in transforms_of(policy.transforms)]
         spec = {
             "metric": self.config.metric.name,
             "bits": widths | {"activation": self.activation_widths},
-            "quantization": asdict(self.config.quantization),
+            "quantization": asdict(policy) | {"transforms": transforms},
         }
         return spec | ({"groups": list(self.bit_groups.values())} if self.bit_groups else {})
 

@@ -59,7 +59,7 @@ def save_twin(setup: Setup, twin: Twin, evaluations: int, run_folder: Path) -> d
         if there is not None:
             shutil.copyfile(run_folder / name, folder / name)
             beside[key] = {"file": name, "sha256": file_digest(folder / name)}
-    about = _account(setup, evaluations) | beside | {"smoothed": twin.smoothed}
+    about = _account(setup, evaluations) | beside | {"transforms": [made.to_dict() for made in twin.transforms]}
     description = save_quantized(folder, twin.network, twin.rules, twin.report, to_plain(about))
     shutil.copyfile(folder / DESCRIPTION_FILE, run_folder / DESCRIPTION_FILE)
     size = description["file"]
@@ -127,13 +127,14 @@ def _restored(setup: Setup, *, replace_denoiser: bool) -> Twin:
     model, artifact = setup.model, setup.artifact
     network = (model.denoiser if replace_denoiser else model.twin()).to(setup.device)
     example = tuple(part.to(setup.device) for part in model.example_inputs())
+    transforms = artifact.transforms()
+    for made in transforms:
+        made.install_(network)
     report = load_quantized_(network, artifact.folder, example)
     schedule, widths = artifact.schedule(), setup.activation_widths
     if schedule is not None and len(widths) > 1:
         report = report.mixed(schedule.shares(widths))
-    # of an earlier version: not recorded
-    smoothed = {maker: tuple(readers) for maker, readers in artifact.description.get("smoothed", {}).items()}
-    return Twin(network, report, schedule, artifact.statistics(), smoothed=smoothed)
+    return Twin(network, report, schedule, artifact.statistics(), transforms=transforms)
 
 
 def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,8 +26,9 @@ from ptq_exp.evaluation import (
 )
 from ptq_exp.experiment.noise import twin_spec
 from ptq_exp.experiment.policy import policy
-from ptq_exp.experiment.ranges import calibrate, smooth
+from ptq_exp.experiment.ranges import calibrate
 from ptq_exp.experiment.run import Setup
+from ptq_exp.experiment.transforms import transform_
 from ptq_exp.experiment.twin import Twin
 from ptq_exp.lightning import (
     CalibrationModule,
@@ -109,15 +109,11 @@ def quantize_model(setup: Setup, calibration_set: CalibrationSet, calibration_ro
     The twin's weights hold their quantized values: sampling does not quantize them again at every step.
     """
     quantized = setup.model.twin().to(setup.device)
-    smoothed, reference = {}, None
-    if setup.config.quantization.smooth:
-        smoothed = smooth(setup, quantized, calibration_set, calibration_round)
-        if setup.config.reconstruction.active:  # it starts from these weights
-            reference = copy.deepcopy(quantized)
     example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
     rules = policy(setup, quantized, example)
+    transforms = transform_(setup, quantized, calibration_set, calibration_round, rules)
     report = quantize_(quantized, rules, example)
-    twin = Twin(quantized, report, rules=tuple(rules), reference=reference, smoothed=smoothed)
+    twin = Twin(quantized, report, rules=tuple(rules), transforms=transforms)
 
     def make() -> dict[str, np.ndarray]:
         calibrate(setup, twin, calibration_set)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ptq_exp.correction import BitSchedule, Corrected, NoiseStatistics, Scheduled, VarianceFit
 from ptq_exp.experiment.run import Setup
-from ptq_exp.quantization import Report, Rule, select_row
+from ptq_exp.quantization import Applied, Report, Rule, select_row
 from ptq_exp.reconstruction import BlockReport
 
 
@@ -27,8 +26,7 @@ class Twin:
         output_snr: {width: [S]} signal-to-noise ratio of the estimates, where it was measured.
         rules: that placed the quantizers of the network.
         reconstruction: how well each block was reconstructed; None = nothing was.
-        reference: full-precision network that it was made of, until it is reconstructed; None = the model's own.
-        smoothed: {module whose output channels were divided by factors: the layers whose weights took them}.
+        transforms: that the full-precision network went through before it was quantized, in order.
     """
 
     network: nn.Module
@@ -38,8 +36,7 @@ class Twin:
     output_snr: dict[int, list[float]] | None = None
     rules: tuple[Rule, ...] = ()
     reconstruction: list[BlockReport] | None = None
-    reference: nn.Module | None = None
-    smoothed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    transforms: tuple[Applied, ...] = ()
 
     def guided(self, setup: Setup) -> nn.Module:
         """The uncorrected denoiser: at the width, or with the ranges, of each step, with guidance."""

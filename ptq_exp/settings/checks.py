@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from ptq_exp.calibration import LABELS, SOURCES, TEMPORAL
+from ptq_exp.calibration import LABELS, SOURCES
 from ptq_exp.correction.statistics import CONVENTIONS
 from ptq_exp.diffusion.paired import FOLLOW
 from ptq_exp.diffusion.solvers import SOLVERS
 from ptq_exp.diffusion.time_grid import SPACINGS
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import METRICS, group_bits
-from ptq_exp.quantization.policy import SITES
+from ptq_exp.quantization import METRICS, group_bits, transforms_of
 from ptq_exp.quantization.ranges.range_search import check_metric
-from ptq_exp.quantization.specs import GRANULARITIES, SOFTMAX_BITS, check_bits
+from ptq_exp.quantization.widths import SOFTMAX_BITS, check_bits
 from ptq_exp.results.wandb import MODES as LOGGER_MODES
 from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
 from ptq_exp.storage.cache import MODES as CACHE_MODES
-
-PLACEMENT = {
-    "weight_granularity": GRANULARITIES,
-    "activation_site": SITES,
-    "shortcut": ("joint", "split", "split_all"),
-    "time_embedding": ("none", "shared", "split"),
-    "temporal": TEMPORAL,
-    "time_layers": ("calibration_set", "all_steps"),
-}
-"""Settings of `quantization` that choose one of several words."""
 
 
 def check(config: ExperimentConfig) -> None:
@@ -75,10 +64,10 @@ def _check_analysis(config: ExperimentConfig) -> None:
         return
     if config.bits.name == FULL_PRECISION:
         raise ConfigError("analysis.active=true looks at quantized layers, but bits=fp32 has none: choose bits=w8a8")
-    if config.quantization.smooth:
+    if config.quantization.transforms:
         raise ConfigError(
-            "analysis.active=true switches layers between full precision and quantized, which quantization.smooth=true "
-            "rules out, as it changes several layers together: set quantization.smooth=false"
+            "analysis.active=true switches layers between full precision and quantized, which transforms rule out, as "
+            "they change several layers together: set quantization.transforms=[] and quantization.smooth=false"
         )
 
 
@@ -144,11 +133,7 @@ def _check_labels(config: ExperimentConfig) -> None:
 
 def _check_placement(config: ExperimentConfig) -> None:
     quantization = config.quantization
-    for setting, valid in PLACEMENT.items():
-        _one_of(f"quantization.{setting}", getattr(quantization, setting), valid)
-    _at_least("quantization.group_size", quantization.group_size, 1)
-    _between("quantization.smooth_alpha", quantization.smooth_alpha, 0, 1)
-    _at_least("quantization.temporal_bins", quantization.temporal_bins, 1)
+    transforms_of(quantization.transforms)
     if quantization.temporal == "binned" and quantization.temporal_bins > config.sampler.steps:
         raise ConfigError(
             f"quantization.temporal_bins={quantization.temporal_bins}: choose 1..{config.sampler.steps} (sampler.steps)"

@@ -101,7 +101,7 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
         settings.pop("sweep", None)  # of the command, see `SweepConfig`
         check_types(settings, ExperimentConfig)
         # only this order of merging refuses `+group.extra=1`
-        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings)
+        merged = OmegaConf.merge(_schema(), settings)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_schema_message(error)) from error
@@ -110,6 +110,13 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
 
     check(config)
     return config
+
+
+def _schema() -> DictConfig:
+    """The schema as OmegaConf merges into it: parts that are frozen dataclasses would refuse to be set otherwise."""
+    schema = OmegaConf.structured(ExperimentConfig())
+    OmegaConf.set_readonly(schema.quantization, None)
+    return schema
 
 
 def _with_homes(composed: DictConfig) -> DictConfig:
@@ -186,7 +193,7 @@ def from_settings(settings: dict[str, Any], where: str) -> ExperimentConfig:
         DataError: they do not fit the schema; the message begins with `where` they come from.
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings))
+        return OmegaConf.to_object(OmegaConf.merge(_schema(), settings))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = _schema_message(error) if isinstance(error, OmegaConfBaseException) else error
         raise DataError(f"{where}: its settings do not fit: {reason}") from error

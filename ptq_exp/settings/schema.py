@@ -7,6 +7,8 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
+from ptq_exp.quantization.policy import Policy
+
 FULL_PRECISION = "fp32"
 RULES = ("snr", "budget")
 """Rules that choose a bit schedule; anything else in `bits.schedule` is the schedule itself, or its file."""
@@ -107,35 +109,6 @@ class BitsConfig:
     gain_samples: int = 64
     groups: dict[str, Any] = field(default_factory=dict)
     min_bops_ratio: float | None = None
-
-
-@dataclass
-class QuantizationConfig:
-    """Which operations are quantized, where, granularity and symmetry; `conf/quantization/full.yaml` explains them.
-
-    `first`, `last` and `keep_fp` are globs; None = the first and last layers that the model names. `keep_fp` may name
-    sets of globs, too: `ptq_exp.quantization.kept`.
-    """
-
-    name: str = ""
-    attention: bool = True
-    weight_symmetric: bool = False
-    weight_granularity: str = "channel"
-    group_size: int = 16
-    activation_symmetric: bool = False
-    activation_site: str = "input"
-    shortcut: str = "joint"
-    time_embedding: str = "none"
-    temporal: str = "static"
-    temporal_bins: int = 4
-    time_layers: str = "calibration_set"
-    quantize_state: bool = False
-    quantize_output: bool = False
-    smooth: bool = False
-    smooth_alpha: float = 0.5
-    first: list[str] | None = None
-    last: list[str] | None = None
-    keep_fp: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -271,7 +244,7 @@ class ExperimentConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     metric: MetricConfig = field(default_factory=MetricConfig)
     bits: BitsConfig = field(default_factory=BitsConfig)
-    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    quantization: Policy = field(default_factory=Policy)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -13,7 +13,7 @@ from ptq_exp.calibration import CalibrationSet, StateRequest, source
 from ptq_exp.embedded import digits_model
 from ptq_exp.experiment.run import Setup
 from ptq_exp.experiment.stages import make_calibration_set
-from ptq_exp.quantization import METRICS, calibrate_, default_rules, fake_quantize, quantize_, search_range
+from ptq_exp.quantization import METRICS, Policy, Widths, calibrate_, fake_quantize, quantize_, search_range
 from ptq_exp.storage.plain_json import read_json
 
 QUICK = ("logger=none", "evaluation=paired", "evaluation.n_samples=2", "evaluation.batch_size=2",
@@ -94,7 +94,7 @@ def test_the_correction_lowers_the_error_of_other_trajectories(here):
     made = SimpleNamespace(**runpy.run_path("my_correction.py"))
     model = digits_model()
     grid, quantized = model.time_grid(4), model.twin()
-    quantize_(quantized, default_rules(3, 8), model.example_inputs())
+    quantize_(quantized, Policy().rules(Widths(3, 8)), model.example_inputs())
     records = []
     model.run(model.denoiser, grid, range(16), 0, on_step=records.append)
     calibrate_(quantized, "minmax", [(r.x, grid.network_time(r.step, 16)) for r in records])
