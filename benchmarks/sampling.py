@@ -22,13 +22,13 @@ from torch import nn
 
 from ptq_exp import load_model
 from ptq_exp.diffusion import Call, DiffusionModel
-from ptq_exp.quantization import calibrate_, default_rules, quantize_
+from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 
 
 def quantized_twin(model: DiffusionModel, inputs: Call, device: str, activation: int | Sequence[int] = 8) -> nn.Module:
     """8-bit weights, ranges of one noise batch: speed does not depend on their values."""
     twin = model.twin()
-    rules = default_rules(8, activation, first=model.first_layers, last=model.last_layers)
+    rules = Policy(first=model.first_layers, last=model.last_layers).rules(Widths(8, activation))
     quantize_(twin, rules, model.example_inputs().to(device))
     first = {name: part[:1] for name, part in inputs.conditions.items()}
     calibrate_(twin, "minmax", [Call(inputs.x[:1], inputs.t[:1], first)])

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ptq_exp.settings.compose import config_folder
-from ptq_exp.settings.field import KEY, Setting
+from ptq_exp.settings.field import Setting, setting_of
 from ptq_exp.settings.schema import ExperimentConfig, SweepConfig
 
 PAGE = Path(__file__).parent / "settings.md"
@@ -49,7 +49,7 @@ def _section(name: str, schema: type, defaults: dict[str, Any]) -> list[str]:
         if isinstance(hint, type) and is_dataclass(hint):
             inner += _section(key, hint, defaults[entry.name])
             continue
-        known, default = entry.metadata[KEY], defaults.get(entry.name, entry.default)
+        known, default = setting_of(entry), defaults.get(entry.name, entry.default)
         cells = [f"`{key}`", _type(hint), _valid(known, hint), _value(default), known.meaning]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [*lines, "", *inner]

@@ -13,7 +13,7 @@ from PIL import Image
 import ptq_exp
 from ptq_exp.calibration import SkewNormal, StateRequest, positions, source
 from ptq_exp.evaluation.images import mean_psnr
-from ptq_exp.quantization import calibrate_, default_rules, quantize_
+from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 
 EXPECTED = {(8, 8): 49.4, (4, 8): 25.5, (4, 4): 24.4}
 """PSNR in dB by the bits of weights and activations."""
@@ -31,7 +31,8 @@ states, _ = source("denoise")(model, StateRequest(grid, range(24), steps, seed=0
 psnr, rows = {}, [images]
 for weight, activation in EXPECTED:
     network = copy.deepcopy(model.denoiser)
-    rules = default_rules(weight, activation, first=model.first_layers, last=model.last_layers)
+    policy = Policy(first=model.first_layers, last=model.last_layers)
+    rules = policy.rules(Widths(weight, activation))
     report = quantize_(network, rules, model.example_inputs())
     calibrate_(network, "mse", [(states, grid.network_time(steps))])
     assert report.totals["coverage"]["conv_linear"] == 1  # every multiplication of convolutions and linear layers

@@ -14,6 +14,7 @@ import torch
 from ptq_exp.correction import BitSchedule, NoiseStatistics
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
+from ptq_exp.quantization import Applied, applied_from_dict
 from ptq_exp.quantization.save import DESCRIPTION_FILE, TENSORS_FILE, read_description
 from ptq_exp.storage.atomic import file_digest
 
@@ -127,6 +128,21 @@ class Artifact:
     def statistics(self) -> NoiseStatistics | None:
         """The noise statistics; None = no correction. Raises as `schedule`."""
         return self._beside("noise_statistics", STATISTICS_FILE, NoiseStatistics.load)
+
+    def transforms(self) -> tuple[Applied, ...]:
+        """Return the transforms that the network went through before it was quantized, without what was fitted.
+
+        Raises:
+            DataError: one is unknown here, or its record is damaged.
+        """
+        records, sites = self.description.get("transforms"), self.description.get("smoothed")
+        if records is None:  # earlier versions knew smoothing alone, and at first did not record it
+            alpha = self.description["settings"].get("quantization", {}).get("smooth_alpha", 0.5)
+            records = [{"name": "smooth", "alpha": alpha, "sites": sites, "macs": 0, "bytes": 0}] if sites else []
+        try:
+            return tuple(applied_from_dict(record) for record in records)
+        except (DataError, TypeError) as error:
+            raise DataError(f"{self.folder / DESCRIPTION_FILE}: {error}") from error
 
     def check_model(self, model: DiffusionModel, setting: str = "model.checkpoint") -> None:
         """Raise CheckpointError unless `model` has the weights that were quantized."""

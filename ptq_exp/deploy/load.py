@@ -83,6 +83,9 @@ def restored(
     """
     network = (model.twin() if full_precision else model.denoiser).to(device)
     example = model.example_inputs().to(device)
+    transforms = artifact.transforms()
+    for done in transforms:
+        done.install_(network)
     report = load_quantized_(network, artifact.folder, example)
     schedule, widths = artifact.schedule(), tuple(artifact.description["activation_widths"])
     if schedule is not None and len(widths) > 1:
@@ -98,9 +101,7 @@ def restored(
         time_bins=bins if int(bins.max()) else None, schedule=schedule, statistics=artifact.statistics(),
         variance=artifact.setting("correction.variance", bool, False),
         convention=artifact.setting("correction.convention", str, "paper"),
-        # an earlier version did not record it
-        smoothed={maker: tuple(readers) for maker, readers in description.get("smoothed", {}).items()},
-        full_precision=full_precision, compile=compiled,
+        transforms=transforms, full_precision=full_precision, compile=compiled,
         recipe={key: description[key] for key in _RECIPE if key in description},
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from ptq_exp.deploy.artifact import SCHEDULE_FILE, STATISTICS_FILE, grid_entry
 from ptq_exp.deploy.draw import draw
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import Report, Rule
+from ptq_exp.quantization import Applied, Report, Rule
 from ptq_exp.quantization.save import save_quantized
 from ptq_exp.runtime import ExecutedLayer, Runtime, runtime_of
 from ptq_exp.storage.atomic import file_digest
@@ -41,7 +41,7 @@ class QuantizedModel:
         statistics: of the quantization noise in each step, for the correction; None = no correction.
         variance: whether the sampler's own noise makes room for that of the quantization.
         convention: "paper" or "code", of the variance correction.
-        smoothed: module whose output channels were divided by factors -> the layers whose weights took them.
+        transforms: that the full-precision network went through before it was quantized, in order.
         runtime: how the network is executed, see `ptq_exp.runtime`.
         full_precision: whether the full-precision weights are there, too.
         compile: whether networks are compiled.
@@ -60,7 +60,7 @@ class QuantizedModel:
     statistics: NoiseStatistics | None = None
     variance: bool = False
     convention: str = "paper"
-    smoothed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    transforms: tuple[Applied, ...] = ()
     runtime: str = "simulate"
     full_precision: bool = True
     compile: bool = False
@@ -159,6 +159,6 @@ class QuantizedModel:
                 beside[key] = {"file": name, "sha256": file_digest(folder / name)}
         about = {
             **self.recipe, "grid": grid_entry(self.grid, self.guidance_scale), "activation_widths": list(self.widths),
-            **beside, "smoothed": self.smoothed,
+            **beside, "transforms": [done.to_dict() for done in self.transforms],
         }  # fmt: skip
         return save_quantized(folder, self.network, self.rules, self.report, to_plain(about))

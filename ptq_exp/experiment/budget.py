@@ -19,7 +19,7 @@ from ptq_exp.experiment.policy import policy
 from ptq_exp.experiment.reconstruct import blocks_of
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Made, Record
-from ptq_exp.quantization import Report, disabled, quantize_
+from ptq_exp.quantization import Report, disabled, quantize_, transforms_of
 from ptq_exp.quantization.cost.operands import operands_of
 from ptq_exp.settings.compose import build
 from ptq_exp.settings.schema import ExperimentConfig, ReconstructionConfig
@@ -51,7 +51,10 @@ def planned_report(run: Run, plan: Plan, reconstruction: ReconstructionConfig) -
     """
     example, network = run.example(), run.model.twin().to(run.device)
     with _silent():  # all of it is said again when it is done
-        report = quantize_(network, policy(plan, run.model, network, example), example)
+        rules = policy(plan, run.model, network, example)
+        for transform in transforms_of(plan.quantization.transforms):
+            transform.install_(network, transform.find(network, example))
+        report = quantize_(network, rules, example)
         _check_called(run.grid, network, report, example)
         if reconstruction.active:
             blocks_of(run, plan, reconstruction, network, run.model.denoiser.to(run.device))

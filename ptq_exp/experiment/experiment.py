@@ -115,7 +115,7 @@ def _made(
         states = stage(f"calibration_set{suffix}", make_calibration_set, run, calibration, keys.calibration(n), images,
                        previous, which)  # fmt: skip
         quantized = stage(f"quantize{suffix}", quantize_model, run, plan, keys, states, n)
-        previous = quantized.model
+        previous = quantized
         evaluations += int(states.evaluations.sum())
     key = keys.quantization()
     model = stage("reconstruct", reconstruct, run, plan, config.reconstruction, key, quantized, states)
@@ -134,7 +134,8 @@ def _evaluated(
     key = keys.estimates(quantized.schedule, quantized.statistics is not None)
     error = stage("eps_error", eps_error, run, config.evaluation, key, quantized)
     numbers = {"quantization": quantization_entry(quantized.report), "evaluations": quantized.recipe["evaluations"]}
-    writer.write("quantize", Record(numbers | ({"smoothed": quantized.smoothed} if quantized.smoothed else {})))
+    transforms = {"transforms": [done.to_dict() for done in quantized.transforms]} if quantized.transforms else {}
+    writer.write("quantize", Record(numbers | transforms))
     writer.write("noise_statistics", noise_record(quantized, error, title))
     saved = None
     if config.save_quantized and keys.saved is None:

@@ -12,11 +12,12 @@ from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.evaluation import content_digest
 from ptq_exp.experiment.plan import activation_widths, bit_groups
 from ptq_exp.experiment.run import needs_images
+from ptq_exp.quantization import Transform, transforms_of
 from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.storage.atomic import file_digest
 
 VERSIONS = {
-    "sampling": 1, "calibration": 2, "smoothing": 1, "ranges": 1, "reconstruction": 1, "noise": 1, "propagation": 1,
+    "sampling": 1, "calibration": 2, "transform": 1, "ranges": 1, "reconstruction": 1, "noise": 1, "propagation": 1,
     "schedule": 1, "correction": 1, "images": 1, "features": 1, "reference": 1, "activations": 1, "sensitivity": 1,
 }  # fmt: skip
 """Raise a kind's number when its values change while the settings stay: what was stored is computed anew then.
@@ -84,10 +85,12 @@ class Keys:
         content = content_digest(images["path"]) if images.get("path") else None
         return key | {"images": images, "content": content}
 
-    def smoothing(self, calibration_round: int) -> Key:
-        """All that decides the factors of smoothing."""
-        alpha = self.config.quantization.smooth_alpha
-        return versioned("smoothing", self.calibration(calibration_round)) | {"alpha": alpha}
+    def transform(self, calibration_round: int, transforms: list[Transform]) -> Key:
+        """All that decides what is fitted for the last of `transforms`."""
+        key = self.calibration(calibration_round)
+        if any(transform.uses_rules for transform in transforms):
+            key = key | self._quantizers()
+        return versioned("transform", key) | {"transforms": [transform.to_dict() for transform in transforms]}
 
     def ranges(self, calibration_round: int | None = None) -> Key:
         """All that decides the ranges of the quantized network, for all activation widths that it can run at.
@@ -97,7 +100,7 @@ class Keys:
         if calibration_round is None:
             calibration_round = self.config.calibration.rounds
         key = versioned("ranges", self.calibration(calibration_round)) | self._quantizers()
-        return versioned("smoothing", key) if self.config.quantization.smooth else key
+        return versioned("transform", key) if self.config.quantization.transforms else key
 
     def quantization(self) -> Key:
         """All that decides the quantized network: its ranges and, where there is one, its reconstruction."""
@@ -128,11 +131,13 @@ class Keys:
 
     def _quantizers(self) -> Key:
         bits, settings = asdict(self.config.bits), self.config
+        # with the defaults of what is not given
+        transforms = [transform.to_dict() for transform in transforms_of(settings.quantization.transforms)]
         widths = {key: bits[key] for key in ("weight", "softmax", "first_last", "boundary")}
         groups = bit_groups(settings.bits, settings.model.groups)
         return {
             "metric": settings.metric.name,
             "bits": widths | {"activation": activation_widths(settings.bits, self.grid)},
-            "quantization": asdict(settings.quantization),
+            "quantization": asdict(settings.quantization) | {"transforms": transforms},
             "groups": list(groups.values()),
         }

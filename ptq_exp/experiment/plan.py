@@ -11,8 +11,8 @@ from ptq_exp.calibration import time_bins
 from ptq_exp.correction import BitSchedule, parse_widths
 from ptq_exp.diffusion import TimeGrid
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.quantization import group_bits
-from ptq_exp.settings.schema import RULES, BitsConfig, ExperimentConfig, QuantizationConfig
+from ptq_exp.quantization import Policy, group_bits
+from ptq_exp.settings.schema import RULES, BitsConfig, ExperimentConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Plan:
         groups: setting -> (glob, weight bits, activation bits) of groups of layers with widths of their own.
     """
 
-    quantization: QuantizationConfig
+    quantization: Policy
     bits: BitsConfig
     metric: str
     batch_size: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -12,7 +13,7 @@ from ptq_exp.experiment.plan import Plan
 from ptq_exp.quantization import (
     Rule,
     TensorSpec,
-    default_rules,
+    Widths,
     find_chunks,
     find_concats,
     kept,
@@ -34,17 +35,11 @@ def policy(plan: Plan, model: DiffusionModel, network: nn.Module, example: Call)
     first = model.first_layers if quantization.first is None else quantization.first
     last = model.last_layers if quantization.last is None else quantization.last
     names = [name for name, module in network.named_modules() if type(module) in QUANTIZED]
-    rules = kept(quantization.keep_fp, names)
     # a rule that matches nothing is an error, but not this one: a network without attention is whole, too
     attention = quantization.attention and any(fnmatchcase(name, "*to_[qkv]") for name, _ in network.named_modules())
-    rules += default_rules(
-        bits.weight, plan.widths, softmax_bits=bits.softmax, first_last_bits=bits.first_last,
-        boundary_bits=bits.boundary, attention=attention, first=first, last=last,
-        weight_symmetric=quantization.weight_symmetric, weight_granularity=quantization.weight_granularity,
-        group_size=quantization.group_size if quantization.weight_granularity == "group" else None,
-        activation_symmetric=quantization.activation_symmetric, activation_site=quantization.activation_site,
-        bins=plan.n_bins, quantize_state=quantization.quantize_state, quantize_output=quantization.quantize_output,
-    )  # fmt: skip
+    of_network = replace(quantization, attention=attention, first=first, last=last)
+    widths = Widths(bits.weight, tuple(plan.widths), bits.softmax, bits.first_last, bits.boundary)
+    rules = kept(quantization.keep_fp, names) + of_network.rules(widths, plan.n_bins)
     if quantization.shortcut != "joint":
         parts = find_concats(network, example, through_maps=quantization.shortcut == "split_all")
         _say("quantization.shortcut", f"{len(parts)} layers read concatenations, with a range for each part", parts)
@@ -54,7 +49,7 @@ def policy(plan: Plan, model: DiffusionModel, network: nn.Module, example: Call)
         split = quantization.time_embedding == "split"
         each = "a range for each piece" if split else "one range for all pieces"
         _say("quantization.time_embedding", f"{len(parts)} embedding projections are cut into pieces, {each}", parts)
-        output = TensorSpec(tuple(plan.widths), quantization.activation_symmetric, bins=plan.n_bins)
+        output = TensorSpec(widths.activation, quantization.activation_symmetric, bins=plan.n_bins)
         rules = with_outputs(rules, parts if split else dict.fromkeys(parts), output)
     if plan.groups:
         rules = with_groups(rules, plan.groups, names, [*first, *last])

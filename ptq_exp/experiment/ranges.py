@@ -1,11 +1,10 @@
-"""Before and while ranges are found: outliers moved into the weights, then weights, then activations bin by bin."""
+"""While ranges are found: those of weights, then those of activations, bin by bin."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import Call
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
-from ptq_exp.experiment.stage import Key, cached
 from ptq_exp.quantization import (
     ActivationQuantizer,
     Report,
@@ -31,7 +29,6 @@ from ptq_exp.quantization import (
     refuted,
     select_row,
 )
-from ptq_exp.quantization.transforms.smooth import largest_outputs, smooth_, smoothable, smoothing_factors
 
 log = logging.getLogger("ptq_exp")
 
@@ -84,32 +81,6 @@ def prove(run: Run, quantized: QuantizedModel, calibration_set: CalibrationSet) 
     for row in refuted(quantized.report, checked):
         log.warning("%s is not covered: %s", row.name, row.reason)
     return replace(quantized, report=checked)
-
-
-def smooth(
-    run: Run, plan: Plan, key: Key, network: nn.Module, calibration_set: CalibrationSet
-) -> dict[str, tuple[str, ...]]:
-    """Move outliers of the full-precision `network`'s activations into its weights, by the calibration set; in place.
-
-    Only the factors are kept for later runs: they are applied to the full-precision weights anew.
-
-    Returns:
-        {module whose output was smoothed: the layers that read it}.
-    """
-    sites = smoothable(network, run.example())
-
-    def make(folder: Path) -> dict[str, np.ndarray]:
-        with largest_outputs(network, sites) as largest:
-            for call in calibration_set.batches(plan.batch_size):
-                call.to(run.device).evaluate(network)
-        factors = smoothing_factors(network, sites, largest, plan.quantization.smooth_alpha)
-        return {name: factor.cpu().numpy() for name, factor in factors.items()}
-
-    arrays = cached(run.cache, "smoothing", key, make, "smoothing factors")
-    smooth_(network, sites, {name: torch.from_numpy(np.array(factor)) for name, factor in arrays.items()})
-    pairs = "; ".join(f"{maker} -> {', '.join(readers)}" for maker, readers in sites.items())
-    log.info("quantization.smooth: %d places qualify: %s", len(sites), pairs or "none")
-    return sites
 
 
 def _observe(run: Run, network: nn.Module, batches: Iterable[Call], chosen: Collection[str]) -> None:

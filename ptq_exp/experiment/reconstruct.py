@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from ptq_exp.calibration import CalibrationSet
+from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.errors import DataError
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.ranges import batches_of_times, time_layers
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key, Made, Record, cached
-from ptq_exp.experiment.stages import Quantized
+from ptq_exp.experiment.transforms import transformed
 from ptq_exp.lightning import reconstruct_network
 from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, select_row
 from ptq_exp.reconstruction import (
@@ -41,8 +42,9 @@ _REPORTS = "reports"
 
 
 def reconstruct(
-    run: Run, plan: Plan, config: ReconstructionConfig, key: Key, quantized: Quantized, calibration_set: CalibrationSet
-) -> Made:
+    run: Run, plan: Plan, config: ReconstructionConfig, key: Key, quantized: QuantizedModel,
+    calibration_set: CalibrationSet,
+) -> Made:  # fmt: skip
     """Learn (or reuse) roundings and step sizes of the quantized network, where `config` asks for that; in place.
 
     With candidate widths of activations the network is at the widest: its weights are those of all widths. With ranges
@@ -54,8 +56,8 @@ def reconstruct(
         QuantizationError: the network has no such blocks; the message says what to choose.
     """
     if not config.active:
-        return Made(quantized.model, Record({"calibration_seconds": calibration_seconds(run.cache, [])}))
-    network = quantized.model.network
+        return Made(quantized, Record({"calibration_seconds": calibration_seconds(run.cache, [])}))
+    network = quantized.network
     if len(plan.widths) > 1:
         select_row(network, len(plan.widths) - 1)
 
@@ -75,19 +77,19 @@ def reconstruct(
     )  # fmt: skip
     numbers = {"calibration_seconds": calibration_seconds(run.cache, reports), "reconstruction": found}
     plain = {"summary": found, "blocks": [report.to_dict() for report in reports]}
-    return Made(quantized.model, Record(numbers, {"reconstruction.json": lambda path: write_json(path, plain)}))
+    return Made(quantized, Record(numbers, {"reconstruction.json": lambda path: write_json(path, plain)}))
 
 
 def calibration_seconds(cache: ArtifactCache, reports: list[BlockReport]) -> dict[str, float | None]:
     """Wall seconds of calibration when it was computed: {part: seconds} and their "total"; None where unknown.
 
-    Parts: the calibration set, the ranges (with smoothing) and the roundings. What runs share counts in each of them,
+    Parts: the calibration set, the ranges (with transforms) and the roundings. What runs share counts in each of them,
     and a part that was continued after a kill as long as its last process took.
     """
     seconds = cache.seconds
     parts = {
         "calibration_set": seconds["calibration"],
-        "ranges": seconds["ranges"] + seconds["smoothing"],
+        "ranges": seconds["ranges"] + seconds["transform"],
         "reconstruction": sum(report.seconds for report in reports),
     }
     parts["total"] = sum(parts.values())
@@ -104,13 +106,12 @@ def settings_of(config: ReconstructionConfig) -> Settings:
 
 
 def _reconstructed(
-    run: Run, plan: Plan, config: ReconstructionConfig, quantized: Quantized, calibration_set: CalibrationSet,
+    run: Run, plan: Plan, config: ReconstructionConfig, quantized: QuantizedModel, calibration_set: CalibrationSet,
     folder: Path,
 ) -> list[BlockReport]:  # fmt: skip
     """Reconstruct the network in place; a killed run with the same settings is continued."""
-    network = quantized.model.network
-    # after smoothing the model's own denoiser has other weights than those that were rounded
-    reference = run.model.denoiser if quantized.reference is None else quantized.reference
+    network = quantized.network
+    reference = transformed(run, quantized.transforms)  # whose weights were rounded
     reference.to(run.device)
     blocks = blocks_of(run, plan, config, network, reference)
     reconstruction = Reconstruction(

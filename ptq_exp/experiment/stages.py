@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from torch import nn
 
 from ptq_exp.calibration import CalibrationSet, labelled, positions
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.policy import policy
-from ptq_exp.experiment.ranges import calibrate, smooth
+from ptq_exp.experiment.ranges import calibrate
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key, cached
+from ptq_exp.experiment.transforms import transform_
 from ptq_exp.lightning import CalibrationModule, collect_calibration_set
 from ptq_exp.quantization import quantize_
 from ptq_exp.quantization.stored import range_arrays, restore_ranges_
@@ -62,32 +61,17 @@ def make_calibration_set(
     )  # fmt: skip
 
 
-class Quantized(NamedTuple):
-    """A quantized model, and what its reconstruction starts from.
-
-    Attributes:
-        reference: the full-precision network that it was made of; None = the model's own.
-    """
-
-    model: QuantizedModel
-    reference: nn.Module | None
-
-
 def quantize_model(
     run: Run, plan: Plan, keys: Keys, calibration_set: CalibrationSet, calibration_round: int = 1
-) -> Quantized:
+) -> QuantizedModel:
     """Quantize a copy of the model's network, and calibrate it (or give it the ranges of an earlier run).
 
     Its weights hold their quantized values: sampling does not quantize them again at every step.
     """
     network = run.model.twin().to(run.device)
-    smoothed, reference = {}, None
-    if plan.quantization.smooth:
-        smoothed = smooth(run, plan, keys.smoothing(calibration_round), network, calibration_set)
-        if keys.config.reconstruction.active:  # it starts from these weights
-            reference = copy.deepcopy(network)
     example = run.example()
     rules = policy(plan, run.model, network, example)
+    transforms = transform_(run, plan, keys, network, calibration_set, calibration_round, rules)
     report = quantize_(network, rules, example)
 
     def make(folder: Path) -> dict[str, np.ndarray]:
@@ -99,9 +83,8 @@ def quantize_model(
         when_reused=lambda arrays: restore_ranges_(network, arrays),
     )  # fmt: skip
     correction = keys.config.correction
-    model = QuantizedModel(
+    return QuantizedModel(
         run.model, network, report, run.grid, run.guidance_scale, tuple(rules), tuple(plan.widths),
         plan.time_bins if plan.n_bins > 1 else None, variance=correction.variance, convention=correction.convention,
-        smoothed=smoothed, compile=run.compile,
+        transforms=transforms, compile=run.compile,
     )  # fmt: skip
-    return Quantized(model, reference)

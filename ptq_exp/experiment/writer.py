@@ -66,4 +66,5 @@ class RunWriter:
     def layers(self, quantized: QuantizedModel) -> None:
         """Write quantization.json of a model that is not saved here: every layer and every range."""
         found = quantized.report.to_dict() | {"quantizers": range_table(quantized.network)}
-        write_json(self.folder / DESCRIPTION_FILE, found | {"smoothed": quantized.smoothed})
+        found["transforms"] = [done.to_dict() for done in quantized.transforms]
+        write_json(self.folder / DESCRIPTION_FILE, found)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from ptq_exp.quantization.cost.report import Report
 from ptq_exp.quantization.packed_network import packed_state, restore_state_
 from ptq_exp.quantization.packed_network_1 import restore_joined_
 from ptq_exp.quantization.place import quantize_
-from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec
+from ptq_exp.quantization.plain_rules import rule_from_dict, rule_to_dict
+from ptq_exp.quantization.specs import Rule
 from ptq_exp.storage.atomic import atomic_path, file_digest
 
 FORMAT, VERSION = "ptq-exp quantized network", 2
@@ -125,29 +125,6 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {_one_line(repr(error))}") from error
     return report
-
-
-def rule_to_dict(rule: Rule) -> dict[str, Any]:
-    """A rule as plain values for JSON; `rule_from_dict` makes the same rule of it."""
-    return {"pattern": rule.pattern, "spec": None if rule.spec is None else asdict(rule.spec), "reason": rule.reason}
-
-
-def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
-    """The rule that `rule_to_dict` described.
-
-    Raises:
-        KeyError, TypeError, ConfigError: it described something else.
-    """
-    spec = plain["spec"]
-    if spec is not None:
-        spec = QuantSpec(**{role: _tensor_spec(value) for role, value in spec.items()})
-    return Rule(plain["pattern"], spec, plain["reason"])
-
-
-def _tensor_spec(plain: Any) -> Any:
-    if not isinstance(plain, dict):
-        return plain
-    return TensorSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
 
 
 def _check_tensors_file(path: Path, description: Mapping[str, Any]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import group_bits
-from ptq_exp.quantization.specs import SOFTMAX_BITS, check_bits
+from ptq_exp.quantization import group_bits, transforms_of
+from ptq_exp.quantization.ranges.range_search import check_metric
+from ptq_exp.quantization.widths import SOFTMAX_BITS, check_bits
 from ptq_exp.settings.field import check_section
 from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
 
@@ -44,10 +45,10 @@ def _check_analysis(config: ExperimentConfig) -> None:
         return
     if config.bits.name == FULL_PRECISION:
         raise ConfigError("analysis.active=true looks at quantized layers, but bits=fp32 has none: choose bits=w8a8")
-    if config.quantization.smooth:
+    if config.quantization.transforms:
         raise ConfigError(
-            "analysis.active=true switches layers between full precision and quantized, which quantization.smooth=true "
-            "rules out, as it changes several layers together: set quantization.smooth=false"
+            "analysis.active=true switches layers between full precision and quantized, which transforms rule out, as "
+            "they change several layers together: set quantization.transforms=[] and quantization.smooth=false"
         )
 
 
@@ -71,6 +72,7 @@ def _check_full_precision(config: ExperimentConfig) -> None:
 def _check_quantization(config: ExperimentConfig) -> None:
     bits, calibration = config.bits, config.calibration
     check_section("metric", config.metric)
+    check_metric(config.metric.name)
     _check_placement(config)
     if calibration.source is None:
         raise ConfigError(f"calibration={calibration.name} has no samples, but bits={bits.name} needs some to choose "
@@ -109,6 +111,7 @@ def _check_labels(config: ExperimentConfig) -> None:
 def _check_placement(config: ExperimentConfig) -> None:
     quantization = config.quantization
     check_section("quantization", quantization)
+    transforms_of(quantization.transforms)
     if quantization.temporal == "binned" and quantization.temporal_bins > config.sampler.steps:
         raise ConfigError(
             f"quantization.temporal_bins={quantization.temporal_bins}: choose 1..{config.sampler.steps} (sampler.steps)"

@@ -101,7 +101,7 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
         settings.pop("sweep", None)  # of the command, see `SweepConfig`
         check_types(settings, ExperimentConfig)
         # only this order of merging refuses `+group.extra=1`
-        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings)
+        merged = OmegaConf.merge(_schema(), settings)
         config = cast(ExperimentConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_schema_message(error)) from error
@@ -110,6 +110,13 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
 
     check(config)
     return config
+
+
+def _schema() -> DictConfig:
+    """Make the schema that OmegaConf merges into: parts that are frozen dataclasses cannot be set otherwise."""
+    schema = OmegaConf.structured(ExperimentConfig())
+    OmegaConf.set_readonly(schema.quantization, None)
+    return schema
 
 
 def _with_homes(composed: DictConfig) -> DictConfig:

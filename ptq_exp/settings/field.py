@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from ptq_exp.errors import ConfigError
@@ -58,10 +58,18 @@ def setting(default: Any, meaning: str, **known: Any) -> Any:
 
 
 def settings_of(section: Any) -> Iterator[tuple[str, Setting]]:
-    """Yield name and `Setting` of each field of a section (instance or class) that is declared by `setting`."""
+    """Yield name and `Setting` of each field of a section (instance or class)."""
     for entry in fields(section):
-        if KEY in entry.metadata:
-            yield entry.name, entry.metadata[KEY]
+        if (known := setting_of(entry)) is not None:
+            yield entry.name, known
+
+
+def setting_of(entry: Field[Any]) -> Setting | None:
+    """Return what is known of a field: of one of the schema, or of `Policy`, which stands below it and uses a dict."""
+    if "meaning" not in entry.metadata:
+        return entry.metadata.get(KEY)
+    low, high = entry.metadata["bounds"] or (None, None)
+    return Setting(entry.metadata["meaning"], low, high, entry.metadata["choices"] or None)
 
 
 def check_section(name: str, section: Any) -> None:

@@ -141,7 +141,8 @@ def _is_unicode(text: str) -> bool:
 def _takes_text(hint: Any) -> bool:
     """Whether a setting of this type is one text (or null): a list of texts is none."""
     alternatives = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else ()
-    return str in (hint, *alternatives) and not any(typing.get_origin(kind) in (list, dict) for kind in alternatives)
+    several = any(typing.get_origin(kind) in (list, tuple, dict) for kind in alternatives)
+    return str in (hint, *alternatives) and not several
 
 
 def _refused(text: str, error: HydraException, multirun: bool) -> str:
@@ -158,7 +159,7 @@ def _refused(text: str, error: HydraException, multirun: bool) -> str:
     outer = [name for name in hints if plain == name or plain.startswith(f"{name}.")]
     if "." in plain and not outer and not plain.startswith(("hydra.", "sweep.")):
         return f"{plain}: no such setting; {nearest(plain, list(hints))}"
-    if typing.get_origin(hints.get(plain)) is list:
+    if typing.get_origin(hints.get(plain)) in (list, tuple):
         entries = ",".join(map(quoted, _choices(value.strip("[]"))))
         return f"{plain}={value}: quote each entry of the list: {_for_shell(f'{key}=[{entries}]')}"
     return _remedy(key, value, multirun)

@@ -7,14 +7,14 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
-from ptq_exp.settings.field import KEY, setting
+from ptq_exp.quantization.policy import Policy
+from ptq_exp.settings.field import setting, setting_of
 from ptq_exp.settings.schema_method import (
     NAME,
     BitsConfig,
     CalibrationConfig,
     CorrectionConfig,
     MetricConfig,
-    QuantizationConfig,
     ReconstructionConfig,
 )
 
@@ -179,7 +179,7 @@ class ExperimentConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     metric: MetricConfig = field(default_factory=MetricConfig)
     bits: BitsConfig = field(default_factory=BitsConfig)
-    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    quantization: Policy = field(default_factory=Policy)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -202,7 +202,7 @@ def setting_types(schema: type = ExperimentConfig) -> dict[str, Any]:
 
 def path_settings() -> list[str]:
     """List the settings that are paths, or whose entries may be: `~` in them is the home folder."""
-    return [name for name, _, entry in walk(ExperimentConfig) if entry.metadata[KEY].path]
+    return [name for name, _, entry in walk(ExperimentConfig) if (known := setting_of(entry)) and known.path]
 
 
 def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:

@@ -83,55 +83,6 @@ class BitsConfig:
 
 
 @dataclass
-class QuantizationConfig:
-    """Which operations are quantized, where their quantizers sit, granularity and symmetry."""
-
-    name: str = setting("", NAME)
-    attention: bool = setting(True, "Quantize the products q·k and attention map·v.")
-    weight_symmetric: bool = setting(False, "Weights with zero point 0.")
-    weight_granularity: str = setting(
-        "channel", "One weight range per output channel, per tensor, or per group of input channels.",
-        choices="ptq_exp.quantization.specs.GRANULARITIES",
-    )  # fmt: skip
-    group_size: int = setting(16, "Input channels per group for weight_granularity=group.", low=1)
-    activation_symmetric: bool = setting(False, "Activations with zero point 0.")
-    activation_site: str = setting(
-        "input", "Quantize what layers read, or what they make (PTQ4DM's code).",
-        choices="ptq_exp.quantization.policy.SITES",
-    )  # fmt: skip
-    shortcut: str = setting(
-        "joint", "Ranges of concatenated features: one, or one for each part in 1x1 shortcuts (split), or there and in "
-        "the first 3x3 convolutions (split_all), as in Q-Diffusion.", choices=("joint", "split", "split_all"),
-    )  # fmt: skip
-    time_embedding: str = setting(
-        "none", "Output of the time embedding's projections: full precision, one range, or one for scale and one for "
-        "shift (DI2N).", choices=("none", "shared", "split"),
-    )  # fmt: skip
-    temporal: str = setting(
-        "static", "Activation ranges along the sampling steps: the same, one set per bin of steps, or one per step "
-        "(TFMQ-DM).", choices="ptq_exp.calibration.TEMPORAL",
-    )  # fmt: skip
-    temporal_bins: int = setting(4, "Bins of consecutive steps for temporal=binned, at most sampler.steps.", low=1)
-    time_layers: str = setting(
-        "calibration_set", "Times that layers which depend on the time alone are calibrated on: those in the "
-        "calibration set, or all sampling steps (TFMQ-DM).", choices=("calibration_set", "all_steps"),
-    )  # fmt: skip
-    quantize_state: bool = setting(False, "Quantize x_t to the width of the other activations, not to bits.boundary.")
-    quantize_output: bool = setting(False, "Quantize the network's output as well.")
-    smooth: bool = setting(False, "Move outliers of activation channels into the weights that read them (SmoothQuant).")
-    smooth_alpha: float = setting(0.5, "Share of the outliers that moves: 1 = all, 0 = none.", low=0, high=1)
-    first: list[str] | None = setting(
-        None, "Globs of the layers that read x_t; null: those that the model names."
-    )
-    last: list[str] | None = setting(
-        None, "Globs of the layers that make the noise estimate; null: those that the model names."
-    )
-    keep_fp: list[str] = setting(
-        list, "Globs of operations that stay in full precision, or `tfmq`: what TFMQ-DM's published code leaves so."
-    )
-
-
-@dataclass
 class ReconstructionConfig:
     """How weight roundings and activation step sizes are learned."""
 

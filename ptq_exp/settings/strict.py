@@ -50,7 +50,7 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     elif kinds == {str}:
         _check_text(name, value)
     for kind in kinds:
-        if typing.get_origin(kind) is list:
+        if typing.get_origin(kind) in (list, tuple):
             _check_list(name, value, typing.get_args(kind)[0])
 
 
@@ -99,7 +99,7 @@ def _check_list(name: str, value: Any, hint: Any) -> None:
     if not isinstance(value, list) or None in value:
         raise ConfigError(f"{name}={value}: give a list, such as {name}=[a,b], without null")
     for item in value:
-        if isinstance(item, list | dict):
+        if isinstance(item, list | dict) and hint is not Any:
             raise ConfigError(f"{name}={value}: give a plain list, nothing nested")
         check_value(name, item, hint)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ptq_exp.embedded import digits_model
-from ptq_exp.quantization import calibrate_, default_rules, quantize_
+from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -18,7 +18,7 @@ def test_a_quantized_forward_agrees_with_that_of_the_cpu():
     grid, records = model.time_grid(4), []
     model.sample(model.denoiser, grid, range(4), 0, on_step=records.append)
     quantized = model.twin()
-    quantize_(quantized, default_rules(4, 8), model.example_inputs())
+    quantize_(quantized, Policy().rules(Widths(4, 8)), model.example_inputs())
     calibrate_(quantized, "minmax", [(r.x, grid.network_time(r.step, len(r.x))) for r in records])
     x, t = records[1].x, grid.network_time(records[1].step, 4)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

@@ -37,7 +37,7 @@ def test_an_evaluation_repeats_the_run_bit_for_bit(overrides, run_of, command):
     assert second["metrics"] == first["metrics"] and second["quantization"] == first["quantization"]
     for name in ("eps_error", "fixed_pattern_share"):
         assert second[f"{name}_per_step"] == first[f"{name}_per_step"]
-    assert second["evaluations"] == first["evaluations"] and second.get("smoothed") == first.get("smoothed")
+    assert second["evaluations"] == first["evaluations"] and second.get("transforms") == first.get("transforms")
     assert second["name"] == f"evaluate_{first['config']['bits']['name']}"
     assert "calibration_set" not in second["seconds"] and not (again / "quantized").exists()
     quantized = ptq_exp.load_quantized(folder / "quantized")

@@ -105,4 +105,4 @@ def test_a_smoothed_network_is_reconstructed_from_its_smoothed_weights(command, 
     folder = command(*FAST, "quantization.smooth=true", "reconstruction=brecq", "seed=3")
     assert len(found) == 11 and all(found)
     results = read_json(folder / "results.json")
-    assert results["reconstruction"]["kept"] > 0 and len(results["smoothed"]) == 11
+    assert results["reconstruction"]["kept"] > 0 and len(results["transforms"][0]["sites"]) == 11

@@ -14,13 +14,16 @@ from safetensors.torch import save_file
 import ptq_exp
 from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization import (
+    PerChannel,
+    Policy,
     QRange,
     QuantSpec,
     Rule,
+    Segments,
     TensorSpec,
+    Widths,
     calibrate_,
     calibrate_weights_,
-    default_rules,
     load_quantized_,
     quantize_,
     quantizers,
@@ -60,7 +63,7 @@ def test_networks_come_back_bit_for_bit_at_the_theoretical_size(name, weight, ac
     x = torch.randn(4, *model.sample_shape, generator=torch.Generator().manual_seed(1))
     inputs = (x, torch.tensor([1.0, 300.0, 600.0, 999.0]))
     inputs += () if model.n_classes is None else (torch.tensor([0, 3, 5, 10]),)
-    network, rules = model.twin(), default_rules(weight, activation)
+    network, rules = model.twin(), Policy().rules(Widths(weight, activation))
     report = quantized(network, rules, inputs, model.example_inputs())
     description = save_quantized(tmp_path, network, rules, report, {"own": [1, "a"]})
     found = scrambled(model.denoiser)
@@ -84,11 +87,11 @@ def test_networks_come_back_bit_for_bit_at_the_theoretical_size(name, weight, ac
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("settings", [
     {}, {"weight_symmetric": True, "activation_symmetric": True}, {"weight_granularity": "tensor"},
-    {"weight_symmetric": True, "weight_granularity": "tensor", "boundary_bits": 12},
+    {"weight_symmetric": True, "weight_granularity": "tensor"}, {"weight_granularity": "group", "group_size": 3},
 ])  # fmt: skip
 def test_all_number_types_symmetries_and_granularities(dtype, settings, unet, batch, example, tmp_path):
     unet, inputs = unet.to(dtype), [(x.to(dtype), t) for x, t in (batch, example)]
-    fresh, rules = scrambled(unet), default_rules(5, 8, **settings)
+    fresh, rules = scrambled(unet), Policy(**settings).rules(Widths(5, 8, boundary=12))
     report = quantized(unet, rules, *inputs)
     save_quantized(tmp_path, unet, rules, report, {})
     load_quantized_(fresh, tmp_path, inputs[1])
@@ -98,11 +101,11 @@ def test_all_number_types_symmetries_and_granularities(dtype, settings, unet, ba
 
 
 def test_segments_kept_layers_and_odd_ranges(unet, batch, example, tmp_path):
-    layer = TensorSpec(3, granularity="channel", segments=(6, 10))
+    layer = TensorSpec(3, granularity=Segments((6, 10), PerChannel()))
     rules = [
         Rule("conv_out", None, "kept"),
-        Rule("down_blocks.1.resnets.0.conv2", QuantSpec(layer, TensorSpec(4, segments=(12, 4)))),
-        Rule("*", QuantSpec(TensorSpec(8, granularity="channel"), TensorSpec(8, True, metric="lp", headroom=1.5))),
+        Rule("down_blocks.1.resnets.0.conv2", QuantSpec(layer, TensorSpec(4, granularity=Segments((12, 4))))),
+        Rule("*", QuantSpec(TensorSpec(8, granularity=PerChannel()), TensorSpec(8, True, metric="lp", headroom=1.5))),
     ]
     fresh = scrambled(unet)
     report = quantized(unet, rules, batch, example)
@@ -117,7 +120,7 @@ def test_segments_kept_layers_and_odd_ranges(unet, batch, example, tmp_path):
 
 
 def test_what_is_not_on_the_grid_or_not_calibrated_is_refused(unet, batch, example, tmp_path):
-    rules = default_rules(4, 8)
+    rules = Policy().rules(Widths(4, 8))
     report = quantize_(unet, rules, example)
     with pytest.raises(QuantizationError, match="conv_in.*not frozen"):
         save_quantized(tmp_path, unet, rules, report, {})
@@ -134,7 +137,7 @@ def test_what_is_not_on_the_grid_or_not_calibrated_is_refused(unet, batch, examp
 @pytest.fixture
 def saved(unet, batch, example, tmp_path):
     """(folder of a saved network, a network to load it into, its example)."""
-    fresh, rules = scrambled(unet), default_rules(4, 8)
+    fresh, rules = scrambled(unet), Policy().rules(Widths(4, 8))
     report = quantized(unet, rules, batch, example)
     save_quantized(tmp_path, unet, rules, report, {})
     return tmp_path, fresh, example
@@ -261,7 +264,11 @@ IN, FOUR = "conv_in.input_quantizer.scale", "mid_block.resnets.0.conv1.weight_qu
     (rule(0, "weight", bits=4), "conv_in.weight has bits 8, the model 4"),
     (rule(0, "weight", bits=99), "does not fit the model: TensorSpec.bits=99"),
     (rule(0, "weight", width=4), "is damaged: TypeError"),
-    (rule(0, "input", segments=[3, 3]), "does not fit the model: conv_in.input_quantizer: segments"),
+    (rule(0, "weight", granularity={"per": "row"}), "is damaged: KeyError"),
+    (rule(0, "weight", granularity={"per": "group", "size": 0}), "does not fit the model: PerGroup.size=0"),
+    (rule(0, "weight", granularity="row"), "is damaged: KeyError"),
+    (rule(0, "input", granularity={"per": "segments", "channels": [3, 3], "within": {"per": "tensor"}}),
+     "does not fit the model: conv_in.input_quantizer: segments"),
     (rule(-1, "input", bits=[4, 8]), "has bits 8, the model .4, 8."),
 ])  # fmt: skip
 def test_forged_files_whose_hashes_agree(edit, said, saved):

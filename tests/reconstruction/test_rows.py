@@ -10,9 +10,10 @@ from all_blocks import run
 
 from ptq_exp.calibration import CalibrationSet
 from ptq_exp.quantization import (
+    Policy,
+    Widths,
     calibrate_activations_,
     calibrate_weights_,
-    default_rules,
     load_quantized_,
     quantize_,
     quantizers,
@@ -39,7 +40,7 @@ def samples() -> CalibrationSet:
 
 
 def rules(bins, bits=4):
-    return default_rules(3, bits, first=(), last=(), attention=False, bins=bins)
+    return Policy(first=(), last=(), attention=False).rules(Widths(3, bits), bins=bins)
 
 
 def twin(toy, samples, row_of_step, bits=4):

@@ -10,7 +10,7 @@ from torch import nn
 
 import ptq_exp
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import calibrate_, default_rules, quantize_
+from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 from ptq_exp.runtime import RUNTIMES, ExecutedLayer, runtime_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "saved_model_1.zip"
@@ -30,7 +30,7 @@ class Small(nn.Module):
 
 def test_the_simulation_is_the_network_and_lists_every_operation():
     network, x, t = Small(), torch.randn(4, 1, 5, 5), torch.arange(4.0)
-    quantize_(network, default_rules(4, 8, attention=False), (x[:1], t[:1]))
+    quantize_(network, Policy(attention=False).rules(Widths(4, 8)), (x[:1], t[:1]))
     calibrate_(network, "minmax", [(x, t)])
     with torch.no_grad():
         before = network(x, t)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ptq_exp.diffusion import TimeGrid
 from ptq_exp.errors import ConfigError, DataError, QuantizationError
 from ptq_exp.quantization import step_of
-from ptq_exp.quantization.specs import check_bits
+from ptq_exp.quantization.widths import check_bits
 from ptq_exp.storage.atomic import atomic_path
 
 
