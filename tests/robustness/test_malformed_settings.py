@@ -34,7 +34,8 @@ BAD = {
     "evaluation.reference": ["5", "''", "[nan]", "nan", "{_target_: nothing.here}", "-1", "[[1]]", "no_such_file.npz"],
 }
 """Values that no setting of this type takes."""
-FINE = {"reconstruction.b_start=-1", "reconstruction.b_end=-1"}
+# names may be any words
+FINE = {"reconstruction.b_start=-1", "reconstruction.b_end=-1", "model.groups={_target_: math.pi}"}
 GROUPS = {
     "correction.": "ptqd", "reconstruction.": "qdrop",
     "bits.candidates": "budget", "bits.bops_ratio": "budget", "bits.gain_": "budget",
@@ -44,7 +45,8 @@ BASES = {
     "": [], "ptqd": ["correction=ptqd", "sampler.eta=1"], "qdrop": ["reconstruction=qdrop"],
     "budget": ["bits=step_budget"],
 }  # fmt: skip
-COPIES = {"model.images": "evaluation.reference", "model.sampler.steps": "sampler.steps"}
+COPIES = {"model.images": "evaluation.reference", "model.sampler.steps": "sampler.steps",
+          "model.sampler.eta": "sampler.eta"}  # fmt: skip
 """Settings that another one takes over, which is then the one that is named."""
 QUICK = ["trainer.accelerator=cpu", "logger=none", "trainer.progress_bar=false", "cache_dir=nowhere"]
 
@@ -57,7 +59,8 @@ def leaves(schema=ExperimentConfig, prefix=""):
             continue
         if isinstance(hint, types.UnionType):
             (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
-        yield f"{prefix}{key}", typing.get_origin(hint) or hint
+        kind = typing.get_origin(hint) or hint
+        yield f"{prefix}{key}", list if kind is tuple else kind
 
 
 def malformed(n, seed):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization.specs import LAYER_BITS, SOFTMAX_BITS
-from ptq_exp.settings.field import KEY, check_section, setting
+from ptq_exp.quantization.widths import LAYER_BITS, SOFTMAX_BITS
+from ptq_exp.settings.field import KEY, check_section, setting, setting_of
 from ptq_exp.settings.schema import ExperimentConfig, setting_names, walk
 from ptq_exp.settings.schema_method import BitsConfig
 
@@ -28,7 +28,7 @@ def test_the_page_has_a_row_for_every_setting():
 
 
 def test_every_setting_says_in_a_sentence_what_it_is_for():
-    meanings = {name: entry.metadata[KEY].meaning for name, _, entry in walk(ExperimentConfig)}
+    meanings = {name: setting_of(entry).meaning for name, _, entry in walk(ExperimentConfig)}
     assert len(meanings) > 90
     assert [name for name, text in meanings.items() if not text.endswith(".") or len(text) < 10] == []
 
