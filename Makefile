@@ -8,20 +8,35 @@ RUN := $(VENV)/bin/python
 PIP := PIP_REQUIRE_VIRTUALENV=1 $(RUN) -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench
+.PHONY: help demo lint test test-fast docs bench
 
 help:
 	@echo 'make demo    quantize the embedded model to 8 bits, draw images, score them (runs/ndtc_w8a8/...)'
 	@echo '             MODEL=name chooses conf/model/name.yaml, ARGS="seed=1 bits=w4a8" overrides settings'
+	@echo 'make lint    check style, imports and types (ruff, pyright), and the layering'
 	@echo 'make test    run the tests, two files at a time; ARGS="-k metrics" chooses'
+	@echo 'make test-fast    only those that run no whole experiment and start no interpreter: a minute and a half'
+	@echo 'make docs    make the documentation as a site, in site/'
 	@echo 'make bench   run the benchmarks'
 	@echo 'PYTHON=python3.12 chooses the interpreter that .venv is made with; the first call installs about 6 GB.'
 
 demo: $(VENV)/.installed
 	$(RUN) -m ptq_exp +experiment=ndtc_w8a8 model=$(MODEL) $(ARGS)
 
+lint: $(VENV)/.installed-lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/basedpyright --pythonpath $(RUN)
+	$(RUN) -m pytest -q tests/test_layering.py
+
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-fast: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m 'not slow and not large' $(ARGS)
+
+docs: $(VENV)/.installed-docs
+	$(RUN) docs/generate.py
+	$(VENV)/bin/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed
 	@set -e; for benchmark in benchmarks/*.py; do \
@@ -44,4 +59,14 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 $(VENV)/.installed-test: setup.cfg pyproject.toml
 	$(make-venv)
 	$(PIP) install --editable '.[test]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-lint: setup.cfg pyproject.toml
+	$(make-venv)
+	$(PIP) install --editable '.[dev]'
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@
+
+$(VENV)/.installed-docs: setup.cfg pyproject.toml
+	$(make-venv)
+	$(PIP) install --editable '.[docs]'
 	@touch $(VENV)/.installed $@

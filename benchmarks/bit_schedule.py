@@ -18,6 +18,7 @@ from sampling import milliseconds, quantized_twin
 
 from ptq_exp import load_model
 from ptq_exp.correction import Scheduled
+from ptq_exp.diffusion import Call
 
 
 @torch.no_grad()
@@ -27,13 +28,13 @@ def bench(name: str, batch: int, repeats: int) -> None:
         warnings.simplefilter("ignore")  # random weights are what is wanted
         model = load_model(name)
     grid = model.time_grid(20)
-    rest = () if model.n_classes is None else (torch.arange(batch) % model.n_classes,)
+    conditions = {} if model.n_classes is None else {"y": torch.arange(batch) % model.n_classes}
     x = torch.randn(batch, *model.sample_shape)
-    steps = [(x, grid.network_time(step, batch), *rest) for step in range(len(grid))]
+    steps = [Call(x, grid.network_time(step, batch), conditions) for step in range(len(grid))]
     single = quantized_twin(model, steps[0], "cpu")
     scheduled = Scheduled(quantized_twin(model, steps[0], "cpu", (4, 8)), torch.arange(len(grid)) % 2, grid)
     for denoiser in (single, scheduled):
-        denoiser(*steps[0])
+        steps[0].evaluate(denoiser)
     turns = []
     for repeat in range(repeats):
         step = steps[repeat % len(steps)]

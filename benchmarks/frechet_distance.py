@@ -18,10 +18,10 @@ from collections.abc import Callable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import scipy.linalg  # noqa: E402
+import numpy as np
+import scipy.linalg
 
-from ptq_exp.evaluation import frechet_distance, frechet_distance_from_features  # noqa: E402
+from ptq_exp.evaluation import frechet_distance, frechet_distance_from_features
 
 
 def sqrtm_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:

@@ -22,12 +22,14 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from ptq_exp.quantization import (
+    PerChannel,
+    Policy,
     QuantSpec,
     Rule,
     TensorSpec,
+    Widths,
     calibrate_activations_,
     calibrate_weights_,
-    default_rules,
     quantize_,
 )
 from ptq_exp.reconstruction import Annealing, BlockData, BlockOptimisation, Calls, Settings, find_blocks
@@ -66,9 +68,9 @@ def optimisation(network: nn.Module, inputs: tuple, method: str, iterations: int
     one = tuple(None if part is None else part[:1] for part in inputs)
     if method == "qdrop":
         attention = any(isinstance(module, Attention) for module in twin.modules())
-        rules = default_rules(4, 4, first=(), last=(), attention=attention)
+        rules = Policy(first=(), last=(), attention=attention).rules(Widths(4, 4))
     else:
-        rules = [Rule("*", QuantSpec(weight=TensorSpec(4, granularity="channel")))]
+        rules = [Rule("*", QuantSpec(weight=TensorSpec(4, granularity=PerChannel())))]
     quantize_(twin, rules, one)
     calibrate_weights_(twin, "mse")
     calibrate_activations_(twin, "minmax", [inputs])

@@ -21,29 +21,30 @@ import torch
 from torch import nn
 
 from ptq_exp import load_model
-from ptq_exp.diffusion import DiffusionModel
-from ptq_exp.quantization import calibrate_, default_rules, quantize_
+from ptq_exp.diffusion import Call, DiffusionModel
+from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 
 
-def quantized_twin(model: DiffusionModel, inputs: tuple, device: str, activation: int | Sequence[int] = 8) -> nn.Module:
+def quantized_twin(model: DiffusionModel, inputs: Call, device: str, activation: int | Sequence[int] = 8) -> nn.Module:
     """8-bit weights, ranges of one noise batch: speed does not depend on their values."""
     twin = model.twin()
-    rules = default_rules(8, activation, first=model.first_layers, last=model.last_layers)
-    quantize_(twin, rules, tuple(part.to(device) for part in model.example_inputs()))
-    calibrate_(twin, "minmax", [tuple(part[:1] for part in inputs)])
+    rules = Policy(first=model.first_layers, last=model.last_layers).rules(Widths(8, activation))
+    quantize_(twin, rules, model.example_inputs().to(device))
+    first = {name: part[:1] for name, part in inputs.conditions.items()}
+    calibrate_(twin, "minmax", [Call(inputs.x[:1], inputs.t[:1], first)])
     return twin
 
 
-def milliseconds(denoiser: nn.Module, inputs: tuple, device: str) -> float:
+def milliseconds(denoiser: nn.Module, inputs: Call, device: str) -> float:
     """Wall time of one evaluation."""
     started = time.perf_counter()
-    denoiser(*inputs)
+    inputs.evaluate(denoiser)
     if device == "cuda":
         torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - started)
 
 
-def compare(full: nn.Module, twin: nn.Module, inputs: tuple, repeats: int, device: str) -> tuple[float, float, float]:
+def compare(full: nn.Module, twin: nn.Module, inputs: Call, repeats: int, device: str) -> tuple[float, float, float]:
     """(ms in full precision, ms fake-quantized, ratio), medians over turns, after one warm-up of each."""
     milliseconds(full, inputs, device), milliseconds(twin, inputs, device)
     turns = [(milliseconds(full, inputs, device), milliseconds(twin, inputs, device)) for _ in range(repeats)]
@@ -69,9 +70,8 @@ def bench(name: str, args: argparse.Namespace) -> None:
         model.denoiser.to(memory_format=torch.channels_last)
     halves = 2 if model.sampler.guidance_scale != 1 else 1
     n = args.batch * halves
-    inputs = (torch.randn(n, *model.sample_shape, device=args.device), torch.full((n,), 500.0, device=args.device))
-    if model.n_classes is not None:
-        inputs += (torch.arange(n, device=args.device),)
+    conditions = {} if model.n_classes is None else {"y": torch.arange(n)}
+    inputs = Call(torch.randn(n, *model.sample_shape), torch.full((n,), 500.0), conditions).to(args.device)
     twin = quantized_twin(model, inputs, args.device)
     for mode in ("eager", "compiled") if args.compile else ("eager",):
         if mode == "compiled":

@@ -1,16 +1,18 @@
 """Post-training quantization of diffusion models: experiments that can be composed, repeated and compared."""
 
+from typing import Any
+
 __version__ = "0.2.0"
 
 _LAZY = {
     "load_model": "ptq_exp.diffusion.zoo.registry", "MODELS": "ptq_exp.diffusion.zoo.registry", "sample": "ptq_exp.api",
-    "load_quantized": "ptq_exp.experiment.saved",
+    "load_quantized": "ptq_exp.deploy.load",
 }  # fmt: skip
 _PACKAGES = ("calibration", "correction", "diffusion", "embedded", "evaluation", "quantization")
 
 
-def __getattr__(name: str):
-    """The Python interface, imported at its first use: the command says what is misspelt without waiting for torch."""
+def __getattr__(name: str) -> Any:
+    """Import a name of the Python interface at its first use: help and errors of the command do without torch."""
     if name not in (*_LAZY, *_PACKAGES):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

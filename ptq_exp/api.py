@@ -1,16 +1,15 @@
-"""Sampling in one call, for scripts and notebooks; experiments stream their images to disk instead."""
+"""Sampling in one call, for scripts and notebooks."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from ptq_exp.deploy.draw import draw
 from ptq_exp.deploy.quantized_model import QuantizedModel
-from ptq_exp.diffusion import DiffusionModel, check_network, padded_batches
+from ptq_exp.diffusion import DiffusionModel, check_network
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.evaluation.images import to_uint8
 
 
 def sample(
@@ -27,7 +26,7 @@ def sample(
         model: see `load_model`; or `load_quantized`, whose sampler settings are those that it was made for.
         steps, spacing, eta: see `DiffusionModel.time_grid`.
         guidance_scale: classifier-free guidance, 1 = none.
-        denoiser: a quantized twin in place of the model's own denoiser.
+        denoiser: a quantized network in place of the model's own.
         batch_size: images per network evaluation (twice as many with guidance).
         device: where to compute; the model is moved there.
         progress: show a progress bar.
@@ -36,24 +35,19 @@ def sample(
         ConfigError: a sampler setting does not fit the model, or is given for a saved quantized one.
         DataError: the images hold NaN or infinity (CheckpointError, ConfigError: the network gives them at once).
     """
+    how = {"batch_size": batch_size, "device": device, "progress": progress}
     if isinstance(model, QuantizedModel):
         given = {"steps": steps, "spacing": spacing, "eta": eta, "guidance_scale": guidance_scale, "denoiser": denoiser}
         _refuse([name for name, value in given.items() if value is not None])
-        model, grid, guided, noise = model.model, model.grid, model.denoiser.to(device), model.noise_in_eps
-    else:
-        grid, noise = model.time_grid(steps, spacing, eta=eta), {}
-        scale = model.sampler.guidance_scale if guidance_scale is None else guidance_scale
-        guided = model.guided((denoiser or model.denoiser).to(device), scale)
-    if model.first_stage is not None:
-        model.first_stage.to(device)
-    batches = tqdm(padded_batches(n, batch_size), desc=f"{model.name} images", disable=not progress)
+        return model.sample(n, seed, **how)
+    grid = model.time_grid(steps, spacing, eta=eta)
+    scale = model.sampler.guidance_scale if guidance_scale is None else guidance_scale
     try:
-        images = [to_uint8(model.sample(guided, grid, batch, seed, device=device, **noise)) for batch in batches]
+        return draw(model, model.guided(denoiser or model.denoiser, scale), grid, n, seed, **how)
     except DataError:
-        if not noise and denoiser is None:
+        if denoiser is None:
             check_network(model, grid, seed, device)  # says more, where the network alone is the reason
         raise
-    return np.concatenate(images)[:n]
 
 
 def _refuse(given: list[str]) -> None:

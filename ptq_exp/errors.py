@@ -100,7 +100,7 @@ def interruptible() -> Iterator[None]:
 
 
 def interruption(error: BaseException | None) -> str | None:
-    """What interrupted the run that ended in `error`, as text; None for any other end."""
+    """Say what interrupted the run that ended in `error`; None for any other end."""
     if isinstance(error, Interrupted):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -157,7 +157,7 @@ def start_command() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  for the life of the process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
 

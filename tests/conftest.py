@@ -3,16 +3,60 @@
 import io
 import logging
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import pytest
+import torch
+from torch import nn
 
 torch.set_num_threads(1)
+
+
+# Whole experiments, new interpreters, trainings, many networks: files and folders below tests/ that `-m "not slow"`
+# leaves out. Those that take longest come first, and are started first, so that two processes end together.
+SLOW = (
+    "experiment/test_experiment_files.py", "experiment/test_guide_commands.py", "experiment/test_noise.py",
+    "experiment/test_run.py", "experiment/test_evaluate_repeats.py", "experiment/test_results_commands.py",
+    "robustness/test_chaos.py", "robustness/test_interruption.py", "lightning/test_reconstruction.py",
+    "experiment/test_evaluate.py", "quantization/test_range_search_exhaustive.py", "experiment/test_analysis.py",
+    "embedded/test_training_latent.py", "cli/sweep", "experiment", "cli/search", "robustness/test_full_disk.py",
+    "robustness/test_malformed_settings.py", "embedded/test_training.py", "lightning",
+    "reports/html/test_in_browser.py", "reports/tables/test_wandb_source.py", "results/test_wandb.py",
+    "storage/test_cache.py", "diffusion/zoo", "cli",
+    "embedded/test_load.py", "embedded/test_latent.py", "test_packaging.py", "test_layering.py", "test_api.py",
+    "storage/test_atomic.py", "correction/test_on_digits.py", "quantization/test_save.py",
+    "evaluation/test_inception.py",
+)  # fmt: skip
+TESTS = Path(__file__).parent
+
+
+def place_among_slow(path: Path) -> int:
+    """The place in SLOW of the first entry that is `path` or holds it; behind all, if there is none."""
+    below = path.relative_to(TESTS)
+    names = {below.as_posix(), *(parent.as_posix() for parent in below.parents)}
+    return next((place for place, entry in enumerate(SLOW) if entry in names), len(SLOW))
+
+
+def pytest_configure(config):
+    missing = [entry for entry in SLOW if not (TESTS / entry).exists()]
+    if missing:
+        raise pytest.UsageError(f"SLOW in tests/conftest.py names {', '.join(missing)}, which is not below tests/")
+    config.option.loadscopereorder = False  # pytest-xdist takes the files in the order given here
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is slow and put it in front; `large` tests, of minutes each, before everything. Skip without a GPU."""
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+        if place_among_slow(item.path) < len(SLOW):
+            item.add_marker(pytest.mark.slow)
+    large = {item.path for item in items if item.path.name == "test_golden_large.py"}
+    items.sort(key=lambda item: (item.path not in large, place_among_slow(item.path)))
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,7 @@ def test_guidance_of_a_model_without_classes_is_refused(model):
 
 def test_half_precision_denoisers_keep_states_in_float32(model):
     half = ptq_exp.load_model("digits", dtype="bfloat16")
-    x, t = half.example_inputs()
+    x, t, _ = half.example_inputs()
     eps = half.denoiser(x + 0.5, t + 100)
     reference = model.denoiser(x + 0.5, t + 100)
     assert eps.dtype == x.dtype and next(half.denoiser.parameters()).element_size() == 2

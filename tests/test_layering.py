@@ -20,18 +20,19 @@ FLOORS = [
         "results": "errors storage",
     },
     {
+        "runtime": "errors quantization",
         "calibration": "errors storage diffusion",
         "correction": "errors storage quantization diffusion",
         "reports": "errors storage evaluation results",
     },
     {
         "reconstruction": "errors quantization calibration",
-        "deploy": "errors storage quantization diffusion correction",
+        "deploy": "errors storage quantization diffusion evaluation calibration correction runtime",
     },
     {
         "lightning": "errors storage quantization diffusion evaluation calibration correction reconstruction",
         "embedded": "errors storage diffusion evaluation",
-        "settings": "errors storage quantization diffusion results calibration correction deploy",
+        "settings": "errors storage quantization diffusion results calibration correction deploy runtime",
     },
     {
         "experiment": "errors storage quantization diffusion evaluation results calibration correction reports "
@@ -49,7 +50,6 @@ MAY_USE = {
     "lightning": LIGHTNING,
     "embedded.training": LIGHTNING,
     "results.wandb": LIGHTNING | {"wandb"},
-    "reports.tables.wandb_log": {"wandb"},
     "reports.tables.wandb_source": {"wandb"},
     "settings.compose": HYDRA,
     "settings.composition": HYDRA | {"argparse"},

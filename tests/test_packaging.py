@@ -61,6 +61,10 @@ def test_the_templates_of_reports_are_packed(wheel):
     assert in_wheel(wheel, "ptq_exp/reports/html/templates/") == templates
 
 
+def test_the_package_says_that_it_is_typed(wheel):
+    assert "ptq_exp/py.typed" in wheel.namelist()
+
+
 def test_the_command_is_installed(wheel):
     (name,) = in_wheel(wheel, "ptq_exp-", "entry_points.txt")
     entries = configparser.ConfigParser()

@@ -1,21 +1,27 @@
-"""`CalibrationSet`: paired states, times and labels on which quantizer ranges are chosen."""
+"""`CalibrationSet`: the calls on which quantizer ranges are chosen, each with its position in the sampling grid."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ptq_exp.diffusion.call import Call
 from ptq_exp.diffusion.guidance import both_halves
 from ptq_exp.errors import DataError
 from ptq_exp.storage.atomic import write_npz
 from ptq_exp.storage.finite import is_finite
 from ptq_exp.storage.npz import npz_arrays, require_arrays
 from ptq_exp.storage.pieces import slices
+
+FORMAT = 2
+"""Of the file; 1 = labels alone."""
+_OWN = ("x", "step", "t", "evaluations")
+_CONDITION, _WITHOUT = "condition.", "unconditional."
 
 
 @dataclass(frozen=True)
@@ -27,16 +33,17 @@ class CalibrationSet:
         step: int64 [N], the position in the `TimeGrid` (0 = noisiest).
         t: float32 [N], the network time that the state is shown with: that of the step (see `labelled`).
         evaluations: int64 [N], network evaluations spent on each.
-        y: int64 [N] labels, or None for an unconditional model.
-        null_label: with guidance, the label of "no class": each state is then seen with its own label and without.
+        conditions: {argument name: array [N, ...]}, such as int64 labels `y`; {} for an unconditional model.
+        unconditional: with guidance, {argument name: what a sample without the condition has}: each state is then seen
+            with its conditions and without. {} = no guidance.
     """
 
     x: np.ndarray
     step: np.ndarray
     t: np.ndarray
     evaluations: np.ndarray
-    y: np.ndarray | None = None
-    null_label: int | None = None
+    conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    unconditional: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.x) == 0:
@@ -50,33 +57,35 @@ class CalibrationSet:
             raise DataError("the calibration set holds NaN or infinity in its times: collect it again")
         if np.min(self.step) < 0:
             raise DataError(f"the calibration set has the step {np.min(self.step)}; the first is 0")
+        for name, values in self.unconditional.items():
+            if name not in self.conditions or np.shape(values) != self.conditions[name].shape[1:]:
+                raise DataError(f"calibration set: unconditional.{name} belongs to no condition of its shape")
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """(x, t, y) of at most `batch_size` states, every state once; with guidance, both halves of each batch."""
+    def batches(self, batch_size: int) -> Iterator[Call]:
+        """Calls of at most `batch_size` states, every state once; with guidance, both halves of each batch."""
+        without = {name: torch.from_numpy(np.array(value)) for name, value in self.unconditional.items()}
         for rows in slices(len(self), batch_size):
             x, t = (torch.from_numpy(np.array(part[rows])) for part in (self.x, self.t))
-            y = None if self.y is None else torch.from_numpy(np.array(self.y[rows]))
-            yield (x, t, y) if self.null_label is None else both_halves(x, t, y, self.null_label)
+            given = {name: torch.from_numpy(np.array(part[rows])) for name, part in self.conditions.items()}
+            yield both_halves(Call(x, t, given), without) if without else Call(x, t, given)
 
     def batch_steps(self, batch_size: int) -> Tensor:
         """The sampling step of each state that `batches` yields, int64 [N] in its order; with guidance [2 N]."""
         steps = torch.from_numpy(np.array(self.step))
-        if self.null_label is None:
+        if not self.unconditional:
             return steps
         return torch.cat([half for rows in slices(len(self), batch_size) for half in (steps[rows], steps[rows])])
 
     def take(self, rows: np.ndarray) -> CalibrationSet:
-        """The states number `rows`, int64 [M], in that order."""
-        return CalibrationSet(**{key: np.array(part[rows]) for key, part in self._arrays().items()},
-                              null_label=self.null_label)  # fmt: skip
+        """The states number `rows`, int64 [M] or bool [N], in that order."""
+        return self._from_arrays({key: np.array(part[rows]) for key, part in self._arrays().items()})
 
     def save(self, path: Path) -> None:
         """Write as an uncompressed `.npz` file, atomically."""
-        extra = {} if self.null_label is None else {"null_label": np.array(self.null_label)}
-        write_npz(path, **self._arrays(), **extra)
+        write_npz(path, **self._arrays(), **condition_arrays({}, self.unconditional))
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
@@ -86,17 +95,35 @@ class CalibrationSet:
             DataError: the file is missing, truncated, or holds something else.
         """
         arrays = npz_arrays(path)
-        null_label = arrays.pop("null_label", None)
         if "x" not in arrays:
             raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}")
         require_arrays(path, arrays, {"x": ("f", 4), "step": ("iu", 1), "t": ("f", 1), "evaluations": ("iu", 1)})
+        if any(key not in _OWN and not key.startswith((_CONDITION, _WITHOUT)) for key in arrays):
+            raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}")
         try:
-            return cls(**arrays, null_label=None if null_label is None else int(null_label))
-        except TypeError as error:
-            raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}") from error
+            return cls(**{key: arrays[key] for key in _OWN}, conditions=_below(_CONDITION, arrays),
+                       unconditional=_below(_WITHOUT, arrays))  # fmt: skip
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        arrays = {"x": self.x, "step": self.step, "t": self.t, "evaluations": self.evaluations, "y": self.y}
-        return {key: value for key, value in arrays.items() if value is not None}
+        """Those with a row for each state, by their names in a file."""
+        return {key: getattr(self, key) for key in _OWN} | condition_arrays(self.conditions)
+
+    def _from_arrays(self, arrays: Mapping[str, np.ndarray]) -> CalibrationSet:
+        """With other rows, the same otherwise; see `_arrays`."""
+        return replace(self, **{key: arrays[key] for key in _OWN}, conditions=_below(_CONDITION, arrays))
+
+
+def condition_arrays(
+    conditions: Mapping[str, object], unconditional: Mapping[str, object] | None = None
+) -> dict[str, np.ndarray]:
+    """Conditions [N, ...] and what stands for their absence, by the names that a file of a calibration set has."""
+    return {f"{_CONDITION}{name}": np.asarray(value) for name, value in conditions.items()} | {
+        f"{_WITHOUT}{name}": np.asarray(value) for name, value in (unconditional or {}).items()
+    }
+
+
+def _below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The `arrays` whose names begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ptq_exp.diffusion.call import on_device
 from ptq_exp.diffusion.guidance import Guided
 from ptq_exp.diffusion.model import DiffusionModel
 from ptq_exp.diffusion.noise import CALIBRATION, SampleNoise, sample_generator
@@ -87,7 +88,7 @@ def denoise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tenso
     noise = request.noise(model.sample_shape)
     x = noise.draw()
     denoiser = request.denoiser or model.denoiser
-    labels = model.labels(request.indices, request.seed, CALIBRATION)
+    conditions = model.draw_conditions(request.indices, request.seed, CALIBRATION)
     states = torch.empty_like(x)
     active = torch.arange(len(x))
     for step in range(int(steps.max()) + 1):
@@ -98,8 +99,8 @@ def denoise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tenso
         if len(active) == 0:
             break
         x = x.to(request.device)
-        y = None if labels is None else labels[active].to(x.device)
-        eps = denoiser(x, grid.network_time(step, len(x)).to(x.device), y)
+        given = {name: value[active].to(x.device) for name, value in conditions.items()}
+        eps = denoiser(x, grid.network_time(step, len(x)).to(x.device), **given)
         z = noise.draw().to(x.device) if grid.eta > 0 else None
         alphas = float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step])
         clipping = {"clip_sample": model.clip_sample, "rederive_eps": grid.rederive_eps}
@@ -111,7 +112,7 @@ def _denoise_together(model: DiffusionModel, request: StateRequest) -> tuple[Ten
     """`denoise` for schedulers that keep the estimates of their batch: no sample can leave, all pay for the last."""
     denoiser, steps = request.denoiser or model.denoiser, request.steps
     last = int(steps.max())
-    labels = model.labels(request.indices, request.seed, CALIBRATION)
+    conditions = model.draw_conditions(request.indices, request.seed, CALIBRATION)
     states = torch.empty(len(steps), *model.sample_shape)
 
     def record(r: StepRecord) -> None:
@@ -120,7 +121,7 @@ def _denoise_together(model: DiffusionModel, request: StateRequest) -> tuple[Ten
 
     end = sample(
         denoiser, request.grid, request.noise(model.sample_shape),
-        y=None if labels is None else labels.to(request.device), device=request.device, steps=last, on_step=record,
+        conditions=on_device(conditions, request.device), device=request.device, steps=last, on_step=record,
     )  # fmt: skip
     states[steps == last] = end.cpu()[steps == last]
     return states, torch.full_like(steps, last * (2 if isinstance(denoiser, Guided) else 1))

@@ -40,7 +40,7 @@ def _is_option(choice: Any) -> bool:
 
 
 def spelt_out(arguments: list[str]) -> list[str]:
-    """`bits=[8]*100+[4]*150`, a bit schedule in place of a choice, and `~/path`, in the words of Hydra's grammar."""
+    """Rewrite `bits=[8]*100+[4]*150` (a bit schedule in place of a choice) and `~/path` in Hydra's grammar."""
     found = []
     for argument in arguments:
         widths = re.fullmatch(r"(\+*)bits(\.schedule)?=(\[[^'\"]*)", argument)
@@ -53,7 +53,7 @@ def spelt_out(arguments: list[str]) -> list[str]:
 
 
 def with_saved_model(arguments: list[str]) -> list[str]:
-    """The arguments with `model=` of the saved model that `quantized=PATH` names, where it is left out.
+    """Return the arguments with `model=` of the saved model that `quantized=PATH` names, where it is left out.
 
     Raises:
         PTQError: there is no saved model, or it does not say which model to build.
@@ -80,12 +80,12 @@ def with_saved_model(arguments: list[str]) -> list[str]:
 
 
 def own_folder(command: Namespace) -> Path | None:
-    """The folder that --config-dir names."""
+    """Return the folder that --config-dir names."""
     return None if command.config_dir is None else Path(command.config_dir)
 
 
 def with_home_folders(arguments: list[str]) -> list[str]:
-    """The arguments with `~` written out in the folders that Hydra's flags name; settings are expanded as such."""
+    """Write out `~` in the folders that Hydra's flags name; settings are expanded elsewhere."""
     found = list(arguments)
     for i, (before, word) in enumerate(zip(["", *arguments], arguments, strict=False)):
         flag, equals, folder = word.partition("=")

@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from ptq_exp.errors import PTQError, command_line
 from ptq_exp.settings.compose import config_folder
 from ptq_exp.settings.overrides import unquoted
-from ptq_exp.storage.entries import PARTS, Entry, entries, total
+from ptq_exp.storage.entries import HALF_WRITTEN, PARTS, Entry, entries, total
 from ptq_exp.storage.paths import PathArgument
-from ptq_exp.storage.prune import Limits, Signs, chosen, remove
+from ptq_exp.storage.prune import Limits, chosen, held, remove
 
 _HELP = f"""
 An entry is computed once and reused by every run with the same settings: calibration sets, ranges, full-precision
 images, features. The kind {PARTS} holds the pieces of runs that were killed, which the next run continues.
-Removing an entry costs the time to compute it again, nothing else. Entries that a live process works with stay.
+Removing an entry costs the time to compute it again, nothing else. Entries that a live process computes stay.
 
 examples:
   python -m ptq_exp cache ls
@@ -79,12 +79,10 @@ def prune(root: Path, limits: Limits, *, dry_run: bool = False) -> None:
     """
     found = entries(root, verify=True)
     gone = []
-    for entry, reason in chosen(found, limits, Signs.of(root)):
-        if sign := Signs.of(root).why(entry):
-            print(f"kept {_label(entry)}: in use, {sign}")
+    for entry, reason in chosen(found, limits, lambda entry: held(root, entry)):
+        if held(root, entry) if dry_run else not remove(root, entry):
+            print(f"kept {_label(entry)}: a live process holds its lock")
             continue
-        if not dry_run:
-            remove(root, entry)
         gone.append(entry)
         print(f"{'would remove' if dry_run else 'removed'} {_label(entry)}, {size_text(entry.size)}: {reason}")
     left = total(found) - total(gone)
@@ -111,7 +109,7 @@ def age_text(seconds: float) -> str:
 
 
 def _label(entry: Entry) -> str:
-    name = entry.path.name if entry.writer is not None else entry.path.name[:12]
+    name = entry.path.name if entry.problem == HALF_WRITTEN else entry.path.name[:12]
     return f"{entry.kind}/{name}"
 
 

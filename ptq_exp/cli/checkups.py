@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata as metadata
 import netrc
 import os
 import shutil
@@ -11,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from configparser import ConfigParser
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -38,7 +38,7 @@ class Finding:
 
 
 def python() -> Iterator[Finding]:
-    """The interpreter."""
+    """Check the interpreter."""
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info < _OLDEST_PYTHON:
         yield Finding(PROBLEM, f"Python {version}", "ptq-exp needs Python 3.11 or newer")
@@ -47,7 +47,7 @@ def python() -> Iterator[Finding]:
 
 
 def requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
-    """What is needed, and what each optional extra needs: as setup.cfg says, or the installed package."""
+    """Return what is needed, and what each optional extra needs: as setup.cfg says, or the installed package."""
     config = ConfigParser()
     if config.read(_PACKAGE.parent / "setup.cfg") and config.has_section("options"):
         extras = dict(config["options.extras_require"])
@@ -80,7 +80,7 @@ def _wrong(requirement: Requirement) -> str | None:
 
 
 def packages() -> Iterator[Finding]:
-    """The packages that every run needs."""
+    """Check the packages that every run needs."""
     needed, _ = requirements()
     wrong = [(item, text) for item in needed if (text := _wrong(item))]
     for item, text in wrong:
@@ -91,7 +91,7 @@ def packages() -> Iterator[Finding]:
 
 
 def extras() -> Iterator[Finding]:
-    """Packages for optional features; none is needed, so that a missing one is no fault."""
+    """Check packages for optional features; none is needed, so that a missing one is no fault."""
     for name, needed in requirements()[1].items():
         wrong = [text for item in needed if (text := _wrong(item))]
         if wrong:
@@ -101,7 +101,7 @@ def extras() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """CPU cores, CUDA, MPS."""
+    """Check CPU cores, CUDA, MPS."""
     import torch
 
     yield Finding(OK, f"CPU: {_cores()} cores")
@@ -121,7 +121,7 @@ def _cores() -> int:
 
 
 def threads() -> Iterator[Finding]:
-    """Whether torch's threads fit the cores and what else runs there."""
+    """Check whether torch's threads fit the cores and what else runs there."""
     import torch
 
     count, cores, load = torch.get_num_threads(), _cores(), os.getloadavg()[0]
@@ -135,7 +135,7 @@ def threads() -> Iterator[Finding]:
 
 
 def wandb() -> Iterator[Finding]:
-    """Whether there is a login, and whether the environment asks for what only a login gives. Keys are not read out."""
+    """Check whether there is a login, and whether the environment needs one. Keys are not read out."""
     mode, logged_in = os.environ.get("WANDB_MODE", ""), _logged_in()
     login = "there is a login" if logged_in else "no login"
     if mode == "online" and not logged_in:
@@ -159,7 +159,7 @@ def _logged_in() -> bool:
 
 
 def disk(setting: str, folder: Path) -> Iterator[Finding]:
-    """Space below `folder`, and whether it can be written; the nearest folder that exists stands for it."""
+    """Check the space below `folder`, and whether it can be written; the nearest folder that exists stands for it."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -182,7 +182,7 @@ def disk(setting: str, folder: Path) -> Iterator[Finding]:
 
 
 def cache(folder: Path) -> Iterator[Finding]:
-    """Size of the cache, and what is of no use in it."""
+    """Check the size of the cache, and what is of no use in it."""
     try:
         found = entries(folder)
     except PTQError as error:
@@ -198,7 +198,7 @@ def cache(folder: Path) -> Iterator[Finding]:
 
 
 def weights() -> Iterator[Finding]:
-    """The weights inside the package against the digests on their cards."""
+    """Compare the weights inside the package with the digests on their cards."""
     import json
 
     from ptq_exp.storage.atomic import file_digest

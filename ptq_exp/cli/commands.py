@@ -23,7 +23,7 @@ def run_command(name: str, arguments: list[str]) -> None:
 
 
 def available() -> list[str]:
-    """The commands whose modules are installed."""
+    """Return the commands whose modules are installed."""
     return [name for name in COMMANDS if find_spec(_module(name))]
 
 

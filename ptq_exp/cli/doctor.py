@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def examination(cache_dir: Path, runs: Path) -> list[Callable[[], Iterable[Finding]]]:
-    """The checks, in the order of the report."""
+    """Return the checks, in the order of the report."""
     return [
         checkups.python, checkups.packages, checkups.extras, checkups.devices, checkups.threads, checkups.wandb,
         lambda: checkups.disk("runs", runs), lambda: checkups.disk("cache_dir", cache_dir),

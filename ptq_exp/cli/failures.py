@@ -10,7 +10,7 @@ _MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "Unabl
 
 
 def refusal(error: BaseException, folder: str) -> str | None:
-    """The line about an error of a run in `folder` that the machine is to blame for; None for any other error."""
+    """Describe in a line an error of a run in `folder` that the machine is to blame for; None for others."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in _DISK:
         return cannot_write(error, folder)
@@ -24,7 +24,7 @@ def refusal(error: BaseException, folder: str) -> str | None:
 
 
 def cannot_write(error: OSError, folder: str) -> str:
-    """The line about a file or folder that cannot be made or written; in `folder`, if the error does not say where."""
+    """Describe in a line what cannot be made or written; it is in `folder`, if the error does not say where."""
     place = error.filename or f"to {folder}"
     if error.filename and Path(error.filename) in Path(folder).parents:
         place = folder  # what was asked for, not the part of its path where it ended

@@ -42,7 +42,7 @@ _started = False  # whether Hydra has made the run folder and called the job
 
 
 def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
-    """One composed experiment; see `run_job`."""
+    """Run one composed experiment, see `run_job`."""
     global _started
     _started = True
     start_command()  # launchers have processes of their own
@@ -63,7 +63,7 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
 
 
 def _run_folder() -> str:
-    """Where Hydra puts the run; as it was asked to, before there is a run."""
+    """Return the run folder from Hydra, or from the command line if Hydra has not started."""
     if _started:  # before, Hydra may still hold what an earlier call in this process left
         return HydraConfig.get().runtime.output_dir
     asked = given(typed(sys.argv[1:]).overrides)
@@ -108,7 +108,7 @@ def _check_stray(arguments: list[str]) -> None:
 
 
 def _known_settings() -> list[str]:
-    """Every setting and group of the schema, dotted."""
+    """Return every setting and group of the schema, dotted."""
 
     def walk(node, prefix: str):
         for key, value in node.items():
@@ -120,8 +120,8 @@ def _known_settings() -> list[str]:
     return [*walk(container, ""), *walk({"sweep": vars(SweepConfig())}, "")]
 
 
-def _told(arguments: list[str]) -> bool:
-    """Whether the arguments ask for something else than an experiment, which is done then."""
+def _done_elsewhere(arguments: list[str]) -> bool:
+    """Do what the arguments ask for if it is no experiment; return whether it was none."""
     if not arguments:
         from ptq_exp.cli.overview import overview
 
@@ -162,10 +162,10 @@ def _main() -> None:
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     sys.argv[1:] = spelt_out(sys.argv[1:])
     before = os.environ.get(TRACEBACK)
-    os.environ[TRACEBACK] = "1"  # let Hydra raise, so that what it says can be told in one line
+    os.environ[TRACEBACK] = "1"  # let Hydra raise, so that its message fits in one line
     failed, interrupted = [], False
     try:
-        if _told(sys.argv[1:]):
+        if _done_elsewhere(sys.argv[1:]):
             sys.stdout.flush()
             return
         _check_stray(sys.argv[1:])
@@ -173,7 +173,7 @@ def _main() -> None:
         check_groups(sys.argv[1:])
         sys.argv[1:] = with_saved_model(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
-    except PTQError as error:  # of the command line; those of jobs are told as they occur
+    except PTQError as error:  # of the command line; errors of jobs are reported as they occur
         if _traceback_wanted:
             raise
         sys.exit(f"error: {error}")

@@ -27,14 +27,14 @@ OTHERS = ("hydra", "search", "table")
 
 
 def groups() -> dict[str, list[Path]]:
-    """The files of each configuration group of an experiment; groups and files in alphabetical order."""
+    """Return the files of each configuration group of an experiment; groups and files in alphabetical order."""
     folders = sorted(path for path in config_folder().iterdir() if path.is_dir() and path.name not in OTHERS)
     found = {folder.name: sorted(folder.glob("*.yaml")) for folder in folders}
     return {group: files for group, files in found.items() if files}
 
 
 def comment(path: Path) -> str:
-    """The first sentence of the comment that a configuration file begins with; "" if it begins with something else."""
+    """Return the first sentence of the comment that a configuration file begins with; "" without one."""
     lines = path.read_text(encoding="utf-8").splitlines()
     if lines and lines[0].startswith(_PACKAGE):
         lines = lines[1:]
@@ -49,7 +49,7 @@ def comment(path: Path) -> str:
 
 
 def overview(commands: Sequence[str] = tuple(COMMANDS)) -> str:
-    """What the command prints without arguments: experiments, groups, three examples, `commands`."""
+    """Return what the command prints without arguments: experiments, groups, three examples, `commands`."""
     found = groups()
     names = [f"  {group:<15} {', '.join(file.stem for file in files)}" for group, files in found.items()]
     return "\n".join([
@@ -64,7 +64,7 @@ def overview(commands: Sequence[str] = tuple(COMMANDS)) -> str:
 def full_help(
     overrides: Sequence[str] = (), commands: Sequence[str] = tuple(COMMANDS), own: Path | None = None
 ) -> str:
-    """`--help`: every group and option with one line, and the settings as `overrides` compose them.
+    """Return the text of `--help`: every group and option with one line, and the settings as `overrides` compose them.
 
     Args:
         own: a folder with configuration files of one's own, which may be chosen, too.

@@ -13,11 +13,11 @@ from pathlib import Path
 import pandas as pd
 
 from ptq_exp.errors import ConfigError, DataError, command_line
-from ptq_exp.reports.tables.fixed_tables import FIXED, Runs, ablation_table, collected, experiment_table
 from ptq_exp.reports.tables.layouts import Layout, find_layout, layouts
 from ptq_exp.reports.tables.render import FORMATS, render, to_wandb
-from ptq_exp.reports.tables.result_table import Request, ResultTable, result_table
-from ptq_exp.reports.tables.runs import SOURCES, gather
+from ptq_exp.reports.tables.request import Request, ResultTable
+from ptq_exp.reports.tables.result_table import result_table
+from ptq_exp.reports.tables.runs import gather
 from ptq_exp.reports.tables.settings import VALUES
 from ptq_exp.reports.tables.wandb_source import online_rows
 from ptq_exp.settings.compose import config_folder
@@ -25,16 +25,18 @@ from ptq_exp.settings.schema import setting_names
 from ptq_exp.storage.atomic import atomic_path
 from ptq_exp.storage.paths import PathArgument, with_home
 
-__all__ = ["ablation_table", "experiment_table", "layout_list", "layout_table", "make_table", "main"]
+__all__ = ["layout_list", "layout_table", "main", "make_table"]
+Runs = str | os.PathLike | pd.DataFrame
+_DEFAULT = "experiments"
 _HELP = f"""
 what is read:
-  folders with results.json (runs); offline W&B runs (runs/.../wandb/offline-run-*) where there is no results.json, or
-  with --source wandb in any case; with --wandb entity/project the runs of an online project instead
+  folders with results.json (runs), or the offline W&B folder of a run (RUN/wandb/offline-run-*), which stands for it;
+  with --wandb entity/project the runs of an online project instead
 
 layouts:
-  experiments   a row per experiment and metric: FP32 first, then in the order of the FID increase
+  files of conf/table: --list shows all, each with the sweep that fills it; a .yaml file of your own works, too
+  experiments   (the default) a row per experiment and metric: FP32 first, then in the order of the FID increase
   ablation      a block per model, sampler, eta and bits; its rows: no correction, then one part of it after another
-  --list shows those of conf/table, each with the sweep that fills it; a .yaml file of your own works, too
 
 keys and values:
   A key is a configuration key: a group (calibration, bits, metric, model, ...) or a setting (sampler.eta,
@@ -64,7 +66,8 @@ def make_table(runs: Runs, request: Request) -> ResultTable:
     Raises:
         PTQError: there are no results, an unknown key or value, or runs that differ in a setting would be averaged.
     """
-    return result_table(collected(runs), request, [f"config.{name}" for name in setting_names()])
+    runs = runs if isinstance(runs, pd.DataFrame) else gather([runs])
+    return result_table(runs, request, [f"config.{name}" for name in setting_names()])
 
 
 def layout_table(runs: Runs, name: str) -> ResultTable:
@@ -73,7 +76,7 @@ def layout_table(runs: Runs, name: str) -> ResultTable:
     Raises:
         PTQError: as `make_table`, or there is no such layout.
     """
-    return make_table(runs, find_layout(with_home(name, "layout"), config_folder() / "table", FIXED).request)
+    return make_table(runs, find_layout(with_home(name, "layout"), config_folder() / "table").request)
 
 
 def layout_list() -> str:
@@ -93,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("runs", nargs="*", default=["runs"], action=PathArgument, help="folders that are searched for runs (runs)")
-    add("--layout", metavar="NAME", help="a ready-made table: experiments (the default), ablation, or one of --list")
+    add("--layout", metavar="NAME", help="a ready-made table, one of --list (experiments)")
     add("--list", action="store_true", help="show the layouts of conf/table and the sweeps that fill them")
     add("--rows", metavar="KEYS", help="configuration keys that choose the rows, separated by commas")
     add("--cols", metavar="KEYS", help="keys that choose the columns")
@@ -104,7 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-fp32", action="store_true", help="without the FP32 row")
     add("--format", choices=FORMATS, default="markdown", help="how it is written (markdown)")
     add("--output", metavar="FILE", action=PathArgument, help="write it into this file")
-    add("--source", choices=SOURCES, default="auto", help="what is read in the folders (auto)")
     add("--wandb", metavar="ENTITY/PROJECT", help="read the runs of this W&B project instead of folders")
     add("--wandb-url", metavar="URL", help="of a W&B server of one's own")
     add("--to-wandb", metavar="ENTITY/PROJECT", help="write the table into W&B, too; offline: into --wandb-dir")
@@ -129,12 +131,7 @@ def main(argv: list[str] | None = None) -> None:
 def _table(arguments: argparse.Namespace) -> str:
     """The table that the command line asks for, as text; with --to-wandb it goes there, too."""
     chosen = _layout(arguments)
-    runs = _runs(arguments)
-    if isinstance(chosen, str):
-        if arguments.to_wandb:
-            raise ConfigError(f"--to-wandb: not with the layout {chosen}; name rows, or a layout of --list")
-        return FIXED[chosen](runs, arguments.format)
-    table = make_table(runs, chosen.request)
+    table = make_table(_runs(arguments), chosen.request)
     if arguments.to_wandb:
         if arguments.wandb_url:
             os.environ["WANDB_BASE_URL"] = arguments.wandb_url
@@ -146,20 +143,17 @@ def _table(arguments: argparse.Namespace) -> str:
     return render(table, arguments.format, chosen.name)
 
 
-def _layout(arguments: argparse.Namespace) -> Layout | str:
-    """What to show: the name of a fixed layout, or rows, columns and values."""
+def _layout(arguments: argparse.Namespace) -> Layout:
+    """The layout that is named, with what else is asked for; rows without a name are a layout of their own."""
     asked = {key: _names(value) for key in ("rows", "cols", "values", "agg") if (value := getattr(arguments, key))}
     where = dict(map(_condition, arguments.where))
-    name = arguments.layout or (None if asked.get("rows") else "experiments")
-    if name in FIXED:
-        if asked or where or arguments.delta or arguments.no_fp32:
-            raise ConfigError(f"the layout {name} cannot be changed: choose --rows, or a layout of --list")
-        return name
-    if name is None:
+    if arguments.layout is None and asked.get("rows"):
         layout = Layout("table", Request(rows=()), ())
     else:
-        layout = find_layout(with_home(name, "--layout"), config_folder() / "table", FIXED)
+        layout = find_layout(with_home(arguments.layout or _DEFAULT, "--layout"), config_folder() / "table")
     request = replace(layout.request, **asked, where={**layout.request.where, **where})
+    if "rows" in asked:
+        request = replace(request, blocks=[key for key in request.blocks if key in asked["rows"]])
     if arguments.delta:
         request = replace(request, delta=True)
     return replace(layout, request=replace(request, fp32=request.fp32 and not arguments.no_fp32))
@@ -170,7 +164,7 @@ def _runs(arguments: argparse.Namespace) -> pd.DataFrame:
         return pd.DataFrame(online_rows(arguments.wandb, arguments.wandb_url))
     if missing := [folder for folder in arguments.runs if not Path(folder).is_dir()]:
         raise DataError(f"no results.json below {missing[0]}: there is no such folder")
-    return gather(arguments.runs, arguments.source)
+    return gather(arguments.runs)
 
 
 def _names(text: str) -> list[str]:

@@ -59,7 +59,7 @@ DATA = {
 
 
 def loader(data: TensorDataset, batch_size: int, seed: int) -> DataLoader:
-    """Batches, shuffled by (seed, epoch) alone so that a resumed training sees the same order."""
+    """Load batches, shuffled by (seed, epoch) alone so that a resumed training sees the same order."""
     sampler = DistributedSampler(data, num_replicas=1, rank=0, shuffle=True, seed=seed)
     return DataLoader(data, batch_size=batch_size, sampler=sampler, drop_last=True)
 
@@ -67,7 +67,7 @@ def loader(data: TensorDataset, batch_size: int, seed: int) -> DataLoader:
 def training_module(
     network: str, steps: int, seed: int, weights: Path
 ) -> tuple[EMATraining, DataLoader, DataLoader | None]:
-    """The Lightning module of `network` with its training and validation batches; `weights`: folder of the others'."""
+    """Build the Lightning module of `network` and its batches; `weights`: folder of the other networks' weights."""
     settings = {"seed": seed, "total_steps": steps}
     if network == "unet":
         alphas_cumprod = DDIMScheduler(TRAIN_STEPS, beta_schedule=BETA_SCHEDULE).alphas_cumprod
@@ -91,7 +91,7 @@ def training_module(
 def measured(
     network: str, module: EMATraining, trainer: pl.Trainer, held_out: DataLoader | None, weights: Path, samples: int
 ) -> dict:
-    """What the card says about the quality of the trained network; `weights`: folder of the autoencoder."""
+    """Return what the card says about the quality of the trained network; `weights`: folder of the autoencoder."""
     if held_out is not None:
         return {"held_out_accuracy": float(trainer.validate(module, held_out, verbose=False)[0]["accuracy"])}
     if network == "latent_unet":
@@ -109,7 +109,7 @@ def measured(
 
 
 def sample_quality(model: DiffusionModel, n: int, seed: int = 0) -> dict:
-    """Inception score, and how often the embedded classifier sees the class asked for, in `n` published samples."""
+    """Measure the Inception score of `n` samples, and how often the embedded classifier sees the class asked for."""
     probabilities = extract_features(DigitsExtractor(), sample(model, n, seed, batch_size=min(n, 100))).probabilities
     agreement = (probabilities.argmax(1) == model.labels(range(n), seed).numpy()).mean()
     return {
@@ -132,7 +132,7 @@ def export(module: EMATraining, name: str, card: dict, folder: Path) -> None:
 
 
 def losses_by_tenth(history: list[float]) -> list[float]:
-    """Mean training loss of each tenth of the training."""
+    """Return the mean training loss of each tenth of the training."""
     tenth = max(1, len(history) // 10)
     starts = range(0, min(tenth * 10, len(history)), tenth)
     return [round(sum(history[i : i + tenth]) / tenth, 5) for i in starts]
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Train or export the network that the command line names."""
     steps = args.steps or NETWORKS[args.network]
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed)

@@ -18,7 +18,7 @@ class Corrected(nn.Module):
     Goes around guidance: what is corrected is the estimate that the sampler receives.
 
     Args:
-        denoiser: (x [N, C, H, W], t [N] network time, y [N] or None) -> eps_q [N, C, H, W].
+        denoiser: (x [N, C, H, W], t [N] network time, conditions by name) -> eps_q [N, C, H, W].
         statistics: of the same denoiser on the same grid.
         grid: the one that is sampled with; positions are found by network time.
 
@@ -45,13 +45,13 @@ class Corrected(nn.Module):
         self.register_buffer("bias", statistics.bias.float(), persistent=False)
         self.register_buffer("gain", 1 / (1 + statistics.slope.float()), persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         """Corrected eps [N, C, H, W].
 
         Raises:
             ConfigError: a time that is not on the grid of the statistics, or another number of channels.
         """
-        eps = self.denoiser(x, t, y)
+        eps = self.denoiser(x, t, **conditions)
         if eps.shape[1] != self.bias.shape[1]:
             raise ConfigError(
                 f"the noise statistics have {self.bias.shape[1]} channels, but the estimate has {eps.shape[1]}: they "

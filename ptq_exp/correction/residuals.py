@@ -1,4 +1,4 @@
-"""Is the residual of the correction what its derivation takes it for: Gaussian, and independent from step to step?"""
+"""Test whether the residual of the correction is Gaussian and independent between steps, as its derivation assumes."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ import torch
 from ptq_exp.correction import BitSchedule, NoiseStatistics
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
+from ptq_exp.quantization import Applied, applied_from_dict
 from ptq_exp.quantization.save import DESCRIPTION_FILE, TENSORS_FILE, read_description
 from ptq_exp.storage.atomic import file_digest
 
 SUBFOLDER = "quantized"
 SCHEDULE_FILE, STATISTICS_FILE = "bit_schedule.json", "noise_statistics.npz"
 SECTIONS = ("seed", "model", "sampler", "calibration", "metric", "bits", "quantization", "reconstruction", "correction")
-OF_MODEL = ("name", "checkpoint", "dtype", "ema", "channels_last", "compile")
+OF_MODEL = ("name", "checkpoint", "dtype", "ema", "conditions", "channels_last", "compile")
 """The settings that are saved with a model. No others are taken from a file: some name code that a run executes."""
 _EXPECTED = {
     "model.name": str, "model.digest": str, "model.dtype": str, "model.options": dict, "settings.model": dict,
@@ -102,6 +104,19 @@ class Artifact:
             settings["correction"]["statistics"] = str(self.folder / STATISTICS_FILE)
         return settings
 
+    def setting(self, name: str, kind: type | UnionType, default: Any) -> Any:
+        """A setting that the network was made with, such as "sampler.steps"; `default` where it is not recorded.
+
+        Raises:
+            DataError: it is of another type than `kind`.
+        """
+        section, key = name.split(".")
+        values = self.description["settings"].get(section, {})
+        found = values.get(key, default) if isinstance(values, dict) else ...
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+            raise DataError(f"{self.folder / DESCRIPTION_FILE}: its settings do not fit: {name} is of another type")
+        return found
+
     def schedule(self) -> BitSchedule | None:
         """The activation widths per step; None = one width.
 
@@ -113,6 +128,21 @@ class Artifact:
     def statistics(self) -> NoiseStatistics | None:
         """The noise statistics; None = no correction. Raises as `schedule`."""
         return self._beside("noise_statistics", STATISTICS_FILE, NoiseStatistics.load)
+
+    def transforms(self) -> tuple[Applied, ...]:
+        """Return the transforms that the network went through before it was quantized, without what was fitted.
+
+        Raises:
+            DataError: one is unknown here, or its record is damaged.
+        """
+        records, sites = self.description.get("transforms"), self.description.get("smoothed")
+        if records is None:  # earlier versions knew smoothing alone, and at first did not record it
+            alpha = self.description["settings"].get("quantization", {}).get("smooth_alpha", 0.5)
+            records = [{"name": "smooth", "alpha": alpha, "sites": sites, "macs": 0, "bytes": 0}] if sites else []
+        try:
+            return tuple(applied_from_dict(record) for record in records)
+        except (DataError, TypeError) as error:
+            raise DataError(f"{self.folder / DESCRIPTION_FILE}: {error}") from error
 
     def check_model(self, model: DiffusionModel, setting: str = "model.checkpoint") -> None:
         """Raise CheckpointError unless `model` has the weights that were quantized."""
@@ -127,7 +157,7 @@ class Artifact:
         """Raise ConfigError if schedule, ranges of steps or statistics were made for another sampler than this one."""
         if (schedule := self.schedule()) is not None:
             schedule.check(grid)
-        temporal = self.settings["quantization"]["temporal"]
+        temporal = self.setting("quantization.temporal", str, "static")
         if temporal != "static" and not _same(self.description["grid"]["timesteps"], grid.timesteps.tolist()):
             raise ConfigError(
                 f"{self.folder} has ranges for each sampling step (quantization.temporal={temporal}) of another grid "
@@ -135,7 +165,7 @@ class Artifact:
             )
         if self.description["noise_statistics"] is None:
             return
-        wanted = grid_account(grid, guidance_scale)
+        wanted = grid_entry(grid, guidance_scale)
         for key, found in self.description["grid"].items():
             if not _same(found, wanted.get(key)):
                 raise ConfigError(
@@ -152,7 +182,7 @@ class Artifact:
         return load(self.folder / name)
 
 
-def grid_account(grid: TimeGrid, guidance_scale: float) -> dict[str, Any]:
+def grid_entry(grid: TimeGrid, guidance_scale: float) -> dict[str, Any]:
     """What of a sampler noise statistics depend on."""
     return {
         "timesteps": grid.timesteps.tolist(), "alphas_cumprod": grid.alphas_cumprod.tolist(),

@@ -5,15 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ptq_exp.evaluation.scores import SCORES
 from ptq_exp.storage.atomic import atomic_path
-
-_METRICS = {
-    "fid": "FID", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall",
-    "fid_increase": "FID increase over full precision, same seeds", "psnr": "PSNR to full precision, same seeds (dB)",
-    "eps_error": "relative error of the noise estimate, mean over steps",
-    "eps_error_without_last": "the same without the last step",
-    "fixed_pattern_share": "share of this error that is the same for all samples, mean over steps",
-}  # fmt: skip
 
 _CARD = """---
 library_name: ptq-exp
@@ -27,7 +20,7 @@ tags:
 # {model}, {title}
 
 The noise estimator of the diffusion model `{model}`, quantized after training. Files: `quantized.safetensors` (packed
-integers, ranges, all other parameters), `quantization.json` (rules, ranges, account of every layer, recipe){others}.
+integers, ranges, all other parameters), `quantization.json` (rules, ranges, bits of every layer, recipe){others}.
 
 | | |
 | --- | --- |
@@ -80,8 +73,9 @@ def card(description: dict[str, Any], results: dict[str, Any], command: str) -> 
     """The text of the card, from the content of quantization.json and results.json."""
     settings, totals = description["settings"], description["totals"]
     bits, sampler, model = settings["bits"], settings["sampler"], description["model"]
-    scored = [f"| {title} | {results['metrics'][key]:.4g} |" for key, title in _METRICS.items()
-              if key in results["metrics"]]  # fmt: skip
+    measured = results["metrics"]
+    scored = [f"| {score.description or score.heading} | {measured[key]:.4g} |" for key, score in SCORES.items()
+              if key in measured]  # fmt: skip
     spec = results["metric_spec"]
     beside = [entry["file"] for key in ("bit_schedule", "noise_statistics") if (entry := description[key])]
     activation = "/".join(map(str, description["activation_widths"]))

@@ -1,37 +1,165 @@
-"""`QuantizedModel`: a saved quantized model, loaded."""
+"""`QuantizedModel`: a quantized network with all that it is sampled with; one object, saved as one folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
+from ptq_exp.correction import BitSchedule, Corrected, NoiseStatistics, Scheduled, VarianceFit
+from ptq_exp.deploy.artifact import SCHEDULE_FILE, STATISTICS_FILE, grid_entry
+from ptq_exp.deploy.draw import draw
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
-from ptq_exp.quantization import Report
+from ptq_exp.errors import ConfigError
+from ptq_exp.quantization import Applied, Report, Rule
+from ptq_exp.quantization.save import save_quantized
+from ptq_exp.runtime import ExecutedLayer, Runtime, runtime_of
+from ptq_exp.storage.atomic import file_digest
+from ptq_exp.storage.plain_json import to_plain
 
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A saved quantized model, loaded by `ptq_exp.load_quantized`.
+    """A quantized network, its policy and ranges, its bit schedule, its correction, and how it is sampled.
 
     Attributes:
         model: the diffusion model; its `denoiser` is the full-precision one where `full_precision`, else `network`.
-        network: the quantized denoiser alone. Where activations have several widths, choose with `select_row`.
-        denoiser: `network` as it is sampled: with guidance, its width at each step, and its correction.
+        network: the quantized network alone. Where activations have several rows of ranges, choose with `select_row`.
+        report: coverage, bits and bit operations of every layer, over all steps.
         grid: the sampling steps that it was made for.
-        guidance_scale: inside `denoiser`, 1 = none.
-        report: account of its operations.
-        noise_in_eps: what the sampler is told of the noise in estimates, arguments of `ptq_exp.diffusion.sample`.
+        guidance_scale: of classifier-free guidance, 1 = none.
+        rules: that placed the quantizers of the network.
+        widths: bits of the activations, ascending, one for each row of ranges; () = those of the rules.
+        time_bins: row of the activation ranges in each step, int64 [S]; None = the same ranges in all steps.
+        schedule: bits of the activations in each step; None = one width.
+        statistics: of the quantization noise in each step, for the correction; None = no correction.
+        variance: whether the sampler's own noise makes room for that of the quantization.
+        convention: "paper" or "code", of the variance correction.
+        transforms: that the full-precision network went through before it was quantized, in order.
+        runtime: how the network is executed, see `ptq_exp.runtime`.
         full_precision: whether the full-precision weights are there, too.
+        compile: whether networks are compiled.
+        recipe: what it was made from and with, as plain values for quantization.json.
     """
 
     model: DiffusionModel
     network: nn.Module
-    denoiser: nn.Module
-    grid: TimeGrid
-    guidance_scale: float
     report: Report
-    noise_in_eps: Mapping[str, Any]
-    full_precision: bool
+    grid: TimeGrid
+    guidance_scale: float = 1.0
+    rules: tuple[Rule, ...] = ()
+    widths: tuple[int, ...] = ()
+    time_bins: Tensor | None = None
+    schedule: BitSchedule | None = None
+    statistics: NoiseStatistics | None = None
+    variance: bool = False
+    convention: str = "paper"
+    transforms: tuple[Applied, ...] = ()
+    runtime: str = "simulate"
+    runtime_options: Mapping[str, Any] = field(default_factory=dict)
+    full_precision: bool = True
+    compile: bool = False
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def denoiser(self) -> nn.Module:
+        """The denoiser that images are drawn with: guided, at the bits and ranges of each step, corrected."""
+        return self.uncorrected if self.statistics is None else Corrected(self.uncorrected, self.statistics, self.grid)
+
+    @cached_property
+    def uncorrected(self) -> nn.Module:
+        """The same without the correction of the noise."""
+        if self.time_bins is not None:
+            return self._guided(self.time_bins)
+        if self.schedule is None or len(self.widths) < 2:
+            return self._guided(None)
+        return self._guided(self.schedule.rows(list(self.widths)))
+
+    def at_row(self, row: int) -> nn.Module:
+        """The guided denoiser with one row of the activation ranges in all steps."""
+        return self._guided(torch.full((len(self.grid),), row) if len(self.widths) > 1 else None)
+
+    @cached_property
+    def _execution(self) -> tuple[Runtime, nn.Module]:
+        """The runtime, and the network that it made."""
+        runtime = runtime_of(self.runtime, self.runtime_options)
+        device = next(self.network.parameters()).device
+        return runtime, runtime.compile(self.network, self.model.example_inputs().to(device))
+
+    @property
+    def executed(self) -> list[ExecutedLayer]:
+        """How the runtime executes each operation of the network."""
+        return self._execution[0].account()
+
+    def _guided(self, rows: Tensor | None) -> nn.Module:
+        network = self._execution[1]
+        denoiser = network if rows is None else Scheduled(network, rows, self.grid)
+        if self.compile:
+            denoiser.compile()
+        return self.model.guided(denoiser, self.guidance_scale)
+
+    @property
+    def eps_noise_std(self) -> Tensor | None:
+        """Standard deviation of the noise left in the estimates, [S]; None where the sampler makes no room for it."""
+        if self.statistics is None or not self.variance or self.grid.eta == 0:
+            return None
+        return self.statistics.eps_noise_std
+
+    @property
+    def noise_in_eps(self) -> dict[str, Any]:
+        """What the sampler has to know of noise in the estimates: arguments of `ptq_exp.diffusion.sample`."""
+        return {"eps_noise_std": self.eps_noise_std, "convention": "code" if self.convention == "code" else "exact"}
+
+    @property
+    def variance_fit(self) -> VarianceFit | None:
+        """How far the sampler's own noise makes room; None without variance correction."""
+        if self.statistics is None or not self.variance:
+            return None
+        return VarianceFit.of(self.grid, self.statistics.eps_noise_std)
+
+    def sample(
+        self, n: int, seed: int = 0, *, batch_size: int = 8, device: torch.device | str = "cpu", progress: bool = False
+    ) -> np.ndarray:
+        """Draw images 0..n-1 of `seed`, uint8 [n, H, W, C]; image i depends on (seed, i) alone.
+
+        Args:
+            batch_size: images per network evaluation (twice as many with guidance).
+            device: where to compute; the model is moved there.
+            progress: show a progress bar.
+
+        Raises:
+            DataError: the images hold NaN or infinity.
+        """
+        return draw(
+            self.model, self.denoiser, self.grid, n, seed, batch_size=batch_size, device=device, progress=progress,
+            **self.noise_in_eps,
+        )  # fmt: skip
+
+    def save(self, folder: str | Path) -> dict[str, Any]:
+        """Write the folder that `ptq_exp.load_quantized` reads; returns the content of its quantization.json.
+
+        Raises:
+            ConfigError: nobody knows what the model was made from, so that it could not be built again.
+            PTQError: a file cannot be written.
+        """
+        if not self.recipe:
+            raise ConfigError(f"the quantized {self.model.name} has no recipe: only what a run has made can be saved")
+        folder, beside = Path(folder), {}
+        for key, name, part in (
+            ("bit_schedule", SCHEDULE_FILE, self.schedule), ("noise_statistics", STATISTICS_FILE, self.statistics)
+        ):  # fmt: skip
+            beside[key] = None
+            if part is not None:
+                part.save(folder / name)
+                beside[key] = {"file": name, "sha256": file_digest(folder / name)}
+        about = {
+            **self.recipe, "grid": grid_entry(self.grid, self.guidance_scale), "activation_widths": list(self.widths),
+            **beside, "transforms": [done.to_dict() for done in self.transforms],
+        }  # fmt: skip
+        return save_quantized(folder, self.network, self.rules, self.report, to_plain(about))

@@ -1,8 +1,9 @@
-"""Networks of `diffusers` as denoisers eps(x, t, y), and autoencoders as first stages."""
+"""Networks of `diffusers` as denoisers eps(x, t, **conditions), and autoencoders as first stages."""
 
 from __future__ import annotations
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 
@@ -16,18 +17,38 @@ def _dtype(network: nn.Module) -> torch.dtype:
 
 
 class UNetDenoiser(nn.Module):
-    """An unconditional `diffusers` U-Net as a function eps(x, t, y).
+    """A `diffusers` U-Net as a function eps(x, t, **conditions).
 
-    x float [N, C, H, W], t float [N] network time, y unused -> eps [N, C, H, W] of the type of x. The network computes
-    in the type of its own weights.
+    x float [N, C, H, W], t float [N] network time, conditions [N, ...] under the names of the network's own arguments
+    -> eps [N, C, H, W] of the type of x. The network computes in the type of its own weights.
     """
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
+        # an argument without a default, which networks without cross-attention do not read
+        self.absent = {"encoder_hidden_states": None} if isinstance(unet, UNet2DConditionModel) else {}
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        return _eps(self.unet(x.to(_dtype(self.unet)), t), x)
+    def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        dtype = _dtype(self.unet)
+        given = {name: _in_type(value, dtype) for name, value in conditions.items()}
+        return _eps(self.unet(x.to(dtype), t, **self.absent | given), x)
+
+
+class LabelledUNet(UNetDenoiser):
+    """A U-Net that embeds class labels itself; as `UNetDenoiser`, with y int64 [N].
+
+    `default_label` stands for y = None; None = a label is always needed.
+    """
+
+    def __init__(self, unet: nn.Module, default_label: int | None = None) -> None:
+        super().__init__(unet)
+        self.default_label = default_label
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, **conditions: Tensor) -> Tensor:
+        if self.default_label is not None:
+            y = _labels(x, y, self.default_label)
+        return super().forward(x, t, class_labels=y, **conditions)
 
 
 class ClassConditionalUNet(nn.Module):
@@ -56,6 +77,11 @@ class DiTDenoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         y = _labels(x, y, self.null_label)
         return _eps(self.transformer(x.to(_dtype(self.transformer)), timestep=t, class_labels=y), x)
+
+
+def _in_type(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A condition in the type of the network; labels stay whole numbers."""
+    return value.to(dtype) if value is not None and value.is_floating_point() else value
 
 
 def _labels(x: Tensor, y: Tensor | None, null_label: int) -> Tensor:

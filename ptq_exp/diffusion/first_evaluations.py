@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from ptq_exp.diffusion.call import Call
 from ptq_exp.diffusion.model import DiffusionModel
 from ptq_exp.diffusion.noise import EVALUATION, SampleNoise
 from ptq_exp.diffusion.time_grid import TimeGrid
@@ -34,13 +35,13 @@ def check_network(
     home = next((parameter.device for parameter in network.parameters()), torch.device(device))
     network.to(device)
     noise = SampleNoise(seed, [0], model.sample_shape, stream=EVALUATION).draw()
-    y = model.labels([0], seed)
+    conditions = model.draw_conditions([0], seed)
     for step in dict.fromkeys((0, len(grid) - 1)):
         x = float(1 - grid.alphas_cumprod[step]) ** 0.5 * noise
-        inputs = [part.to(device) for part in (x, grid.network_time(step, 1), *([] if y is None else [y]))]
-        if not is_finite(network(*inputs)):
+        call = Call(x, grid.network_time(step, 1), conditions).to(device)
+        if not is_finite(call.evaluate(network)):
             dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
-            raise _error(dtype, checkpoint, f"at time {float(inputs[1]):g}, first {first_not_finite(network, inputs)}")
+            raise _error(dtype, checkpoint, f"at time {float(call.t):g}, first {first_not_finite(network, call)}")
     network.to(home)
 
 
@@ -61,10 +62,10 @@ def wider(dtype: torch.dtype) -> str:
     }.get(dtype, "")  # fmt: skip
 
 
-def first_not_finite(network: nn.Module, inputs: list[Tensor]) -> str:
+def first_not_finite(network: nn.Module, call: Call) -> str:
     """Where, on the way through `network`, the first NaN or infinity is: "in the output of LAYER"."""
     with _watching(network) as found, torch.no_grad():
-        network(*inputs)
+        call.evaluate(network)
     return found[0] if found else "in the output of the network"
 
 

@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+
+from ptq_exp.diffusion.call import Call
 
 
 class Guided(nn.Module):
     """eps = eps_uncond + guidance_scale (eps_cond - eps_uncond), both from one call of twice the batch.
 
     Args:
-        denoiser: (x [N, C, H, W], t [N], y [N]) -> eps [N, C, H, W].
+        denoiser: (x [N, C, H, W], t [N], conditions [N, ...] by name) -> eps [N, C, H, W].
         guidance_scale: 1 = the conditional estimate alone, without a second half.
-        null_label: the label that means "no class".
+        unconditional: {name: what a sample without that condition has, a number or a tensor [...]}.
     """
 
-    def __init__(self, denoiser: nn.Module, guidance_scale: float, null_label: int) -> None:
+    def __init__(
+        self, denoiser: nn.Module, guidance_scale: float, unconditional: Mapping[str, float | Tensor]
+    ) -> None:
         super().__init__()
-        self.denoiser, self.guidance_scale, self.null_label = denoiser, guidance_scale, null_label
+        self.denoiser, self.guidance_scale, self.unconditional = denoiser, guidance_scale, dict(unconditional)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Guided eps [N, C, H, W]; `y` int64 [N]."""
+    def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        """Guided eps [N, C, H, W]."""
+        call = Call(x, t, conditions)
         if self.guidance_scale == 1:
-            return self.denoiser(x, t, y)
-        uncond, cond = self.denoiser(*both_halves(x, t, y, self.null_label)).chunk(2)
+            return call.evaluate(self.denoiser)
+        uncond, cond = both_halves(call, self.unconditional).evaluate(self.denoiser).chunk(2)
         return uncond + self.guidance_scale * (cond - uncond)
 
 
-def both_halves(x: Tensor, t: Tensor, y: Tensor, null_label: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch [2 N] that guidance evaluates: unconditional first, then conditional, as latent diffusion orders it."""
-    return torch.cat([x, x]), torch.cat([t, t]), torch.cat([torch.full_like(y, null_label), y])
+def both_halves(call: Call, unconditional: Mapping[str, float | Tensor]) -> Call:
+    """The batch [2 N] that guidance evaluates: unconditional first, then conditional, as latent diffusion orders it.
+
+    Conditions without an entry in `unconditional` are the same in both halves.
+    """
+    conditions = {
+        name: torch.cat([_without(value, unconditional.get(name, value)), value])
+        for name, value in call.conditions.items()
+    }
+    return Call(torch.cat([call.x, call.x]), torch.cat([call.t, call.t]), conditions)
+
+
+def _without(value: Tensor, unconditional: float | Tensor) -> Tensor:
+    """What the N samples of a condition, `value` [N, ...], have without it."""
+    return torch.as_tensor(unconditional).to(value).expand_as(value)

@@ -1,17 +1,20 @@
-"""`DiffusionModel`: a denoiser with its time convention, first stage, classes and identity."""
+"""`DiffusionModel`: a denoiser with its time convention, first stage, conditions and identity."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ptq_exp.diffusion.call import Call, on_device
+from ptq_exp.diffusion.conditions import ConditionTable, balanced
 from ptq_exp.diffusion.denoisers import FirstStage
 from ptq_exp.diffusion.guidance import Guided
-from ptq_exp.diffusion.noise import EVALUATION, SampleNoise, sample_generator
+from ptq_exp.diffusion.noise import EVALUATION, SampleNoise
 from ptq_exp.diffusion.sampler import sample
 from ptq_exp.diffusion.solvers import solver_grid
 from ptq_exp.diffusion.time_grid import NoiseSchedule, TimeGrid
@@ -34,19 +37,24 @@ class DiffusionModel:
 
     Attributes:
         name: what tables call it.
-        denoiser: eps(x, t, y), float [N, C, H, W] -> the same shape.
+        denoiser: eps(x, t, **conditions), float [N, C, H, W] -> the same shape.
         schedule: the training schedule.
         sample_shape: (C, H, W) of a state: an image, or a latent where there is a first stage.
         clip_sample: clamp the predicted x0 to [-1, 1] while sampling (pixel models).
         digest: hash of the weights; artefacts made with the model are keyed by it.
         first_stage: autoencoder of a latent model.
-        n_classes, null_label: labels are 0..n_classes-1; null_label means "no class". None = unconditional.
+        n_classes, null_label: the condition `y` is a label 0..n_classes-1; null_label means "no class". None = no
+            classes, or no such label.
         first_layers, last_layers: globs of the layers that read the state and that make the noise estimate.
         blocks: globs of the modules that reconstruction takes as one piece; the outermost match counts.
         sampler: the published sampler.
         image_shape: (C, H, W) of an image; None = `sample_shape`.
         structure: the settings files of the folder that the model was read from, by relative path; with them a saved
             quantized model needs no folder. None = the name of the model says all.
+        conditions: further conditions that samples are drawn with, such as embedded prompts; None = none.
+
+    Raises:
+        ConfigError: the denoiser does not take the conditions by their names.
     """
 
     name: str
@@ -64,9 +72,11 @@ class DiffusionModel:
     sampler: SamplerDefaults = field(default_factory=SamplerDefaults)
     image_shape: tuple[int, int, int] | None = None
     structure: Mapping[str, Mapping] | None = None
+    conditions: ConditionTable | None = None
 
     def __post_init__(self) -> None:
         self.image_shape = self.image_shape or self.sample_shape
+        _check_arguments(self.name, self.denoiser, self.draw_conditions([0], 0))
 
     def time_grid(
         self, steps: int | None = None, spacing: str | None = None, *, eta: float | None = None, solver: str = "ddim"
@@ -91,41 +101,55 @@ class DiffusionModel:
         """`denoiser` (the model's own, or a quantized twin) with classifier-free guidance; 1 = none.
 
         Raises:
-            ConfigError: guidance is asked for, but the model has no classes.
+            ConfigError: guidance is asked for, but nothing says what a sample without a condition has.
         """
         if guidance_scale == 1:
             return denoiser
-        if self.null_label is None:
+        if not self.unconditional:
             raise ConfigError(
-                f"sampler.guidance_scale={guidance_scale}: the model {self.name} has no class to be guided by; choose 1"
+                f"sampler.guidance_scale={guidance_scale}: the model {self.name} has no {self._lacking()}; choose 1"
             )
-        return Guided(denoiser, guidance_scale, self.null_label)
+        return Guided(denoiser, guidance_scale, self.unconditional)
 
-    def example_inputs(self) -> tuple[Tensor, ...]:
-        """(x [1, C, H, W], t [1]) and, with classes, y [1]: for shape tracing."""
+    @property
+    def unconditional(self) -> dict[str, int | Tensor]:
+        """{condition: what a sample without it has}: a label, or a tensor [...]; {} where there is no such thing."""
+        label = {} if self.null_label is None else {"y": self.null_label}
+        return label | dict(self.conditions.unconditional if self.conditions else {})
+
+    def _lacking(self) -> str:
+        """What there is no guidance without."""
+        if self.conditions is not None:
+            name = next(iter(self.conditions.rows))
+            return f"unconditional.{name} in model.conditions that a sample without its condition would have"
+        return "class to be guided by" if self.n_classes is None else 'label that means "no class"'
+
+    def example_inputs(self) -> Call:
+        """A call of one sample, for shape tracing: zeros and the first conditions."""
         device = next(self.denoiser.parameters(), torch.empty(0)).device
-        inputs = torch.zeros(1, *self.sample_shape, device=device), torch.zeros(1, device=device)
-        return inputs if self.n_classes is None else (*inputs, torch.zeros(1, dtype=torch.long, device=device))
+        conditions = {} if self.n_classes is None else {"y": torch.zeros(1, dtype=torch.long)}
+        if self.conditions is not None:
+            conditions |= {name: rows[:1] for name, rows in self.conditions.rows.items()}
+        return Call(torch.zeros(1, *self.sample_shape), torch.zeros(1), conditions).to(device)
+
+    def draw_conditions(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> dict[str, Tensor]:
+        """{argument name: tensor [N, ...]} of sample `indices`, on the CPU; {} for an unconditional model."""
+        labels = self.labels(indices, seed, stream)
+        conditions = {} if labels is None else {"y": labels}
+        return conditions | (self.conditions.draw(indices, seed, stream) if self.conditions else {})
 
     def labels(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> Tensor | None:
-        """Class of each sample, int64 [N], or None: a permutation of all classes, repeated, so that they are balanced.
-
-        The label of sample i depends on (seed, i) alone; every run of n_classes consecutive indices from a multiple of
-        n_classes holds each class once.
-        """
-        if self.n_classes is None:
-            return None
-        order = torch.randperm(self.n_classes, generator=sample_generator(seed, 0, stream))
-        return order[torch.as_tensor(list(indices), dtype=torch.long) % self.n_classes]
+        """Class of each sample, int64 [N], or None; all equally often, see `balanced`."""
+        return None if self.n_classes is None else balanced(self.n_classes, indices, seed, stream)
 
     def run(
         self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, *,
         device: torch.device | str = "cpu", **kwargs,
     ) -> Tensor:  # fmt: skip
         """Final states [N, *sample_shape] of sample `indices` of `seed`, drawn with `denoiser`; see `sample`."""
-        y = self.labels(indices, seed)
+        conditions = on_device(self.draw_conditions(indices, seed), device)
         return sample(
-            denoiser, grid, SampleNoise(seed, indices, self.sample_shape), y=None if y is None else y.to(device),
+            denoiser, grid, SampleNoise(seed, indices, self.sample_shape), conditions=conditions,
             clip_sample=self.clip_sample, device=device, **kwargs,
         )  # fmt: skip
 
@@ -149,3 +173,13 @@ class DiffusionModel:
                 "(channels, height, width): set model.images.path to images of that size"
             )
         return images if self.first_stage is None else self.first_stage.encode(images)
+
+
+def _check_arguments(name: str, denoiser: nn.Module, conditions: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError unless `denoiser` can be called with a state, a time and these conditions by their names."""
+    forward = denoiser.forward if isinstance(denoiser, nn.Module) else denoiser
+    try:
+        inspect.signature(forward).bind(None, None, **conditions)
+    except TypeError as error:
+        wanted = ", ".join(("x", "t", *(f"{condition}=..." for condition in conditions)))
+        raise ConfigError(f"model {name}: its denoiser cannot be called as denoiser({wanted}): {error}") from error

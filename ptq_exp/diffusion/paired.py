@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ptq_exp.diffusion.call import on_device
 from ptq_exp.diffusion.model import DiffusionModel
 from ptq_exp.diffusion.noise import EVALUATION, SampleNoise
 from ptq_exp.diffusion.sampler import Denoiser, StepRecord, sample
@@ -28,7 +29,7 @@ def paired_estimates(
 
     Args:
         denoiser: full precision, guided as the `quantized` ones are.
-        stream: of noise and labels; see `ptq_exp.diffusion.noise`.
+        stream: of noise and conditions; see `ptq_exp.diffusion.noise`.
         follow: whose trajectory gives the states: "fp32", so that errors do not accumulate over steps, or "quantized",
             the first of the quantized denoisers, where it really runs.
 
@@ -37,19 +38,19 @@ def paired_estimates(
     """
     if follow not in FOLLOW:
         raise ConfigError(f"correction.follow={follow}: choose one of {', '.join(FOLLOW)}")
-    y = model.labels(indices, seed, stream)
-    y = None if y is None else y.to(device)
+    conditions = on_device(model.draw_conditions(indices, seed, stream), device)
 
     def record(r: StepRecord) -> None:
         t = grid.network_time(r.step, len(r.x)).to(r.x.device)
         if follow == "fp32":
-            on_pair(r.step, r.eps, [other(r.x, t, y) for other in quantized])
+            on_pair(r.step, r.eps, [other(r.x, t, **conditions) for other in quantized])
         else:
-            on_pair(r.step, denoiser(r.x, t, y), [r.eps, *(other(r.x, t, y) for other in quantized[1:])])
+            others = [other(r.x, t, **conditions) for other in quantized[1:]]
+            on_pair(r.step, denoiser(r.x, t, **conditions), [r.eps, *others])
 
     sample(
         denoiser if follow == "fp32" else quantized[0], grid, SampleNoise(seed, indices, model.sample_shape, stream),
-        y=y, clip_sample=model.clip_sample, device=device, on_step=record,
+        conditions=conditions, clip_sample=model.clip_sample, device=device, on_step=record,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,8 @@ from ptq_exp.diffusion.noise import SampleNoise
 from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import ConfigError
 
-Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Denoiser = Callable[..., Tensor]
+"""(x [N, C, H, W], t [N] network time, conditions [N, ...] by name) -> eps [N, C, H, W]."""
 CONVENTIONS = ("exact", "code")
 
 
@@ -87,7 +88,7 @@ def ddim_step(
         ConfigError: an unknown convention, or q is negative or not finite.
     """
     if convention not in CONVENTIONS:
-        raise ConfigError(f"correction.convention={convention}: choose one of {', '.join(CONVENTIONS)}")
+        raise ConfigError(f"convention={convention}: choose one of {', '.join(CONVENTIONS)}")
     if not 0 <= eps_noise_std < float("inf"):
         raise ConfigError(f"eps_noise_std={eps_noise_std}: a standard deviation is a finite number of 0 or more")
     x0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
@@ -115,16 +116,17 @@ def ddim_step(
 
 @torch.no_grad()
 def sample(
-    denoiser: Denoiser, grid: TimeGrid, noise: SampleNoise, *, y: Tensor | None = None, clip_sample: bool = False,
-    device: torch.device | str = "cpu", steps: int | None = None,
+    denoiser: Denoiser, grid: TimeGrid, noise: SampleNoise, *, conditions: Mapping[str, Tensor] | None = None,
+    clip_sample: bool = False, device: torch.device | str = "cpu", steps: int | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     eps_noise_std: Tensor | None = None, convention: str = "exact",
 ) -> Tensor:  # fmt: skip
     """Run `denoiser` from pure noise through the first `steps` steps of `grid` (all by default).
 
     Args:
-        denoiser: (x [N, C, H, W], t [N] network time, y [N] labels or None) -> eps [N, C, H, W].
+        denoiser: (x [N, C, H, W], t [N] network time, conditions by name) -> eps [N, C, H, W].
         noise: one stream per sample; its first draw is the initial state.
+        conditions: {argument name: tensor [N, ...] on `device`}; None = none.
         clip_sample: clamp the predicted x0 to [-1, 1]. The solvers of diffusers do not: there only the x0 that
             `on_step` sees is clamped.
         on_step: called after each step with a `StepRecord`; how states and estimates are recorded.
@@ -137,7 +139,7 @@ def sample(
         ConfigError: `eps_noise_std` is not one number per step, or the grid is walked by a solver, whose steps add no
             noise that could make room for it.
     """
-    x = noise.draw().to(device)
+    x, given = noise.draw().to(device), conditions or {}
     steps = len(grid) if steps is None else steps
     if grid.make_scheduler is not None:
         if eps_noise_std is not None:
@@ -145,12 +147,12 @@ def sample(
                 f"sampler={grid.solver} adds no noise of its own that the noise in eps could take the place of: leave "
                 "eps_noise_std out (correct the mean alone), or choose sampler=ddim with eta > 0"
             )
-        return _solve(denoiser, grid, x, y, clip_sample, steps, on_step)
+        return _solve(denoiser, grid, x, given, clip_sample, steps, on_step)
     if eps_noise_std is not None and len(eps_noise_std) != len(grid):
         raise ConfigError(f"eps_noise_std has {len(eps_noise_std)} values, but the grid has {len(grid)} steps")
     stds = [0.0] * len(grid) if eps_noise_std is None else eps_noise_std.tolist()
     for step in range(steps):
-        eps = denoiser(x, grid.network_time(step, len(x)).to(device), y)
+        eps = denoiser(x, grid.network_time(step, len(x)).to(device), **given)
         z = noise.draw().to(device) if grid.eta > 0 else None
         x_prev, x0 = ddim_step(
             x, eps, float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step]), grid.eta, z,
@@ -163,7 +165,7 @@ def sample(
 
 
 def _solve(
-    denoiser: Denoiser, grid: TimeGrid, noise: Tensor, y: Tensor | None, clip_sample: bool, steps: int,
+    denoiser: Denoiser, grid: TimeGrid, noise: Tensor, conditions: Mapping[str, Tensor], clip_sample: bool, steps: int,
     on_step: Callable[[StepRecord], None] | None,
 ) -> Tensor:  # fmt: skip
     """The first `steps` evaluations of a scheduler of diffusers, see `sample`; its state may have another scale."""
@@ -173,7 +175,7 @@ def _solve(
     state = noise * float(scheduler.init_noise_sigma)
     x = scheduler.scale_model_input(state, times[0])
     for step in range(steps):
-        eps = denoiser(x, grid.network_time(step, len(x)).to(x.device), y)
+        eps = denoiser(x, grid.network_time(step, len(x)).to(x.device), **conditions)
         state = scheduler.step(eps, times[step], state).prev_sample
         x_prev = scheduler.scale_model_input(state, times[step + 1]) if step + 1 < len(grid) else state
         if on_step is not None:

@@ -17,7 +17,7 @@ GUIDANCE_SCALE = 1.5
 
 
 def first_stage(folder: Path = WEIGHTS) -> FirstStage:
-    """The VQ autoencoder of `folder`; its latents are scaled to unit variance as its card says.
+    """Load the VQ autoencoder of `folder`; its latents are scaled to unit variance as its card says.
 
     Raises:
         CheckpointError: the weights are missing, truncated, or of another network.
@@ -32,7 +32,7 @@ def first_stage(folder: Path = WEIGHTS) -> FirstStage:
 def digits_ldm_model(
     name: str = "digits_ldm", checkpoint: str | None = None, dtype: str = "float32"
 ) -> DiffusionModel:
-    """The embedded latent model: 8x8x3 latents of 32x32 digits, ten classes, LDM's schedule, 2.3 M parameters.
+    """Load the embedded latent model: 8x8x3 latents of 32x32 digits, ten classes, LDM's schedule, 2.3 M parameters.
 
     Args:
         name: what tables call it.
@@ -53,7 +53,7 @@ def digits_ldm_model(
 
 
 def latent_model(denoiser: ClassConditionalUNet, autoencoder: FirstStage, *, name: str, digest: str) -> DiffusionModel:
-    """The model of a denoiser of `build_latent_unet`, being trained or loaded, on the latents of `autoencoder`."""
+    """Build the model of a denoiser of `build_latent_unet`, trained or not, on the latents of `autoencoder`."""
     side = LATENT_IMAGE_SIZE // 4
     return DiffusionModel(
         name=name,

@@ -19,7 +19,7 @@ from ptq_exp.evaluation.images import from_uint8, to_uint8
 
 
 def digits_model(name: str = "digits", checkpoint: str | None = None, dtype: str = "float32") -> DiffusionModel:
-    """The embedded pixel model: 16x16 one-channel digits, 1000-step cosine schedule, 1.6 M parameters.
+    """Load the embedded pixel model: 16x16 one-channel digits, 1000-step cosine schedule, 1.6 M parameters.
 
     Args:
         name: what tables call it.
@@ -43,7 +43,7 @@ def digits_model(name: str = "digits", checkpoint: str | None = None, dtype: str
 
 
 def digits_reference(size: int = IMAGE_SIZE) -> np.ndarray:
-    """All real digits as scored images: uint8 [1797, size, size, 1]."""
+    """Return all real digits as scored images: uint8 [1797, size, size, 1]."""
     return to_uint8(digits(size=size).images)
 
 

@@ -1,5 +1,7 @@
-"""The embedded networks: the `digits` U-Net (a small CIFAR-10 network), autoencoder and U-Net of `digits_ldm` (a small
-LDM-4), and the `digits` classifier."""
+"""The embedded networks: U-Net and classifier of `digits`, autoencoder and U-Net of `digits_ldm`.
+
+`digits` is a small CIFAR-10 network, `digits_ldm` a small LDM-4.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ LATENT_CHANNELS = 3
 
 
 def build_unet() -> UNet2DModel:
-    """The `digits` noise predictor: 1.6 M parameters, random weights.
+    """Build the `digits` noise predictor: 1.6 M parameters, random weights.
 
     It has every kind of layer of the CIFAR-10 network of improved-diffusion: three resolutions (16, 8, 4), two
     ResBlocks per level conditioned by scale and shift, self-attention, skip concatenations with 1x1 shortcuts.
@@ -39,7 +41,7 @@ def build_unet() -> UNet2DModel:
 
 
 def build_autoencoder() -> VQModel:
-    """The first stage of `digits_ldm`, random weights: 32x32x1 images -> 8x8x3 latents, 256 codes.
+    """Build the first stage of `digits_ldm`, random weights: 32x32x1 images -> 8x8x3 latents, 256 codes.
 
     A small VQ-f4 (Rombach et al. 2022): three levels, attention in the middle, a codebook of three-dimensional vectors.
     """
@@ -59,7 +61,7 @@ def build_autoencoder() -> VQModel:
 
 
 def build_latent_unet() -> ClassConditionalUNet:
-    """The noise predictor of `digits_ldm`, random weights: 8x8x3 latents, ten classes and "no class".
+    """Build the noise predictor of `digits_ldm`, random weights: 8x8x3 latents, ten classes and "no class".
 
     As in LDM-4, a learned vector per class is the context of cross-attention in transformer blocks at every level.
     """

@@ -17,7 +17,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def card(name: str) -> dict:
-    """How weights were trained and how good they are: digits_unet, digits_classifier, digits_vq, digits_latent_unet."""
+    """Read the card of digits_unet, digits_classifier, digits_vq or digits_latent_unet: training and quality."""
     return json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -45,7 +45,7 @@ def load_weights(network: nn.Module, path: Path) -> str:
 
 
 def _check_numbers(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise CheckpointError for numbers that the network would take over, but that are no weights."""
+    """Raise CheckpointError for weights that are NaN or infinite."""
     for name, tensor in state.items():
         if name not in expected or not expected[name].is_floating_point():
             continue

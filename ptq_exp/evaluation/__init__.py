@@ -1,36 +1,28 @@
-"""Images, features and metrics. Knows nothing of models, quantization or experiments."""
+"""Images, features and scores. Knows nothing of models, quantization or experiments.
 
-from ptq_exp.evaluation.data import content_digest, open_images
-from ptq_exp.evaluation.features import FeatureExtractor, extract_features
-from ptq_exp.evaluation.image_source import ImageSource
-from ptq_exp.evaluation.images import from_uint8, image_grid, mean_psnr, psnr, to_uint8
-from ptq_exp.evaluation.inception import InceptionExtractor
-from ptq_exp.evaluation.manifold import precision_recall
-from ptq_exp.evaluation.metrics import frechet_distance, frechet_distance_from_features, inception_score
-from ptq_exp.evaluation.reference import half_split_fid, score
-from ptq_exp.evaluation.reference_files import load_reference
-from ptq_exp.evaluation.statistics import FeatureStatistics, GaussianStatistics, load_statistics
+Names are imported when they are used: a table of scores needs their headings, not torch.
+"""
 
-__all__ = [
-    "FeatureExtractor",
-    "FeatureStatistics",
-    "GaussianStatistics",
-    "ImageSource",
-    "InceptionExtractor",
-    "content_digest",
-    "extract_features",
-    "frechet_distance",
-    "frechet_distance_from_features",
-    "from_uint8",
-    "half_split_fid",
-    "image_grid",
-    "inception_score",
-    "load_reference",
-    "load_statistics",
-    "mean_psnr",
-    "open_images",
-    "precision_recall",
-    "psnr",
-    "score",
-    "to_uint8",
-]
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "data": ("content_digest", "open_images"),
+    "features": ("FeatureExtractor", "extract_features"),
+    "image_source": ("ImageSource",),
+    "images": ("from_uint8", "image_grid", "mean_psnr", "psnr", "to_uint8"),
+    "inception": ("InceptionExtractor",),
+    "manifold": ("precision_recall",),
+    "metrics": ("frechet_distance", "frechet_distance_from_features", "inception_score"),
+    "reference_files": ("load_reference",),
+    "scores": ("SCORES", "Comparison", "Score", "half_split_fid", "kernel_distance", "score"),
+    "statistics": ("FeatureStatistics", "GaussianStatistics", "load_statistics"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)

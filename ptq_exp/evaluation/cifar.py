@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Plain values and uint8 arrays: every other name in the file is refused before it is imported or called."""
 
     # stand-ins of ours for numpy's names: not even numpy's own constructors run on what the file says
-    _NAMES = {
+    _NAMES: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
         ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
         ("numpy", "ndarray"): _Array,

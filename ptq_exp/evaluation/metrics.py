@@ -8,14 +8,18 @@ features. The trace of the matrix square root is the sum of singular values of a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import scipy.linalg
-import torch
 from scipy.special import xlogy
 
 from ptq_exp.errors import DataError
 
-Array = np.ndarray | torch.Tensor
+if TYPE_CHECKING:  # torch takes seconds to load, and is not needed to read a table of scores
+    import torch
+
+    Array = np.ndarray | torch.Tensor
 
 # How far a row of float32 softmax outputs may be from summing to 1, and how far (relative to its largest
 # values) a float32 covariance from being positive semi-definite, before the input is not what it should be.
@@ -77,9 +81,9 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     """
     mu1, mu2 = _as_float64(mu1, "mu1", ndim=1), _as_float64(mu2, "mu2", ndim=1)
     sigma1, sigma2 = _as_covariance(sigma1, "sigma1"), _as_covariance(sigma2, "sigma2")
-    _same_dimension(len(mu1), len(mu2), "mu1 and mu2")
-    _same_dimension(len(mu1), len(sigma1), "mu1 and sigma1")
-    _same_dimension(len(mu2), len(sigma2), "mu2 and sigma2")
+    same_dimension(len(mu1), len(mu2), "mu1 and mu2")
+    same_dimension(len(mu1), len(sigma1), "mu1 and sigma1")
+    same_dimension(len(mu2), len(sigma2), "mu2 and sigma2")
 
     try:
         # the generalized problem of type 2 is that of F sigma2 F^T, and reduces it in half the time
@@ -106,8 +110,8 @@ def frechet_distance_from_features(a: Array, b: Array) -> float:
     Raises:
         DataError: not two-dimensional, fewer than two rows, different D, NaN or infinity.
     """
-    a, b = _as_features(a, "a"), _as_features(b, "b")
-    _same_dimension(a.shape[1], b.shape[1], "a and b")
+    a, b = as_features(a, "a"), as_features(b, "b")
+    same_dimension(a.shape[1], b.shape[1], "a and b")
     mu_a, mu_b = a.mean(axis=0), b.mean(axis=0)
     if min(len(a), len(b)) > a.shape[1]:
         return frechet_distance(mu_a, _covariance(a, mu_a), mu_b, _covariance(b, mu_b))
@@ -122,7 +126,7 @@ def mean_and_covariance(features: Array) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         DataError: not two-dimensional, fewer than two rows, NaN or infinity.
     """
-    x = _as_features(features, "features")
+    x = as_features(features, "features")
     mu = x.mean(axis=0)
     return mu, _covariance(x, mu)
 
@@ -163,8 +167,8 @@ def _combine(mean_difference: np.ndarray, trace1: float, trace2: float, cross: f
 
 def _as_float64(x: Array, name: str, ndim: int) -> np.ndarray:
     """Array or tensor (any device, any float type) as a finite float64 numpy array of `ndim` dimensions."""
-    if isinstance(x, torch.Tensor):
-        x = x.detach().to("cpu", torch.float64).numpy()
+    if hasattr(x, "detach"):
+        x = x.detach().cpu().double().numpy()
     x = np.asarray(x, dtype=np.float64)
     if x.ndim != ndim:
         raise DataError(f"{name} must have {ndim} dimension(s), found shape {x.shape}")
@@ -173,7 +177,8 @@ def _as_float64(x: Array, name: str, ndim: int) -> np.ndarray:
     return x
 
 
-def _as_features(x: Array, name: str) -> np.ndarray:
+def as_features(x: Array, name: str) -> np.ndarray:
+    """Return features [N, D], N >= 2, as float64 numpy; anything else is a DataError that begins with `name`."""
     x = _as_float64(x, name, ndim=2)
     if len(x) < 2:
         raise DataError(f"features {name} need at least 2 rows for a covariance, found {len(x)}")
@@ -212,6 +217,7 @@ def _pivoted_cholesky(sigma: np.ndarray, name: str) -> np.ndarray:
     return factor * scale
 
 
-def _same_dimension(first: int, second: int, names: str) -> None:
+def same_dimension(first: int, second: int, names: str) -> None:
+    """Raise DataError if the features called `names` have different dimensions."""
     if first != second:
         raise DataError(f"{names} must have the same feature dimension, found {first} and {second}")

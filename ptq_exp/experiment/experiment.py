@@ -1,47 +1,43 @@
-"""One experiment: model -> calibration set -> quantized twin -> images -> scores -> results, pictures, W&B."""
+"""One experiment: model -> calibration set -> quantized model -> images -> scores -> results, pictures, W&B."""
 
 from __future__ import annotations
 
-import shlex
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+import logging
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ptq_exp.deploy.artifact import SUBFOLDER
-from ptq_exp.deploy.card import write_card
+from ptq_exp.deploy.quantized_model import QuantizedModel
+from ptq_exp.diffusion import check_network
 from ptq_exp.evaluation.images import mean_psnr
-from ptq_exp.experiment import noise as noise_stages
-from ptq_exp.experiment import stages
 from ptq_exp.experiment.analyse import analyse
-from ptq_exp.experiment.budget import check_feasible
-from ptq_exp.experiment.inputs import check_inputs
-from ptq_exp.experiment.noise_record import eps_errors, noise_account, write_account
+from ptq_exp.experiment.budget import check_budget, check_feasible
+from ptq_exp.experiment.correction import check_statistics, fit_correction
+from ptq_exp.experiment.features import reference_features
+from ptq_exp.experiment.images import full_precision_images, quantized_images
+from ptq_exp.experiment.inputs import checked_images
+from ptq_exp.experiment.keys import Keys, joined
+from ptq_exp.experiment.noise import eps_error
+from ptq_exp.experiment.noise_record import eps_errors, noise_record
+from ptq_exp.experiment.outcome import Outcome, look_at, quantization_entry, say, tracked_run
+from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.ranges import prove
-from ptq_exp.experiment.reconstruct import calibration_seconds, reconstruct, reconstruction_account
-from ptq_exp.experiment.run import Setup
-from ptq_exp.experiment.saved import load_twin, save_twin
+from ptq_exp.experiment.reconstruct import reconstruct
+from ptq_exp.experiment.run import Run, open_saved
+from ptq_exp.experiment.saved import load_saved, recipe
+from ptq_exp.experiment.schedule import schedule_bits, schedule_record, title_of
 from ptq_exp.experiment.scores import Scorer
-from ptq_exp.experiment.twin import Twin
-from ptq_exp.quantization import Report
-from ptq_exp.reports.grid import save_grid
-from ptq_exp.reports.html import write_run_report
-from ptq_exp.reports.summary import summary
-from ptq_exp.results import wandb as wandb_run
+from ptq_exp.experiment.stage import Record, Stages
+from ptq_exp.experiment.stages import make_calibration_set, quantize_model
+from ptq_exp.experiment.writer import SAMPLES, RunWriter
 from ptq_exp.results.environment import environment, run_command
-from ptq_exp.results.record import Results, write_samples
-from ptq_exp.results.sinks import spoils_nothing
-from ptq_exp.results.tracked import Tracked, tracked
+from ptq_exp.results.record import Results
 from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.storage.atomic import file_digest
-from ptq_exp.storage.in_use import using
 
-log = stages.log
+log = logging.getLogger("ptq_exp")
 
 
 def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | None = None) -> dict:
@@ -63,193 +59,95 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
     log.info("%s: seed %d, results in %s", config.name, config.seed, folder)
     with (
         Results(folder / "results.json", name=config.name, seed=config.seed, config=asdict(config)) as results,
-        using(config.cache_dir),
-        _tracked(config, folder) as wandb_sink,
+        tracked_run(config, folder) as wandb_sink,
     ):
-        clock = _Clock(results)
-        setup = clock.setup = Setup.of(config, fresh_since)
-        results.update("start", environment=environment(), command=run_command(folder))
-        check_inputs(setup)
-        check_feasible(setup, results)
-        loaded = _loaded_twin(setup, clock) if setup.artifact else None
-        reference = clock("reference", stages.reference_features, setup) if setup.extractor else None
-        scorer = Scorer(setup, reference)
-        fp_images = clock("fp32_images", stages.full_precision_images, setup)
-        fp_scores = clock("fp32_scores", scorer.full_precision, fp_images)
+        saved = open_saved(config)
+        run = Run.of(config, saved, fresh_since)
+        keys = Keys(config, run.model, run.grid, run.guidance_scale, saved)
+        writer = RunWriter(folder, results)
+        stage = Stages(run.cache, writer)
+        plan = Plan.of(config, run.grid) if config.bits.name != FULL_PRECISION and saved is None else None
+        # the same path may hold other weights later
+        weights = {"weights": {"model": run.model.digest[:12]}} if config.model.checkpoint is not None else {}
+        results.update("start", environment=environment(), command=run_command(folder), **weights)
+        check_network(run.model, run.grid, config.seed, run.device, config.model.checkpoint)
+        images = None if plan is None else _checked(run, plan, config, keys, writer)
+        quantized = stage("load_quantized", load_saved, run, saved, config.quantized) if saved else None
+        scorer = Scorer(run, config.evaluation, stage("reference", reference_features, run, config.evaluation))
+        fp_images = stage("fp32_images", full_precision_images, run, config.evaluation, keys.images())
+        fp_scores = stage("fp32_scores", scorer.full_precision, fp_images, keys.images())
         results.update("fp32", fp32=fp_scores, real=scorer.real_data, metric_spec=scorer.metric_spec())
-        if config.bits.name == FULL_PRECISION:
-            made = _full_precision(setup, fp_images, fp_scores, folder)
+        if plan is not None:
+            quantized = _made(run, plan, config, keys, stage, images)
+        elif quantized is not None:
+            quantized = replace(quantized, runtime=config.runtime.name, runtime_options=config.runtime.options)
+            writer.write("load_quantized", schedule_record(quantized, config.bits.name))
+        if quantized is None:
+            labels = run.model.labels(range(len(fp_images)), run.seed)
+            writer.samples(fp_images, None if labels is None else labels.numpy())
+            outcome = Outcome(fp_images, fp_images, dict(fp_scores))
         else:
-            made = _quantized(setup, clock, loaded or _new_twin(setup, clock), scorer, fp_images, fp_scores, folder)
-        results.finish(metrics=made.metrics)
-        _leave(config, folder, results.values, made, fp_images)
-        wandb_sink.record(_for_wandb(folder, results.values, made.report, made.pictures))
-    with spoils_nothing("the table above", "results.json has its numbers"):
-        log.info("\n%s", summary(results.values, made.report and made.report.summary()))
-    log.info("\n%s in %s", ", ".join(_left_in(folder)), folder)
+            outcome = _evaluated(run, config, keys, stage, writer, quantized, scorer, fp_images, fp_scores)
+        results.finish(metrics=outcome.metrics)
+        look_at(outcome, results.values, config, folder, writer.pictures, wandb_sink)
+    say(outcome, results.values, folder)
     return results.values
 
 
-@dataclass
-class _Made:
-    """What a run made.
-
-    Attributes:
-        images: uint8 NHWC, also in samples.npz.
-        metrics: their scores.
-        report: account of the quantized network's layers; None in full precision.
-        pictures: names of the pictures for W&B.
-        saved: description of the saved model.
-    """
-
-    images: np.ndarray
-    metrics: dict[str, float]
-    report: Report | None = None
-    pictures: list[str] = field(default_factory=list)
-    saved: dict | None = None
+def _checked(run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, writer: RunWriter) -> Any:
+    """Raise what would end the run hours later; returns the real images that calibration starts from, if any."""
+    check_statistics(run, plan, config.correction, keys)
+    images = checked_images(run, config)
+    report, budget = check_feasible(run, plan, config)
+    if budget.numbers:
+        writer.write("budget", budget)
+    check_budget(config.bits.min_bops_ratio, report)
+    return images
 
 
-def _full_precision(setup: Setup, images: np.ndarray, scores: dict[str, float], folder: Path) -> _Made:
-    labels = setup.model.labels(range(len(images)), setup.config.seed)
-    write_samples(folder / "samples.npz", images, None if labels is None else labels.numpy())
-    return _Made(images, dict(scores))
+def _made(
+    run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, stage: Stages, images: Any
+) -> QuantizedModel:
+    """Make the quantized model: calibration set, ranges, roundings, bit schedule, correction."""
+    calibration, evaluations, previous, states = config.calibration, 0, None, None
+    for n in range(1, calibration.rounds + 1):
+        suffix, which = ("", "") if n == 1 else (f"_{n}", f" of the quantized model, round {n}")
+        states = stage(f"calibration_set{suffix}", make_calibration_set, run, calibration, keys.calibration(n), images,
+                       previous, which)  # fmt: skip
+        quantized = stage(f"quantize{suffix}", quantize_model, run, plan, keys, states, n)
+        previous = quantized
+        evaluations += int(states.evaluations.sum())
+    key = keys.quantization()
+    model = stage("reconstruct", reconstruct, run, plan, config.reconstruction, key, quantized, states)
+    model = stage("proof", prove, run, model, states)
+    model = stage("bit_schedule", schedule_bits, run, plan, config.correction, key, model)
+    model = stage("noise_statistics", fit_correction, run, plan, config.correction, keys, model)
+    executed_by = {"runtime": config.runtime.name, "runtime_options": config.runtime.options}
+    return replace(model, recipe=recipe(config, run.model, evaluations), **executed_by)
 
 
-def _quantized(
-    setup: Setup, clock: _Clock, quantized: tuple[Twin, int], scorer: Scorer, fp_images: np.ndarray,
-    fp_scores: dict[str, float], folder: Path,
-) -> _Made:  # fmt: skip
-    """Measure the eps errors of the `quantized` twin, draw and score."""
-    config, results = setup.config, clock.results
-    twin, evaluations = quantized
-    error = clock("eps_error", noise_stages.eps_error, setup, twin)
-    smoothed = {"smoothed": twin.smoothed} if twin.smoothed else {}
-    results.update("quantize", quantization=_account(twin.report), evaluations=evaluations, **smoothed)
-    results.update("reconstruct", **reconstruction_account(twin, folder))
-    results.update("noise_statistics", **noise_account(setup, twin, error))
-    pictures, saved = write_account(setup, twin, error, folder), None
-    if config.save_quantized and not setup.artifact:
-        saved = clock("save_quantized", save_twin, setup, twin, evaluations, folder)
+def _evaluated(
+    run: Run, config: ExperimentConfig, keys: Keys, stage: Stages, writer: RunWriter, quantized: QuantizedModel,
+    scorer: Scorer, fp_images: np.ndarray, fp_scores: dict[str, float],
+) -> Outcome:  # fmt: skip
+    """Measure the eps errors of the quantized model, save it, draw and score its images."""
+    name, title = config.bits.name, title_of(quantized, config.bits.name)
+    key = keys.estimates(quantized.schedule, quantized.statistics is not None)
+    error = stage("eps_error", eps_error, run, config.evaluation, key, quantized)
+    numbers = {"quantization": quantization_entry(quantized.report), "evaluations": quantized.recipe["evaluations"]}
+    transforms = {"transforms": [done.to_dict() for done in quantized.transforms]} if quantized.transforms else {}
+    writer.write("quantize", Record(numbers | transforms))
+    writer.write("noise_statistics", noise_record(quantized, error, title))
+    saved = None
+    if config.save_quantized and keys.saved is None:
+        saved = stage("save_quantized", writer.quantized, quantized)
+    else:
+        writer.layers(quantized)
     if config.analysis.active:
-        results.update("analysis", analysis=clock("analysis", analyse, setup, twin, folder))
-    samples = folder / "samples.npz"
-    images = clock("quantized_images", stages.quantized_images, setup, twin, samples)
-    metrics = clock("scores", scorer, images, f"{config.bits.name.upper()} features", {"images": file_digest(samples)})
+        stage("analysis", analyse, run, config.analysis, keys, quantized)
+    path = writer.folder / SAMPLES
+    images = stage("quantized_images", quantized_images, run, config.evaluation, joined(keys.images(), key), quantized,
+                   f"{name.upper()} images", path)  # fmt: skip
+    metrics = stage("scores", scorer, images, f"{name.upper()} features", {"images": file_digest(path)})
     metrics |= scorer.paired(metrics, fp_scores) | {"psnr": mean_psnr(fp_images, images)} | eps_errors(error)
-    return _Made(images, metrics, twin.report, pictures, saved)
-
-
-def _new_twin(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
-    """The quantized twin, made here, and the network evaluations that its calibration took."""
-    calibration_set = clock("calibration_set", stages.make_calibration_set, setup)
-    twin = clock("quantize", stages.quantize_model, setup, calibration_set)
-    evaluations = int(calibration_set.evaluations.sum())
-    for n in range(2, setup.config.calibration.rounds + 1):
-        calibration_set = clock(f"calibration_set_{n}", stages.make_calibration_set, setup, twin, n)
-        twin = clock(f"quantize_{n}", stages.quantize_model, setup, calibration_set, n)
-        evaluations += int(calibration_set.evaluations.sum())
-    twin = clock("reconstruct", reconstruct, setup, twin, calibration_set)
-    clock.results.update("reconstruct", calibration_seconds=calibration_seconds(setup, twin))
-    twin = clock("proof", prove, setup, twin, calibration_set)
-    twin = clock("bit_schedule", noise_stages.schedule_bits, setup, twin)
-    twin = clock("noise_statistics", noise_stages.fit_correction, setup, twin)
-    return twin, evaluations
-
-
-def _loaded_twin(setup: Setup, clock: _Clock) -> tuple[Twin, int]:
-    """The saved quantized twin, and the network evaluations that its calibration had taken."""
-    return clock("load_quantized", load_twin, setup), setup.artifact.description["evaluations"]
-
-
-def _leave(config: ExperimentConfig, folder: Path, values: dict, made: _Made, fp_images: np.ndarray) -> None:
-    """What is made of the results to look at: picture, model card, report."""
-    with spoils_nothing("grid.png", "the images are in samples.npz"):
-        _picture(config, folder, fp_images, made.images)
-    if made.saved is not None:
-        with spoils_nothing(f"{SUBFOLDER}/README.md", "the saved model is whole, results.json says how it was made"):
-            write_card(folder / SUBFOLDER, made.saved, values, values["command"])
-    with spoils_nothing("report.html", f"python -m ptq_exp report {shlex.quote(str(folder))} makes it"):
-        write_run_report(folder)
-
-
-def _tracked(config: ExperimentConfig, folder: Path) -> AbstractContextManager[Tracked]:
-    """The W&B run of the experiment."""
-    settings = config.logger
-    tags = [config.model.name, config.calibration.name, config.metric.name, config.bits.name, *settings.tags]
-    return tracked(
-        settings.mode, folder, project=settings.project, entity=settings.entity, name=f"{config.name}-s{config.seed}",
-        group=settings.group or config.name, tags=list(dict.fromkeys(tags)), config=asdict(config),
-    )  # fmt: skip
-
-
-class _Clock:
-    """Runs a stage and records its wall seconds, and what the cache of `setup` had, in the results."""
-
-    def __init__(self, results: Results) -> None:
-        self.results = results
-        self.setup: Setup | None = None
-
-    def __call__(self, stage: str, function, *args):
-        started = time.perf_counter()
-        value = function(*args)
-        seconds = {stage: round(time.perf_counter() - started, 2)}
-        self.results.update(stage, seconds=seconds, cache=self.setup.cache.counts())
-        return value
-
-
-def _account(report: Report) -> dict:
-    """Coverage, size and bit operations for results.json."""
-    totals = report.totals
-    not_counted = {"not_counted": list(report.not_counted)} if report.not_counted else {}
-    return totals | not_counted | {
-        "coverage_conv_linear": totals["coverage"]["conv_linear"],
-        "bops_ratio": totals["bops_reduction"]["conv_linear"],
-        "bops_ratio_everything": totals["bops_reduction"]["everything"],
-    }
-
-
-def _picture(config: ExperimentConfig, folder: Path, fp_images: np.ndarray, images: np.ndarray) -> None:
-    n = min(config.evaluation.grid_images, len(images))
-    save_grid(folder / "grid.png", fp_images[:n], images[:n], labels=("FP32", config.bits.name.upper()))
-
-
-def _for_wandb(
-    folder: Path, values: dict, report: Report | None, pictures: list[str]
-) -> dict[str, Callable[[Any], object]]:
-    """What W&B is told of a run: each item with the function that gives it to the logger."""
-
-    def errors_per_step(logger: Any) -> None:
-        for step, error in enumerate(values.get("eps_error_per_step", [])):
-            row = {"eps_error_of_step": error, "sampling_step": step}
-            for name in ("eps_error_uncorrected", "fixed_pattern_share", "fixed_pattern_share_uncorrected"):
-                if per_step := values.get(f"{name}_per_step"):
-                    row[f"{name}_of_step"] = per_step[step]
-            wandb_run.log_metrics(logger, row)
-
-    numbers = dict(values["metrics"]) | {"calibration/evaluations": values.get("evaluations", 0)}
-    numbers |= {f"fp32/{key}": value for key, value in values["fp32"].items()}
-    if report is not None:
-        account = _account(report)
-        numbers |= {key: account[key] for key in ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")}
-    sections = ("metric_spec", "quantization", "real")  # with them a table can be made from the W&B run alone
-    summed = {key: values[key] for key in sections if key in values}
-    items = {
-        "the errors per step": errors_per_step,
-        "the scores": lambda logger: wandb_run.log_metrics(logger, numbers),
-        "the summary": lambda logger: wandb_run.log_summary(logger, summed),
-        "grid.png": lambda logger: wandb_run.log_image(
-            logger, "grid", folder / "grid.png", caption="full precision over quantized, same seeds"),
-    }  # fmt: skip
-    if report is not None:
-        items["the table of layers"] = lambda logger: wandb_run.log_table(logger, "layers", report.table())
-    for name in pictures:
-        # a name of its own: a metric is called eps_error, too
-        picture = f"pictures/{Path(name).stem}"
-        items[name] = partial(wandb_run.log_image, key=picture, path=folder / name)
-    return items
-
-
-def _left_in(folder: Path) -> list[str]:
-    """The files of a finished run, the ones that people look for first."""
-    names = [path.name for path in folder.iterdir() if path.suffix in (".json", ".npz", ".png", ".html")]
-    return sorted(names, key=lambda name: (name != "results.json", name))
+    return Outcome(images, fp_images, metrics, quantized.report, saved)

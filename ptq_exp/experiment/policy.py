@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 
-from ptq_exp.experiment.run import Setup
+from ptq_exp.diffusion import Call, DiffusionModel
+from ptq_exp.experiment.plan import Plan
 from ptq_exp.quantization import (
     Rule,
     TensorSpec,
-    default_rules,
+    Widths,
     find_chunks,
     find_concats,
     kept,
@@ -24,26 +26,20 @@ from ptq_exp.quantization.layers import QUANTIZED
 log = logging.getLogger("ptq_exp")
 
 
-def policy(setup: Setup, network: nn.Module, example: tuple[Tensor, ...]) -> list[Rule]:
-    """The ordered rules for `network`, the model's full-precision denoiser, with the model's own first and last layers.
+def policy(plan: Plan, model: DiffusionModel, network: nn.Module, example: Call) -> list[Rule]:
+    """Make the ordered rules for `network`, the model's in full precision, with the model's own first and last layers.
 
     `example`: one sample for the forward that finds concatenations and split embeddings.
     """
-    quantization, bits, model = setup.config.quantization, setup.config.bits, setup.model
+    quantization, bits = plan.quantization, plan.bits
     first = model.first_layers if quantization.first is None else quantization.first
     last = model.last_layers if quantization.last is None else quantization.last
     names = [name for name, module in network.named_modules() if type(module) in QUANTIZED]
-    rules = kept(quantization.keep_fp, names)
     # a rule that matches nothing is an error, but not this one: a network without attention is whole, too
     attention = quantization.attention and any(fnmatchcase(name, "*to_[qkv]") for name, _ in network.named_modules())
-    rules += default_rules(
-        bits.weight, setup.activation_widths, softmax_bits=bits.softmax, first_last_bits=bits.first_last,
-        boundary_bits=bits.boundary, attention=attention, first=first, last=last,
-        weight_symmetric=quantization.weight_symmetric, weight_granularity=quantization.weight_granularity,
-        group_size=quantization.group_size if quantization.weight_granularity == "group" else None,
-        activation_symmetric=quantization.activation_symmetric, activation_site=quantization.activation_site,
-        bins=setup.n_bins, quantize_state=quantization.quantize_state, quantize_output=quantization.quantize_output,
-    )  # fmt: skip
+    of_network = replace(quantization, attention=attention, first=first, last=last)
+    widths = Widths(bits.weight, tuple(plan.widths), bits.softmax, bits.first_last, bits.boundary)
+    rules = kept(quantization.keep_fp, names) + of_network.rules(widths, plan.n_bins)
     if quantization.shortcut != "joint":
         parts = find_concats(network, example, through_maps=quantization.shortcut == "split_all")
         _say("quantization.shortcut", f"{len(parts)} layers read concatenations, with a range for each part", parts)
@@ -53,15 +49,15 @@ def policy(setup: Setup, network: nn.Module, example: tuple[Tensor, ...]) -> lis
         split = quantization.time_embedding == "split"
         each = "a range for each piece" if split else "one range for all pieces"
         _say("quantization.time_embedding", f"{len(parts)} embedding projections are cut into pieces, {each}", parts)
-        output = TensorSpec(tuple(setup.activation_widths), quantization.activation_symmetric, bins=setup.n_bins)
+        output = TensorSpec(widths.activation, quantization.activation_symmetric, bins=plan.n_bins)
         rules = with_outputs(rules, parts if split else dict.fromkeys(parts), output)
-    if groups := setup.bit_groups:
-        rules = with_groups(rules, groups, names, [*first, *last])
+    if plan.groups:
+        rules = with_groups(rules, plan.groups, names, [*first, *last])
     return rules
 
 
 def _say(setting: str, what: str, found: dict) -> None:
-    """Log what was found; a model that has none of it is told so, as the setting then changes nothing."""
+    """Log what was found; a warning where the model has none of it, as the setting then changes nothing."""
     if found:
         log.info("%s: %s", setting, what)
     else:

@@ -1,4 +1,4 @@
-"""Before and while ranges are found: outliers moved into the weights, then weights, then activations bin by bin."""
+"""While ranges are found: those of weights, then those of activations, bin by bin."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq_exp.calibration import CalibrationSet, check_bins
-from ptq_exp.experiment.run import Setup
-from ptq_exp.experiment.twin import Twin
+from ptq_exp.deploy.quantized_model import QuantizedModel
+from ptq_exp.diffusion import Call
+from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.run import Run
 from ptq_exp.quantization import (
     ActivationQuantizer,
+    Report,
     calibrate_weights_,
     calibrating,
     depending_on_alone,
@@ -26,16 +29,11 @@ from ptq_exp.quantization import (
     refuted,
     select_row,
 )
-from ptq_exp.quantization.transforms.smooth import largest_outputs, smooth_, smoothable, smoothing_factors
-from ptq_exp.storage.atomic import write_npz
-from ptq_exp.storage.npz import npz_arrays
 
 log = logging.getLogger("ptq_exp")
 
-Batch = tuple[Tensor, Tensor, Tensor | None]
 
-
-def calibrate(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> None:
+def calibrate(run: Run, plan: Plan, network: nn.Module, report: Report, calibration_set: CalibrationSet) -> None:
     """Search the weight ranges, then those of the activations of the weight-quantized network.
 
     The states of a bin are observed while its row is in force, and searched before the next bin's: the memory that
@@ -44,112 +42,77 @@ def calibrate(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> None
     Raises:
         DataError: a bin has no states.
     """
-    config, quantized = setup.config, twin.network
-    layers = sum(row.weight_bits is not None for row in twin.report.rows if row.scope == "conv_linear")
-    with setup.progress(layers, "weight ranges") as bar:
-        calibrate_weights_(quantized, config.metric.name, bar.update)
-    bin_of_state = setup.time_bins[torch.from_numpy(np.array(calibration_set.step))]
-    check_bins(setup.time_bins, torch.from_numpy(np.array(calibration_set.step)))
-    of_time, others = _time_quantizers(setup, quantized)
-    with setup.progress(len(calibration_set), "calibration forward") as bar:
-        for row in range(setup.n_bins):
+    layers = sum(row.weight_bits is not None for row in report.rows if row.scope == "conv_linear")
+    with run.progress(layers, "weight ranges") as bar:
+        calibrate_weights_(network, plan.metric, bar.update)
+    bin_of_state = plan.time_bins[torch.from_numpy(np.array(calibration_set.step))]
+    check_bins(plan.time_bins, torch.from_numpy(np.array(calibration_set.step)))
+    of_time, others = _time_quantizers(run, plan, network)
+    with run.progress(len(calibration_set), "calibration forward") as bar:
+        for row in range(plan.n_bins):
             states = calibration_set
-            if setup.n_bins > 1:
-                select_row(quantized, row)
+            if plan.n_bins > 1:
+                select_row(network, row)
                 states = calibration_set.take((bin_of_state == row).nonzero().flatten().numpy())
-            for batch in states.batches(config.calibration.batch_size):
-                _observe(setup, quantized, [batch], others)
-                bar.update(min(config.calibration.batch_size, bar.total - bar.n))
+            for batch in states.batches(plan.batch_size):
+                _observe(run, network, [batch], others)
+                bar.update(min(plan.batch_size, bar.total - bar.n))
             if of_time:
-                _observe(setup, quantized, batches_of_times(setup, row), of_time)
-            finish_calibration(quantized, config.metric.name)
+                _observe(run, network, batches_of_times(run, plan, row), of_time)
+            finish_calibration(network, plan.metric)
 
 
 @torch.no_grad()
-def prove(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Twin:
-    """The twin with a report that one evaluation of calibration states bears out, see `proven`; the rest is logged.
+def prove(run: Run, quantized: QuantizedModel, calibration_set: CalibrationSet) -> QuantizedModel:
+    """Give the quantized model a report that one evaluation of calibration states bears out, and log the rest.
 
-    With candidate widths every sample has another one, with bins of sampling steps the ranges of its own step.
+    See `proven`. With candidate widths every sample has another one, with bins of sampling steps the ranges of its own
+    step.
     """
-    network, n = twin.network, max(2, len(setup.activation_widths))
-    x, t, y = next(iter(calibration_set.batches(n)))
+    network, n = quantized.network, max(2, len(quantized.widths))
+    call = next(iter(calibration_set.batches(n)))
     rows = None
-    if setup.n_bins > 1:
-        rows = setup.time_bins[calibration_set.batch_steps(n)[: len(x)]]
-    elif len(setup.activation_widths) > 1:
-        rows = torch.arange(len(x)) % len(setup.activation_widths)
-    inputs = tuple(None if part is None else part.to(setup.device) for part in (x, t, y))
+    if quantized.time_bins is not None:
+        rows = quantized.time_bins[calibration_set.batch_steps(n)[: len(call.x)]]
+    elif len(quantized.widths) > 1:
+        rows = torch.arange(len(call.x)) % len(quantized.widths)
     with of_samples(network, rows):
-        checked = proven(network, twin.report, inputs)
-    for row in refuted(twin.report, checked):
+        checked = proven(network, quantized.report, call.to(run.device))
+    for row in refuted(quantized.report, checked):
         log.warning("%s is not covered: %s", row.name, row.reason)
-    return replace(twin, report=checked)
+    return replace(quantized, report=checked)
 
 
-def smooth(
-    setup: Setup, network: nn.Module, calibration_set: CalibrationSet, calibration_round: int
-) -> dict[str, tuple[str, ...]]:
-    """Move outliers of the full-precision `network`'s activations into its weights, by the calibration set; in place.
-
-    Only the factors are kept for later runs: they are applied to the full-precision weights anew.
-
-    Returns:
-        {module whose output was smoothed: the layers that read it}.
-    """
-    quantization = setup.config.quantization
-    sites = smoothable(network, _example(setup))
-    spec = setup.calibration_spec(calibration_round) | {"alpha": quantization.smooth_alpha}
-
-    def make() -> dict[str, np.ndarray]:
-        with largest_outputs(network, sites) as largest:
-            for x, t, y in calibration_set.batches(setup.config.calibration.batch_size):
-                network(x.to(setup.device), t.to(setup.device), None if y is None else y.to(setup.device))
-        factors = smoothing_factors(network, sites, largest, quantization.smooth_alpha)
-        return {name: factor.cpu().numpy() for name, factor in factors.items()}
-
-    arrays, _ = setup.cache.get_or_make(
-        "smoothing", spec, make=make, load=npz_arrays, save=lambda arrays, path: write_npz(path, **arrays)
-    )
-    smooth_(network, sites, {name: torch.from_numpy(np.array(factor)) for name, factor in arrays.items()})
-    pairs = "; ".join(f"{maker} -> {', '.join(readers)}" for maker, readers in sites.items())
-    log.info("quantization.smooth: %d places qualify: %s", len(sites), pairs or "none")
-    return sites
-
-
-def _observe(setup: Setup, network: nn.Module, batches: Iterable[Batch], chosen: Collection[str]) -> None:
+def _observe(run: Run, network: nn.Module, batches: Iterable[Call], chosen: Collection[str]) -> None:
     """Let the `chosen` quantizers see `batches`."""
     with calibrating(network, chosen), torch.no_grad():
-        for x, t, y in batches:
-            network(x.to(setup.device), t.to(setup.device), None if y is None else y.to(setup.device))
+        for call in batches:
+            call.to(run.device).evaluate(network)
 
 
-def _time_quantizers(setup: Setup, network: nn.Module) -> tuple[set[str], set[str]]:
+def _time_quantizers(run: Run, plan: Plan, network: nn.Module) -> tuple[set[str], set[str]]:
     """Names of the quantizers of layers that depend on the time alone (none unless asked for); the others."""
     names = {name for name, quantizer in quantizers(network) if isinstance(quantizer, ActivationQuantizer)}
-    if setup.config.quantization.time_layers != "all_steps":
+    if plan.quantization.time_layers != "all_steps":
         return set(), names
-    layers = set(time_layers(setup, network))
+    layers = set(time_layers(run, network))
     of_time = {name for name in names if name.rpartition(".")[0] in layers}
     log.info(
         "quantization.time_layers: %d quantizers depend on the time alone and see all %d times",
-        len(of_time), len(setup.grid.timesteps.unique()),
+        len(of_time), len(run.grid.timesteps.unique()),
     )  # fmt: skip
     return of_time, names - of_time
 
 
-def time_layers(setup: Setup, network: nn.Module) -> list[str]:
+def time_layers(run: Run, network: nn.Module) -> list[str]:
     """The layers of `network` that depend on the time alone, in the order of their calls."""
     with disabled(network):
-        return depending_on_alone(network, _example(setup), 1)
+        return depending_on_alone(network, run.example(), 1)
 
 
-def batches_of_times(setup: Setup, row: int) -> Iterable[Batch]:
+def batches_of_times(run: Run, plan: Plan, row: int) -> Iterable[Call]:
     """All different network times of one bin, each once, with any state: the layers concerned do not see it."""
-    times = setup.grid.network_time((setup.time_bins == row).nonzero().flatten()).unique()
-    x, _, *y = _example(setup)
-    for part in times.split(setup.config.calibration.batch_size):
-        yield x.expand(len(part), *x.shape[1:]), part, y[0].expand(len(part)) if y else None
+    times = run.grid.network_time((plan.time_bins == row).nonzero().flatten()).unique()
+    for part in times.split(plan.batch_size):
+        yield run.example().expanded(len(part))._replace(t=part)
 
-
-def _example(setup: Setup) -> tuple[Tensor, ...]:
-    return tuple(part.to(setup.device) for part in setup.model.example_inputs())

@@ -1,24 +1,24 @@
-"""The stage that reconstructs a quantized network block by block, and what a run leaves of it."""
+"""The stage that reconstructs a quantized network block by block."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import shutil
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from ptq_exp.calibration import CalibrationSet
+from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.errors import DataError
+from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.ranges import batches_of_times, time_layers
-from ptq_exp.experiment.run import Setup
-from ptq_exp.experiment.twin import Twin
+from ptq_exp.experiment.run import Run
+from ptq_exp.experiment.stage import Key, Made, Record, cached
+from ptq_exp.experiment.transforms import transformed
 from ptq_exp.lightning import reconstruct_network
 from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, select_row
 from ptq_exp.reconstruction import (
@@ -33,8 +33,7 @@ from ptq_exp.reconstruction import (
     summary,
 )
 from ptq_exp.settings.schema import ReconstructionConfig
-from ptq_exp.storage.atomic import write_npz
-from ptq_exp.storage.npz import npz_arrays
+from ptq_exp.storage.cache import ArtifactCache
 from ptq_exp.storage.plain_json import write_json
 
 log = logging.getLogger("ptq_exp")
@@ -42,8 +41,11 @@ log = logging.getLogger("ptq_exp")
 _REPORTS = "reports"
 
 
-def reconstruct(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Twin:
-    """Learn (or reuse) roundings and step sizes of the twin's network, where `reconstruction` asks for that.
+def reconstruct(
+    run: Run, plan: Plan, config: ReconstructionConfig, key: Key, quantized: QuantizedModel,
+    calibration_set: CalibrationSet,
+) -> Made:  # fmt: skip
+    """Learn (or reuse) roundings and step sizes of the quantized network, where `config` asks for that; in place.
 
     With candidate widths of activations the network is at the widest: its weights are those of all widths. With ranges
     for bins of sampling steps each calibration sample uses those of its own step. The layers that depend on the time
@@ -53,57 +55,42 @@ def reconstruct(setup: Setup, twin: Twin, calibration_set: CalibrationSet) -> Tw
         ConfigError: step sizes are to be learned, but activations have several widths.
         QuantizationError: the network has no such blocks; the message says what to choose.
     """
-    if not setup.config.reconstruction.active:
-        return twin
-    spec = setup.quantization_spec()
-    folder = setup.working_folder("reconstruction", spec)
-    if len(setup.activation_widths) > 1:
-        select_row(twin.network, len(setup.activation_widths) - 1)
-    reports: list[BlockReport] = []
+    if not config.active:
+        return Made(quantized, Record({"calibration_seconds": calibration_seconds(run.cache, [])}))
+    network = quantized.network
+    if len(plan.widths) > 1:
+        select_row(network, len(plan.widths) - 1)
 
-    def make() -> dict[str, np.ndarray]:
-        reports.extend(_reconstructed(setup, twin, calibration_set, folder))
-        return _arrays(twin.network) | {_REPORTS: np.array(json.dumps([report.to_dict() for report in reports]))}
+    def make(folder: Path) -> dict[str, np.ndarray]:
+        reports = _reconstructed(run, plan, config, quantized, calibration_set, folder)
+        return _arrays(network) | {_REPORTS: np.array(json.dumps([report.to_dict() for report in reports]))}
 
-    arrays, reused = setup.cache.get_or_make(
-        "reconstruction", spec, make=make, save=lambda arrays, path: write_npz(path, **arrays), load=npz_arrays
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    if reused:
-        reports = [BlockReport.from_dict(plain) for plain in json.loads(str(arrays[_REPORTS]))]
-        _restore(twin.network, {name: array for name, array in arrays.items() if name != _REPORTS})
-    said = summary(reports)
-    log.info(
-        "reconstruction %s: %s, %d blocks, %d of them better than nearest rounding; relative error %.4f -> %.4f on "
-        "held-out samples", setup.config.reconstruction.name, "reused from the cache" if reused else "computed",
-        said["blocks"], said["kept"], said["error_before"], said["error"],
+    arrays = cached(
+        run.cache, "reconstruction", key, make, f"reconstruction {config.name}",
+        when_reused=lambda arrays: _restore(network, {k: v for k, v in arrays.items() if k != _REPORTS}),
     )  # fmt: skip
-    return replace(twin, reconstruction=reports, reference=None)
+    reports = [BlockReport.from_dict(plain) for plain in json.loads(str(arrays[_REPORTS]))]
+    found = summary(reports)
+    log.info(
+        "%d blocks, %d of them better than nearest rounding; relative error %.4f -> %.4f on held-out samples",
+        found["blocks"], found["kept"], found["error_before"], found["error"],
+    )  # fmt: skip
+    numbers = {"calibration_seconds": calibration_seconds(run.cache, reports), "reconstruction": found}
+    plain = {"summary": found, "blocks": [report.to_dict() for report in reports]}
+    return Made(quantized, Record(numbers, {"reconstruction.json": lambda path: write_json(path, plain)}))
 
 
-def reconstruction_account(twin: Twin, folder: Path) -> dict[str, Any]:
-    """What results.json says of the reconstruction, if there was one; all blocks go to reconstruction.json."""
-    if twin.reconstruction is None:
-        return {}
-    said = summary(twin.reconstruction)
-    write_json(
-        folder / "reconstruction.json",
-        {"summary": said, "blocks": [report.to_dict() for report in twin.reconstruction]},
-    )
-    return {"reconstruction": said}
-
-
-def calibration_seconds(setup: Setup, twin: Twin) -> dict[str, float | None]:
+def calibration_seconds(cache: ArtifactCache, reports: list[BlockReport]) -> dict[str, float | None]:
     """Wall seconds of calibration when it was computed: {part: seconds} and their "total"; None where unknown.
 
-    Parts: the calibration set, the ranges (with smoothing) and the roundings. What runs share counts in each of them,
+    Parts: the calibration set, the ranges (with transforms) and the roundings. What runs share counts in each of them,
     and a part that was continued after a kill as long as its last process took.
     """
-    seconds = setup.cache.seconds
+    seconds = cache.seconds
     parts = {
         "calibration_set": seconds["calibration"],
-        "ranges": seconds["ranges"] + seconds["smoothing"],
-        "reconstruction": sum(report.seconds for report in twin.reconstruction or ()),
+        "ranges": seconds["ranges"] + seconds["transform"],
+        "reconstruction": sum(report.seconds for report in reports),
     }
     parts["total"] = sum(parts.values())
     return {part: None if math.isnan(value) else round(value, 2) for part, value in parts.items()}
@@ -118,45 +105,48 @@ def settings_of(config: ReconstructionConfig) -> Settings:
     )  # fmt: skip
 
 
-def _reconstructed(setup: Setup, twin: Twin, calibration_set: CalibrationSet, folder: Path) -> list[BlockReport]:
-    """Reconstruct the twin's network in place; a killed run with the same settings is continued."""
-    config, network = setup.config, twin.network
-    # after smoothing the model's own denoiser has other weights than those that were rounded
-    reference = setup.model.denoiser if twin.reference is None else twin.reference
-    reference.to(setup.device)
-    example = tuple(part.to(setup.device) for part in setup.model.example_inputs())
-    blocks = blocks_of(setup, network, reference, example)
+def _reconstructed(
+    run: Run, plan: Plan, config: ReconstructionConfig, quantized: QuantizedModel, calibration_set: CalibrationSet,
+    folder: Path,
+) -> list[BlockReport]:  # fmt: skip
+    """Reconstruct the network in place; a killed run with the same settings is continued."""
+    network = quantized.network
+    reference = transformed(run, quantized.transforms)  # whose weights were rounded
+    reference.to(run.device)
+    blocks = blocks_of(run, plan, config, network, reference)
     reconstruction = Reconstruction(
-        network, reference, blocks, calibration_set, settings_of(config.reconstruction), seed=config.seed,
-        batch_size=config.calibration.batch_size,
-        cache_bytes=1e9 * config.reconstruction.cache_gb, folder=folder / "rows",
-        row_of_step=setup.time_bins if setup.n_bins > 1 else None,
+        network, reference, blocks, calibration_set, settings_of(config), seed=run.seed, batch_size=plan.batch_size,
+        cache_bytes=1e9 * config.cache_gb, folder=folder / "rows",
+        row_of_step=plan.time_bins if plan.n_bins > 1 else None,
     )  # fmt: skip
-    trainer = config.trainer
+    trainer = run.trainer_settings
     return reconstruct_network(
-        reconstruction, folder / "blocks.ckpt", accelerator=trainer.accelerator, progress_bar=trainer.progress_bar
+        reconstruction, folder / "blocks.ckpt", accelerator=trainer["accelerator"], progress_bar=trainer["progress_bar"]
     )
 
 
-def blocks_of(setup: Setup, network: nn.Module, reference: nn.Module, example: tuple[torch.Tensor, ...]) -> list[Block]:
+def blocks_of(
+    run: Run, plan: Plan, config: ReconstructionConfig, network: nn.Module, reference: nn.Module
+) -> list[Block]:
     """The blocks of the quantized `network` in the order of their reconstruction, layers of the time alone first.
 
     Raises:
         QuantizationError: the network has no such blocks; the message says what to choose.
     """
-    config = setup.config
-    patterns = setup.model.blocks if config.reconstruction.granularity == "block" else ()
-    of_time = time_layers(setup, reference) if config.quantization.time_layers == "all_steps" else []
-    return [*_time_blocks(setup, network, reference, of_time), *find_blocks(network, patterns, example, of_time)]
+    patterns = run.model.blocks if config.granularity == "block" else ()
+    of_time = time_layers(run, reference) if plan.quantization.time_layers == "all_steps" else []
+    times = _time_blocks(run, plan, network, reference, of_time, joint=config.granularity == "block")
+    return [*times, *find_blocks(network, patterns, run.example(), of_time)]
 
 
-def _time_blocks(setup: Setup, network: nn.Module, reference: nn.Module, layers: list[str]) -> list[TimeBlock]:
-    """The `layers` that depend on the time alone: one block, or one each with reconstruction.granularity=layer."""
+def _time_blocks(
+    run: Run, plan: Plan, network: nn.Module, reference: nn.Module, layers: list[str], *, joint: bool
+) -> list[TimeBlock]:
+    """The `layers` that depend on the time alone: one block if `joint`, else one each."""
     if not layers:
         return []
-    batches = [(row, batch) for row in range(setup.n_bins) for batch in batches_of_times(setup, row)]
-    rows = torch.cat([torch.full((len(batch[1]),), row) for row, batch in batches]) if setup.n_bins > 1 else None
-    joint = setup.config.reconstruction.granularity == "block"
+    batches = [(row, batch) for row in range(plan.n_bins) for batch in batches_of_times(run, plan, row)]
+    rows = torch.cat([torch.full((len(batch[1]),), row) for row, batch in batches]) if plan.n_bins > 1 else None
     blocks = find_time_blocks(network, reference, layers, [batch for _, batch in batches], rows, joint=joint)
     log.info(
         "quantization.time_layers: %d layers depend on the time alone and are reconstructed on all %d times, %s",

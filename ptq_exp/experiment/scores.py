@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 
 import numpy as np
 
 from ptq_exp.evaluation import half_split_fid, inception_score, score
-from ptq_exp.experiment import stages
-from ptq_exp.experiment.run import Setup
+from ptq_exp.experiment.features import Reference, full_precision_features, image_features
+from ptq_exp.experiment.run import Run
+from ptq_exp.experiment.stage import Key
+from ptq_exp.settings.schema import EvaluationConfig
 
-log = stages.log
+log = logging.getLogger("ptq_exp")
 
 
 class Scorer:
     """IS, FID, sFID, precision and recall against one reference; no scores at all without an extractor."""
 
-    def __init__(self, setup: Setup, reference: stages.Reference | None) -> None:
-        self.setup, self.reference = setup, reference
+    def __init__(self, run: Run, config: EvaluationConfig, reference: Reference | None) -> None:
+        self.run, self.config, self.reference = run, config, reference
         if reference is None:
-            log.info("no IS, FID, sFID: evaluation=%s compares images with their full-precision twins alone; add "
-                     "evaluation=adm evaluation.reference=PATH for scores", setup.config.evaluation.name)  # fmt: skip
+            log.info("no IS, FID, sFID: evaluation=%s compares images with those of full precision alone; add "
+                     "evaluation=adm evaluation.reference=PATH for scores", config.name)  # fmt: skip
 
-    def __call__(self, images: np.ndarray, title: str, spec: dict) -> dict[str, float]:
-        """Scores of `images`; `spec` says which they are."""
+    def __call__(self, images: np.ndarray, title: str, key: Key) -> dict[str, float]:
+        """Score `images`; `key` says which they are."""
         if self.reference is None:
             return {}
-        return score(stages.image_features(self.setup, images, title, spec), self.reference)
+        return score(image_features(self.run, images, title, key), self.reference)
 
-    def full_precision(self, images: np.ndarray) -> dict[str, float]:
-        """Scores of the full-precision images, whose features are shared by runs."""
+    def full_precision(self, images: np.ndarray, key: Key) -> dict[str, float]:
+        """Score the full-precision images, whose features are shared by runs."""
         if self.reference is None:
             return {}
-        return score(stages.full_precision_features(self.setup, images), self.reference)
+        return score(full_precision_features(self.run, images, key), self.reference)
 
     @cached_property
     def real_data(self) -> dict[str, float]:
@@ -43,7 +46,7 @@ class Scorer:
         return {"is": inception_score(features.probabilities), "half_split_fid": half_split_fid(features.pooled)}
 
     def paired(self, metrics: dict[str, float], fp_scores: dict[str, float]) -> dict[str, float]:
-        """FID increase over the full-precision twin of the same seeds, absolute and in half-split units."""
+        """FID increase over the full-precision images of the same seeds, absolute and in half-split units."""
         if self.reference is None:
             return {}
         increase = metrics["fid"] - fp_scores["fid"]
@@ -52,11 +55,11 @@ class Scorer:
 
     def metric_spec(self) -> dict:
         """The five things that identify a number."""
-        extractor = self.setup.extractor
+        extractor = self.run.extractor
         return {
             "extractor": extractor.name if extractor else "none",
             "preprocessing": extractor.preprocessing if extractor else "none",
             "reference": self.reference.name if self.reference else "none",
-            "n_samples": self.setup.config.evaluation.n_samples,
-            "seed": self.setup.config.seed,
+            "n_samples": self.config.n_samples,
+            "seed": self.run.seed,
         }

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from ptq_exp.diffusion import DiffusionModel, TimeGrid
+from ptq_exp.diffusion import Call, DiffusionModel, TimeGrid
 from ptq_exp.diffusion.sampler import StepRecord
 from ptq_exp.lightning.writer import predict_to_file, sample_indices
 from ptq_exp.quantization.probe import one_layer_quantized
@@ -68,9 +68,7 @@ class ActivationModule(pl.LightningModule):
 
 class _State(NamedTuple):
     column: int  # which of the steps
-    x: Tensor
-    t: Tensor
-    y: Tensor | None
+    call: Call
     eps: Tensor
 
 
@@ -111,19 +109,18 @@ class SensitivityModule(pl.LightningModule):
         norm = torch.zeros_like(error)
         with one_layer_quantized(self.probe, self.quantized, self.layers[int(layer)]), torch.no_grad():
             for state in self._states:
-                estimate = self.denoiser(state.x, state.t, state.y)
+                estimate = state.call.evaluate(self.denoiser)
                 error[state.column] += float((estimate - state.eps).double().square().sum())
                 norm[state.column] += float(state.eps.double().square().sum())
         return {"error": (error / norm).sqrt()[None].numpy()}
 
     def _follow(self, samples: Sequence[int]) -> None:
-        y = self.model.labels(samples, self.sample_seed)
-        y = None if y is None else y.to(self.device)
+        conditions = self.model.draw_conditions(samples, self.sample_seed)
 
         def record(r: StepRecord) -> None:
             if r.step in self.steps:
-                t = self.grid.network_time(r.step, len(r.x)).to(r.x.device)
-                self._states.append(_State(self.steps.index(r.step), r.x, t, y, r.eps))
+                call = Call(r.x, self.grid.network_time(r.step, len(r.x)), conditions).to(r.x.device)
+                self._states.append(_State(self.steps.index(r.step), call, r.eps))
 
         with torch.no_grad():
             self.model.run(

@@ -8,7 +8,7 @@ import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor, nn
 
-from ptq_exp.calibration import Labelled, StateRequest, labelled, source
+from ptq_exp.calibration import Labelled, StateRequest, condition_arrays, labelled, source
 from ptq_exp.calibration.sources import ImageSource
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.diffusion.noise import CALIBRATION
@@ -43,22 +43,21 @@ class CalibrationModule(pl.LightningModule):
 
 def collect_calibration_set(
     module: CalibrationModule, trainer: pl.Trainer, states: Labelled | Tensor, batch_size: int, folder: Path,
-    path: Path, null_label: int | None = None,
+    path: Path, *, guided: bool = False,
 ) -> None:  # fmt: skip
     """Write the calibration set of samples 0..N-1, sample i as `states` has it, to `path`.
 
     Batches already in `folder` are not computed again. `states` may be the positions [N] that the samples enter, each
-    then with the time of its position. `null_label`: see `CalibrationSet`.
+    then with the time of its position. `guided`: they are seen without their conditions, too; see `CalibrationSet`.
     """
     if isinstance(states, Tensor):
         states = labelled(states, module.grid)
     steps = states.enters
     parts = Parts(folder, range(0, len(steps), batch_size), len(steps), ("x", "evaluations"))
-    labels = module.model.labels(range(len(steps)), module.sample_seed, CALIBRATION)
+    model = module.model
+    conditions = model.draw_conditions(range(len(steps)), module.sample_seed, CALIBRATION)
     extra = {"step": states.step.numpy(), "t": states.t.numpy()}
-    if labels is not None:
-        extra |= {"y": labels.numpy()}
-        extra |= {} if null_label is None else {"null_label": np.array(null_label)}
+    extra |= condition_arrays(conditions, model.unconditional if guided else {})
 
     def batch_of(start: int) -> tuple[Tensor, Tensor]:
         index = sample_indices(start, min(batch_size, len(steps) - start))

@@ -84,8 +84,9 @@ class BlockProgressBar(TQDMProgressBar):
 def reconstruct_network(
     reconstruction: Reconstruction, checkpoint: Path, *, accelerator: str = "auto", progress_bar: bool = True
 ) -> list[BlockReport]:
-    """Reconstruct all blocks, from `checkpoint` on where a killed run left one; on one device, as blocks depend on
-    their predecessors.
+    """Reconstruct all blocks, from `checkpoint` on where a killed run left one.
+
+    It takes one device, as blocks depend on their predecessors.
 
     Returns:
         The reports of all blocks, also of those that an earlier run did.

@@ -1,53 +1,106 @@
 """Post-training quantization of PyTorch networks: quantizers, range search, placement by rules, accounting.
 
-report = quantize_(model, default_rules(8, 8), example_inputs)
+report = quantize_(model, Policy().rules(Widths(8, 8)), example_inputs)
 calibrate_(model, "lp", batches)
 
-Activations may have several candidate widths, ``default_rules(8, (4, 8))``, or ranges for several bins of sampling
-steps, ``default_rules(8, 8, bins=4)``, of which ``select_row(model, row)`` puts one in force from one sampling step to
-the next.
+Activations may have several candidate widths, ``Widths(8, (4, 8))``, or ranges for several bins of sampling steps,
+``Policy().rules(Widths(8, 8), bins=4)``, of which ``select_row(model, row)`` puts one in force from one sampling step
+to the next. Names are imported at their first use: the settings take `Policy` without waiting for torch.
 """
 
-from ptq_exp.quantization.affine import (
-    QRange,
-    choose_qparams,
-    dequantize,
-    fake_quantize,
-    integer_range,
-    quantize,
-)
-from ptq_exp.quantization.calibrate import (
-    calibrate_,
-    calibrate_activations_,
-    calibrate_weights_,
-    calibrating,
-    disabled,
-    finish_calibration,
-    freeze_weights_,
-    quantizers,
-    set_mode,
-)
-from ptq_exp.quantization.cost.account import describe, range_table
-from ptq_exp.quantization.cost.proof import proven, refuted
-from ptq_exp.quantization.cost.report import Report, Row
-from ptq_exp.quantization.group_rules import group_bits, with_groups
-from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
-from ptq_exp.quantization.place import quantize_
-from ptq_exp.quantization.policy import default_rules, kept, segmented, with_outputs
-from ptq_exp.quantization.probe import one_layer_quantized, probe_of, quantized_layers
-from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
-from ptq_exp.quantization.quantizer.time_step import Step, of_samples, select_row, step_of
-from ptq_exp.quantization.ranges.range_search import METRICS, RangeSketch, search_range
-from ptq_exp.quantization.save import load_quantized_, save_quantized
-from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec
-from ptq_exp.quantization.trace.concats import depending_on_alone, find_chunks, find_concats
-from ptq_exp.quantization.trace.tap import ActivationTap
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ptq_exp.quantization.affine import QRange, choose_qparams, dequantize, fake_quantize, integer_range, quantize
+    from ptq_exp.quantization.calibrate import (
+        calibrate_,
+        calibrate_activations_,
+        calibrate_weights_,
+        calibrating,
+        disabled,
+        finish_calibration,
+        freeze_weights_,
+        quantizers,
+        set_mode,
+    )
+    from ptq_exp.quantization.cost.account import describe, range_table
+    from ptq_exp.quantization.cost.proof import proven, refuted
+    from ptq_exp.quantization.cost.report import Report, Row
+    from ptq_exp.quantization.granularity import Granularity, PerChannel, PerGroup, PerTensor, Segments
+    from ptq_exp.quantization.group_rules import group_bits, with_groups
+    from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
+    from ptq_exp.quantization.place import quantize_
+    from ptq_exp.quantization.policy import Policy
+    from ptq_exp.quantization.probe import one_layer_quantized, probe_of, quantized_layers
+    from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
+    from ptq_exp.quantization.quantizer.time_step import Step, of_samples, select_row, step_of
+    from ptq_exp.quantization.ranges.elementwise import HistogramMetric
+    from ptq_exp.quantization.ranges.range_search import METRICS, RangeSketch, search_range
+    from ptq_exp.quantization.rules import kept, segmented, with_outputs
+    from ptq_exp.quantization.save import load_quantized_, save_quantized
+    from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec
+    from ptq_exp.quantization.trace.concats import depending_on_alone, find_chunks, find_concats
+    from ptq_exp.quantization.trace.tap import ActivationTap
+    from ptq_exp.quantization.transforms.base import Applied, Cost, Fitting, Transform
+    from ptq_exp.quantization.transforms.registry import TRANSFORMS, applied_from_dict, transforms_of
+    from ptq_exp.quantization.widths import Widths
+
+_HOME = {
+    "affine": "QRange choose_qparams dequantize fake_quantize integer_range quantize",
+    "calibrate": "calibrate_ calibrate_activations_ calibrate_weights_ calibrating disabled finish_calibration "
+    "freeze_weights_ quantizers set_mode",
+    "cost.account": "describe range_table",
+    "cost.proof": "proven refuted",
+    "cost.report": "Report Row",
+    "granularity": "Granularity PerChannel PerGroup PerTensor Segments",
+    "group_rules": "group_bits with_groups",
+    "layers": "QuantAttention QuantConv1d QuantConv2d QuantLinear",
+    "place": "quantize_",
+    "policy": "Policy",
+    "probe": "one_layer_quantized probe_of quantized_layers",
+    "quantizer": "ActivationQuantizer Mode Quantizer WeightQuantizer",
+    "quantizer.time_step": "Step of_samples select_row step_of",
+    "ranges.elementwise": "HistogramMetric",
+    "ranges.range_search": "METRICS RangeSketch search_range",
+    "rules": "kept segmented with_outputs",
+    "save": "load_quantized_ save_quantized",
+    "specs": "QuantSpec Rule TensorSpec",
+    "trace.concats": "depending_on_alone find_chunks find_concats",
+    "trace.tap": "ActivationTap",
+    "transforms.base": "Applied Cost Fitting Transform",
+    "transforms.registry": "TRANSFORMS applied_from_dict transforms_of",
+    "widths": "Widths",
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """Import `name` from its module."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF])
+
 
 __all__ = [
     "METRICS",
+    "TRANSFORMS",
     "ActivationQuantizer",
     "ActivationTap",
+    "Applied",
+    "Cost",
+    "Fitting",
+    "Granularity",
+    "HistogramMetric",
     "Mode",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "Policy",
     "QRange",
     "QuantAttention",
     "QuantConv1d",
@@ -59,15 +112,18 @@ __all__ = [
     "Report",
     "Row",
     "Rule",
+    "Segments",
     "Step",
     "TensorSpec",
+    "Transform",
     "WeightQuantizer",
+    "Widths",
+    "applied_from_dict",
     "calibrate_",
     "calibrate_activations_",
     "calibrate_weights_",
     "calibrating",
     "choose_qparams",
-    "default_rules",
     "depending_on_alone",
     "dequantize",
     "describe",
@@ -97,6 +153,7 @@ __all__ = [
     "select_row",
     "set_mode",
     "step_of",
+    "transforms_of",
     "with_groups",
     "with_outputs",
 ]

@@ -1,3 +1,5 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnnecessaryIsInstance=false
 """Uniform affine quantization as pure functions: real value = scale * (integer - zero_point).
 
 The integer grid always holds the zero point, so that zero (padding, ReLU, empty skip) is represented exactly.
@@ -7,7 +9,7 @@ Integer-Arithmetic-Only Inference", section 2.1.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,7 +135,9 @@ def fake_quantize(
     return _fake_quantize_values(x, scale, zero_point, qmin, qmax, kept)
 
 
-def _fake_quantize_values(x, scale, zero_point, qmin, qmax, kept) -> Tensor:
+def _fake_quantize_values(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor, kept: Tensor | None
+) -> Tensor:
     # The zero point only moves the clamp bounds, so one temporary and four passes do.
     values = torch.div(x, scale).round_().clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
     if kept is None:
@@ -146,12 +150,16 @@ class _FakeQuantize(torch.autograd.Function):
     """Values of the inference path with a straight-through backward; only `x` (and `kept`) is kept for it."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, qmin, qmax, kept):
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *args
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor, kept: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(x, scale, qmin - zero_point, qmax - zero_point, kept)
         return _fake_quantize_values(x, scale, zero_point, qmin, qmax, kept)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *args
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         x, scale, lowest, highest, kept = ctx.saved_tensors
         # Few and reused temporaries: on a CPU fresh memory costs more than the arithmetic.
         ratio = x / scale

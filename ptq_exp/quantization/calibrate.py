@@ -5,7 +5,7 @@
 calibrate_weights_(model, metric)
 with calibrating(model):
     for batch in calibration_set:
-        model(*batch)
+        evaluate(model, batch)
 finish_calibration(model, metric)
 """
 
@@ -20,6 +20,7 @@ from torch import nn
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.cost.macs import evaluating
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
+from ptq_exp.quantization.trace.evaluate import evaluate
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
@@ -83,7 +84,7 @@ def calibrate_(model: nn.Module, metric: str, batches: Iterable[Sequence]) -> No
     """Find all ranges of `model` by `metric`: of its weights, which are frozen, then of its activations on `batches`.
 
     Args:
-        batches: positional arguments of one call of `model` each.
+        batches: arguments of one call of `model` each: positional ones, and a mapping of others at their end.
 
     Raises:
         PTQError: as the parts of it, see above.
@@ -96,7 +97,7 @@ def calibrate_activations_(model: nn.Module, metric: str, batches: Iterable[Sequ
     """Find the activation ranges of `model`, whose weights are calibrated, on `batches` (of the bin in force)."""
     with calibrating(model), torch.no_grad():
         for batch in batches:
-            model(*batch)
+            evaluate(model, batch)
     finish_calibration(model, metric)
     check_weights(model)
 

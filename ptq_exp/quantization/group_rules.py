@@ -9,7 +9,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization.specs import QuantSpec, Rule, check_bits, first_match
+from ptq_exp.quantization.specs import QuantSpec, Rule, first_match
+from ptq_exp.quantization.widths import check_bits
 
 GROUP_BITS = re.compile(r"w(\d+)a(\d+)")
 

@@ -8,7 +8,6 @@ quantizers off the outputs are those of the full-precision layer bit for bit.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
@@ -101,11 +100,10 @@ def layer_quantizers(
     """
     out_channels, in_channels = layer.weight.shape[:2]
     axis = 1 - layer.weight.ndim  # channels of [..., C], [..., C, L] and [..., C, H, W], and of the weight
-    rows = out_channels if spec.weight is not None and spec.weight.granularity != "tensor" else 1
     groups = getattr(layer, "groups", 1)
     return {
         "weight_quantizer": _build(
-            WeightQuantizer, _grouped(spec.weight, in_channels), in_channels, axis, f"{name}.weight_quantizer", rows
+            WeightQuantizer, spec.weight, in_channels, axis, f"{name}.weight_quantizer", out_channels
         ),
         "input_quantizer": _build(
             ActivationQuantizer, spec.input, in_channels * groups, axis, f"{name}.input_quantizer"
@@ -142,32 +140,24 @@ def bits_of(quantizer: nn.Module | None) -> int | tuple[int, ...] | None:
     return getattr(quantizer, "bits", None)
 
 
-def _grouped(spec: TensorSpec | None, channels: int) -> TensorSpec | None:
-    """`spec` with its groups of input channels as segments: each segment (or all `channels`) is cut into groups."""
-    if spec is None or spec.granularity != "group":
-        return spec
-    size = spec.group_size
-    cut = [[size] * (n // size) + [n % size] * (n % size > 0) for n in spec.segments or (channels,)]
-    return replace(spec, segments=tuple(n for part in cut for n in part))
-
-
 def _build(
     quantizer: type[Quantizer],
     spec: TensorSpec | None,
     channels: int | None,
     axis: int,
     name: str,
-    rows: int = 1,
+    out_channels: int = 1,
 ) -> nn.Module:
     """Build one quantizer; `channels`: length of the channel axis (None: it varies, as in a softmax map)."""
     if spec is None:
         return nn.Identity()
-    if spec.segments and sum(spec.segments) != channels:
+    segments = None if channels is None else spec.granularity.segments(channels)
+    if segments and sum(segments) != channels:
         raise QuantizationError(
-            f"{name}: segments {spec.segments} sum to {sum(spec.segments)}, but there are {channels} channels"
+            f"{name}: segments {segments} sum to {sum(segments)}, but there are {channels} channels"
         )
-    settings = {"symmetric": spec.symmetric, "segments": spec.segments, "metric": spec.metric}
+    settings = {"symmetric": spec.symmetric, "segments": segments, "metric": spec.metric}
     # an activation's rows follow from its widths or bins
     activation = {"headroom": spec.headroom, "bins": spec.bins}
-    settings |= activation if quantizer is ActivationQuantizer else {"rows": rows}
+    settings |= activation if quantizer is ActivationQuantizer else {"rows": spec.granularity.rows(out_channels)}
     return quantizer(spec.bits, axis=axis, name=name, **settings)

@@ -1,20 +1,19 @@
-"""A quantized network as few, small tensors, and back: integers of the weights, ranges, and what stays FP.
+"""A quantized network as a plain state dict, and back: packed integers under the weights' names, ranges beside them.
 
 * ``<layer>.weight``: uint8, the integers q - qmin of a quantized weight, packed (`ptq_exp.quantization.packing`);
-* ``ranges.scale``, float32, and ``ranges.zero_point.<type>``: the ranges of all quantizers, one after the other, each
-  ``[rows, segments]``; zero points in the smallest type that holds them, none where they are 0 by symmetry;
-  ``ranges.limits``, float32: qmin, then qmax of quantizers whose limits do not follow from width and symmetry;
-* ``parameters.<type>``: all other parameters and persistent buffers, one after the other, each in its own type.
+* ``<quantizer>.scale``, float32 ``[rows, segments]``, and ``<quantizer>.zero_point`` in the smallest type that holds
+  it, left out where it is 0 by symmetry; ``<quantizer>.qmin`` and ``.qmax``, float32, where they do not follow from
+  width and symmetry;
+* every other parameter and persistent buffer under its own name, in its own type and shape.
 
-Small tensors are joined because the name of each costs about a hundred bytes, several per cent of a small network. The
-layout, a dictionary for JSON, says which parts they consist of, in order.
+Whatever reads safetensors finds the weights under the names that the network's own checkpoint has. The layout, a
+dictionary for JSON, has the bits and the shape of every packed weight and the signature of every quantizer.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -30,120 +29,112 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
 _FOLLOWS = ("calibrated", "frozen")  # buffers of quantizers that say nothing new once the ranges are there
 
 
-def packed_tensors(network: nn.Module) -> tuple[dict[str, Tensor], dict]:
-    """The tensors (on the CPU) that hold all of `network`, and their layout.
+def packed_state(network: nn.Module) -> tuple[dict[str, Tensor], dict]:
+    """Pack all of `network` into tensors on the CPU, by name, and describe their layout.
 
     Raises:
         QuantizationError: a quantizer is not calibrated, or a weight is not frozen or not on its grid.
     """
     tensors: dict[str, Tensor] = {}
-    layout: dict = {"weights": {}, "ranges": {}, "parameters": {}}
-    joined: dict[str, list[Tensor]] = defaultdict(list)
-    for name, layer in _packed_layers(network):
+    layout: dict = {"weights": {}, "ranges": {}}
+    for name, layer in packed_layers(network):
         bits = layer.weight_quantizer.bits
         packed = pack(layer.weight_quantizer.integers(layer.weight).cpu().numpy(), bits)
         tensors[name] = torch.from_numpy(packed.copy())
         layout["weights"][name] = {"bits": bits, "shape": list(layer.weight.shape)}
     for name, quantizer in quantizers(network):
-        layout["ranges"][name] = _pack_ranges(name, quantizer, joined)
-    for name, value in _other_state(network).items():
-        layout["parameters"][name] = {"type": _type_name(value), "shape": list(value.shape)}
-        joined[f"parameters.{_type_name(value)}"].append(value)
-    for key, parts in joined.items():
-        tensors[key] = torch.cat([part.detach().cpu().reshape(-1) for part in parts])
-    return tensors, layout
+        found, layout["ranges"][name] = _pack_ranges(name, quantizer)
+        tensors |= {f"{name}.{field}": value for field, value in found.items()}
+    tensors |= other_state(network)
+    # a copy of each: parameters may share their memory, which a file cannot
+    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, layout
 
 
-def restore_tensors_(network: nn.Module, tensors: Mapping[str, Tensor], layout: Mapping) -> None:
-    """Fill a network that has the same quantizers, not calibrated, with what `packed_tensors` took.
+def restore_state_(network: nn.Module, tensors: Mapping[str, Tensor], layout: Mapping) -> None:
+    """Fill a network that has the same quantizers, not calibrated, with what `packed_state` took.
 
     Afterwards all of its parameters are those of the network that was packed, bit for bit.
 
     Raises:
         DataError: tensors and layout do not fit each other or the network, or a number is impossible.
     """
-    _check_layout(network, layout)
-    reader = _Reader(tensors)
+    check_layout(network, layout)
+    left = dict(tensors)
     for name, quantizer in quantizers(network):
-        found = _unpack_ranges(name, quantizer, layout["ranges"][name], reader)
+        found = _unpack_ranges(name, quantizer, layout["ranges"][name], left)
         check_range(name, found)
         quantizer.set_range(found)
-    parameters = dict(network.named_parameters())
-    for name, value in _other_state(network).items():
-        found = reader.next(f"parameters.{_type_name(value)}", value.shape, _type_name(value))
-        if not is_finite(found, or_infinite=name not in parameters):  # masks in buffers hold infinity
-            raise DataError(f"{name} holds {bad_values(found)}; quantize the model again")
+    for name, value in other_state(network).items():
+        found = _taken(left, name, value.shape, type_name(value))
+        check_finite(network, name, found)
         value.copy_(found)
-    for name, layer in _packed_layers(network):
-        packed = reader.next(name, None, "uint8")
-        integers = unpack(packed.numpy(), layer.weight_quantizer.bits, layer.weight.numel())
-        layer.weight_quantizer.restore(layer.weight, torch.from_numpy(integers).int().view(layer.weight.shape))
-    reader.finish()
+    for name, layer in packed_layers(network):
+        restore_weight_(layer, _taken(left, name, None, "uint8"))
+    if left:
+        raise DataError(f"the tensor {min(left)} is more than the model has")
 
 
-class _Reader:
-    """Takes the parts of joined tensors one after the other."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors, self.position = tensors, dict.fromkeys(tensors, 0)
-
-    def next(self, key: str, shape: tuple[int, ...] | None, kind: str) -> Tensor:
-        """The next part of the tensor `key` of type `kind`, of `shape`; all of it if None."""
-        if key not in self.tensors:
-            raise DataError(f"the tensor {key} is missing")
-        tensor = self.tensors[key]
-        if tensor.ndim != 1 or _type_name(tensor) != kind:
-            raise DataError(f"the tensor {key} is {_type_name(tensor)} {list(tensor.shape)}, expected {kind} [values]")
-        start = self.position[key]
-        size = len(tensor) if shape is None else math.prod(shape)
-        if start + size > len(tensor):
-            raise DataError(f"the tensor {key} ends early: expected {start + size} values, found {len(tensor)}")
-        self.position[key] = start + size
-        part = tensor[start : start + size]
-        return part if shape is None else part.view(shape)
-
-    def finish(self) -> None:
-        """Raise DataError if something was not read."""
-        for key, tensor in self.tensors.items():
-            if tensor.ndim != 1 or self.position[key] != len(tensor):
-                raise DataError(f"the tensor {key} {list(tensor.shape)} holds more than the model has")
+def _taken(tensors: dict[str, Tensor], name: str, shape: torch.Size | None, kind: str) -> Tensor:
+    """Take a tensor of a type and, unless None, a shape."""
+    if name not in tensors:
+        raise DataError(f"the tensor {name} is missing")
+    tensor = tensors.pop(name)
+    expected = list(tensor.shape) if shape is None else list(shape)
+    if type_name(tensor) != kind or list(tensor.shape) != expected:
+        raise DataError(
+            f"the tensor {name} is {type_name(tensor)} {list(tensor.shape)}, expected {kind} {expected}"
+        )
+    return tensor
 
 
-def _pack_ranges(name: str, quantizer: Quantizer, joined: dict[str, list[Tensor]]) -> dict:
-    """Append the ranges of one quantizer to the joined tensors; returns its entry of the layout."""
+def restore_weight_(layer: nn.Module, packed: Tensor) -> None:
+    """Give a layer the weight whose packed integers these are.
+
+    Raises:
+        DataError: they are not as many as the weight has.
+    """
+    integers = unpack(packed.numpy(), layer.weight_quantizer.bits, layer.weight.numel())
+    layer.weight_quantizer.restore(layer.weight, torch.from_numpy(integers).int().view(layer.weight.shape))
+
+
+def check_finite(network: nn.Module, name: str, found: Tensor) -> None:
+    """Raise DataError for numbers that a parameter or buffer of `network` cannot have."""
+    parameters = dict(network.named_parameters())
+    if not is_finite(found, or_infinite=name not in parameters):  # masks in buffers hold infinity
+        raise DataError(f"{name} holds {bad_values(found)}; quantize the model again")
+
+
+def _pack_ranges(name: str, quantizer: Quantizer) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of one quantizer's ranges, by field, and its entry of the layout."""
     if not quantizer.ready:
         raise QuantizationError(f"{name}: not calibrated, it has no range to save; calibrate the model first")
-    entry = _signature(quantizer) | {"zero_point": None, "levels": None}
-    joined["ranges.scale"].append(quantizer.scale)
+    entry, tensors = signature(quantizer) | {"zero_point": None, "levels": None}, {"scale": quantizer.scale}
     zero_point = quantizer.zero_point
     if not (quantizer.symmetric and bool((zero_point == 0).all())):
         kind = next((kind for kind in INTEGERS if torch.equal(zero_point.to(kind).float(), zero_point)), torch.float32)
-        entry["zero_point"] = _type_name(kind)
-        joined[f"ranges.zero_point.{entry['zero_point']}"].append(zero_point.to(kind))
-    for levels, limits in _known_limits(quantizer).items():
+        entry["zero_point"] = type_name(kind)
+        tensors["zero_point"] = zero_point.to(kind)
+    for levels, limits in known_limits(quantizer).items():
         if torch.equal(limits[0], quantizer.qmin) and torch.equal(limits[1], quantizer.qmax):
-            entry["levels"] = levels
-            return entry
-    joined["ranges.limits"] += [quantizer.qmin, quantizer.qmax]
-    return entry
+            return tensors, entry | {"levels": levels}
+    return tensors | {"qmin": quantizer.qmin, "qmax": quantizer.qmax}, entry
 
 
-def _unpack_ranges(name: str, quantizer: Quantizer, entry: Mapping, reader: _Reader) -> QRange:
+def _unpack_ranges(name: str, quantizer: Quantizer, entry: Mapping, tensors: dict[str, Tensor]) -> QRange:
     shape = quantizer.scale.shape
-    scale = reader.next("ranges.scale", shape, "float32")
+    scale = _taken(tensors, f"{name}.scale", shape, "float32")
     zero_point = torch.zeros(shape)
     if entry["zero_point"] is not None:
-        kind = entry["zero_point"]
-        zero_point = reader.next(f"ranges.zero_point.{kind}", shape, kind).float()
+        zero_point = _taken(tensors, f"{name}.zero_point", shape, entry["zero_point"]).float()
     if entry["levels"] is None:
-        return QRange(scale, zero_point, *(reader.next("ranges.limits", shape, "float32") for _ in range(2)))
-    limits = _known_limits(quantizer)
+        return QRange(scale, zero_point, *(_taken(tensors, f"{name}.{q}", shape, "float32") for q in ("qmin", "qmax")))
+    limits = known_limits(quantizer)
     if entry["levels"] not in limits:
         raise DataError(f"{name} has the levels {entry['levels']!r}, expected one of {', '.join(limits)}")
     return QRange(scale, zero_point, *limits[entry["levels"]])
 
 
-def _known_limits(quantizer: Quantizer) -> dict[str, tuple[Tensor, Tensor]]:
+def known_limits(quantizer: Quantizer) -> dict[str, tuple[Tensor, Tensor]]:
     """(qmin, qmax), each like the scale, by name: what `choose_qparams` makes of width and symmetry."""
     rows, like = len(quantizer.scale), torch.ones_like(quantizer.scale)
     widths = quantizer.bits if isinstance(quantizer.bits, tuple) else (quantizer.bits,)
@@ -161,16 +152,18 @@ def _known_limits(quantizer: Quantizer) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def _check_layout(network: nn.Module, layout: Mapping) -> None:
-    """Raise DataError unless `layout` is that of `network`; what the ranges themselves decide is left out."""
-    parameters = _other_state(network).items()
+def check_layout(network: nn.Module, layout: Mapping, more: Mapping[str, Mapping] = MappingProxyType({})) -> None:
+    """Raise DataError unless `layout` is that of `network`; what the ranges themselves decide is left out.
+
+    `more`: further parts of the layout as they have to be.
+    """
     expected = {
         "weights": {
             name: {"bits": layer.weight_quantizer.bits, "shape": list(layer.weight.shape)}
-            for name, layer in _packed_layers(network)
+            for name, layer in packed_layers(network)
         },
-        "ranges": {name: _signature(quantizer) for name, quantizer in quantizers(network)},
-        "parameters": {name: {"type": _type_name(v), "shape": list(v.shape)} for name, v in parameters},
+        "ranges": {name: signature(quantizer) for name, quantizer in quantizers(network)},
+        **more,
     }
     for kind, wanted in expected.items():
         found = layout[kind]
@@ -185,7 +178,8 @@ def _check_layout(network: nn.Module, layout: Mapping) -> None:
                     )
 
 
-def _signature(quantizer: Quantizer) -> dict:
+def signature(quantizer: Quantizer) -> dict:
+    """Describe the shape of a quantizer, by which a saved one is recognised."""
     bits, segments = quantizer.bits, quantizer.segments
     return {
         "bits": list(bits) if isinstance(bits, tuple) else bits,
@@ -195,20 +189,21 @@ def _signature(quantizer: Quantizer) -> dict:
     }
 
 
-def _packed_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def packed_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name of the weight, layer) of all layers with a quantized weight, in module order."""
     for name, layer in network.named_modules():
         if isinstance(getattr(layer, "weight_quantizer", None), WeightQuantizer):
             yield f"{name}.weight" if name else "weight", layer
 
 
-def _other_state(network: nn.Module) -> dict[str, Tensor]:
+def other_state(network: nn.Module) -> dict[str, Tensor]:
     """Name -> parameter or persistent buffer that is neither a packed weight nor a range, in the order of the state."""
-    known = {name for name, _ in _packed_layers(network)}
+    known = {name for name, _ in packed_layers(network)}
     for name, _ in quantizers(network):
         known |= {f"{name}.{buffer}" for buffer in (*QRange._fields, *_FOLLOWS)}
     return {name: value for name, value in network.state_dict().items() if name not in known}
 
 
-def _type_name(value: Tensor | torch.dtype) -> str:
+def type_name(value: Tensor | torch.dtype) -> str:
+    """Name a type of tensors, such as "float32"."""
     return str(getattr(value, "dtype", value)).removeprefix("torch.")

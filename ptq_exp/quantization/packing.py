@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """Unsigned integers of b bits packed to their real width: a stream of bits, least significant first.
 
 Integer i occupies the bits i*b .. i*b + b - 1 of the stream, bit k of the stream is bit k % 8 of byte k // 8 (of

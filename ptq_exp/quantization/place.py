@@ -39,7 +39,8 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
     Args:
         model: full-precision network.
         rules: the first whose pattern matches a module's name decides; no match keeps it in full precision.
-        example_inputs: positional arguments of one sample, for the forward that counts multiplications.
+        example_inputs: arguments of one sample, for the forward that counts multiplications: positional ones, and
+            keyword arguments in a mapping at their end.
 
     Raises:
         QuantizationError: the model is quantized already, a layer has no weights yet, or segments do not fit one.

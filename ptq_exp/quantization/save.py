@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,17 @@ from torch import nn
 from ptq_exp.errors import ConfigError, DataError, QuantizationError
 from ptq_exp.quantization.cost.account import range_table
 from ptq_exp.quantization.cost.report import Report
-from ptq_exp.quantization.packed_network import packed_tensors, restore_tensors_
+from ptq_exp.quantization.packed_network import packed_state, restore_state_
+from ptq_exp.quantization.packed_network_1 import restore_joined_
 from ptq_exp.quantization.place import quantize_
-from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec
+from ptq_exp.quantization.plain_rules import rule_from_dict, rule_to_dict
+from ptq_exp.quantization.specs import Rule
 from ptq_exp.storage.atomic import atomic_path, file_digest
 
-FORMAT, VERSION = "ptq-exp quantized network", 1
+FORMAT, VERSION = "ptq-exp quantized network", 2
 TENSORS_FILE, DESCRIPTION_FILE = "quantized.safetensors", "quantization.json"
 _HASH = "description_sha256"
+_RESTORE = {1: restore_joined_, 2: restore_state_}
 
 
 def save_quantized(
@@ -44,14 +46,14 @@ def save_quantized(
         folder: created where it is missing; files in it are replaced.
         network: with frozen weights and calibrated ranges.
         rules: those that `quantize_` placed its quantizers by.
-        report: account of its operations; with candidate widths, one that knows their shares.
+        report: bits and cost of its operations; with candidate widths, one that knows their shares.
         about: further entries, plain values for JSON.
 
     Raises:
         QuantizationError: the network is not calibrated, or a weight is not on the grid of its ranges.
         PTQError: a file cannot be written.
     """
-    tensors, layout = packed_tensors(network)
+    tensors, layout = packed_state(network)
     description = {
         "format": FORMAT, "version": VERSION, **about, **report.to_dict(), "rules": [rule_to_dict(r) for r in rules],
         "quantizers": range_table(network), "tensors": layout,
@@ -62,7 +64,7 @@ def save_quantized(
         save_file(tensors, temporary, metadata)
     description["file"] = {
         "name": TENSORS_FILE, "sha256": file_digest(path), "bytes": path.stat().st_size,
-        "theoretical_bytes": report.totals["weight_bytes"],
+        "header_bytes": _header_bytes(path), "theoretical_bytes": report.totals["weight_bytes"],
     }  # fmt: skip
     with atomic_path(path.with_name(DESCRIPTION_FILE)) as temporary:
         temporary.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -82,10 +84,10 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
         raise DataError(f"{path} is no readable description of a quantized network: {_one_line(error)}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise DataError(f"{path} describes no saved network (a run with save_quantized=false writes such a file)")
-    if description.get("version") != VERSION:
+    if type(description.get("version")) is not int or description["version"] not in _RESTORE:
         raise DataError(
-            f"{path} has version {_one_line(description.get('version'))} of the format, this code reads {VERSION}: "
-            "install the ptq-exp that wrote it, or quantize again"
+            f"{path} has version {_one_line(description.get('version'))} of the format, this code reads "
+            f"{' and '.join(map(str, _RESTORE))}: install the ptq-exp that wrote it, or quantize again"
         )
     _check_tensors_file(path.with_name(TENSORS_FILE), description)
     return description
@@ -103,7 +105,7 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
         example_inputs: positional arguments of one sample, see `quantize_`.
 
     Returns:
-        The account of its operations, without shares of candidate widths.
+        The report of its operations, without shares of candidate widths.
 
     Raises:
         DataError: a file is missing, truncated, edited, of an unknown version, or of another network.
@@ -115,7 +117,7 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
         tensors = load_file(path)
         report = quantize_(network, [rule_from_dict(rule) for rule in description["rules"]], example_inputs)
         with torch.no_grad():
-            restore_tensors_(network, tensors, description["tensors"])
+            _RESTORE[description["version"]](network, tensors, description["tensors"])
     except (ConfigError, QuantizationError) as error:
         raise DataError(f"{folder} does not fit the model: {error}") from error
     except DataError as error:
@@ -123,29 +125,6 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {_one_line(repr(error))}") from error
     return report
-
-
-def rule_to_dict(rule: Rule) -> dict[str, Any]:
-    """A rule as plain values for JSON; `rule_from_dict` makes the same rule of it."""
-    return {"pattern": rule.pattern, "spec": None if rule.spec is None else asdict(rule.spec), "reason": rule.reason}
-
-
-def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
-    """The rule that `rule_to_dict` described.
-
-    Raises:
-        KeyError, TypeError, ConfigError: it described something else.
-    """
-    spec = plain["spec"]
-    if spec is not None:
-        spec = QuantSpec(**{role: _tensor_spec(value) for role, value in spec.items()})
-    return Rule(plain["pattern"], spec, plain["reason"])
-
-
-def _tensor_spec(plain: Any) -> Any:
-    if not isinstance(plain, dict):
-        return plain
-    return TensorSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
 
 
 def _check_tensors_file(path: Path, description: Mapping[str, Any]) -> None:
@@ -166,12 +145,18 @@ def _check_tensors_file(path: Path, description: Mapping[str, Any]) -> None:
             metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is no complete safetensors file ({_one_line(error)})") from error
-    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-        raise DataError(f"{path} holds no quantized network of version {VERSION}, but other tensors")
+    if metadata.get("format") != FORMAT or metadata.get("version") != str(description["version"]):
+        raise DataError(f"{path} holds no quantized network of version {description['version']}, but other tensors")
     if metadata.get(_HASH) != _description_hash(description):
         raise DataError(
             f"{path.with_name(DESCRIPTION_FILE)} was edited, or belongs to another {TENSORS_FILE}: copy both again"
         )
+
+
+def _header_bytes(path: Path) -> int:
+    """Bytes of a safetensors file before its numbers: the names, types and shapes of its tensors."""
+    with open(path, "rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
 
 
 def _description_hash(description: Mapping[str, Any]) -> str:

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise
-from typing import Literal
 
 from ptq_exp.errors import ConfigError
+from ptq_exp.quantization.granularity import Granularity, PerTensor, splits_channels
 from ptq_exp.quantization.ranges.range_search import METRICS
-
-LAYER_BITS = (2, 8)
-SOFTMAX_BITS = (2, 16)
-GRANULARITIES = ("channel", "tensor", "group")
+from ptq_exp.quantization.widths import SOFTMAX_BITS, check_bits, checked_widths
 
 
 @dataclass(frozen=True)
@@ -29,13 +25,10 @@ class TensorSpec:
         bits: width of the integer, 2 to 16; for an activation also a tuple of candidate widths, ascending, of which
             every sampling step uses one. A tuple of one is the same as the number.
         symmetric: zero point 0.
-        granularity: one range per ``"tensor"`` or, for weights, per output ``"channel"``, or per ``"group"`` of
-            `group_size` input channels of each output channel.
-        segments: input-channel counts of groups that get a range each; None = one group.
+        granularity: which elements share a range.
         metric: error measure of the range search; None = the one of the run.
         headroom: factor >= 1 by which an activation's range is widened after the search.
         bins: rows of an activation's ranges, of which every sampling step uses one; not together with candidate widths.
-        group_size: input channels per range of granularity ``"group"``; the last group of a segment may be smaller.
 
     Raises:
         ConfigError: a value is outside the above.
@@ -43,12 +36,10 @@ class TensorSpec:
 
     bits: int | tuple[int, ...]
     symmetric: bool = False
-    granularity: Literal["tensor", "channel", "group"] = "tensor"
-    segments: tuple[int, ...] | None = None
+    granularity: Granularity = field(default_factory=PerTensor)
     metric: str | None = None
     headroom: float = 1.0
     bins: int = 1
-    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, tuple):
@@ -56,21 +47,16 @@ class TensorSpec:
             object.__setattr__(self, "bits", checked_widths("TensorSpec.bits", self.bits, SOFTMAX_BITS))
         else:
             check_bits("TensorSpec.bits", self.bits, SOFTMAX_BITS)
-        if self.granularity not in GRANULARITIES:
-            raise ConfigError(f"TensorSpec.granularity={self.granularity!r}: choose one of {', '.join(GRANULARITIES)}")
-        size_given = self.group_size is not None
-        if (self.granularity == "group") != size_given or (size_given and self.group_size < 1):
+        if not isinstance(self.granularity, Granularity):
             raise ConfigError(
-                f"TensorSpec.group_size={self.group_size}: give granularity='group' a number of input channels, 1 or "
-                "more, and no other granularity one"
+                f"TensorSpec.granularity={self.granularity!r}: choose PerTensor(), PerChannel(), PerGroup(size) or "
+                "Segments(channels, within)"
             )
         if self.bins < 1 or (self.bins > 1 and isinstance(self.bits, tuple)):
             raise ConfigError(
                 f"TensorSpec.bins={self.bins}: give 1 or more, and 1 with candidate widths (bits={self.bits}): each "
                 "sampling step chooses one row, either its bin or its width"
             )
-        if self.segments is not None and (not self.segments or min(self.segments) < 1):
-            raise ConfigError(f"TensorSpec.segments={self.segments}: give positive channel counts, or None")
         if not self.headroom >= 1:
             raise ConfigError(f"TensorSpec.headroom={self.headroom}: choose 1 or more")
         if self.metric is not None and self.metric not in METRICS:
@@ -104,11 +90,11 @@ class QuantSpec:
             raise ConfigError(f"QuantSpec.weight: bins={self.weight.bins}, but a weight is the same at every step")
         for role in ("input", "output", "softmax"):
             spec = getattr(self, role)
-            if spec is not None and spec.granularity != "tensor":
+            if spec is not None and splits_channels(spec.granularity):
                 raise ConfigError(
-                    f"QuantSpec.{role}: activations are quantized per tensor; use segments to split them"
+                    f"QuantSpec.{role}: activations are quantized per tensor; use Segments to split them"
                 )
-        if self.softmax is not None and (not self.softmax.symmetric or self.softmax.segments):
+        if self.softmax is not None and (not self.softmax.symmetric or self.softmax.granularity != PerTensor()):
             raise ConfigError(
                 "QuantSpec.softmax: the softmax map takes symmetric=True (zero point 0) and no segments"
             )
@@ -156,26 +142,3 @@ def check_rules(rules: Sequence[Rule], quantizable: Collection[str], left_alone:
             f"{called} matches no convolution, linear layer or attention of the model; "
             f"names near it: {', '.join(near) or 'none, the model has no such module'}"
         )
-
-
-def check_bits(setting: str, bits: int, allowed: tuple[int, int] = LAYER_BITS) -> None:
-    """Raise ConfigError, naming `setting`, unless `bits` is an integer in the closed interval `allowed`."""
-    low, high = allowed
-    if isinstance(bits, bool) or not isinstance(bits, int) or not low <= bits <= high:
-        raise ConfigError(f"{setting}={bits!r}: choose {low}..{high}")
-
-
-def checked_widths(
-    setting: str, widths: Sequence[int], allowed: tuple[int, int] = LAYER_BITS
-) -> int | tuple[int, ...]:
-    """Return candidate `widths` as a tuple, or as the number if there is one.
-
-    Raises:
-        ConfigError: none are given, they do not ascend, or one is no integer in `allowed`; the message names `setting`.
-    """
-    widths = tuple(widths)
-    for bits in widths:
-        check_bits(setting, bits, allowed)
-    if not widths or any(low >= high for low, high in pairwise(widths)):
-        raise ConfigError(f"{setting}={list(widths)}: give candidate widths in ascending order, each once")
-    return widths if len(widths) > 1 else widths[0]

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, disabled
+from ptq_exp.quantization.trace.evaluate import evaluate
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Block:
     elsewhere: tuple[str, ...] = ()
 
     def module(self, network: nn.Module) -> nn.Module:
-        """This block of `network`."""
+        """Return this block of `network`."""
         return network.get_submodule(self.name)
 
     def modules(self, network: nn.Module) -> list[nn.Module]:
@@ -60,7 +61,7 @@ def find_blocks(
         network: quantized and calibrated.
         patterns: case-sensitive globs on module names; the outermost module that matches one is a block. A quantized
             layer outside of all of these is a block of its own. () = every layer is.
-        example_inputs: positional arguments of the forward.
+        example_inputs: arguments of the forward, see `quantize_`.
         elsewhere: layers that are not to be in any of these blocks, as another one has them.
 
     Raises:
@@ -69,7 +70,7 @@ def find_blocks(
     layers = [name for name, m in network.named_modules() if isinstance(_weight_quantizer(m), WeightQuantizer)]
     owner = {layer: _outermost(layer, patterns) for layer in layers if layer not in elsewhere}
     names = set(layers) | set(owner.values())
-    order, counts = _call_order(network, names, tuple(map(_generic, example_inputs)))
+    order, counts = _call_order(network, names, pytree.tree_map(_generic, example_inputs))
     for name in dict.fromkeys(owner.values()):
         if counts[name] != 1:
             inputs = "" if counts[name] == 0 else " on different inputs"
@@ -113,8 +114,10 @@ def _generic(value: Any) -> Any:
 
 @torch.no_grad()
 def _call_order(network: nn.Module, names: set[str], inputs: tuple) -> tuple[list[str], Counter[str]]:
-    """The modules called `names` in the order in which a forward enters them, once per call; and on how many different
-    inputs each is called."""
+    """Return the modules called `names` in the order in which a forward enters them, once per call.
+
+    And on how many different inputs each is called.
+    """
     order: list[str] = []
     seen: dict[str, list[list[Any]]] = {}
 
@@ -131,7 +134,7 @@ def _call_order(network: nn.Module, names: set[str], inputs: tuple) -> tuple[lis
     ]
     try:
         with disabled(network):  # what is multiplied is the same, and no row of ranges need be chosen
-            network.forward(*inputs)
+            evaluate(network.forward, inputs)
     finally:
         for handle in handles:
             handle.remove()

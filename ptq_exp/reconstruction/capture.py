@@ -6,7 +6,7 @@ The forward ends where the block begins (or ends), and captured rows go to memor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,8 +18,10 @@ from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization import of_samples
+from ptq_exp.quantization.trace.evaluate import evaluate
 
-Batch = tuple[Tensor, Tensor, Tensor | None]
+Batch = Sequence[Any]
+"""The arguments of one call, each [n, ...], the first a tensor; see `ptq_exp.quantization.trace.evaluate`."""
 
 
 @dataclass
@@ -124,7 +126,7 @@ def capture(
     """Run `network` on all `batches` as far as its module `name`, and keep what enters it (and leaves it: `output`).
 
     Args:
-        batches: (x, t, y), each [n, ...]; in all `rows` of them.
+        batches: calls of [n, ...]; in all `rows` of them.
         step_rows: see `Calls`; a network without quantizers does not care.
 
     Raises:
@@ -135,7 +137,7 @@ def capture(
     start = 0
     for batch in batches:
         n = len(batch[0])
-        inputs = [None if part is None else part.to(device) for part in batch]
+        inputs = on_device(batch, device)
         with of_samples(network, None if step_rows is None else step_rows[start : start + n]):
             found = Calls.of(*_call(network, name, inputs, output))
         _check_rows(name, found.tensors, n)
@@ -147,6 +149,11 @@ def capture(
             whole[start : start + n] = part.cpu()
         start += n
     return calls
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The arguments `batch`, their tensors on `device`."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def single_tensor(output: Any, name: str) -> Tensor:
@@ -168,7 +175,7 @@ def single_tensor(output: Any, name: str) -> Tensor:
 
 
 @torch.no_grad()
-def _call(network: nn.Module, name: str, inputs: list, output: bool) -> tuple[tuple, dict, Tensor | None]:
+def _call(network: nn.Module, name: str, inputs: Batch, output: bool) -> tuple[tuple, dict, Tensor | None]:
     """Arguments of the module `name` (and its output) when `network` runs on `inputs`."""
     held: list = []
 
@@ -185,7 +192,7 @@ def _call(network: nn.Module, name: str, inputs: list, output: bool) -> tuple[tu
     with _hooked(network.get_submodule(name), before, after):
         try:
             # not network(...): a compiled one would be compiled again because of the hooks
-            network.forward(*inputs)
+            evaluate(network.forward, inputs)
         except _Ended:
             pass
     args, kwargs = held[0]

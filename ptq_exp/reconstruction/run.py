@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +31,7 @@ def split(calibration_set: CalibrationSet) -> tuple[CalibrationSet, CalibrationS
     if n < 2:
         raise DataError("reconstruction judges blocks by held-out samples: set calibration.n_samples to 2 or more")
     held_out = np.arange(n) % HELD_OUT == min(n, HELD_OUT) - 1
-    return _subset(calibration_set, ~held_out), _subset(calibration_set, held_out)
-
-
-def _subset(calibration_set: CalibrationSet, chosen: np.ndarray) -> CalibrationSet:
-    arrays = {key: getattr(calibration_set, key) for key in ("x", "step", "t", "evaluations", "y")}
-    return replace(calibration_set, **{key: None if a is None else a[chosen] for key, a in arrays.items()})
+    return calibration_set.take(~held_out), calibration_set.take(held_out)
 
 
 class Reconstruction:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.quantization.trace.provenance import watching
 
 
@@ -89,7 +90,7 @@ class Part(nn.Module):
 
 
 def plan_part(network: nn.Module, names: Sequence[str], inputs: tuple) -> Plan:
-    """Follow the layers `names` through one forward of the full-precision `network` on the positional `inputs`.
+    """Follow the layers `names` through one forward of the full-precision `network` on `inputs`.
 
     A layer that is called again on the values that it has read before is one step: it makes the same of them.
 
@@ -101,9 +102,9 @@ def plan_part(network: nn.Module, names: Sequence[str], inputs: tuple) -> Plan:
         for name in names:
             watch(
                 network.get_submodule(name),
-                before=lambda x, name=name: recorder.enter(name, x), after=lambda y: recorder.leave(y),
+                before=lambda x, name=name: recorder.enter(name, x), after=recorder.leave,
             )  # fmt: skip
-        network.forward(*inputs)
+        evaluate(network.forward, inputs)
     wanted = set(recorder.read.values())
     steps: list[Operation] = []
     for step in reversed(recorder.steps):

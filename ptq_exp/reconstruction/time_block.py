@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization import WeightQuantizer, of_samples
+from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.quantization.trace.provenance import watching
 from ptq_exp.reconstruction.blocks import Block
-from ptq_exp.reconstruction.capture import Batch, Calls
+from ptq_exp.reconstruction.capture import Batch, Calls, on_device
 from ptq_exp.reconstruction.subnetwork import Part, Plan, check_same, plan_part
 
 
@@ -28,7 +29,7 @@ class TimeBlock(Block):
 
     Attributes:
         plan: how they hang together.
-        batches: (x, t, y) that hold every time once, with any states and labels.
+        batches: calls that hold every time once, with any states and conditions.
         step_rows: row of the activation ranges of each time, int64 [N]; None = the one in force.
     """
 
@@ -77,7 +78,7 @@ class TimeBlock(Block):
             for evaluation, batch in enumerate(self.batches, start=1):  # noqa: B007
                 rows = None if self.step_rows is None else self.step_rows[start : start + len(batch[0])]
                 with of_samples(network, rows):
-                    network.forward(*(None if part is None else part.to(device) for part in batch))
+                    evaluate(network.forward, on_device(batch, device))
                 start += len(batch[0])
         values = tuple(torch.cat(inputs[name]) for name in self.plan.roots)
         if not output:
@@ -117,7 +118,7 @@ def find_time_blocks(
     """
     found = []
     device = next(reference.parameters()).device
-    inputs = tuple(None if part is None else part.to(device) for part in batches[0])
+    inputs = on_device(batches[0], device)
     for number, names in enumerate([tuple(layers)] if joint else [(name,) for name in layers]):
         plan = plan_part(reference, names, inputs)
         quantized = tuple(

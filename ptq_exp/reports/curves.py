@@ -15,17 +15,19 @@ from ptq_exp.errors import DataError
 from ptq_exp.storage.atomic import atomic_path
 
 _DPI = 100
-_WIDTH = 10  # inches: 1000 pixels
-_STEP_LABEL = "sampling step s (0 = noisiest)"
+WIDTH = 10
+"""Inches of a picture of its own: 1000 pixels."""
+STEP = "sampling step s (0 = noisiest)"
 _MARKED_STEPS = 60  # more markers than this run into each other
 # told apart also by those who see red and green alike (Okabe and Ito)
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 
 
-def new_figure(height: float, title: str) -> Figure:
-    """An empty figure `height` inches high, under a title in which no character is special."""
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
-    figure.suptitle(title, parse_math=False, wrap=True)
+def new_figure(height: float, title: str = "", width: float = WIDTH) -> Figure:
+    """An empty figure of so many inches, under a title in which no character is special."""
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    if title:
+        figure.suptitle(title, parse_math=False, wrap=True)
     return figure
 
 
@@ -41,7 +43,7 @@ def step_axis(axes: Axes, steps: int) -> None:
     """A horizontal axis over the sampling steps."""
     axes.set_xlim(-0.5, steps - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel(_STEP_LABEL)
+    axes.set_xlabel(STEP)
 
 
 def as_curve(name: str, values: Sequence[float], steps: int | None = None) -> np.ndarray:
@@ -69,7 +71,30 @@ def as_array(name: str, values: Any, dtype: type | None = None) -> np.ndarray:
         raise DataError(f"{name} must be numbers in rows of one length: {error}") from error
 
 
+def as_histogram(histogram: np.ndarray, edges: Sequence[float], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Counts [S, B] and the ascending edges [B + 1] of their bins.
+
+    Raises:
+        DataError: they are not that, or do not fit; the message begins with the name of one.
+    """
+    histogram, edges = as_array("histogram", histogram), as_array("edges", edges, np.float64)
+    if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
+        raise DataError(f"edges must be two or more ascending finite numbers, found shape {edges.shape}")
+    if histogram.shape != (steps, len(edges) - 1) or histogram.dtype.kind not in "iu":
+        raise DataError(
+            f"histogram must be integers of shape {(steps, len(edges) - 1)} (steps, bins), found {histogram.dtype} of "
+            f"shape {histogram.shape}"
+        )
+    if not histogram.any() or histogram.min() < 0:
+        raise DataError("histogram must hold counts: none is negative and not all are 0")
+    return histogram, edges
+
+
 def write_figure(path: str | os.PathLike, figure: Figure) -> None:
-    """Write the figure as PNG, atomically."""
+    """Write the figure as PNG, atomically; the same figure gives the same bytes.
+
+    Raises:
+        PTQError: the file cannot be written.
+    """
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-_TITLES = {
-    "is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall",
-    "fid_increase_units": "FID increase", "psnr": "PSNR dB", "eps_error": "eps error",
-}  # fmt: skip
+from ptq_exp.evaluation.scores import SUMMARY, shown
 
 
 def summary(values: dict, operations: str | None) -> str:
@@ -18,7 +15,8 @@ def summary(values: dict, operations: str | None) -> str:
     if operations is not None:
         rows[values["config"]["bits"]["name"].upper()] = _columns(metrics)
         lines += [operations, ""]
-    table = pd.DataFrame({title: row for title, row in rows.items() if row}).T.reindex(columns=list(_TITLES.values()))
+    headings = [score.heading for score in shown(SUMMARY).values()]
+    table = pd.DataFrame({title: row for title, row in rows.items() if row}).T.reindex(columns=headings)
     if not table.empty:
         lines.append(table.dropna(axis=1, how="all").to_string(float_format="{:.4g}".format, na_rep="-"))
     lines.append(
@@ -46,4 +44,4 @@ def _of_the_error(metrics: dict[str, float], samples: int, independent: float) -
 
 
 def _columns(scores: dict[str, float]) -> dict[str, float]:
-    return {title: scores[key] for key, title in _TITLES.items() if key in scores}
+    return {score.heading: scores[key] for key, score in shown(SUMMARY).items() if key in scores}

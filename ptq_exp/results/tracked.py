@@ -1,4 +1,4 @@
-"""The W&B run of an experiment: a sink, whose troubles are told in one line and end there."""
+"""The W&B run of an experiment: a sink, whose errors become one warning and end there."""
 
 from __future__ import annotations
 

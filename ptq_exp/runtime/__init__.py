@@ -1,1 +1,11 @@
-"""How a quantized network is executed: simulated in torch, or as integers by an engine."""
+"""How a quantized network is executed: simulated in floating point, or by an engine that computes with integers.
+
+runtime = runtime_of("simulate")
+network = runtime.compile(quantized.network, example_call)  # called as the quantized network is
+runtime.account()                                           # what ran as integers, layer by layer
+"""
+
+from ptq_exp.runtime.base import RUNTIMES, ExecutedLayer, Runtime, runtime_of
+from ptq_exp.runtime.simulate import Simulate
+
+__all__ = ["RUNTIMES", "ExecutedLayer", "Runtime", "Simulate", "runtime_of"]

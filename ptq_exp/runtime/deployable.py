@@ -45,7 +45,7 @@ class GridQuantizer(nn.Module):
         self.constant_zero = grid.symmetric or grid.one_sided
 
     def forward(self, x: Tensor) -> Tensor:
-        """The values of `x` on the grid, of its shape."""
+        """Return the values of `x` on the grid, of its shape."""
         if self.levels > BYTE:
             scale, lowest, highest = (self._in_force(name) for name in ("scale", "lowest", "highest"))
             return torch.minimum(torch.maximum((x / scale).round(), lowest), highest) * scale
@@ -65,7 +65,7 @@ class GridQuantizer(nn.Module):
         return torch.fake_quantize_per_tensor_affine(bounded, 1.0, 0, 0, BYTE - 1), scale, -lowest
 
     def _constant(self, x: Tensor) -> Tensor:
-        """Rounds on all levels of a byte, the only grid that engines know; fewer levels clip before."""
+        """Round on all levels of a byte, the only grid that engines know; fewer levels clip before."""
         scale, low, high = float(self.scale), int(self.lowest), int(self.highest)
         first, zero = (-(BYTE // 2), 0) if self.signed else (0, -low)
         if (low + zero, high + zero) != (first, first + BYTE - 1):
@@ -174,7 +174,7 @@ class FloatLayer(nn.Module):
 
 
 def _plain(layer: nn.Module) -> nn.Module:
-    """The layer with its frozen weight and without quantizers."""
+    """Make the layer with its frozen weight and without quantizers."""
     if isinstance(layer, nn.Linear):
         made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     else:
@@ -246,22 +246,27 @@ class IntegerAttnProcessor:
 
 
 class Deployable(nn.Module):
-    """A quantized network as plain operations: `forward(*call)` or, with several rows of ranges, `(*call, row)`."""
+    """A quantized network as plain operations on tensors alone: `forward(x, t, *conditions)`.
+
+    With several rows of ranges the row, int64 [1], is the last argument. `condition_names` are those of the last
+    tensors before it.
+    """
 
     def __init__(self, network: nn.Module, row: Row, rows: int) -> None:
         super().__init__()
-        self.network, self.rows = network, rows
+        self.network, self.rows, self.condition_names = network, rows, ()
         self._row = [row]
 
     def forward(self, *call: Tensor) -> Tensor:
-        """The network's output; `row` int64 [1] is the last argument where `rows` > 1."""
+        """Return the network's output; `row` int64 [1] is the last argument where `rows` > 1."""
         if self.rows > 1:
             *call, self._row[0].value = call
-        return self.network(*call)
+        n = len(call) - len(self.condition_names)
+        return self.network(*call[:n], **dict(zip(self.condition_names, call[n:], strict=True)))
 
 
 def deployable(network: nn.Module, plan: Plan) -> Deployable:
-    """Write a calibrated `network`, planned by `integer_plan`, in plain operations; the network itself stays as it is."""
+    """Write a calibrated `network` in plain operations, as `integer_plan` has planned; the network stays as it is."""
     made, row = copy.deepcopy(network).float().eval().requires_grad_(False), Row()
     found = [grid for entry in plan.values() for grid in (*entry.inputs, entry.output) if grid is not None]
     rows = max((grid.rows for grid in found), default=1)

@@ -116,7 +116,7 @@ def integer_plan(network: nn.Module, *, regrid: bool = False, seven_bits: bool =
 
 
 def grids(quantizer: nn.Module) -> tuple[Grid, ...]:
-    """The grid of each segment of an activation quantizer; none for the identity."""
+    """Return the grid of each segment of an activation quantizer; none for the identity."""
     if not isinstance(quantizer, Quantizer):
         return ()
     lowest, highest = quantizer.qmin - quantizer.zero_point, quantizer.qmax - quantizer.zero_point
@@ -149,7 +149,7 @@ def _layer(name: str, layer: nn.Module, regrid: bool, seven_bits: bool) -> Layer
 def _weights(
     name: str, layer: nn.Module, segments: tuple[int, ...], regrid: bool, seven_bits: bool
 ) -> tuple[tuple[IntegerWeight, ...], str]:
-    """The weight of each segment, and what was changed."""
+    """Return the weight of each segment, and what was changed."""
     quantizer, weight = layer.weight_quantizer, layer.weight.detach()
     own = tuple(quantizer.segments or ())
     parts = list(weight.split(segments, 1)) if segments else [weight]
@@ -157,7 +157,7 @@ def _weights(
         if not regrid:
             size = max(own)
             raise ConfigError(
-                f"runtime: {name} has a scale for every {size} input channels, which no engine executes: choose "
+                f"runtime=openvino: {name} has a scale for every {size} input channels, which it does not execute: choose "
                 "quantization.weight_granularity=channel, or runtime.regrid=true"
             )
         return tuple(map(_regrid, parts)), f"re-gridded: it had {len(own)} scales per channel"
@@ -174,7 +174,7 @@ def _weights(
 
 
 def _shifted(levels: Tensor, scale: Tensor) -> IntegerWeight:
-    """Levels that need nine bits, shifted into a signed byte channel by channel; others as they are."""
+    """Shift levels that need nine bits into a signed byte, channel by channel; leave others as they are."""
     flat = levels.flatten(1)
     low, high = flat.amin(1), flat.amax(1)
     beyond = (low < -BYTE // 2) | (high >= BYTE // 2)
@@ -192,7 +192,7 @@ def _regrid(weight: Tensor, largest: int = BYTE // 2 - 1) -> IntegerWeight:
 
 
 def _attention(name: str, attention: nn.Module) -> LayerPlan:
-    """The products q k^T and softmax v of one attention; its grids are those of softmax, q, k and v."""
+    """Plan the products q k^T and softmax v of one attention; its grids are those of softmax, q, k and v."""
     softmax = grids(attention.softmax_quantizer)
     operands = [grids(getattr(layer, "output_quantizer", None)) for layer in (attention.to_q, attention.to_k,
                                                                               attention.to_v)]

@@ -30,7 +30,7 @@ class Probe(nn.Module):
 
 
 def saturation(compile_network, weights: str = "as_saved") -> float:
-    """What an engine's 8-bit sum is of the right one, 1 where it is exact.
+    """Measure what an engine's 8-bit sum is of the right one, 1 where it is exact.
 
     Args:
         compile_network: (nn.Module) -> callable of the same arguments, the engine.

@@ -1,55 +1,27 @@
-"""Values that no type can rule out, and settings that contradict each other: one line that names setting and fix."""
+"""Refuse values out of bounds and settings that contradict each other, in one line that names setting and fix."""
 
 from __future__ import annotations
 
-from ptq_exp.calibration import LABELS, SOURCES, TEMPORAL
-from ptq_exp.correction.statistics import CONVENTIONS
-from ptq_exp.diffusion.paired import FOLLOW
-from ptq_exp.diffusion.solvers import SOLVERS
-from ptq_exp.diffusion.time_grid import SPACINGS
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import METRICS, group_bits
-from ptq_exp.quantization.policy import SITES
-from ptq_exp.quantization.specs import GRANULARITIES, SOFTMAX_BITS, check_bits
-from ptq_exp.results.wandb import MODES as LOGGER_MODES
+from ptq_exp.quantization import group_bits, transforms_of
+from ptq_exp.quantization.ranges.range_search import check_metric
+from ptq_exp.quantization.widths import SOFTMAX_BITS, check_bits
+from ptq_exp.settings.field import check_section
 from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
-from ptq_exp.storage.cache import MODES as CACHE_MODES
-
-PLACEMENT = {
-    "weight_granularity": GRANULARITIES,
-    "activation_site": SITES,
-    "shortcut": ("joint", "split", "split_all"),
-    "time_embedding": ("none", "shared", "split"),
-    "temporal": TEMPORAL,
-    "time_layers": ("calibration_set", "all_steps"),
-}
-"""Settings of `quantization` that choose one of several words."""
 
 
 def check(config: ExperimentConfig) -> None:
     """Raise ConfigError at the first impossible or contradictory setting."""
-    _at_least("seed", config.seed, 0)
-    _one_of("cache", config.cache, CACHE_MODES)
-    _one_of("logger.mode", config.logger.mode, LOGGER_MODES)
-    _at_least("sampler.steps", config.sampler.steps, 1)
-    _one_of("sampler.solver", config.sampler.solver, SOLVERS)
-    if config.sampler.spacing is not None:
-        _one_of("sampler.spacing", config.sampler.spacing, SPACINGS)
-    _between("sampler.eta", config.sampler.eta, 0, 1)
-    if config.sampler.guidance_scale is not None:
-        _at_least("sampler.guidance_scale", config.sampler.guidance_scale, 0)
-    _at_least("evaluation.n_samples", config.evaluation.n_samples, 2)
-    _at_least("evaluation.batch_size", config.evaluation.batch_size, 1)
-    _at_least("evaluation.eps_error_samples", config.evaluation.eps_error_samples, 1)
-    _at_least("evaluation.grid_images", config.evaluation.grid_images, 1)
-    _between("trainer.devices", config.trainer.devices, 1, 1024)
-    if config.trainer.threads is not None:
-        _between("trainer.threads", config.trainer.threads, 1, 4096)
+    check_section("", config)
+    for name in ("logger", "sampler", "evaluation", "trainer"):
+        check_section(name, getattr(config, name))
     reference = config.evaluation.reference
     if reference is not None and not (isinstance(reference, dict | str) and reference):
         raise ConfigError(f"evaluation.reference={reference!r}: give a path, or null where nothing is compared")
     if config.model.ema is not None and "ema" not in config.model.build:
         raise ConfigError(f"model.ema: a checkpoint of model={config.model.name} has one set of weights, not two")
+    if config.model.conditions is not None and "conditions" not in config.model.build:
+        raise ConfigError(f"model.conditions: model={config.model.name} takes none but its own; set it to null")
     if config.evaluation.extractor is not None and config.evaluation.reference is None:
         raise ConfigError(
             f"evaluation.reference is not set, but evaluation={config.evaluation.name} compares with real images: give "
@@ -68,16 +40,15 @@ def check(config: ExperimentConfig) -> None:
 
 def _check_analysis(config: ExperimentConfig) -> None:
     analysis = config.analysis
-    for name in ("n_samples", "batch_size", "steps", "values", "sensitivity_samples", "sensitivity_steps"):
-        _at_least(f"analysis.{name}", getattr(analysis, name), 1)
+    check_section("analysis", analysis)
     if not analysis.active:
         return
     if config.bits.name == FULL_PRECISION:
         raise ConfigError("analysis.active=true looks at quantized layers, but bits=fp32 has none: choose bits=w8a8")
-    if config.quantization.smooth:
+    if config.quantization.transforms:
         raise ConfigError(
-            "analysis.active=true switches layers between full precision and quantized, which quantization.smooth=true "
-            "rules out, as it changes several layers together: set quantization.smooth=false"
+            "analysis.active=true switches layers between full precision and quantized, which transforms rule out, as "
+            "they change several layers together: set quantization.transforms=[] and quantization.smooth=false"
         )
 
 
@@ -100,15 +71,13 @@ def _check_full_precision(config: ExperimentConfig) -> None:
 
 def _check_quantization(config: ExperimentConfig) -> None:
     bits, calibration = config.bits, config.calibration
-    _one_of("metric.name", config.metric.name, tuple(METRICS))
+    check_section("metric", config.metric)
+    check_metric(config.metric.name)
     _check_placement(config)
     if calibration.source is None:
         raise ConfigError(f"calibration={calibration.name} has no samples, but bits={bits.name} needs some to choose "
                           "activation ranges: choose calibration=ndtc or another")  # fmt: skip
-    _one_of("calibration.source", calibration.source, tuple(SOURCES))
-    _at_least("calibration.n_samples", calibration.n_samples, 1)
-    _at_least("calibration.batch_size", calibration.batch_size, 1)
-    _at_least("calibration.rounds", calibration.rounds, 1)
+    check_section("calibration", calibration)
     if calibration.rounds > 1 and calibration.source != "denoise":
         raise ConfigError(
             f"calibration.rounds={calibration.rounds}: states of calibration.source={calibration.source} are the same "
@@ -124,7 +93,6 @@ def _check_quantization(config: ExperimentConfig) -> None:
 
 def _check_labels(config: ExperimentConfig) -> None:
     calibration, temporal = config.calibration, config.quantization.temporal
-    _one_of("calibration.labels", calibration.labels, LABELS)
     if calibration.labels == "paired":
         return
     if calibration.source != "denoise":
@@ -142,11 +110,8 @@ def _check_labels(config: ExperimentConfig) -> None:
 
 def _check_placement(config: ExperimentConfig) -> None:
     quantization = config.quantization
-    for setting, valid in PLACEMENT.items():
-        _one_of(f"quantization.{setting}", getattr(quantization, setting), valid)
-    _at_least("quantization.group_size", quantization.group_size, 1)
-    _between("quantization.smooth_alpha", quantization.smooth_alpha, 0, 1)
-    _at_least("quantization.temporal_bins", quantization.temporal_bins, 1)
+    check_section("quantization", quantization)
+    transforms_of(quantization.transforms)
     if quantization.temporal == "binned" and quantization.temporal_bins > config.sampler.steps:
         raise ConfigError(
             f"quantization.temporal_bins={quantization.temporal_bins}: choose 1..{config.sampler.steps} (sampler.steps)"
@@ -203,18 +168,10 @@ def _check_groups(config: ExperimentConfig) -> None:
 
 def _check_reconstruction(config: ExperimentConfig) -> None:
     settings = config.reconstruction
-    _one_of("reconstruction.granularity", settings.granularity, ("block", "layer", "none"))
+    check_section("reconstruction", settings)
     if not settings.active:
         return
-    _at_least("reconstruction.iterations", settings.iterations, 1)
-    _at_least("reconstruction.batch_size", settings.batch_size, 1)
-    for name in ("lr", "step_lr", "weight", "b_end", "inner_weight", "cache_gb"):
-        _at_least(f"reconstruction.{name}", getattr(settings, name), 0)
     _at_least("reconstruction.b_start", settings.b_start, settings.b_end)
-    _at_least("reconstruction.power", settings.power, 1)
-    _between("reconstruction.warmup", settings.warmup, 0, 0.99)
-    _between("reconstruction.input_prob", settings.input_prob, 0, 1)
-    _between("reconstruction.drop_prob", settings.drop_prob, 0, 1)
     _at_least("calibration.n_samples", config.calibration.n_samples, 2)
     if settings.step_lr and config.bits.schedule is not None:
         raise ConfigError(
@@ -225,10 +182,7 @@ def _check_reconstruction(config: ExperimentConfig) -> None:
 
 def _check_correction(config: ExperimentConfig) -> None:
     correction = config.correction
-    _one_of("correction.convention", correction.convention, CONVENTIONS)
-    _one_of("correction.follow", correction.follow, FOLLOW)
-    _at_least("correction.n_samples", correction.n_samples, 2)
-    _at_least("correction.batch_size", correction.batch_size, 1)
+    check_section("correction", correction)
     if correction.statistics is not None and not correction.active:
         raise ConfigError("correction.statistics is set, but correction=none corrects nothing: choose correction=ptqd")
 
@@ -236,13 +190,3 @@ def _check_correction(config: ExperimentConfig) -> None:
 def _at_least(setting: str, value: float, least: float) -> None:
     if value < least:
         raise ConfigError(f"{setting}={value}: choose {least} or more")
-
-
-def _between(setting: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{setting}={value}: choose {low}..{high}")
-
-
-def _one_of(setting: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise ConfigError(f"{setting}={value}: choose one of {', '.join(valid)}")

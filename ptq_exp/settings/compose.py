@@ -1,4 +1,4 @@
-"""From the composed configuration to plain objects: unknown keys, wrong types and impossible values end here."""
+"""Turn the composed configuration into plain objects; refuse unknown keys, wrong types and impossible values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
-from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.errors import ConfigError
 from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig, path_settings
 from ptq_exp.settings.strict import check_argument, check_types
 from ptq_exp.storage.paths import with_homes
@@ -28,7 +28,7 @@ def run_name(
     calibration: str, bits: str, correction: str = "none", reconstruction: str = "none", labels: str = "paired",
     groups: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
-    """`<calibration>[_<labels>][_<reconstruction>]_<bits>[_groups]`, `fp32` for the full-precision model.
+    """Return `<calibration>[_<labels>][_<reconstruction>]_<bits>[_groups]`, `fp32` for the full-precision model.
 
     Where noise is corrected, the correction stands in place of the calibration. Paired labels are not mentioned, bits
     per group of layers are.
@@ -38,16 +38,16 @@ def run_name(
     labels = "none" if labels == "paired" else labels
     mixed = "groups" if isinstance(groups, Mapping) and any(groups.values()) else "none"
     parts = [calibration if correction == "none" else correction, labels, reconstruction, bits, mixed]
-    return "_".join(str(part) for part in parts if part != "none")  # a name that is no text is told later
+    return "_".join(str(part) for part in parts if part != "none")  # validated() reports names that are no text
 
 
 def evaluation_name(path: str) -> str:
-    """`evaluate_<bits>` of the quantized model saved in `path`."""
+    """Return `evaluate_<bits>` for the quantized model saved in `path`."""
     return f"evaluate_{_saved(with_homes(path, 'quantized')).settings['bits']['name']}"
 
 
 def job_threads() -> int | None:
-    """CPU threads for a job of a sweep whose launcher runs several at once; None = as many as torch takes.
+    """Return the CPU threads for a job of a sweep whose launcher runs several at once; None = as many as torch takes.
 
     Jobs that take more threads than there are cores slow each other down many times over.
     """
@@ -68,7 +68,7 @@ OmegaConf.register_new_resolver("evaluation_name", evaluation_name, replace=True
 
 
 def config_folder() -> Path:
-    """Absolute path of `conf/`: beside the package in a checkout, inside it in an installed wheel.
+    """Return the absolute path of `conf/`: beside the package in a checkout, inside it in an installed wheel.
 
     Raises:
         ConfigError: neither is there; the installation is incomplete.
@@ -97,12 +97,12 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
         composed = _with_homes(composed)
         if OmegaConf.select(composed, "quantized") is not None:
             composed = with_saved_settings(composed, given)
-        settings = _in_order(OmegaConf.to_container(composed, resolve=True))
+        settings = _in_order(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True)))
         settings.pop("sweep", None)  # of the command, see `SweepConfig`
         check_types(settings, ExperimentConfig)
         # only this order of merging refuses `+group.extra=1`
-        merged = OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings)
-        config = OmegaConf.to_object(merged)
+        merged = OmegaConf.merge(_schema(), settings)
+        config = cast(ExperimentConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_schema_message(error)) from error
     import_all(config.imports)
@@ -112,8 +112,15 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
     return config
 
 
+def _schema() -> DictConfig:
+    """Make the schema that OmegaConf merges into: parts that are frozen dataclasses cannot be set otherwise."""
+    schema = OmegaConf.structured(ExperimentConfig())
+    OmegaConf.set_readonly(schema.quantization, None)
+    return schema
+
+
 def _with_homes(composed: DictConfig) -> DictConfig:
-    """`composed` with `~` written out in all paths; what is made of them follows."""
+    """Write out `~` in all paths of `composed`; interpolations of them follow."""
     result = composed
     for name in path_settings():
         node = OmegaConf.select(result, name)
@@ -141,7 +148,7 @@ def import_all(modules: Sequence[str]) -> None:
 
 
 def _in_order(settings: dict[str, Any]) -> dict[str, Any]:
-    """The sections in the order of the schema: a mistake is told of the section where it is, not of one that copies."""
+    """Order the sections as the schema does: an error names the setting that was written, not one that copies it."""
     known = [key for key in ExperimentConfig.__dataclass_fields__ if key in settings]
     known.sort(key=lambda key: key == "name")  # made of the others: last
     return {key: settings[key] for key in known} | settings
@@ -151,7 +158,7 @@ _MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.channels_last", "mo
 
 
 def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfig:
-    """`composed` with the settings that the saved model `composed.quantized` was made with.
+    """Overwrite the settings in `composed` with those of the saved model `composed.quantized`.
 
     What is `given` on the command line wins for the sampler, the seed and how the model is run; all else must agree.
 
@@ -160,7 +167,7 @@ def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfi
         DataError: the saved model is missing or damaged.
     """
     keys = [override.lstrip("+~").partition("=")[0].partition("@")[0] for override in given]
-    here = OmegaConf.to_container(composed, resolve=True)
+    here = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     result = copy.deepcopy(composed)
     OmegaConf.set_struct(result, False)
     for section, values in _saved(composed.quantized).settings.items():
@@ -177,19 +184,6 @@ def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfi
                 )
             OmegaConf.update(result, path, value, merge=False)
     return result
-
-
-def from_settings(settings: dict[str, Any], where: str) -> ExperimentConfig:
-    """Sections of settings, as they were saved, as plain objects; the others at their defaults.
-
-    Raises:
-        DataError: they do not fit the schema; the message begins with `where` they come from.
-    """
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExperimentConfig()), settings))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        reason = _schema_message(error) if isinstance(error, OmegaConfBaseException) else error
-        raise DataError(f"{where}: its settings do not fit: {reason}") from error
 
 
 def _saved(path: str):
@@ -210,7 +204,7 @@ def _schema_message(error: OmegaConfBaseException) -> str:
 
 
 def nearest(word: str, valid: list[str]) -> str:
-    """`did you mean 'x'?` if something is near, else the list of valid words, or where to find a long one."""
+    """Return `did you mean 'x'?` if something is near, else the list of valid words, or where to find a long one."""
     if near := difflib.get_close_matches(word, valid, n=1):
         return f"did you mean {near[0]!r}?"
     return f"valid: {', '.join(sorted(valid))}" if len(valid) < 40 else "python -m ptq_exp --help lists what there is"
@@ -227,7 +221,7 @@ def build(node: dict[str, Any], setting: str, **extra: Any) -> Any:
 
 
 def constructor(node: Any, setting: str, **extra: Any) -> tuple[Callable, dict[str, Any]]:
-    """What `build` calls, and with which arguments; nothing is built yet.
+    """Return the constructor that `build` calls, and its arguments, without calling it.
 
     Raises:
         ConfigError: there is no such constructor, an argument is unknown, missing, or of another type.

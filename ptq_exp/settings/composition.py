@@ -1,4 +1,4 @@
-"""What Hydra composed, and of which files: those of the package and those of one's own are checked alike."""
+"""Check what Hydra composed, and of which files: the package's and the user's own alike."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ConfigFile:
 
 
 def check_composition(overrides: Sequence[str]) -> None:
-    """Refuse what Hydra composes without a word, though it is not what was asked for.
+    """Refuse compositions that Hydra accepts silently although they are not what was asked for.
 
     Values of bits in a file beside its choice of bits, where another choice is made: Hydra exchanges the choice alone,
     what the file sets beside it stays. And a file of one's own that the package's file of the same name hides.
@@ -67,7 +67,8 @@ def check_composition(overrides: Sequence[str]) -> None:
 
 
 def _file(default: ResultDefault, repository: ConfigRepository) -> ConfigFile:
-    loaded = repository.load_config(default.config_path)
+    path = default.config_path or ""
+    loaded = repository.load_config(path)
     content = OmegaConf.to_container(loaded.config, resolve=False) if loaded else {}
     package = default.package or ""
     for name in reversed(package.split(".") if package else []):
@@ -76,14 +77,14 @@ def _file(default: ResultDefault, repository: ConfigRepository) -> ConfigFile:
     if default.primary or default.parent is None:  # it declares what options do not mention
         bits = {key: value for key, value in bits.items() if value is not None}
     chosen = [
-        entry.value for entry in (loaded.defaults_list if loaded else ())
-        if isinstance(entry, GroupDefault) and entry.group.lstrip("/") == BITS and isinstance(entry.value, str)
+        entry.value for entry in ((loaded and loaded.defaults_list) or ())
+        if isinstance(entry, GroupDefault) and (entry.group or "").lstrip("/") == BITS and isinstance(entry.value, str)
     ]  # fmt: skip
-    return ConfigFile(default.config_path, bits, chosen[-1] if chosen else None)
+    return ConfigFile(path, bits, chosen[-1] if chosen else None)
 
 
 def _flat(value: Any, prefix: str = BITS) -> dict[str, Any]:
-    """Nested values as dotted keys; nothing for None or text in place of a section."""
+    """Flatten nested values to dotted keys; nothing for None or text in place of a section."""
     if not isinstance(value, dict):
         return {}
     found = {}
@@ -92,7 +93,7 @@ def _flat(value: Any, prefix: str = BITS) -> dict[str, Any]:
     return found
 
 
-def _check_bits(files: Sequence[ConfigFile], chosen: str, keys: Sequence[str]) -> None:
+def _check_bits(files: Sequence[ConfigFile], chosen: str | None, keys: Sequence[str]) -> None:
     """Raise ConfigError for the first value of bits that another choice than `chosen` was to go with.
 
     Args:
@@ -115,10 +116,11 @@ def _check_bits(files: Sequence[ConfigFile], chosen: str, keys: Sequence[str]) -
 
 
 def _check_package(default: ResultDefault) -> None:
-    """Raise ConfigError for an experiment whose settings would go to a section `experiment`, which there is not."""
-    if default.config_path.startswith("experiment/") and (default.package or "").partition(".")[0] == "experiment":
+    """Raise ConfigError for an experiment whose settings would go to a section `experiment`, which does not exist."""
+    path, package = default.config_path or "", default.package or ""
+    if path.startswith("experiment/") and package.partition(".")[0] == "experiment":
         raise ConfigError(
-            f"{default.config_path}.yaml: begin it with the line `# @package _global_`, settings below it"
+            f"{path}.yaml: begin it with the line `# @package _global_`, settings below it"
         )
 
 
@@ -137,7 +139,7 @@ def _check_hidden(path: str, repository: ConfigRepository) -> None:
 
 
 def wrong_choice(error: MissingConfigException, overrides: Sequence[str]) -> str | None:
-    """The line about a group's option for which there is no file; None if something else is missing."""
+    """Return the line about a group's option for which there is no file; None if something else is missing."""
     if not error.missing_cfg_file or not error.options:
         return None
     missing, keys = str(error.missing_cfg_file), given(overrides)

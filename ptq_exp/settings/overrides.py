@@ -1,4 +1,4 @@
-"""What was typed: overrides as Hydra's own parser reads them, and how to type what that parser refuses."""
+"""Read what was typed: overrides as Hydra's own parser reads them, and how to type what that parser refuses."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _FOR_SHELL = '"$`\\!'
 
 
 def typed(arguments: Sequence[str]) -> Namespace:
-    """The arguments as Hydra takes them apart: `overrides`, `config_dir`, `multirun`, ..."""
+    """Parse the arguments as Hydra does: `overrides`, `config_dir`, `multirun`, ..."""
     return get_args_parser().parse_args(list(arguments))
 
 
 def flags(arguments: Sequence[str]) -> list[str]:
-    """The arguments without the overrides: flags with their values."""
+    """Return the arguments without the overrides: flags with their values."""
     overrides = typed(arguments).overrides
     n, found = len(overrides), list(arguments)
     start = next((i for i in reversed(range(len(found) - n + 1)) if found[i : i + n] == overrides), 0)
@@ -39,7 +39,7 @@ def flags(arguments: Sequence[str]) -> list[str]:
 
 
 def parsed(overrides: Sequence[str], *, multirun: bool = False) -> list[Override]:
-    """The overrides as Hydra's parser reads them.
+    """Parse the overrides as Hydra does.
 
     Raises:
         ConfigError: it refuses one, or reads something else than text in a text; the message says what to type.
@@ -48,7 +48,7 @@ def parsed(overrides: Sequence[str], *, multirun: bool = False) -> list[Override
 
 
 def values(override: Override) -> list[Any]:
-    """What a setting is given: one value, or those of a sweep; none of a range without end or a glob."""
+    """Return what a setting is given: one value, or those of a sweep; none of a range without end or a glob."""
     if not override.is_sweep_override():
         return [override.value()]
     if not override.is_discrete_sweep() or isinstance(override._value, Glob):
@@ -57,18 +57,18 @@ def values(override: Override) -> list[Any]:
 
 
 def given(overrides: Sequence[str], *, multirun: bool = False) -> dict[str, list[Any]]:
-    """Setting or group -> the values that it is given; the last override of each counts."""
+    """Map each setting or group to the values that it is given; the last override of each counts."""
     return {override.key_or_group: values(override) for override in parsed(overrides, multirun=multirun)}
 
 
 def quoted(text: str) -> str:
-    """Text as Hydra's grammar writes it, whatever is in it: `'epoch=3.ckpt'`."""
+    """Quote any text for Hydra's grammar: `'epoch=3.ckpt'`."""
     quote = Quote.double if set(text) & set(f"'{_FOR_SHELL}") else Quote.single
     return QuotedString(text, quote).with_quotes()
 
 
 def unquoted(text: str) -> str:
-    """Text without the quotes that Hydra's grammar would take; anything else as it is."""
+    """Return text without the quotes that Hydra's grammar would take; anything else as it is."""
     if text[:1] not in ("'", '"'):
         return text
     try:
@@ -78,7 +78,7 @@ def unquoted(text: str) -> str:
 
 
 def home_quoted(argument: str) -> str:
-    """`key=~/path` with the quotes that Hydra needs to read it as text; anything else as it is.
+    """Return `key=~/path` with the quotes that Hydra needs to read it as text; anything else as it is.
 
     Hydra's grammar has no `~` in a value, though no shell expands it behind the name of a setting.
     """
@@ -92,7 +92,7 @@ def home_quoted(argument: str) -> str:
 
 
 def to_type(key: str, *texts: str) -> str:
-    """`key=text` (several texts: a sweep) as it has to be typed, quoted for the shell and for Hydra.
+    """Return `key=text` (several texts: a sweep) as it has to be typed, quoted for the shell and for Hydra.
 
     For example `"model.checkpoint='epoch=3.ckpt'"`.
     """
@@ -107,7 +107,7 @@ def _for_shell(override: str) -> str:
 
 
 def _plain(text: str) -> bool:
-    """Whether Hydra takes the text as it is."""
+    """Return whether Hydra takes the text without quotes."""
     try:
         return values(OverridesParser.create().parse_override(f"x={text}")) == [text]
     except HydraException:
@@ -130,7 +130,7 @@ def _parsed(text: str, multirun: bool) -> Override:
 
 
 def _is_unicode(text: str) -> bool:
-    """False for bytes that are no UTF-8, which Python keeps as halves of characters."""
+    """Return False for bytes that are no UTF-8, which Python keeps as halves of characters."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -141,11 +141,12 @@ def _is_unicode(text: str) -> bool:
 def _takes_text(hint: Any) -> bool:
     """Whether a setting of this type is one text (or null): a list of texts is none."""
     alternatives = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else ()
-    return str in (hint, *alternatives) and not any(typing.get_origin(kind) in (list, dict) for kind in alternatives)
+    several = any(typing.get_origin(kind) in (list, tuple, dict) for kind in alternatives)
+    return str in (hint, *alternatives) and not several
 
 
 def _refused(text: str, error: HydraException, multirun: bool) -> str:
-    """The line about an override that Hydra's parser refuses."""
+    """Return the line about an override that Hydra's parser refuses."""
     key, equals, value = text.partition("=")
     try:
         plain = OverridesParser.create().parse_override(f"{key}=x").key_or_group
@@ -158,7 +159,7 @@ def _refused(text: str, error: HydraException, multirun: bool) -> str:
     outer = [name for name in hints if plain == name or plain.startswith(f"{name}.")]
     if "." in plain and not outer and not plain.startswith(("hydra.", "sweep.")):
         return f"{plain}: no such setting; {nearest(plain, list(hints))}"
-    if typing.get_origin(hints.get(plain)) is list:
+    if typing.get_origin(hints.get(plain)) in (list, tuple):
         entries = ",".join(map(quoted, _choices(value.strip("[]"))))
         return f"{plain}={value}: quote each entry of the list: {_for_shell(f'{key}=[{entries}]')}"
     return _remedy(key, value, multirun)
@@ -178,7 +179,7 @@ def _remedy(key: str, value: str, multirun: bool) -> str:
 
 
 def _choices(value: str) -> list[str]:
-    """The parts of a sweep's values, split at commas outside of brackets."""
+    """Return the parts of a sweep's values, split at commas outside of brackets."""
     parts = re.findall(r"(?:[^,()\[\]{}]|\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\})+", value)
     return [_bare(part.strip()) for part in parts] if ",".join(parts) == value else [value]
 

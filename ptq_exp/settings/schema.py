@@ -1,4 +1,4 @@
-"""The schema of the composed configuration: names, types and defaults of all settings."""
+"""Declare all settings: names, types, defaults, bounds and meaning; docs/settings.md is made of them."""
 
 from __future__ import annotations
 
@@ -7,273 +7,194 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, get_type_hints
 
+from ptq_exp.quantization.policy import Policy
+from ptq_exp.settings.field import setting, setting_of
+from ptq_exp.settings.schema_method import (
+    NAME,
+    BitsConfig,
+    CalibrationConfig,
+    CorrectionConfig,
+    MetricConfig,
+    ReconstructionConfig,
+)
+
 FULL_PRECISION = "fp32"
 RULES = ("snr", "budget")
 """Rules that choose a bit schedule; anything else in `bits.schedule` is the schedule itself, or its file."""
-_PATH = {"path": True}
-"""Of a setting that is a path, or whose entries may be."""
 
 
 @dataclass
 class SamplerConfig:
-    """Solver, number of steps, their spacing, eta of DDIM, scale of classifier-free guidance (1 = none).
+    """How images are drawn; by default as the model was published."""
 
-    None: what the model itself says.
-    """
-
-    name: str = ""
-    solver: str = "ddim"
-    steps: int = 0
-    spacing: str | None = None
-    eta: float = 0.0
-    guidance_scale: float | None = None
+    name: str = setting("", NAME)
+    solver: str = setting(
+        "ddim", "Solver: `ddim` is ours, the others are those of diffusers.",
+        choices="ptq_exp.diffusion.solvers.SOLVERS",
+    )  # fmt: skip
+    steps: int = setting(0, "Sampling steps.", low=1)
+    spacing: str | None = setting(
+        None, "Which of the training times are visited; null: as the model's scheduler says.",
+        choices="ptq_exp.diffusion.time_grid.SPACINGS",
+    )  # fmt: skip
+    eta: float = setting(0.0, "Noise that a DDIM step adds: 0 = deterministic, 1 = as much as ancestral sampling.",
+                         low=0, high=1)  # fmt: skip
+    guidance_scale: float | None = setting(
+        None, "Scale of classifier-free guidance; 1 = none, null: as the model says.", low=0
+    )
 
 
 @dataclass
 class PublishedSampler:
-    """Sampler settings of a model's publication, which `conf/sampler/ddim.yaml` takes over."""
+    """Sampler settings of a model's publication, which `conf/sampler/*.yaml` take over."""
 
-    steps: int = 20
-    spacing: str | None = None
-    eta: float = 0.0
-    guidance_scale: float | None = None
+    steps: int = setting(20, "Sampling steps as published.")
+    spacing: str | None = setting(None, "Spacing as published; null: as the folder's scheduler says.")
+    eta: float = setting(0.0, "eta as published.")
+    guidance_scale: float | None = setting(None, "Guidance scale as published.")
 
 
 @dataclass
 class ModelConfig:
-    """`build` makes the `DiffusionModel`, `images` its real images (uint8 [N, H, W, C]) or None.
+    """The diffusion model and how its network is run, full-precision and quantized alike."""
 
-    `ema` chooses between the averaged weights and those of the last step, where a checkpoint holds both;
-    `groups` are names for globs of layers; `channels_last` and `compile` are how denoisers
-    are run, full-precision and quantized alike.
-    """
-
-    name: str = ""
-    checkpoint: str | None = field(default=None, metadata=_PATH)
-    dtype: str = "float32"
-    ema: bool | None = None
-    channels_last: bool = False
-    compile: bool = False
-    build: dict[str, Any] = field(default_factory=dict, metadata=_PATH)
-    images: dict[str, Any] | None = field(default=None, metadata=_PATH)
-    groups: dict[str, str] = field(default_factory=dict)
+    name: str = setting("", "Name under which the model is registered, and by which tables mention it.")
+    checkpoint: str | None = setting(None, "File or folder of the weights; null: shipped ones.", path=True)
+    dtype: str = setting("float32", "Type of the network: `float32`, `bfloat16` or `float16`.")
+    ema: bool | None = setting(
+        None, "Take the averaged weights (true) or those of the last step, where a checkpoint holds both."
+    )
+    conditions: str | None = setting(
+        None, "File (npz) of what the network receives beside class labels; see docs/own_model.md.", path=True
+    )
+    channels_last: bool = setting(False, "Memory layout NHWC: faster convolutions on GPUs in half precision.")
+    compile: bool = setting(False, "Run the network through torch.compile.")
+    build: dict[str, Any] = setting(dict, "Function that makes the `DiffusionModel`, and its arguments.", path=True)
+    images: dict[str, Any] | None = setting(
+        None, "Function that gives the model's real images, uint8 [N, H, W, C], and its arguments.", path=True
+    )
+    groups: dict[str, str] = setting(
+        dict, "Names for globs of layers, for `bits.groups`; the first that matches decides."
+    )
     sampler: PublishedSampler = field(default_factory=PublishedSampler)
 
 
 @dataclass
-class CalibrationConfig:
-    """Source of states, distribution over time steps, how many; later `rounds` take states of the quantized model.
-
-    `labels`: the time each state is shown with, its own or the mismatch of PTQ4DM's code.
-    """
-
-    name: str = ""
-    source: str | None = None
-    distribution: dict[str, Any] | None = None
-    n_samples: int = 0
-    batch_size: int = 0
-    rounds: int = 1
-    labels: str = "paired"
-
-
-@dataclass
-class MetricConfig:
-    """Error measure of the range search."""
-
-    name: str = ""
-
-
-@dataclass
-class BitsConfig:
-    """Bit-widths; all None for full precision.
-
-    With a `schedule` ("snr", "budget", a list of one width per step, or the file of one) activations have a width per
-    sampling step, out of `candidates` (None for a list: the widths in it), and `activation` is None.
-
-    `groups`: widths such as "w4a8" for groups of layers, by a name in `model.groups` or a glob; None = those above.
-    `min_bops_ratio`: configurations with more bit operations than FP32 / this are infeasible.
-    """
-
-    name: str = ""
-    weight: int | None = None
-    activation: int | None = None
-    softmax: int | None = None
-    first_last: int | None = None
-    boundary: int | None = None
-    schedule: Any = field(default=None, metadata=_PATH)
-    candidates: list[int] | None = None
-    bops_ratio: float | None = None
-    gain_steps: int = 20
-    gain_samples: int = 64
-    groups: dict[str, Any] = field(default_factory=dict)
-    min_bops_ratio: float | None = None
-
-
-@dataclass
-class QuantizationConfig:
-    """Which operations are quantized, where, granularity and symmetry; `conf/quantization/full.yaml` explains them.
-
-    `first`, `last` and `keep_fp` are globs; None = the first and last layers that the model names. `keep_fp` may name
-    sets of globs, too: `ptq_exp.quantization.kept`.
-    """
-
-    name: str = ""
-    attention: bool = True
-    weight_symmetric: bool = False
-    weight_granularity: str = "channel"
-    group_size: int = 16
-    activation_symmetric: bool = False
-    activation_site: str = "input"
-    shortcut: str = "joint"
-    time_embedding: str = "none"
-    temporal: str = "static"
-    temporal_bins: int = 4
-    time_layers: str = "calibration_set"
-    quantize_state: bool = False
-    quantize_output: bool = False
-    smooth: bool = False
-    smooth_alpha: float = 0.5
-    first: list[str] | None = None
-    last: list[str] | None = None
-    keep_fp: list[str] = field(default_factory=list)
-
-
-@dataclass
-class ReconstructionConfig:
-    """How weight roundings and activation step sizes are learned; `granularity`: block, layer, or none."""
-
-    name: str = ""
-    granularity: str = "none"
-    iterations: int = 0
-    batch_size: int = 0
-    lr: float = 0.0
-    step_lr: float = 0.0
-    weight: float = 0.0
-    warmup: float = 0.0
-    b_start: float = 0.0
-    b_end: float = 0.0
-    power: float = 2.0
-    input_prob: float = 1.0
-    drop_prob: float = 0.0
-    inner_weight: float = 0.0
-    cache_gb: float = 0.0
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is reconstructed."""
-        return self.granularity != "none"
-
-
-@dataclass
-class CorrectionConfig:
-    """Which parts of the quantization noise are corrected, and how its statistics are fitted.
-
-    `statistics` is a noise_statistics.npz to use instead of a fit.
-    """
-
-    name: str = ""
-    correlation: bool = False
-    bias: bool = False
-    variance: bool = False
-    convention: str = "paper"
-    shrink: bool = True
-    follow: str = "fp32"
-    n_samples: int = 0
-    batch_size: int = 0
-    statistics: str | None = field(default=None, metadata=_PATH)
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is corrected."""
-        return self.correlation or self.bias or self.variance
-
-
-@dataclass
 class EvaluationConfig:
-    """Extractor, reference, and how many images are scored, compared and shown.
+    """How many images are drawn, and by what they are scored."""
 
-    `extractor` None: images are only compared with their full-precision twins. `reference` is a constructor of images
-    or a path; `weights` belong to the extractor.
-    """
-
-    name: str = ""
-    n_samples: int = 0
-    batch_size: int = 0
-    extractor: dict[str, Any] | None = field(default=None, metadata=_PATH)
-    weights: str | None = field(default=None, metadata=_PATH)
-    reference: Any = field(default=None, metadata=_PATH)
-    eps_error_samples: int = 0
-    grid_images: int = 0
+    name: str = setting("", NAME)
+    n_samples: int = setting(0, "Images that are drawn and scored.", low=2)
+    batch_size: int = setting(0, "Images per network evaluation.", low=1)
+    extractor: dict[str, Any] | None = setting(
+        None, "Feature extractor and its arguments; null: images are only compared with the full-precision ones.",
+        path=True,
+    )  # fmt: skip
+    weights: str | None = setting(None, "File of the extractor's weights; null: shipped or downloaded.", path=True)
+    reference: Any = setting(
+        None, "Real images: a path (ADM .npz, folder, CIFAR-10, saved statistics), or a function and its arguments.",
+        path=True,
+    )  # fmt: skip
+    eps_error_samples: int = setting(0, "Trajectories on which the relative eps error per step is measured.", low=1)
+    grid_images: int = setting(0, "Pairs of images in grid.png.", low=1)
 
 
 @dataclass
 class AnalysisConfig:
-    """Whether a run also measures activation ranges per step and the sensitivity of each layer, and on how much.
+    """Activation ranges per step and the sensitivity of each layer, on trajectories that chose no range."""
 
-    `layers` are globs of quantized layers; `values` are drawn of each activation tensor of each of `n_samples`
-    trajectories in at most `steps` steps; the error of single layers is measured on `sensitivity_samples` of them in at
-    most `sensitivity_steps`. No range was chosen on any of them.
-    """
-
-    active: bool = False
-    layers: list[str] = field(default_factory=lambda: ["*"])
-    n_samples: int = 32
-    batch_size: int = 16
-    steps: int = 20
-    values: int = 256
-    sensitivity: bool = True
-    sensitivity_samples: int = 4
-    sensitivity_steps: int = 10
+    active: bool = setting(False, "Also measure what this section describes; results in analysis.npz and report.html.")
+    layers: list[str] = setting(lambda: ["*"], "Globs of the quantized layers that are analysed.")
+    n_samples: int = setting(32, "Full-precision trajectories whose activations are recorded.", low=1)
+    batch_size: int = setting(16, "Trajectories side by side.", low=1)
+    steps: int = setting(20, "Most steps that are recorded, evenly spread.", low=1)
+    values: int = setting(256, "Values kept of each activation tensor of each trajectory.", low=1)
+    sensitivity: bool = setting(True, "Also measure the error of each layer when it alone is quantized.")
+    sensitivity_samples: int = setting(4, "Trajectories for the sensitivity.", low=1)
+    sensitivity_steps: int = setting(10, "Most steps for the sensitivity.", low=1)
 
 
 @dataclass
 class LoggerConfig:
     """Weights & Biases."""
 
-    mode: str = ""
-    project: str = ""
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    mode: str = setting("", "`offline`: files only; `online`: the service; `none`: no W&B run.",
+                        choices="ptq_exp.results.wandb.MODES")  # fmt: skip
+    project: str = setting("", "W&B project.")
+    entity: str | None = setting(None, "W&B user or team; null: the default one.")
+    group: str | None = setting(None, "W&B group of the run.")
+    tags: list[str] = setting(list, "W&B tags of the run.")
 
 
 @dataclass
 class TrainerConfig:
-    """Device, strategy, progress bar, CPU threads."""
+    """Where the Lightning Trainer runs."""
 
-    accelerator: str = "auto"
-    devices: int = 1
-    strategy: str = "auto"
-    progress_bar: bool = True
-    threads: int | None = None
+    accelerator: str = setting("auto", "`auto`, `cpu`, `gpu`, or another of Lightning's accelerators.")
+    devices: int = setting(1, "Devices that the run uses.", low=1, high=1024)
+    strategy: str = setting("auto", "Lightning's strategy for several devices.")
+    progress_bar: bool = setting(True, "Show progress bars.")
+    threads: int | None = setting(
+        None, "CPU threads; null: as many as torch takes, or the share of one job where several run at once.",
+        low=1, high=4096,
+    )  # fmt: skip
 
 
 @dataclass
 class SweepConfig:
-    """Of the command, not of an experiment. `resume`: folder of a sweep whose missing and failed jobs are to be run."""
+    """Settings of the command, not of an experiment."""
 
-    resume: str | None = None
+    resume: str | None = setting(None, "Folder of a sweep whose missing and failed jobs are run, in the same folder.")
+
+
+@dataclass
+class RuntimeConfig:
+    """How the quantized network is executed when it is sampled; see `ptq_exp.runtime`."""
+
+    name: str = setting("simulate", "What executes the quantized network.", choices="ptq_exp.runtime.base.RUNTIMES")
+    precision: str = setting(
+        "f32", "Type of what the engine does not execute as integers.", choices=("f32", "bf16")
+    )
+    weights: str = setting(
+        "as_saved", "Execute the saved weights, or re-grid them to 7 bits for CPUs whose 8-bit sums saturate.",
+        choices=("as_saved", "7bit"),
+    )  # fmt: skip
+    regrid: bool = setting(False, "Quantize weights with several scales per output channel anew, 8 bits per channel.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the runtime; the simulation has none."""
+        given = {"precision": self.precision, "weights": self.weights, "regrid": self.regrid}
+        return {} if self.name == "simulate" else given
 
 
 @dataclass
 class ExperimentConfig:
-    """One experiment, as `conf/config.yaml` composes it; the comments there explain the settings."""
+    """One experiment, as `conf/config.yaml` composes it."""
 
-    name: str = ""
-    seed: int = 0
-    imports: list[str] = field(default_factory=list)
-    cache: str = "on"
-    cache_dir: str = field(default="", metadata=_PATH)
-    save_quantized: bool = True
-    quantized: str | None = field(default=None, metadata=_PATH)
+    name: str = setting("", "Name of the run folder and of the W&B run.")
+    seed: int = setting(0, "Seed of the scored images and of the calibration set.", low=0)
+    imports: list[str] = setting(
+        list, "Python modules to import first: they may register range metrics, sources of states and models."
+    )
+    cache: str = setting(
+        "on", "Share calibration sets, images and features between runs, do without, or compute them anew.",
+        choices="ptq_exp.storage.cache.MODES",
+    )  # fmt: skip
+    cache_dir: str = setting("", "Folder of what runs share.", path=True)
+    save_quantized: bool = setting(True, "Leave the quantized model in the sub-folder quantized/ of the run folder.")
+    quantized: str | None = setting(
+        None, "Folder of a saved quantized model, which is evaluated as it is (+experiment=evaluate).", path=True
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     metric: MetricConfig = field(default_factory=MetricConfig)
     bits: BitsConfig = field(default_factory=BitsConfig)
-    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    quantization: Policy = field(default_factory=Policy)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -281,26 +202,27 @@ class ExperimentConfig:
 
 
 def setting_names(schema: type = ExperimentConfig) -> list[str]:
-    """Every setting of the schema, dotted: "name", "sampler.eta", ..."""
+    """List every setting of the schema, dotted: "name", "sampler.eta", ..."""
     return list(setting_types(schema))
 
 
 @cache
 def setting_types(schema: type = ExperimentConfig) -> dict[str, Any]:
-    """Every setting of the schema, dotted, and the type that it is declared with."""
-    return {name: hint for name, hint, _ in _settings(schema)}
+    """Map every setting of the schema, dotted, to the type that it is declared with."""
+    return {name: hint for name, hint, _ in walk(schema)}
 
 
 def path_settings() -> list[str]:
-    """Settings that are paths, or whose entries may be: `~` in them is the home folder."""
-    return [name for name, _, setting in _settings(ExperimentConfig) if setting.metadata.get("path")]
+    """List the settings that are paths, or whose entries may be: `~` in them is the home folder."""
+    return [name for name, _, entry in walk(ExperimentConfig) if (known := setting_of(entry)) and known.path]
 
 
-def _settings(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
+def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
+    """Yield name, type and dataclass field of every setting of `schema` and of its sections."""
     hints = get_type_hints(schema)
-    for setting in fields(schema):
-        hint = hints[setting.name]
-        if is_dataclass(hint):
-            yield from _settings(hint, f"{prefix}{setting.name}.")
+    for entry in fields(schema):
+        hint = hints[entry.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from walk(hint, f"{prefix}{entry.name}.")
         else:
-            yield f"{prefix}{setting.name}", hint, setting
+            yield f"{prefix}{entry.name}", hint, entry

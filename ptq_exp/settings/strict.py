@@ -1,4 +1,4 @@
-"""Types that OmegaConf would bend: `attention=2` is no yes, `checkpoint=nan` no path, and no number is infinite."""
+"""Check types that OmegaConf would convert: `attention=2` is no bool, `checkpoint=nan` no path, no number infinite."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_types(settings: Mapping[str, Any], schema: type, prefix: str = "") -> 
     hints = typing.get_type_hints(schema)
     for key in (key for key in settings if key in hints):
         name, value, hint = f"{prefix}{key}", settings[key], hints[key]
-        if not is_dataclass(hint):
+        if not (isinstance(hint, type) and is_dataclass(hint)):
             check_value(name, value, hint)
         elif isinstance(value, Mapping):
             check_types(value, hint, f"{name}.")
@@ -50,26 +50,27 @@ def check_value(name: str, value: Any, hint: Any) -> None:
     elif kinds == {str}:
         _check_text(name, value)
     for kind in kinds:
-        if typing.get_origin(kind) is list:
+        if typing.get_origin(kind) in (list, tuple):
             _check_list(name, value, typing.get_args(kind)[0])
 
 
 def check_argument(name: str, value: Any, annotation: Any) -> None:
-    """As `check_value`, for an argument of a constructor: text is no number there, nor a number text.
+    """Check an argument of a constructor as `check_value` does; text is no number there, nor a number text.
 
     Annotations of other than plain types are passed over.
     """
     words = annotation.split("|") if isinstance(annotation, str) else [getattr(annotation, "__name__", "")]
-    kinds = {_PLAIN.get(word.strip()) for word in words} - {type(None)}
-    if value is None or None in kinds:
+    found = [_PLAIN.get(word.strip()) for word in words]
+    if value is None or None in found:
         return
+    kinds = {kind for kind in found if kind is not None and kind is not type(None)}
     check_value(name, value, typing.Union[tuple(kinds)])  # noqa: UP007  made at run time
     if not isinstance(value, tuple(kinds | ({int} if float in kinds else set()))):
         raise ConfigError(f"{name}={value}: expected {_called(kinds)}")
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, without None."""
+    """Return the alternatives of a union, without None."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(kind for kind in typing.get_args(hint) if kind is not type(None))
     return (hint,)
@@ -84,7 +85,7 @@ def _check_number(name: str, value: Any) -> None:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        return  # the schema tells
+        return  # the schema reports it
     except OverflowError:
         number = math.inf
     largest = _LARGEST_OF.get(name, LARGEST)
@@ -98,7 +99,7 @@ def _check_list(name: str, value: Any, hint: Any) -> None:
     if not isinstance(value, list) or None in value:
         raise ConfigError(f"{name}={value}: give a list, such as {name}=[a,b], without null")
     for item in value:
-        if isinstance(item, list | dict):
+        if isinstance(item, list | dict) and hint is not Any:
             raise ConfigError(f"{name}={value}: give a plain list, nothing nested")
         check_value(name, item, hint)
 

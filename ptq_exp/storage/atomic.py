@@ -1,4 +1,4 @@
-"""Writing files so that a killed run leaves either the old file or the new one, never half of one."""
+"""Write files so that a killed run leaves either the old file or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACC
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary name beside `path`; rename it over `path` when the block ends well.
 
     The temporary file lies in the folder of `path` (a rename is atomic only within one file system), keeps
@@ -45,7 +45,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _refused(error: Exception) -> str | None:
-    """Why the system did not let a file be written; None for an error of another kind.
+    """Say why the system did not let a file be written; None for an error of another kind.
 
     Libraries in other languages (safetensors) have errors of their own, with the system's words in the text.
     """
@@ -54,8 +54,8 @@ def _refused(error: Exception) -> str | None:
     return next((os.strerror(number) for number in _DISK_ERRORS if os.strerror(number) in str(error)), None)
 
 
-def file_digest(*paths: str | os.PathLike) -> str:
-    """SHA-256 (hexadecimal) of the bytes of one file, or of several one after the other: the identity of a checkpoint.
+def file_digest(*paths: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 (hexadecimal) of one file, or of several one after the other, to identify a checkpoint.
 
     Raises:
         DataError: a file cannot be read.
@@ -72,7 +72,7 @@ def file_digest(*paths: str | os.PathLike) -> str:
 
 
 def _flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder so that a rename inside it survives a power cut."""
+    """Call fsync on a file, or a folder so that a rename inside it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -80,7 +80,7 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_npz(path: str | os.PathLike, *, compressed: bool = False, **arrays: np.ndarray) -> None:
+def write_npz(path: str | os.PathLike[str], *, compressed: bool = False, **arrays: np.ndarray) -> None:
     """Write named arrays (no Python objects) as one `.npz` file, atomically.
 
     Raises:
@@ -89,6 +89,6 @@ def write_npz(path: str | os.PathLike, *, compressed: bool = False, **arrays: np
     for name, array in arrays.items():
         if np.asarray(array).dtype.hasobject:
             raise PTQError(f"cannot write {path}: array {name!r} holds Python objects, not numbers or text")
-    save = np.savez_compressed if compressed else np.savez
+    save: Callable[..., None] = np.savez_compressed if compressed else np.savez
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
         save(stream, **arrays)

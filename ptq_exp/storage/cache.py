@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ptq_exp.errors import ConfigError, DataError, PTQError
 from ptq_exp.storage.atomic import file_digest
-from ptq_exp.storage.locks import only_one
+from ptq_exp.storage.locks import lock_of, only_one
 from ptq_exp.storage.plain_json import read_json, to_plain, write_json
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def digest(kind: str, spec: Mapping[str, Any]) -> str:
-    """sha256 (hex) of the canonical JSON of kind and spec: independent of key order, of tuple or list.
+    """Return the SHA-256 (hex) of the canonical JSON of kind and spec: independent of key order, of tuple or list.
 
     Raises:
         PTQError: a value of spec has no JSON form.
@@ -59,7 +59,7 @@ class ArtifactCache:
         ConfigError: an unknown mode.
     """
 
-    def __init__(self, root: str | os.PathLike, mode: str = "on", fresh_since: float | None = None) -> None:
+    def __init__(self, root: str | os.PathLike[str], mode: str = "on", fresh_since: float | None = None) -> None:
         if mode not in MODES:
             raise ConfigError(f"cache mode {mode!r} is unknown, expected one of {', '.join(MODES)}")
         self.root = Path(root)
@@ -84,7 +84,7 @@ class ArtifactCache:
         load: Callable[[Path], T],
         suffix: str = ".npz",
     ) -> tuple[T, bool]:
-        """The artefact of (kind, spec), loaded if it is there and whole, made and stored otherwise.
+        """Return the artefact of (kind, spec), loaded if it is there and whole, made and stored otherwise.
 
         Args:
             kind: folder name, such as "calibration".
@@ -104,7 +104,7 @@ class ArtifactCache:
             return self._made(kind, make)[0], False
         key = digest(kind, spec)
         entry = self.root / kind / key
-        with suppress(PTQError):  # looked at without the lock, it may be replaced meanwhile: tell it below
+        with suppress(PTQError):  # optimistic read without the lock; errors are reported under it, below
             if (found := self._reused(kind, entry, load)) is not None:
                 return found[0], True
         with self.alone(kind, key) as waited_for:
@@ -117,7 +117,7 @@ class ArtifactCache:
         return value, False
 
     def _made(self, kind: str, make: Callable[[], T]) -> tuple[T, float]:
-        """What `make` computes, and the wall seconds that it took."""
+        """Return what `make` computes, and the wall seconds that it took."""
         self.misses[kind] += 1
         started = time.perf_counter()
         value = make()
@@ -134,13 +134,16 @@ class ArtifactCache:
         """
         with ExitStack() as held:
             try:
-                waited_for = held.enter_context(only_one(self.root / ".locks" / f"{kind}-{key[:32]}.lock", kind))
+                waited_for = held.enter_context(only_one(lock_of(self.root, kind, key), kind))
             except OSError as error:
-                raise PTQError(f"cannot write the cache entry {self.root / kind / key}: {error.strerror}") from error
+                raise PTQError(
+                    f"cannot write the cache entry {self.root / kind / key}: {error.strerror or error}; choose a "
+                    "cache_dir that can be written, or free space there"
+                ) from error
             yield waited_for
 
     def _reused(self, kind: str, entry: Path, load: Callable[[Path], T], say: bool = False) -> tuple[T] | None:
-        """The value of an entry that is there, whole and not to be replaced; None if there is none."""
+        """Return the value of an entry that is there, whole and not to be replaced; None if there is none."""
         if not entry.exists():
             return None
         if (problem := _problem(entry)) is not None:
@@ -155,7 +158,9 @@ class ArtifactCache:
         _log.info("reusing %s from %s", kind, entry)
         return (value,)
 
-    def _store(self, entry: Path, about: Mapping[str, Any], value: T, save: Callable, suffix: str) -> None:
+    def _store(
+        self, entry: Path, about: Mapping[str, Any], value: T, save: Callable[[T, Path], Any], suffix: str
+    ) -> None:
         """Fill a folder under a temporary name, then rename it to the entry."""
         temporary = _temporary(entry)
         try:
@@ -198,7 +203,7 @@ def _discard(entry: Path) -> None:
 
 
 def _problem(entry: Path) -> str | None:
-    """What is wrong with an entry's files, or None."""
+    """Return what is wrong with an entry's files, or None."""
     try:
         record = read_json(entry / "entry.json")
         found = file_digest(entry / record["artefact"])

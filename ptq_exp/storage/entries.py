@@ -12,11 +12,14 @@ from pathlib import Path
 
 from ptq_exp.errors import DataError
 from ptq_exp.storage.atomic import file_digest
+from ptq_exp.storage.locks import lock_of
 from ptq_exp.storage.plain_json import read_json
 
 PARTS = "parts"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_HALF_WRITTEN = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp(\.\w+)?")
+_HALF_WRITTEN = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp(\.\w+)?")
+HALF_WRITTEN = "half-written"
+"""The problem of what a killed run, or one that is at work, has not completed."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,9 @@ class Entry:
         path: its folder, or file.
         kind: such as "calibration"; `PARTS` for the pieces of an unfinished run.
         size: bytes of all its files.
-        made, used: seconds since the epoch of the first file, and of the last reading or writing. A file system
-            that records readings once a day, or never, is told by.
-        problem: why it is of no use (half-written, damaged), or None.
-        writer: the process that was writing a half-written one.
+        made, used: seconds since the epoch of the first file, and of the last reading or writing. `used` does not
+            rely on the access times of the file system, which may be recorded once a day or never.
+        problem: why it is of no use (`HALF_WRITTEN`, damaged), or None.
     """
 
     path: Path
@@ -39,17 +41,14 @@ class Entry:
     made: float
     used: float
     problem: str | None = None
-    writer: int | None = None
 
-    def locks(self) -> list[Path]:
-        """Lock files beside the entry and in it."""
-        inside = self.path.rglob("*.lock") if self.path.is_dir() else ()
-        return [*(path for path in self.beside() if path.suffix == ".lock"), *inside]
-
-    def beside(self) -> list[Path]:
-        """Files next to the entry that belong to it, such as locks."""
-        name = self.path.name
-        return [path for path in self.path.parent.iterdir() if path.name.lstrip(".").startswith(f"{name}.")]
+    def locks(self, root: Path) -> list[Path]:
+        """Return the lock files in the cache `root` of a process that writes the entry, or makes it from pieces."""
+        kind, name = self.path.relative_to(root).parts[:2]
+        digest = name.lstrip(".").partition(".")[0]
+        found = set((root / ".locks").glob(f"*-{digest[:16]}*.lock"))
+        # of a whole digest the kind's own lock, too, which need not be there yet
+        return sorted(found | ({lock_of(root, kind, digest)} if _DIGEST.fullmatch(digest) else set()))
 
 
 def entries(root: Path, *, verify: bool = False) -> list[Entry]:
@@ -72,8 +71,8 @@ def entries(root: Path, *, verify: bool = False) -> list[Entry]:
 def _found(root: Path, verify: bool) -> Iterator[Entry]:
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
         for path in sorted(folder.iterdir()):
-            if match := _HALF_WRITTEN.fullmatch(path.name):
-                yield _entry(path, folder.name, "half-written", int(match[1]))
+            if _HALF_WRITTEN.fullmatch(path.name):
+                yield _entry(path, folder.name, HALF_WRITTEN)
             elif _DIGEST.fullmatch(path.name) and path.is_dir():
                 if folder.name != PARTS:
                     yield _entry(path, folder.name, _damage(path, verify))
@@ -84,11 +83,11 @@ def _found(root: Path, verify: bool) -> Iterator[Entry]:
 
 def _half_written_files(folder: Path) -> Iterator[Entry]:
     for path in _below(folder):
-        if match := _HALF_WRITTEN.fullmatch(path.name):
-            yield _entry(path, PARTS, "half-written", int(match[1]))
+        if _HALF_WRITTEN.fullmatch(path.name):
+            yield _entry(path, PARTS, HALF_WRITTEN)
 
 
-def _entry(path: Path, kind: str, problem: str | None = None, writer: int | None = None) -> Entry:
+def _entry(path: Path, kind: str, problem: str | None = None) -> Entry:
     size, times, used = 0, [time.time()], 0.0
     for file in _below(path):
         with suppress(FileNotFoundError):  # a live run renames and removes
@@ -99,11 +98,11 @@ def _entry(path: Path, kind: str, problem: str | None = None, writer: int | None
                 size += found.st_size
                 # listing the cache reads entry.json, and that is no use of the entry
                 used = max(used, found.st_atime if file.name != "entry.json" else 0)
-    return Entry(path, kind, size, min(times), used, problem, writer)
+    return Entry(path, kind, size, min(times), used, problem)
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """The file or folder itself, and all that lies in it."""
+    """Return the file or folder itself, and all that lies in it."""
     yield path
     for folder, folders, files in os.walk(path):  # passes over what vanishes meanwhile
         yield from (Path(folder) / name for name in (*folders, *files))

@@ -1,4 +1,4 @@
-"""Numbers that were read: NaN and infinity are told with the file, the tensor and the setting that names them.
+"""Refuse NaN and infinity in what was read, naming the file, the tensor and the setting.
 
 Arrays of numpy and tensors of torch alike. Nothing is copied: the smallest and the largest value say all, as NaN
 spreads to both, and mapped files are read through once.
@@ -16,7 +16,7 @@ from ptq_exp.errors import DataError, PTQError
 
 
 def extremes(values: Any) -> tuple[float, float] | None:
-    """The smallest and the largest value of an array or a tensor, both NaN where it holds NaN.
+    """Return the smallest and the largest value of an array or a tensor, both NaN where it holds NaN.
 
     None = it is empty, or holds no real numbers.
     """
@@ -33,7 +33,7 @@ def extremes(values: Any) -> tuple[float, float] | None:
 
 
 def is_finite(values: Any, *, or_infinite: bool = False) -> bool:
-    """Whether an array or a tensor holds neither NaN nor infinity; with `or_infinite`, no NaN."""
+    """Return whether an array or a tensor holds neither NaN nor infinity; with `or_infinite`, no NaN."""
     found = extremes(values)
     if found is None:
         return True
@@ -44,7 +44,7 @@ def require_finite(
     arrays: Mapping[str, Any] | Iterable[tuple[str, Any]], where: object, remedy: str,
     error: type[PTQError] = DataError,
 ) -> None:  # fmt: skip
-    """Nothing, if all arrays or tensors by name hold finite numbers (or whole ones).
+    """Raise unless all arrays or tensors by name hold finite numbers (or whole ones).
 
     Args:
         where: the file, and the setting that names it: the beginning of the message.
@@ -59,7 +59,7 @@ def require_finite(
 
 
 def bad_values(values: Any) -> str:
-    """How many of `values`, not all of which are finite, are NaN or infinite."""
+    """Describe how many of `values`, not all of which are finite, are NaN or infinite."""
     finite = np.isfinite(values) if isinstance(values, np.ndarray) else values.isfinite()
     size = math.prod(values.shape)
     return f"NaN or infinity in {size - int(finite.sum())} of {size} values"

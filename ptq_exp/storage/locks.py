@@ -1,18 +1,42 @@
-"""A lock that one process at a time holds, of those that share a folder; the system frees it when its owner dies."""
+"""Locks that one process at a time holds, of those that share a folder; the system frees them when the owner dies."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 _log = logging.getLogger("ptq_exp")
 _POLL_SECONDS = 0.1
+
+
+def lock_of(root: Path, kind: str, key: str) -> Path:
+    """Return the lock file of what is computed under a kind and a key (a digest) in the cache `root`."""
+    return root / ".locks" / f"{kind}-{key[:32]}.lock"
+
+
+@contextmanager
+def all_free(paths: Iterable[Path]) -> Iterator[bool]:
+    """Hold several locks without waiting for any; gives False where somebody else holds one of them.
+
+    Raises:
+        OSError: a lock file cannot be written.
+        NotImplementedError: the file system has no locks.
+    """
+    with ExitStack() as held:
+        try:
+            for path in paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(path).acquire(timeout=0))
+            free = True
+        except Timeout:
+            free = False
+        yield free
 
 
 @contextmanager

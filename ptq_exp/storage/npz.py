@@ -1,4 +1,4 @@
-"""Reading `.npz` files, foreign ones too: their names, their arrays, and large arrays without loading them."""
+"""Read `.npz` files, foreign ones too: their names, their arrays, and large arrays without loading them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _LOCAL_HEADER = 30  # bytes before the member's name; its last two fields are th
 
 
 @contextmanager
-def open_npz(path: str | os.PathLike, what: str = ".npz file") -> Iterator[np.lib.npyio.NpzFile]:
-    """The archive at `path`, never unpickled; `what` names the expected content in the message.
+def open_npz(path: str | os.PathLike[str], what: str = ".npz file") -> Iterator[np.lib.npyio.NpzFile]:
+    """Open the archive at `path`, never unpickled; `what` names the expected content in the message.
 
     Raises:
         DataError: missing, damaged or not an archive, or the block reads an array that is not there.
@@ -34,8 +34,8 @@ def open_npz(path: str | os.PathLike, what: str = ".npz file") -> Iterator[np.li
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is no {what}: it holds one array without a name")
             with archive:
-                for info in archive.zip.infolist():
-                    _check_size(path, archive, info)
+                for info in _members(archive).infolist():
+                    _check_size(path, _members(archive), info)
                 yield archive
     except PTQError:  # also a ValueError, and clear already
         raise
@@ -43,8 +43,8 @@ def open_npz(path: str | os.PathLike, what: str = ".npz file") -> Iterator[np.li
         raise DataError(f"{path} is no readable {what}: {' '.join(str(error).split())[:200]}") from error
 
 
-def npz_keys(path: str | os.PathLike) -> list[str]:
-    """Names of the arrays in an `.npz` file.
+def npz_keys(path: str | os.PathLike[str]) -> list[str]:
+    """List the names of the arrays in an `.npz` file.
 
     Raises:
         DataError: as `open_npz`.
@@ -53,8 +53,8 @@ def npz_keys(path: str | os.PathLike) -> list[str]:
         return list(archive.files)
 
 
-def npz_array(path: str | os.PathLike, key: str) -> np.ndarray:
-    """One array; mapped read-only from the file where it is stored uncompressed (as `numpy.savez` does), else loaded.
+def npz_array(path: str | os.PathLike[str], key: str) -> np.ndarray:
+    """Read one array; mapped read-only where it is stored uncompressed (as `numpy.savez` does), else loaded.
 
     Mapped or not, the file is read once in full to compare its checksum.
 
@@ -67,8 +67,8 @@ def npz_array(path: str | os.PathLike, key: str) -> np.ndarray:
         return _read(path, archive, key)
 
 
-def npz_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All arrays, each as `npz_array` gives it.
+def npz_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Read all arrays, each as `npz_array` gives it.
 
     Raises:
         DataError: as `open_npz`.
@@ -78,9 +78,9 @@ def npz_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def require_arrays(
-    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[str, int]]
+    path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[str, int]]
 ) -> None:
-    """Nothing, if `arrays`, read from `path`, are what a file of its kind holds.
+    """Raise unless `arrays`, read from `path`, are what a file of its kind holds.
 
     Args:
         expected: name -> (kinds of number as in `numpy.dtype.kind`, number of dimensions).
@@ -97,11 +97,17 @@ def require_arrays(
             raise DataError(f"{path}: {name} is {array.dtype} of shape {array.shape}, which is not what belongs there")
 
 
-def _check_size(path: str | os.PathLike, archive: np.lib.npyio.NpzFile, info: zipfile.ZipInfo) -> None:
+def _members(archive: np.lib.npyio.NpzFile) -> zipfile.ZipFile:
+    """Return the archive behind numpy's reader, which has one as long as it is open."""
+    assert archive.zip is not None
+    return archive.zip
+
+
+def _check_size(path: str | os.PathLike[str], archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
     """Raise DataError for a header that promises more or less than there is, before memory is taken for it."""
     if not info.filename.endswith(".npy"):
         return
-    with archive.zip.open(info) as stream:
+    with archive.open(info) as stream:
         read_header = _HEADER_READERS.get(npy.read_magic(stream))
         if read_header is None:
             return
@@ -111,12 +117,12 @@ def _check_size(path: str | os.PathLike, archive: np.lib.npyio.NpzFile, info: zi
         raise DataError(f"{path}: {info.filename} promises {promised} bytes of numbers, but has {there}")
 
 
-def _read(path: str | os.PathLike, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
-    """One array, mapped where it can be; its checksum is compared either way."""
-    mapped = _map(path, archive.zip, f"{key}.npy")
+def _read(path: str | os.PathLike[str], archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+    """Read one array, mapped where it can be; its checksum is compared either way."""
+    mapped = _map(path, _members(archive), f"{key}.npy")
     if mapped is None:
         return archive[key]
-    _check_sum(archive.zip, f"{key}.npy")
+    _check_sum(_members(archive), f"{key}.npy")
     return mapped
 
 
@@ -127,8 +133,8 @@ def _check_sum(archive: zipfile.ZipFile, member: str) -> None:
             pass
 
 
-def _map(path: str | os.PathLike, archive: zipfile.ZipFile, member: str) -> np.ndarray | None:
-    """Memory map of an uncompressed array of numbers, or None where there is no such thing."""
+def _map(path: str | os.PathLike[str], archive: zipfile.ZipFile, member: str) -> np.ndarray | None:
+    """Map an uncompressed array of numbers into memory; None where it cannot be mapped."""
     info = archive.NameToInfo.get(member)
     if info is None or info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         return None

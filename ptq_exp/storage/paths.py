@@ -46,7 +46,10 @@ class PathArgument(argparse.Action):
         ConfigError: there is no such home folder.
     """
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+        option_string: str | None = None,
+    ) -> None:
         name = option_string or self.dest
         several = isinstance(values, list)
         paths = [Path(with_home(str(value), name)) for value in (values if several else [values])]

@@ -35,16 +35,16 @@ class Parts:
         self.totals = tuple(totals)
 
     def path(self, start: int) -> Path:
-        """File of the piece whose first row is `start`."""
+        """Return the file of the piece whose first row is `start`."""
         return self.folder / f"{start:08d}.npz"
 
     def missing(self) -> list[int]:
-        """The starts of the pieces that are not there yet."""
+        """Return the starts of the pieces that are not there yet."""
         return [start for start in self.starts if not self.path(start).exists()]
 
     def write(self, start: int, **arrays: np.ndarray) -> None:
         """Write one piece, atomically; each array [rows, ...], but for the totals."""
-        write_npz(self.path(start), **arrays)
+        write_npz(self.path(start), compressed=False, **arrays)
 
     def join(self, path: Path, **extra: np.ndarray) -> bool:
         """Write all pieces as one uncompressed `.npz` file with arrays [n, ...], and the `extra` arrays beside them.
@@ -97,5 +97,5 @@ class Parts:
 
 
 def slices(n: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most `size` rows over 0..n-1."""
+    """Return consecutive slices of at most `size` rows over 0..n-1."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))

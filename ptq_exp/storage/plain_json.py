@@ -1,4 +1,4 @@
-"""Nested values as standard JSON and back: NaN and infinity included, written whole or not at all."""
+"""Convert nested values to standard JSON and back: NaN and infinity included, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def to_plain(value: Any, where: str = "value") -> Any:
-    """Nested settings or metrics as what JSON can hold: dict, list, str, int, float, bool, None.
+    """Convert nested settings or metrics to what JSON can hold: dict, list, str, int, float, bool, None.
 
     numpy and torch scalars and arrays, paths, enums, dataclasses, tuples and sets (sorted) are converted.
     JSON has no NaN or infinity: they become the strings "NaN", "Infinity", "-Infinity", which `read_json`
@@ -42,9 +42,10 @@ def to_plain(value: Any, where: str = "value") -> Any:
             raise PTQError(f"{where} has the key {bad[0]!r}, expected only strings as keys")
         return {str(key): to_plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, set | frozenset):
-        value = sorted(value)
-    elif hasattr(value, "tolist"):  # numpy arrays and scalars, torch tensors
-        return to_plain(value.tolist(), where)
+        members: Any = value
+        value = sorted(members)
+    elif to_list := getattr(value, "tolist", None):  # numpy arrays and scalars, torch tensors
+        return to_plain(to_list(), where)
     if isinstance(value, list | tuple):
         return [to_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise PTQError(f"{where} is a {type(value).__name__}, which cannot be written as JSON")
@@ -56,7 +57,7 @@ def _non_finite_name(value: float) -> str:
     return "Infinity" if value > 0 else "-Infinity"
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `to_plain(value)` as indented, standard JSON, atomically.
 
     Raises:
@@ -67,7 +68,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """Read what `write_json` wrote, NaN and infinity included.
 
     Raises:
@@ -80,7 +81,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def restore(value: Any) -> Any:
-    """`value` with the strings "NaN", "Infinity" and "-Infinity" turned back into floats, at any depth."""
+    """Turn the strings "NaN", "Infinity" and "-Infinity" in `value` back into floats, at any depth."""
     if isinstance(value, dict):
         return {key: restore(item) for key, item in value.items()}
     if isinstance(value, list):

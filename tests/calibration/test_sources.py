@@ -35,7 +35,7 @@ def test_eps_of_the_calibration_set_is_the_eps_of_the_trajectory(eta):
     records = trajectory(model, grid, indices, seed)
     expected = torch.stack([records[s].eps[i] for i, s in enumerate(steps.tolist())])
     with torch.no_grad():
-        found = torch.cat([model.denoiser(*batch) for batch in made.batches(5)])
+        found = torch.cat([call.evaluate(model.denoiser) for call in made.batches(5)])
         wrong = [model.denoiser(x, grid.network_time(s)) for s in (len(grid) - 1 - steps, steps + 1)]
     assert float((found - expected).abs().max()) < 1e-5
     # each sample would notice the reversed label, and the label of the next step
@@ -65,10 +65,10 @@ def test_guided_trajectories_follow_their_labels_and_cost_both_halves(toy):
     guided, steps = model.guided(model.denoiser, 2.0), torch.tensor([4, 0, 2])
     x, evaluations = source("denoise")(model, StateRequest(model.time_grid(9), range(3), steps, 0, denoiser=guided))
     assert evaluations.tolist() == [8, 0, 4]
-    y = model.labels(range(3), 0, CALIBRATION)
+    conditions = model.draw_conditions(range(3), 0, CALIBRATION)
     noise = SampleNoise(0, range(3), model.sample_shape, stream=CALIBRATION)
     records = []
-    sample(guided, model.time_grid(9), noise, y=y, on_step=records.append)
+    sample(guided, model.time_grid(9), noise, conditions=conditions, on_step=records.append)
     for i, step in enumerate(steps.tolist()):
         torch.testing.assert_close(x[i], records[step].x[i])
 
@@ -96,7 +96,7 @@ def test_guided_trajectories_of_a_solver_follow_their_labels(toy):
     assert evaluations.tolist() == [8, 8, 8]
     records = []
     noise = SampleNoise(0, range(3), model.sample_shape, stream=CALIBRATION)
-    sample(guided, grid, noise, y=model.labels(range(3), 0, CALIBRATION), on_step=records.append)
+    sample(guided, grid, noise, conditions=model.draw_conditions(range(3), 0, CALIBRATION), on_step=records.append)
     for i, step in enumerate(steps.tolist()):
         assert torch.equal(x[i], records[step].x[i])
 

@@ -1,6 +1,5 @@
-"""`cache ls` counts what is there; `cache prune` removes what it should, and nothing that a live process works with."""
+"""`cache ls` counts what is there; `cache prune` removes what it should, and nothing that a live process computes."""
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from ptq_exp.cli.main import main
 from ptq_exp.errors import PTQError
 from ptq_exp.storage.cache import ArtifactCache
 from ptq_exp.storage.entries import entries
-from ptq_exp.storage.in_use import lock_held, users, using
 
 NOW = time.time()
 ARRAY = np.arange(1000.0)  # 8128 bytes as .npy
@@ -156,15 +154,17 @@ def test_all_removes_entries_and_nothing_else(cache, root):
 
 
 READER = """
-import sys, time, numpy as np
+import sys, numpy as np
 array = np.load(sys.argv[1], mmap_mode="r")
 print("ready", flush=True)
-time.sleep(60)
+sys.stdin.readline()
+print(array.sum(), flush=True)
 """
-RUNNER = """
+HOLDER = """
 import sys, time
-from ptq_exp.storage.in_use import using
-with using(sys.argv[1]):
+from pathlib import Path
+from ptq_exp.storage.cache import ArtifactCache
+with ArtifactCache(sys.argv[1]).alone(sys.argv[2], sys.argv[3]):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -177,7 +177,7 @@ def process():
 
     def start(code, *arguments):
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         assert started[-1].stdout.readline() == "ready\n"
         return started[-1]
 
@@ -192,74 +192,62 @@ def kill(child):
     child.wait()
 
 
-def test_an_entry_that_a_live_process_has_mapped_stays(cache, root, process):
-    mapped, other = store(root, "images", 1, days=9), store(root, "images", 2, days=1)
+def test_a_process_that_has_mapped_a_removed_entry_reads_on(cache, root, process):
+    mapped = store(root, "images", 1)
     child = process(READER, mapped / "artefact.npy")
-    os.utime(mapped / "artefact.npy", (NOW - 9 * 86400,) * 2)
-    size = sum(entry.size for entry in entries(root))
-    cache("prune", "--max-size", str(size * 0.6 / 1e9))  # another one goes in its place
-    assert mapped.exists() and not other.exists()
-    lines = cache("prune", "--all")
-    assert mapped.exists() and any(line.startswith("kept ") and "has it open" in line for line in lines)
-    kill(child)
     cache("prune", "--all")
     assert not mapped.exists()
+    child.stdin.write("go\n")
+    child.stdin.flush()
+    assert float(child.stdout.readline()) == ARRAY.sum()
 
 
-def test_pieces_of_a_live_run_stay_until_it_is_gone(cache, root, process):
-    pieces = part(root)
-    child = process(RUNNER, root)
-    assert users(root) and "live run" in cache("prune", "--all")[0]
-    assert pieces.exists()
+@pytest.mark.parametrize("place", ["entry", "half-written", "pieces", "half-written piece"])
+def test_what_a_live_process_holds_the_lock_of_stays_until_it_is_gone(cache, root, process, place):
+    digest = "ab" * 32
+    path = {
+        "entry": root / "images" / digest / "entry.json", "pieces": root / "parts" / digest / "00000000.npz",
+        "half-written": root / "images" / f".{digest[:16]}.{dead_pid()}-0123abcd.tmp" / "artefact.npz",
+        "half-written piece": root / "parts" / digest / f".00000001.{dead_pid()}-0123abcd.tmp.npz",
+    }[place]  # fmt: skip
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half")
+    other = leftover(root, dead_pid())  # its lock is another one
+    child = process(HOLDER, root, "images", digest)
+    assert any(line.startswith("kept ") and "holds its lock" in line for line in cache("prune", "--all", "--dry-run"))
+    assert any(line.startswith("kept ") and "holds its lock" in line for line in cache("prune", "--all"))
+    assert path.exists() and not other.exists()
     kill(child)
-    assert users(root) == []
     cache("prune", "--all")
-    assert not pieces.exists()
+    assert not path.exists()
 
 
-def test_what_a_live_process_is_writing_stays(cache, root, process):
-    child = process(RUNNER, root / "elsewhere")
-    mine, dead = leftover(root, child.pid), leftover(root, dead_pid())
-    assert "is writing it" in "".join(cache("prune"))
-    assert mine.exists() and not dead.exists()
+def test_others_go_in_place_of_what_is_held(cache, root, process):
+    held, other = store(root, "images", 1, days=9), store(root, "images", 2, days=1)
+    child = process(HOLDER, root, "images", held.name)
+    size = sum(entry.size for entry in entries(root))
+    cache("prune", "--max-size", str(size * 0.6 / 1e9))
+    assert held.exists() and not other.exists()
     kill(child)
-    cache("prune")
-    assert not mine.exists()
 
 
-@pytest.mark.parametrize("make", ["flock", "pid", "json", "unnamed"])
-def test_a_locked_entry_stays(cache, root, make):
-    entry = store(root, "images", 1)
-    lock = entry.with_name(f"{entry.name}.lock")
-    content = {"flock": "", "pid": f"{os.getpid()}\n", "json": f'{{"pid": {os.getpid()}, "t": 0}}', "unnamed": "me"}
-    lock.write_text(content[make])
-    with open(lock, "r+") as stream:
-        if make == "flock":
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        assert lock_held(lock)
-        cache("prune", "--all")
-        assert entry.exists() and lock.exists()
-    lock.write_text("" if make == "flock" else content[make].replace(str(os.getpid()), str(dead_pid())))
-    os.utime(lock, (NOW - 86400,) * 2)
+def test_without_file_locks_only_whole_entries_go(cache, root, monkeypatch):
+    whole, half, pieces = store(root, "images", 1), leftover(root, dead_pid()), part(root)
+
+    (root / ".locks" / f"images-{'a' * 32}.lock").touch()  # of the process that writes it
+
+    def no_locks(self, *args, **kwargs):
+        raise NotImplementedError
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
     cache("prune", "--all")
-    assert not entry.exists() and not lock.exists()
-
-
-def test_a_mark_without_a_lock_counts_no_more_and_goes(root):
-    with using(root):
-        (mark,) = (root / ".users").iterdir()
-        assert len(users(root)) == 1
-    assert users(root) == [] and not mark.exists()
-    mark.write_text("")
-    os.utime(mark, (NOW - 3600,) * 2)
-    assert users(root) == [] and not mark.exists()
+    assert (whole.exists(), half.exists(), pieces.exists()) == (False, True, True)
 
 
 def test_a_cache_that_cannot_be_written_ends_a_run_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    message = "cannot write to cache_dir=.*/file: .*; choose a folder"
-    with pytest.raises(PTQError, match=message), using(tmp_path / "file"):
-        pass
+    with pytest.raises(PTQError, match="cannot write the cache entry .*/file/.*; choose a cache_dir"):
+        store(tmp_path / "file", "images", 1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import nn
 from ptq_exp.correction import BitSchedule, Scheduled, parse_widths
 from ptq_exp.diffusion import NoiseSchedule, TimeGrid
 from ptq_exp.errors import ConfigError, DataError, QuantizationError
-from ptq_exp.quantization import calibrate_, default_rules, quantize_, select_row
+from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_, select_row
 
 GRID = TimeGrid.from_schedule(NoiseSchedule.latent_diffusion(), 4)
 TIMES = tuple(GRID.timesteps.tolist())
@@ -85,7 +85,7 @@ def quantized():
     torch.manual_seed(0)
     network = Network()
     x = torch.randn(16, 1, 8, 8)
-    rules = default_rules(8, (4, 8), first=(), last=(), attention=False)
+    rules = Policy(first=(), last=(), attention=False).rules(Widths(8, (4, 8)))
     quantize_(network, rules, (x[:1], torch.zeros(1)))
     calibrate_(network, "mse", [(x, None)])
     return network, x

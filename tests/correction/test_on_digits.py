@@ -19,7 +19,7 @@ from ptq_exp.diffusion.noise import CALIBRATION, EVALUATION
 from ptq_exp.diffusion.paired import paired_estimates
 from ptq_exp.embedded import digits_model
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import calibrate_, default_rules, quantize_
+from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 
 STEPS, SEED = 5, 0
 
@@ -42,7 +42,7 @@ def model():
 @pytest.fixture(scope="module")
 def quantized(model):
     network = model.twin()
-    quantize_(network, default_rules(3, 8), model.example_inputs())
+    quantize_(network, Policy().rules(Widths(3, 8)), model.example_inputs())
     grid = model.time_grid(STEPS)
     states = []
     model.run(model.denoiser, grid, range(8), 7, on_step=lambda r: states.append((r.x, grid.network_time(r.step, 8))))
@@ -134,7 +134,7 @@ def test_residuals_are_counted_in_units_of_their_deviation(model, quantized):
 
 def test_a_schedule_can_be_corrected_too(model):
     network = model.twin()
-    quantize_(network, default_rules(8, (4, 8)), model.example_inputs())
+    quantize_(network, Policy().rules(Widths(8, (4, 8))), model.example_inputs())
     grid = model.time_grid(STEPS)
     batches = [(torch.randn(4, 1, 16, 16), grid.network_time(step, 4)) for step in range(STEPS)]
     calibrate_(network, "minmax", batches)

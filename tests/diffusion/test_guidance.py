@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ptq_exp.diffusion import FirstStage, Guided, both_halves
+from ptq_exp.diffusion import Call, ConditionTable, FirstStage, Guided, both_halves
 from ptq_exp.diffusion.noise import CALIBRATION
 from ptq_exp.errors import ConfigError, DataError
 
@@ -21,29 +21,40 @@ def classes(toy):
 def test_guided_eps_by_hand(toy):
     cond, uncond = toy.denoiser(X, T, Y), toy.denoiser(X, T, torch.tensor([9, 9, 9]))
     toy.denoiser.calls.clear()
-    guided = Guided(toy.denoiser, 3.0, 9)(X, T, Y)
+    guided = Guided(toy.denoiser, 3.0, {"y": 9})(X, T, y=Y)
     torch.testing.assert_close(guided, uncond + 3 * (cond - uncond))
     (x, t, y), = toy.denoiser.calls
     assert len(x) == len(t) == 6 and y.tolist() == [9, 9, 9, 2, 0, 5]
 
 
 def test_scale_zero_is_unconditional_and_scale_one_costs_one_half(toy):
-    torch.testing.assert_close(Guided(toy.denoiser, 0.0, 9)(X, T, Y), toy.denoiser(X, T, torch.tensor([9, 9, 9])))
+    none = torch.tensor([9, 9, 9])
+    torch.testing.assert_close(Guided(toy.denoiser, 0.0, {"y": 9})(X, T, y=Y), toy.denoiser(X, T, none))
     toy.denoiser.calls.clear()
-    assert torch.equal(Guided(toy.denoiser, 1.0, 9)(X, T, Y), toy.denoiser(X, T, Y))
+    assert torch.equal(Guided(toy.denoiser, 1.0, {"y": 9})(X, T, y=Y), toy.denoiser(X, T, Y))
     assert [len(x) for x, *_ in toy.denoiser.calls] == [3, 3]
 
 
 def test_both_halves_stand_unconditional_first():
-    x, t, y = both_halves(X, T, Y, 9)
-    assert torch.equal(x, torch.cat([X, X])) and t.tolist() == [7.0] * 6 and y.tolist() == [9, 9, 9, 2, 0, 5]
+    tokens, none, size = torch.rand(3, 2, 4), torch.rand(2, 4), torch.arange(3)
+    given = {"y": Y, "tokens": tokens, "size": size}
+    x, t, conditions = both_halves(Call(X, T, given), {"y": 9, "tokens": none})
+    assert torch.equal(x, torch.cat([X, X])) and t.tolist() == [7.0] * 6
+    assert conditions["y"].tolist() == [9, 9, 9, 2, 0, 5] and conditions["y"].dtype == torch.long
+    assert torch.equal(conditions["tokens"], torch.cat([none[None].expand(3, 2, 4), tokens]))
+    assert conditions["size"].tolist() == [0, 1, 2, 0, 1, 2]  # nothing says what a sample without it has
 
 
 def test_a_model_without_classes_refuses_guidance(toy, classes):
     assert toy.guided(toy.denoiser, 1.0) is toy.denoiser
     with pytest.raises(ConfigError, match=r"sampler\.guidance_scale=2\.0: the model toy has no class"):
         toy.guided(toy.denoiser, 2.0)
-    assert classes.guided(classes.denoiser, 2.0).null_label == 9
+    assert classes.guided(classes.denoiser, 2.0).unconditional == {"y": 9}
+    with pytest.raises(ConfigError, match=r'has no label that means "no class"; choose 1'):
+        replace(classes, null_label=None).guided(classes.denoiser, 2.0)
+    table = ConditionTable({"y": torch.arange(3)})
+    with pytest.raises(ConfigError, match=r"has no unconditional\.y in model\.conditions"):
+        replace(toy, conditions=table).guided(toy.denoiser, 2.0)
 
 
 def test_labels_are_balanced_and_of_seed_and_index_alone(toy, classes):

@@ -81,8 +81,8 @@ def test_sampling_starts_where_some_signal_is_left(digits):
 
 
 def test_example_inputs_and_the_grid_fit_the_model(digits):
-    x, t = digits.example_inputs()
-    assert x.shape == (1, 1, 16, 16) and digits.denoiser(x, t).shape == x.shape
+    call = digits.example_inputs()
+    assert call.x.shape == (1, 1, 16, 16) and call.evaluate(digits.denoiser).shape == call.x.shape
     assert len(digits.time_grid(1000)) == 1000
     with pytest.raises(ConfigError, match=r"sampler\.steps=1001: choose 1\.\.1000"):
         digits.time_grid(1001)

@@ -177,7 +177,7 @@ def test_each_step_of_a_run_takes_its_own_deviation(toy, convention):
 
 def test_impossible_settings_are_named(toy):
     x = torch.zeros(2)
-    with pytest.raises(ConfigError, match=r"correction\.convention=paper: choose one of exact, code"):
+    with pytest.raises(ConfigError, match="^convention=paper: choose one of exact, code$"):
         ddim_step(x, x, 0.3, 0.5, 1.0, x, 0.1, "paper")
     for q in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match=rf"eps_noise_std={q}: .* 0 or more"):

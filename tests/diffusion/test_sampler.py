@@ -4,6 +4,7 @@ golden/sampler_*.npz: the samplers of improved-diffusion (`iddpm`), DDIM (`gener
 guidance (`ldm`) on the closed-form network; of the stored states, every third and the last.
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -79,14 +80,15 @@ def test_trajectories_of_the_original_samplers(case, toy):
     rows = [start]
     if eta > 0:
         rows += list(np.random.default_rng(int(golden["noise_seed"])).standard_normal((steps, *shape)))
-    denoiser, y = toy.denoiser, None
+    denoiser, conditions = toy.denoiser, {}
     if "labels" in golden:
-        y = torch.from_numpy(golden["labels"]).long()
-        denoiser = Guided(toy.denoiser, float(golden["guidance_scale"]), int(golden["uncond_label"]))
+        conditions = {"y": torch.from_numpy(golden["labels"]).long()}
+        denoiser = Guided(toy.denoiser, float(golden["guidance_scale"]), {"y": int(golden["uncond_label"])})
     states = [torch.from_numpy(start.astype(np.float32))]
     last = sample(
-        denoiser, grid, Rows(rows), y=y, clip_sample=schedule is COSINE, on_step=lambda r: states.append(r.x_prev)
-    )
+        denoiser, grid, Rows(rows), conditions=conditions, clip_sample=schedule is COSINE,
+        on_step=lambda r: states.append(r.x_prev),
+    )  # fmt: skip
     assert torch.equal(last, states[-1]) and len(states) == steps + 1
     for index, expected in zip(golden["traj_index"], golden["traj"], strict=True):
         np.testing.assert_allclose(states[index], expected, atol=5e-5, rtol=0, err_msg=f"step {index}")
@@ -102,7 +104,7 @@ def test_one_step_agrees_with_diffusers_where_its_constant_stride_is_exact(steps
     scheduler.set_timesteps(steps)
     levels = scheduler.alphas_cumprod.double()
     generator = torch.Generator().manual_seed(steps)
-    for t in scheduler.timesteps[:: max(1, steps // 6)].tolist() + [int(scheduler.timesteps[-1])]:
+    for t in [*scheduler.timesteps[:: max(1, steps // 6)].tolist(), int(scheduler.timesteps[-1])]:
         x, eps, z = torch.randn(3, 2, 1, 4, 4, generator=generator)
         expected = scheduler.step(eps, t, x, eta=eta, use_clipped_model_output=clip, variance_noise=z)
         before = t - 1000 // steps
@@ -144,7 +146,7 @@ def test_the_exact_denoiser_of_one_image_leads_to_that_image(toy, steps, eta):
     grid = toy.time_grid(steps, eta=eta)
     levels = dict(zip(grid.timesteps.tolist(), grid.alphas_cumprod.tolist(), strict=True))
 
-    def exact(x, t, y):
+    def exact(x, t):
         alpha_bar = levels[float(t[0])]
         return (x - alpha_bar**0.5 * target) / (1 - alpha_bar) ** 0.5
 
@@ -160,10 +162,10 @@ def test_the_exact_denoiser_of_one_image_leads_to_that_image(toy, steps, eta):
 
 def test_records_hold_the_state_that_enters_the_step(toy):
     records, y, noise = [], torch.tensor([4, 7]), SampleNoise(1, [3, 8], (1, 2, 2))
-    last = sample(toy.denoiser, toy.time_grid(6), noise, y=y, on_step=records.append)
+    last = sample(toy.denoiser, toy.time_grid(6), noise, conditions={"y": y}, on_step=records.append)
     assert [r.step for r in records] == [0, 1, 2, 3, 4, 5]
     assert torch.equal(records[0].x, SampleNoise(1, [3, 8], (1, 2, 2)).draw())
-    for record, following in zip(records, records[1:], strict=False):
+    for record, following in itertools.pairwise(records):
         assert torch.equal(record.x_prev, following.x)
     assert torch.equal(last, records[-1].x_prev) and torch.equal(last, records[-1].x0)
     times, calls = toy.time_grid(6).timesteps.tolist(), list(toy.denoiser.calls)

@@ -1,6 +1,7 @@
 """Solvers of diffusers on exact denoisers, against DDIM on the same noise, and on the embedded model."""
 
 import copy
+import itertools
 import pickle
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ MEAN, STD = 0.4, 0.3
 def exact(grid):
     """E[eps | x_t] for data N(MEAN, STD^2): eps = sqrt(1 - a) (x - sqrt(a) MEAN) / (a STD^2 + 1 - a)."""
 
-    def denoiser(x, t, y):
+    def denoiser(x, t):
         a = grid.alphas_cumprod[grid.step_of(t)].float().view(-1, 1, 1, 1)
         return (1 - a).sqrt() * (x - a.sqrt() * MEAN) / (a * STD**2 + 1 - a)
 
@@ -129,7 +130,7 @@ def test_records_hold_what_the_network_received(toy, solver, spacing):
         assert torch.equal(toy.denoiser(r.x, t), r.eps)
         level = float(grid.alphas_cumprod[r.step])
         torch.testing.assert_close(level**0.5 * r.x0 + (1 - level) ** 0.5 * r.eps, r.x, rtol=0, atol=1e-5)
-    for r, following in zip(records, records[1:], strict=False):
+    for r, following in itertools.pairwise(records):
         assert torch.equal(r.x_prev, following.x)
     assert torch.equal(last, records[-1].x_prev)
     for steps in (0, 3):

@@ -168,6 +168,6 @@ def test_dtype_is_that_of_the_denoiser_alone():
     half = digits_ldm_model(dtype="bfloat16")
     assert {p.dtype for p in half.denoiser.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in half.first_stage.parameters()} == {torch.float32}
-    eps = half.denoiser(*half.example_inputs())
+    eps = half.example_inputs().evaluate(half.denoiser)
     assert eps.dtype == torch.float32 and torch.isfinite(eps).all()
     assert from_uint8(ptq_exp.sample(half, 2, steps=2, batch_size=2)).shape == (2, 1, 32, 32)

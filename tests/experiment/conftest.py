@@ -1,11 +1,13 @@
 """The command run in this process, in small, with a cache that the tests of a module share."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from guide_text import PAGES, blocks
+from small_networks import use_few_candidate_ranges, use_small_networks
 
 from ptq_exp import MODELS
 from ptq_exp.calibration import SOURCES
@@ -26,6 +28,13 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def small_networks(monkeypatch):
+    """Small networks of random weights and a short search of ranges, where neither matters."""
+    use_small_networks(monkeypatch)
+    use_few_candidate_ranges(monkeypatch)
+
+
+@pytest.fixture
 def command(monkeypatch, tmp_path, cache):
     """Run the command in this process; returns the run folder."""
 
@@ -35,6 +44,26 @@ def command(monkeypatch, tmp_path, cache):
         monkeypatch.setattr(sys, "argv", argv)
         main()
         return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Run folders by name, each made once; they are only read."""
+    return {}
+
+
+@pytest.fixture
+def run_of(command, saved, tmp_path_factory):
+    """The folder of a run with these overrides, moved away from where it was made."""
+
+    def run(*overrides):
+        if overrides not in saved:
+            folder = tmp_path_factory.mktemp("saved") / "run"
+            shutil.move(command("metric=minmax", "logger=none", *overrides), folder)
+            saved[overrides] = folder
+        return saved[overrides]
 
     return run
 

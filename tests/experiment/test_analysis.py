@@ -60,7 +60,7 @@ def test_activations_are_reused_whatever_the_bits_and_sensitivity_is_not(analyse
     _, _, first = analysed(FEW)
     folder, _, second = analysed(FEW, "bits=w4a8")
     said = (folder / "analyze_w4a8.log").read_text()
-    assert "activations: reused from the cache" in said and "sensitivity: measured" in said
+    assert "activations: reused from the cache" in said and "sensitivity: computed" in said
     assert np.array_equal(first["activations"], second["activations"])
     assert second["sensitivity"].mean() > first["sensitivity"].mean()
 
@@ -105,7 +105,7 @@ def test_a_report_that_cannot_be_written_spoils_no_results(command, monkeypatch)
     def broken(folder):
         raise ValueError("no ink")
 
-    monkeypatch.setattr("ptq_exp.experiment.experiment.write_run_report", broken)
+    monkeypatch.setattr("ptq_exp.experiment.outcome.write_run_report", broken)
     folder = command("+experiment=fp32", "logger=none")
     assert read_json(folder / "results.json")["status"] == "finished"
     log = (folder / "fp32.log").read_text(encoding="utf-8")

@@ -15,26 +15,6 @@ QUICK = ("metric=minmax", "logger=none")
 SCHEDULED = ("bits=step_list", "bits.schedule='[8]*2+[4]'", "bits.candidates=[4,8]")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Run folders by name, each made once; they are only read."""
-    return {}
-
-
-@pytest.fixture
-def run_of(command, saved, tmp_path_factory):
-    """The folder of a run with these overrides, moved away from where it was made."""
-
-    def run(*overrides):
-        if overrides not in saved:
-            folder = tmp_path_factory.mktemp("saved") / "run"
-            shutil.move(command(*QUICK, *overrides), folder)
-            saved[overrides] = folder
-        return saved[overrides]
-
-    return run
-
-
 def images(folder):
     return read_samples(folder / "samples.npz")[0]
 
@@ -47,36 +27,6 @@ def refused(command, capsys, *overrides) -> str:
     (line,) = [x for x in (str(stop.value) + "\n" + capsys.readouterr().err).splitlines() if "error:" in x]
     assert stop.value.code not in (None, 0)
     return line
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("bits=w8a8",),
-        ("+experiment=ptqd_w4a8",),
-        ("+experiment=ptqd_w3a8", *SCHEDULED, "bits.weight=3"),
-        ("model=digits_ldm", "bits=w4a8", "correction=ptqd", "sampler.eta=1"),
-        ("+experiment=tfmq_w4a8", "reconstruction=brecq", "reconstruction.step_lr=0.01"),
-        ("+experiment=qdiffusion_w4a4",),
-        ("quantization.smooth=true", "bits=w4a8", "reconstruction=brecq"),
-        ("+experiment=brecq_w4a8",),
-    ],
-)
-def test_an_evaluation_repeats_the_run_bit_for_bit(overrides, run_of, command):
-    folder = run_of(*overrides)
-    first = read_json(folder / "results.json")
-    again = command("logger=none", "+experiment=evaluate", f"quantized={folder}")
-    second = read_json(again / "results.json")
-    assert np.array_equal(images(folder), images(again))
-    assert second["metrics"] == first["metrics"] and second["quantization"] == first["quantization"]
-    for name in ("eps_error", "fixed_pattern_share"):
-        assert second[f"{name}_per_step"] == first[f"{name}_per_step"]
-    assert second["evaluations"] == first["evaluations"] and second.get("smoothed") == first.get("smoothed")
-    assert second["name"] == f"evaluate_{first['config']['bits']['name']}"
-    assert "calibration_set" not in second["seconds"] and not (again / "quantized").exists()
-    quantized = ptq_exp.load_quantized(folder / "quantized")
-    assert quantized.full_precision
-    assert np.array_equal(ptq_exp.sample(quantized, 7, batch_size=5), images(folder)[:7])
 
 
 def test_the_folder_can_be_uploaded_as_it_is(run_of, tmp_path):
@@ -93,7 +43,7 @@ def test_the_folder_can_be_uploaded_as_it_is(run_of, tmp_path):
     assert described["activation_widths"] == [4, 8] and described["evaluations"] > 0
     size = described["file"]
     assert size["bytes"] == (folder / "quantized" / size["name"]).stat().st_size
-    assert size["bytes"] == pytest.approx(size["theoretical_bytes"], rel=0.05)
+    assert size["bytes"] - size["header_bytes"] == pytest.approx(size["theoretical_bytes"], rel=0.01)
     assert "of the theoretical" in next(folder.glob("*.log")).read_text()
 
 
@@ -217,12 +167,6 @@ def test_damaged_files_beside_are_told(name, damage, run_of, tmp_path):
     damage(tmp_path / "copy" / name)
     with pytest.raises(DataError, match=name):
         ptq_exp.load_quantized(tmp_path / "copy")
-
-
-def test_ranges_per_step_demand_their_grid(run_of, command, capsys):
-    folder = run_of("+experiment=tfmq_w4a8")
-    said = refused(command, capsys, "+experiment=evaluate", f"quantized={folder}", "sampler.steps=2")
-    assert "has ranges for each sampling step (quantization.temporal=per_step) of another grid" in said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 
 import ptq_exp
 from ptq_exp.errors import CheckpointError, ConfigError, DataError, PTQError
-from ptq_exp.experiment import stages
+from ptq_exp.experiment import experiment
 
 FOLDER = ("model=diffusers", "evaluation=paired", "metric=minmax", "logger=none", "bits=w8a8")
 DIGITS = ("metric=minmax", "logger=none", "bits=w8a8")
@@ -18,10 +18,10 @@ DIGITS = ("metric=minmax", "logger=none", "bits=w8a8")
 
 @pytest.fixture(autouse=True)
 def no_images_are_drawn(monkeypatch):
-    def drawn(setup):
+    def drawn(*arguments):
         raise AssertionError("images of full precision were drawn")
 
-    monkeypatch.setattr(stages, "full_precision_images", drawn)
+    monkeypatch.setattr(experiment, "full_precision_images", drawn)
 
 
 def spoiled(module, name, value=float("nan")):

@@ -25,7 +25,8 @@ def test_the_latent_model_runs_through_first_stage_guidance_and_decoder(command,
     assert images.shape == (10, 32, 32, 1) and sorted(labels.tolist()) == list(range(10))
     (path,) = (cache / "calibration").glob("*/artefact.npz")
     made = CalibrationSet.load(path)
-    assert made.x.shape == (6, 3, 8, 8) and made.null_label == 10 and len(set(made.y.tolist())) == 6
+    assert made.x.shape == (6, 3, 8, 8) and made.unconditional == {"y": 10}
+    assert len(set(made.conditions["y"].tolist())) == 6
     # guidance doubles the work: twice the states pass the network
     assert sum(len(x) for x, *_ in made.batches(4)) == 12
 
@@ -59,7 +60,7 @@ def test_published_evaluation_against_an_npz_of_images(command, inception_weight
     ]  # fmt: skip
     results = read_json(command(*overrides) / "results.json")
     assert results["status"] == "finished" and results["metric_spec"]["extractor"].endswith(evaluation)
-    assert set(results["metrics"]) >= {"is", "fid", "sfid", "precision", "recall", "fid_increase_units"}
+    assert set(results["metrics"]) >= {"is", "fid", "sfid", "kid", "precision", "recall", "fid_increase_units"}
     again = read_json(command(*overrides) / "results.json")
     assert again["metrics"] == results["metrics"]
 
@@ -102,6 +103,8 @@ def test_any_diffusers_folder_is_a_model_and_any_image_folder_its_data(command, 
     )  # fmt: skip
     results = read_json(folder / "results.json")
     assert results["status"] == "finished" and results["quantization"]["coverage_conv_linear"] == 1
+    assert len(results["weights"]["model"]) == 12
+    assert load_model("diffusers", str(pipeline_folder)).digest.startswith(results["weights"]["model"])
     assert read_samples(folder / "samples.npz")[0].shape == (10, 8, 8, 3)
     assert json.loads((folder / "quantization.json").read_text())["layers"]
 
@@ -156,5 +159,5 @@ def test_the_command_and_python_sample_alike_and_images_have_the_size_of_the_dat
     assert config.images.get("size", 16) == model.image_shape[1] == model.image_shape[2]
     assert config.images.get("channels", 1) == model.image_shape[0]
     # on the meta device: shapes without arithmetic
-    x, t, *y = (part.to("meta") for part in model.example_inputs())
-    assert model.denoiser.to("meta")(x, t, *y).shape == (1, *model.sample_shape)
+    call = model.example_inputs().to("meta")
+    assert call.evaluate(model.denoiser.to("meta")).shape == (1, *model.sample_shape)

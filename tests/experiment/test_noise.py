@@ -15,12 +15,20 @@ QUICK = ("metric=minmax", "logger=none")
 SCHEDULED = ("bits.gain_samples=2", "bits.gain_steps=2")
 
 
+@pytest.fixture(scope="module")
+def finished():
+    """Folders of runs by their overrides; they are only read."""
+    return {}
+
+
 @pytest.fixture
-def results_of(command):
-    """Run the command and read its results: (folder, results)."""
+def results_of(command, small_networks, finished):
+    """Run the command on a small network, unless it has been run, and read its results: (folder, results)."""
 
     def run(*overrides):
-        folder = command(*QUICK, *overrides)
+        if overrides not in finished:
+            finished[overrides] = command(*QUICK, *overrides)
+        folder = finished[overrides]
         return folder, read_json(folder / "results.json")
 
     return run
@@ -70,8 +78,8 @@ def test_a_single_step_has_no_error_without_the_last_one(results_of):
 
 def test_ranges_from_the_cache_give_the_same_images(results_of):
     images = []
-    for cache in ("on", "on", "refresh"):
-        folder, _ = results_of("+experiment=ptqd_w4a8", "seed=3", f"cache={cache}")
+    for cache in ((), ("cache=on",), ("cache=refresh",)):  # on by default: made, reused, made again
+        folder, _ = results_of("+experiment=ptqd_w4a8", "seed=3", *cache)
         images.append(read_samples(folder / "samples.npz")[0])
     assert np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
 
@@ -155,8 +163,10 @@ def test_widths_of_the_steps_on_the_command_line(results_of, refused):
     assert "give a list of one width per step" in refused(*QUICK, "bits=[8]*x")
 
 
-def test_the_budget_is_kept_and_an_impossible_one_names_the_limits(results_of, refused):
-    _, results = results_of("+experiment=ptqd_mp", *SCHEDULED, "bits.bops_ratio=17")
+def test_the_budget_is_kept_and_an_impossible_one_names_the_limits(command, refused):
+    """Of the whole embedded network, whose limits are known."""
+    folder = command(*QUICK, "+experiment=ptqd_mp", *SCHEDULED, "bits.bops_ratio=17")
+    results = read_json(folder / "results.json")
     assert results["quantization"]["bops_ratio"] >= 17
     said = refused(*QUICK, "+experiment=ptqd_mp", *SCHEDULED, "bits.bops_ratio=40")
     assert "bits.bops_ratio=40.0: at 4 bits in all steps the ratio is 31" in said and "choose 15.97" not in said

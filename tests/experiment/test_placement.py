@@ -42,10 +42,12 @@ def test_time_layers_see_every_time_once_and_each_step_has_its_row(command):
     said = next(folder.glob("*.log")).read_text()
     assert "36 quantizers depend on the time alone and see all 3 times" in said  # of 19 layers, 17 with an output's
     assert "18 layers read concatenations" in said and "11 places qualify" in said
-    saved = [json.loads((folder / name).read_text())["smoothed"] for name in ("results.json", "quantization.json")]
-    assert saved[0] == saved[1] and len(saved[0]) == 11
+    files = ("results.json", "quantization.json")
+    ((smooth,), again) = (json.loads((folder / name).read_text())["transforms"] for name in files)
+    assert [smooth] == again and len(smooth["sites"]) == 11
+    assert (smooth["name"], smooth["alpha"], smooth["macs"], smooth["bytes"]) == ("smooth", 0.5, 0, 0)
     attention = "unet.mid_block.attentions.0"
-    assert saved[0][f"{attention}.group_norm"] == [f"{attention}.to_{name}" for name in "qkv"]
+    assert smooth["sites"][f"{attention}.group_norm"] == [f"{attention}.to_{name}" for name in "qkv"]
 
 
 def test_a_static_range_of_time_layers_covers_all_times_exactly(command):

@@ -8,11 +8,11 @@ import time
 import pandas as pd
 import pytest
 import wandb
+from wandb_log import read_log
 
 from ptq_exp.errors import ConfigError, Interrupted, PTQError
-from ptq_exp.experiment import experiment
-from ptq_exp.experiment import noise_record as noise_account
-from ptq_exp.reports.tables.wandb_log import read_log
+from ptq_exp.experiment import outcome
+from ptq_exp.reports import figures
 from ptq_exp.results import tracked as tracked_module
 from ptq_exp.results import wandb as wandb_run
 from ptq_exp.results.tracked import Tracked, tracked
@@ -50,9 +50,9 @@ def said(folder):
 
 
 def test_a_run_is_finished_whatever_fails_after_its_results(command, monkeypatch):
-    for place, name in [(experiment, "_picture"), (experiment, "write_card"), (experiment, "write_run_report"),
-                        (experiment, "summary"), (noise_account, "plot_noise"), (wandb_run, "log_table"),
-                        (wandb_run, "finish")]:  # fmt: skip
+    for place, name in [(outcome, "_picture"), (outcome, "write_card"), (outcome, "write_run_report"),
+                        (outcome, "summary"), (outcome, "_left_in"), (figures, "noise"),
+                        (wandb_run, "log_table"), (wandb_run, "finish")]:  # fmt: skip
         monkeypatch.setattr(place, name, broken)
     folder = command("+experiment=ptqd_w4a8", *QUICK)
     assert read_json(folder / "results.json")["status"] == "finished"

@@ -58,7 +58,8 @@ def forged(folder, edit, edit_tensors=lambda tensors: None):
     edit(description)
     tensors = load_file(file)
     edit_tensors(tensors)
-    metadata = {"format": description["format"], "version": "1", "description_sha256": _description_hash(description)}
+    metadata = {"format": description["format"], "version": str(description["version"])}
+    metadata["description_sha256"] = _description_hash(description)
     save_file(tensors, file, metadata)
     description["file"]["sha256"] = file_digest(file)
     path.write_text(json.dumps(description))
@@ -170,12 +171,12 @@ def test_evaluate_needs_full_precision(made_of, command, refused):
 
 
 def test_evaluate_reads_the_saved_model_before_it_draws(made_of, refused, tmp_path, monkeypatch):
-    from ptq_exp.experiment import stages
+    from ptq_exp.experiment import experiment
 
     run, original = made_of("pixel")
     shutil.copytree(run / "quantized", tmp_path / "copy")
-    forged(tmp_path / "copy", lambda d: None, lambda t: t["ranges.scale"][:1].fill_(float("nan")))
-    monkeypatch.setattr(stages, "full_precision_images", lambda setup: pytest.fail("images were drawn"))
+    forged(tmp_path / "copy", lambda d: None, lambda t: t["conv_in.input_quantizer.scale"].fill_(float("nan")))
+    monkeypatch.setattr(experiment, "full_precision_images", lambda *given: pytest.fail("images were drawn"))
     line = refused("logger=none", "+experiment=evaluate", f"quantized={tmp_path}/copy", "evaluation=paired",
                    f"model.checkpoint={original}")  # fmt: skip
     assert f"quantized={tmp_path}/copy: {tmp_path}/copy/quantized.safetensors: " in line

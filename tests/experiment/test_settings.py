@@ -1,7 +1,6 @@
 """The real `conf/` composes, and every mistake ends in one line that names the setting and the valid values."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -9,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from ptq_exp.diffusion.zoo.registry import MODELS
 from ptq_exp.errors import ConfigError
-from ptq_exp.experiment.run import Setup
+from ptq_exp.experiment.plan import bit_groups
 from ptq_exp.quantization import METRICS
 from ptq_exp.settings.compose import build, config_folder, run_name, validated
 
@@ -213,7 +212,7 @@ def test_run_name():
 def test_globs_of_layers_come_before_the_groups_of_the_model():
     config = composed("bits.groups.up=w4a4", "+bits.groups={*up_blocks.0.*: w6a6}")
     assert config.name == "ndtc_w8a8_groups"
-    assert list(Setup.bit_groups.func(SimpleNamespace(config=config)).values()) == [
+    assert list(bit_groups(config.bits, config.model.groups).values()) == [
         ("*up_blocks.0.*", 6, 6), ("*up_blocks.*", 4, 4)
     ]  # fmt: skip
 

@@ -7,7 +7,7 @@ from torch import nn
 from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
 from ptq_exp.embedded import digits_model
 from ptq_exp.lightning import make_trainer
-from ptq_exp.quantization import calibrate_, default_rules, quantize_
+from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 
 
 class ClosedForm(nn.Module):
@@ -24,11 +24,11 @@ class Counting(nn.Module):
         super().__init__()
         self.inner, self.fails_at, self.fail, self.calls = inner, fails_at, fail, 0
 
-    def forward(self, x, t, y=None):
+    def forward(self, x, t, **conditions):
         self.calls += 1
         if self.calls == self.fails_at:
             self.fail()
-        return self.inner(x, t, y)
+        return self.inner(x, t, **conditions)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def digits() -> DiffusionModel:
 def twin(digits) -> nn.Module:
     """The embedded model's denoiser at 8 bits."""
     quantized = digits.twin()
-    quantize_(quantized, default_rules(8, 8), digits.example_inputs())
+    quantize_(quantized, Policy().rules(Widths(8, 8)), digits.example_inputs())
     grid, states = digits.time_grid(4), []
     digits.sample(digits.denoiser, grid, range(100, 104), 0, on_step=states.append)
     calibrate_(quantized, "minmax", [(r.x, grid.network_time(r.step, len(r.x))) for r in states])

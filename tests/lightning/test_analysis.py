@@ -13,8 +13,9 @@ from ptq_exp.experiment.analyse import FRACTIONS, quantiles
 from ptq_exp.lightning import ActivationModule, SensitivityModule, measure_sensitivity, record_activations
 from ptq_exp.quantization import (
     ActivationTap,
+    Policy,
+    Widths,
     calibrate_,
-    default_rules,
     fake_quantize,
     one_layer_quantized,
     probe_of,
@@ -56,9 +57,7 @@ def model() -> DiffusionModel:
 def quantized(model) -> nn.Module:
     """At 3 bits, so that errors are far from rounding ones."""
     network = model.twin()
-    rules = default_rules(
-        3, 3, first=["first"], last=["last"], first_last_bits=3, boundary_bits=3, attention=False
-    )
+    rules = Policy(first=["first"], last=["last"], attention=False).rules(Widths(3, 3, first_last=3, boundary=3))
     quantize_(network, rules, model.example_inputs())
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(64, 1, 4, 4, generator=generator)

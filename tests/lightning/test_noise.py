@@ -21,9 +21,9 @@ class Off(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x, t, y=None):
+    def forward(self, x, t, **conditions):
         pattern = torch.linspace(-0.1, 0.2, 16).view(1, 1, 4, 4)
-        return self.inner(x, t, y) + 0.05 * torch.sin(5 * x) + pattern
+        return self.inner(x, t, **conditions) + 0.05 * torch.sin(5 * x) + pattern
 
 
 def module_of(toy, grid, denoiser=None, **options):

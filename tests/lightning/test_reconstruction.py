@@ -25,7 +25,9 @@ SCRIPT = textwrap.dedent('''
     torch.set_num_threads(1)
     from ptq_exp.calibration import CalibrationSet
     from ptq_exp.lightning import reconstruct_network
-    from ptq_exp.quantization import calibrate_activations_, calibrate_weights_, default_rules, quantize_, select_row
+    from ptq_exp.quantization import (
+        Policy, Widths, calibrate_activations_, calibrate_weights_, quantize_, select_row
+    )
     from ptq_exp.reconstruction import Annealing, BlockOptimisation, Reconstruction, Settings, find_blocks
 
     class Net(nn.Module):
@@ -49,7 +51,7 @@ SCRIPT = textwrap.dedent('''
         x = rng.standard_normal((24, 1, 5, 5), dtype=np.float32) * np.where(steps, 0.1, 1).reshape(-1, 1, 1, 1)
         calibration_set = CalibrationSet(x.astype(np.float32), steps, steps.astype(np.float32), np.zeros(24, int))
         example = (torch.zeros(1, 1, 5, 5), torch.zeros(1))
-        quantize_(twin, default_rules(3, 4, first=(), last=(), attention=False, bins=2), example)
+        quantize_(twin, Policy(first=(), last=(), attention=False).rules(Widths(3, 4), bins=2), example)
         calibrate_weights_(twin, "minmax")
         for row in (0, 1):
             select_row(twin, row)

@@ -8,14 +8,16 @@ from torch import nn
 
 from ptq_exp.errors import ConfigError, QuantizationError
 from ptq_exp.quantization import (
+    Policy,
     QRange,
     QuantSpec,
     Rule,
+    Segments,
     TensorSpec,
+    Widths,
     calibrate_activations_,
     calibrate_weights_,
     calibrating,
-    default_rules,
     finish_calibration,
     quantize_,
     quantizers,
@@ -43,7 +45,7 @@ def quantized(bins, batches_of_rows, metric="mse", finish_each=True):
     """Calibrated on [(row, batch)]; `finish_each`: the search follows each row at once."""
     model = network()
     spec = TensorSpec(4, bins=bins)
-    rules = [Rule("0", QuantSpec(TensorSpec(4), TensorSpec(4, segments=(1, 3), bins=bins))),
+    rules = [Rule("0", QuantSpec(TensorSpec(4), TensorSpec(4, granularity=Segments((1, 3)), bins=bins))),
              Rule("*", QuantSpec(TensorSpec(4), spec, spec))]  # fmt: skip
     quantize_(model, rules, (torch.zeros(1, 4),))
     calibrate_weights_(model, metric)
@@ -106,7 +108,7 @@ def test_rows_travel_with_the_state_dict_and_with_copies(batches):
     model = quantized(BINS, list(enumerate(batches)), "minmax")
     fresh = network()
     spec = TensorSpec(4, bins=BINS)
-    rules = [Rule("0", QuantSpec(TensorSpec(4), TensorSpec(4, segments=(1, 3), bins=BINS))),
+    rules = [Rule("0", QuantSpec(TensorSpec(4), TensorSpec(4, granularity=Segments((1, 3)), bins=BINS))),
              Rule("*", QuantSpec(TensorSpec(4), spec, spec))]  # fmt: skip
     quantize_(fresh, rules, (torch.zeros(1, 4),))
     fresh.load_state_dict(model.state_dict(), strict=True)
@@ -120,7 +122,7 @@ def test_rows_travel_with_the_state_dict_and_with_copies(batches):
 
 
 def test_bins_of_a_whole_unet_share_one_step(unet, example, batch):
-    report = quantize_(unet, default_rules(8, 8, bins=2), example)
+    report = quantize_(unet, Policy().rules(Widths(8, 8), bins=2), example)
     assert step_of(unet).rows == 2 and report.candidates == 1 and report.totals["coverage"]["everything"] == 1
     calibrate_weights_(unet, "minmax")
     for row in (0, 1):
@@ -136,6 +138,3 @@ def test_bins_exclude_candidate_widths_and_weights():
         TensorSpec(4, bins=0)
     with pytest.raises(ConfigError, match="a weight is the same at every step"):
         QuantSpec(TensorSpec(4, bins=2))
-    for wrong in ({"granularity": "group"}, {"group_size": 4}, {"granularity": "group", "group_size": 0}):
-        with pytest.raises(ConfigError, match="TensorSpec.group_size"):
-            TensorSpec(4, **wrong)

@@ -18,7 +18,7 @@ from torch import nn
 from ptq_exp.diffusion.denoisers import ClassConditionalUNet
 from ptq_exp.diffusion.zoo.latent import conditional_unet
 from ptq_exp.embedded import digits_ldm_model, digits_model
-from ptq_exp.quantization import Report, Rule, default_rules, quantize_
+from ptq_exp.quantization import Policy, Report, Rule, Widths, quantize_
 
 # [name in latent-diffusion, type, MACs, weights] of every convolution and linear layer, latents of 64x64.
 GOLDEN = Path(__file__).parents[1] / "golden" / "ldm4_macs.json"
@@ -29,10 +29,8 @@ T = 1e12
 def policy(weight: int, activation: int | tuple[int, ...], kept: bool, attention: bool) -> list[Rule]:
     """The shipped policy, with or without the layers that it keeps in full precision."""
     keep = [Rule(pattern, None, "kept") for pattern in PTQD["keep_fp"] if kept]
-    return keep + default_rules(
-        weight, activation, first=PTQD["first"], last=PTQD["last"], boundary_bits=8, attention=attention,
-        weight_granularity=PTQD["weight_granularity"],
-    )  # fmt: skip
+    shipped = {key: PTQD[key] for key in ("first", "last", "weight_granularity")}
+    return keep + Policy(attention=attention, **shipped).rules(Widths(weight, activation, boundary=8))
 
 
 @functools.cache

@@ -10,15 +10,16 @@ from ptq_exp.embedded import digits_model
 from ptq_exp.errors import ConfigError, QuantizationError
 from ptq_exp.quantization import (
     ActivationQuantizer,
+    Policy,
     QRange,
     QuantSpec,
     Rule,
     TensorSpec,
+    Widths,
     calibrate_,
     calibrate_activations_,
     calibrate_weights_,
     calibrating,
-    default_rules,
     describe,
     disabled,
     finish_calibration,
@@ -82,11 +83,11 @@ def test_one_candidate_is_a_plain_quantizer():
     quantizer = ActivationQuantizer((8,), symmetric=False)
     assert quantizer.bits == 8 and quantizer.step is None and quantizer.scale.shape == (1, 1)
     assert TensorSpec((8,)) == TensorSpec(8)
-    assert default_rules(8, [8]) == default_rules(8, 8)
+    assert Policy().rules(Widths(8, [8])) == Policy().rules(Widths(8, 8))
 
 
 def test_off_and_observing_need_no_row(unet, example, batch):
-    quantize_(unet, default_rules(8, (4, 8)), example)
+    quantize_(unet, Policy().rules(Widths(8, (4, 8))), example)
     calibrate_weights_(unet, "minmax")
     with torch.no_grad():
         with calibrating(unet):
@@ -126,7 +127,7 @@ def test_bad_candidates_are_refused(bits):
 )
 def test_bad_candidates_name_the_setting(bits, message):
     with pytest.raises(ConfigError, match=message):
-        default_rules(8, bits)
+        Policy().rules(Widths(8, bits))
 
 
 def test_a_weight_has_one_width():
@@ -135,19 +136,19 @@ def test_a_weight_has_one_width():
 
 
 def test_candidates_concern_layer_inputs_and_q_k_v():
-    rules = default_rules(4, [4, 8], softmax_bits=8, boundary_bits=2, first_last_bits=6)
+    rules = Policy().rules(Widths(4, [4, 8], softmax=8, boundary=2, first_last=6))
     edge, q, other = (first_match(rules, name).spec for name in ("conv_in", "attn.to_q", "attn"))
     assert (edge.weight.bits, edge.input.bits) == (6, 8)
     assert (q.weight.bits, q.input.bits, q.output.bits) == (4, (4, 8), (4, 8))
     assert (other.weight.bits, other.input.bits, other.softmax.bits) == (4, (4, 8), 8)
-    assert first_match(default_rules(4, (4, 8)), "conv_in").spec.input.bits == 16
+    assert first_match(Policy().rules(Widths(4, (4, 8))), "conv_in").spec.input.bits == 16
 
 
 # Whole networks.
 
 
 def test_ranges_list_the_candidates(unet, example, batch):
-    quantize_(unet, default_rules(8, (4, 8)), example)
+    quantize_(unet, Policy().rules(Widths(8, (4, 8))), example)
     calibrate_(unet, "minmax", [batch])
     stored = json.loads(json.dumps(range_table(unet), allow_nan=False))
     found = stored["mid_block.resnets.0.conv1.input_quantizer"]
@@ -177,7 +178,7 @@ def test_digits_at_each_row_is_the_network_of_that_width():
 
     def calibrated(activation_bits):
         network = model.twin()
-        quantize_(network, default_rules(8, activation_bits), model.example_inputs())
+        quantize_(network, Policy().rules(Widths(8, activation_bits)), model.example_inputs())
         calibrate_weights_(network, "minmax")
         calibrate_activations_(network, "mse", [(x, t)])
         return network
@@ -251,7 +252,7 @@ def test_a_report_has_no_other_rows(row):
 
 
 def test_both_operands_of_an_attention_product_switch_together(unet, example):
-    report = quantize_(unet, default_rules(8, (4, 8), softmax_bits=6), example)
+    report = quantize_(unet, Policy().rules(Widths(8, (4, 8), softmax=6)), example)
     for row, bits in enumerate((4, 8)):
         products = {r.name: r for r in report.at(row).rows if r.scope == "attention"}
         qk, av = products["mid_block.attentions.0.qk"], products["mid_block.attentions.0.av"]

@@ -9,6 +9,8 @@ from torch import nn
 from ptq_exp.diffusion.denoisers import DiTDenoiser
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.quantization import (
+    PerChannel,
+    PerGroup,
     QuantSpec,
     Rule,
     TensorSpec,
@@ -158,7 +160,7 @@ def by_hand(tensor, parts, axis, per_channel):
 def test_a_split_convolution_computes_as_by_hand(net, x):
     operand = TensorSpec(4)
     rules = segmented(
-        [Rule("a", None), Rule("direct", QuantSpec(TensorSpec(4, granularity="channel"), operand))],
+        [Rule("a", None), Rule("direct", QuantSpec(TensorSpec(4, granularity=PerChannel()), operand))],
         {"direct": (3, 5), "a": (1, 1), "b": (1, 1)},  # a is kept in full precision, b no rule speaks of
     )
     weight, read = net.direct.weight.detach().clone(), torch.cat([net.a(x), 20 * net.b(x)], dim=1).detach()
@@ -176,7 +178,7 @@ def test_a_split_convolution_computes_as_by_hand(net, x):
 @pytest.mark.parametrize(("size", "groups"), [(3, (3, 3, 2)), (4, (4, 4)), (8, (8,)), (100, (8,))])
 def test_group_wise_weights_by_brute_force(net, size, groups):
     weight = net.direct.weight.detach().clone()
-    spec = TensorSpec(4, granularity="group", group_size=size)
+    spec = TensorSpec(4, granularity=PerGroup(size))
     quantize_(net, [Rule("direct", QuantSpec(weight=spec))], EXAMPLE)
     calibrate_weights_(net, "mse")
     for channel in range(4):
@@ -188,7 +190,7 @@ def test_group_wise_weights_by_brute_force(net, size, groups):
 
 
 def test_groups_stay_inside_split_parts(net):
-    spec = QuantSpec(TensorSpec(4, granularity="group", group_size=2), TensorSpec(8))
+    spec = QuantSpec(TensorSpec(4, granularity=PerGroup(2)), TensorSpec(8))
     quantize_(net, segmented([Rule("direct", spec)], {"direct": (3, 5)}), EXAMPLE)
     assert net.direct.weight_quantizer.segments == (2, 1, 2, 2, 1)
     assert net.direct.input_quantizer.segments == (3, 5)

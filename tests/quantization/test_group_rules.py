@@ -4,7 +4,7 @@ import pytest
 
 from ptq_exp.embedded import digits_model
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import Report, Rule, default_rules, quantize_
+from ptq_exp.quantization import Policy, Report, Rule, Widths, quantize_
 from ptq_exp.quantization.group_rules import group_bits, with_groups
 from ptq_exp.quantization.layers import QUANTIZED
 
@@ -19,7 +19,7 @@ def model():
 def quantized(model, groups, keep=()) -> Report:
     network = model.twin()
     names = [name for name, module in network.named_modules() if type(module) in QUANTIZED]
-    rules = [Rule(pattern, None, "kept") for pattern in keep] + default_rules(8, 8)
+    rules = [Rule(pattern, None, "kept") for pattern in keep] + Policy().rules(Widths(8, 8))
     return quantize_(network, with_groups(rules, groups, names, EDGES), model.example_inputs())
 
 

@@ -13,6 +13,9 @@ from ptq_exp.errors import ConfigError, PTQError, QuantizationError
 from ptq_exp.quantization import (
     ActivationQuantizer,
     Mode,
+    PerChannel,
+    PerTensor,
+    Policy,
     QRange,
     QuantAttention,
     QuantConv1d,
@@ -20,11 +23,12 @@ from ptq_exp.quantization import (
     QuantLinear,
     QuantSpec,
     Rule,
+    Segments,
     TensorSpec,
+    Widths,
     calibrate_,
     calibrate_weights_,
     calibrating,
-    default_rules,
     disabled,
     fake_quantize,
     finish_calibration,
@@ -33,6 +37,7 @@ from ptq_exp.quantization import (
     quantizers,
     set_mode,
 )
+from ptq_exp.quantization.granularity import segmented_as
 
 METRIC = "minmax"  # these tests are about placement; the cheapest search will do
 
@@ -50,7 +55,7 @@ def output(model, batch):
 @pytest.fixture
 def quantized(unet, example, batch):
     """The small U-Net, W8A8 by the default policy, calibrated."""
-    quantize_(unet, default_rules(8, 8), example)
+    quantize_(unet, Policy().rules(Widths(8, 8)), example)
     return calibrate(unet, batch)
 
 
@@ -99,7 +104,8 @@ def test_a_layer_computes_on_fake_quantized_operands(kind, segments):
     fp, axis = copy.deepcopy(model[0]), 1 - model[0].weight.ndim
     weight_segments = segments if fp.weight.shape[1] == 4 else None
     spec = QuantSpec(
-        TensorSpec(4, granularity="channel", segments=weight_segments), TensorSpec(3, segments=segments)
+        TensorSpec(4, granularity=segmented_as(PerChannel(), weight_segments)),
+        TensorSpec(3, granularity=segmented_as(PerTensor(), segments)),
     )
     quantize_(model, [Rule("*", spec)], (torch.randn(1, *shape[1:]),) if shape[0] == 2 else (x[None],))
     assert type(model[0]) is quantized_type
@@ -136,7 +142,7 @@ def test_a_layer_can_be_quantized_at_its_output():
 
 def test_segments_must_fit_the_layer_and_the_model_stays_as_it_was(example, unet):
     before = set(unet.state_dict())
-    spec = QuantSpec(TensorSpec(8), TensorSpec(8, segments=(3, 4)))
+    spec = QuantSpec(TensorSpec(8), TensorSpec(8, granularity=Segments((3, 4))))
     with pytest.raises(QuantizationError, match="conv_out.input_quantizer.*sum to 7.*8 channels"):
         quantize_(unet, [Rule("conv_out", spec), Rule("*", QuantSpec(TensorSpec(8)))], example)
     assert set(unet.state_dict()) == before and next(quantizers(unet), None) is None
@@ -148,7 +154,7 @@ def test_segments_must_fit_the_layer_and_the_model_stays_as_it_was(example, unet
 def test_full_precision_names_and_types_are_kept(unet, example):
     types = {name: type(module) for name, module in unet.named_modules()}
     keys = list(unet.state_dict())
-    quantize_(unet, default_rules(8, 8), example)
+    quantize_(unet, Policy().rules(Widths(8, 8)), example)
     after = unet.state_dict()
     assert [key for key in after if "_quantizer." not in key] == keys
     assert all(isinstance(unet.get_submodule(name), kind) for name, kind in types.items())
@@ -162,7 +168,7 @@ def test_quantizers_off_are_bitwise_full_precision(unet, example, batch):
         if isinstance(module, Attention):
             module.set_processor(AttnProcessor())
     fused, plain = output(unet, batch), output(explicit, batch)
-    quantize_(unet, default_rules(4, 4), example)
+    quantize_(unet, Policy().rules(Widths(4, 4)), example)
     with disabled(unet):
         off = output(unet, batch)
     assert torch.equal(off, plain)
@@ -198,7 +204,7 @@ def test_pickle_and_strict_reload_are_bitwise_equal(quantized, unet, _unet, exam
     expected = output(quantized, batch)
     assert torch.equal(output(pickle.loads(pickle.dumps(quantized)), batch), expected)
     fresh = copy.deepcopy(_unet)
-    quantize_(fresh, default_rules(8, 8), example)
+    quantize_(fresh, Policy().rules(Widths(8, 8)), example)
     fresh.load_state_dict(quantized.state_dict(), strict=True)
     assert torch.equal(output(fresh, batch), expected)
     freeze_weights_(fresh)  # the flag came with the state: nothing is quantized twice
@@ -206,7 +212,7 @@ def test_pickle_and_strict_reload_are_bitwise_equal(quantized, unet, _unet, exam
 
 
 def test_a_full_precision_checkpoint_loads(unet, _unet, example):
-    quantize_(unet, default_rules(8, 8), example)
+    quantize_(unet, Policy().rules(Widths(8, 8)), example)
     missing, unexpected = unet.load_state_dict(_unet.state_dict(), strict=False)
     assert not unexpected and all("_quantizer." in key for key in missing)
 
@@ -216,7 +222,7 @@ def test_the_error_shrinks_with_the_bits(unet, example, batch, bits, worst):
     expected = output(unet, batch)
     activation = TensorSpec(bits)
     spec = QuantSpec(
-        TensorSpec(bits, granularity="channel"), activation, softmax=TensorSpec(bits, symmetric=True)
+        TensorSpec(bits, granularity=PerChannel()), activation, softmax=TensorSpec(bits, symmetric=True)
     )
     rules = [Rule("*to_[qkv]", QuantSpec(spec.weight, activation, activation)), Rule("*", spec)]
     quantize_(unet, rules, example)
@@ -226,14 +232,14 @@ def test_the_error_shrinks_with_the_bits(unet, example, batch, bits, worst):
 
 
 def test_quantizing_twice_is_an_error(unet, example):
-    quantize_(unet, default_rules(8, 8), example)
+    quantize_(unet, Policy().rules(Widths(8, 8)), example)
     with pytest.raises(QuantizationError, match="quantized already"):
-        quantize_(unet, default_rules(8, 8), example)
+        quantize_(unet, Policy().rules(Widths(8, 8)), example)
 
 
 def test_a_rule_without_a_match_leaves_the_model_alone(unet, example):
     with pytest.raises(ConfigError, match="conv_inn"):
-        quantize_(unet, [Rule("conv_inn", None), *default_rules(8, 8)], example)
+        quantize_(unet, [Rule("conv_inn", None), *Policy().rules(Widths(8, 8))], example)
     assert next(quantizers(unet), None) is None
 
 
@@ -242,7 +248,7 @@ def test_a_rule_without_a_match_leaves_the_model_alone(unet, example):
 
 def test_frozen_weights_lie_on_their_grid(unet, example):
     names = [name for name, module in unet.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    quantize_(unet, default_rules(3, 8, first=(), last=()), example)
+    quantize_(unet, Policy(first=(), last=()).rules(Widths(3, 8)), example)
     calibrate_weights_(unet, METRIC)
     assert names
     for name in names:
@@ -251,27 +257,27 @@ def test_frozen_weights_lie_on_their_grid(unet, example):
 
 
 def test_the_first_and_last_layer_stay_at_8_bits_or_more(unet, example):
-    quantize_(unet, default_rules(4, 4), example)
+    quantize_(unet, Policy().rules(Widths(4, 4)), example)
     for name, bits in [("conv_in", (8, 16)), ("conv_out", (8, 16)), ("mid_block.resnets.0.conv1", (4, 4))]:
         layer = unet.get_submodule(name)
         assert (layer.weight_quantizer.bits, layer.input_quantizer.bits) == bits
 
 
 def test_weights_are_calibrated_before_activations(unet, example, batch):
-    quantize_(unet, default_rules(8, 8), example)
+    quantize_(unet, Policy().rules(Widths(8, 8)), example)
     with pytest.raises(QuantizationError, match=r"\.weight_quantizer: not calibrated"), calibrating(unet):
         output(unet, batch)
 
 
 def test_running_before_the_end_of_calibration_is_an_error(unet, example, batch):
-    quantize_(unet, default_rules(8, 8), example)
+    quantize_(unet, Policy().rules(Widths(8, 8)), example)
     calibrate_weights_(unet, METRIC)
     with pytest.raises(QuantizationError, match="input_quantizer: not calibrated"):
         output(unet, batch)
 
 
 def test_activations_are_observed_unquantized_on_quantized_weights(unet, example, batch):
-    quantize_(unet, default_rules(4, 4), example)
+    quantize_(unet, Policy().rules(Widths(4, 4)), example)
     calibrate_weights_(unet, METRIC)
     with disabled(unet):
         expected = output(unet, batch)
@@ -321,7 +327,7 @@ def test_contexts_add_up_until_the_end():
 
 @pytest.mark.parametrize("where", ["weight", "input"])
 def test_nan_is_reported_with_the_name_of_its_layer(unet, example, batch, where):
-    quantize_(unet, default_rules(8, 8), example)
+    quantize_(unet, Policy().rules(Widths(8, 8)), example)
     with pytest.raises(PTQError, match=rf"mid_block\.resnets\.1\.conv1\.{where}_quantizer"):
         if where == "weight":
             unet.mid_block.resnets[1].conv1.weight.data[3, 2] = float("nan")
@@ -366,7 +372,7 @@ def test_attention_quantizes_q_k_v_and_the_softmax_map(quantized):
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 def test_the_softmax_map_is_unsigned_with_zero_point_0(unet, example, batch, bits):
-    quantize_(unet, default_rules(8, 8, softmax_bits=bits), example)
+    quantize_(unet, Policy().rules(Widths(8, 8, softmax=bits)), example)
     calibrate(unet, batch)
     quantizer = unet.mid_block.attentions[0].softmax_quantizer
     levels = [getattr(quantizer, field).item() for field in ("zero_point", "qmin", "qmax")]
@@ -374,7 +380,7 @@ def test_the_softmax_map_is_unsigned_with_zero_point_0(unet, example, batch, bit
 
 
 def test_attention_can_stay_full_precision(unet, example):
-    report = quantize_(unet, default_rules(8, 8, attention=False), example)
+    report = quantize_(unet, Policy(attention=False).rules(Widths(8, 8)), example)
     assert type(unet.mid_block.attentions[0]) is Attention
     assert type(unet.mid_block.attentions[0].processor) is not AttnProcessor
     assert type(unet.mid_block.attentions[0].to_q) is QuantLinear

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ptq_exp.quantization import calibrate_, default_rules, describe, proven, quantize_
+from ptq_exp.quantization import Policy, Widths, calibrate_, describe, proven, quantize_
 from ptq_exp.quantization.cost.macs import trace
 from ptq_exp.quantization.cost.operators import without_products
 
@@ -100,7 +100,7 @@ def test_multiplications_are_counted_by_hand(name):
 ], ids=["fft", "svd", "inverse", "distance", "sparse", "custom"])  # fmt: skip
 def test_what_is_not_counted_is_named_and_everything_is_not_claimed(function, operator):
     net = nn.Sequential(nn.Conv2d(4, 4, 1), Call(function)).eval().requires_grad_(False)
-    report = quantize_(net, default_rules(8, 8, attention=False, first=(), last=()), (MAP,))
+    report = quantize_(net, Policy(attention=False, first=(), last=()).rules(Widths(8, 8)), (MAP,))
     assert any(entry.startswith(f"{operator} (called") for entry in report.not_counted)
     totals, plain = report.totals, report.to_dict()
     assert totals["coverage"] == {"conv_linear": 1.0, "everything": None}
@@ -113,7 +113,7 @@ def test_what_is_not_counted_is_named_and_everything_is_not_claimed(function, op
 
 def test_a_layer_that_an_unknown_operator_computes_keeps_the_macs_of_its_shape():
     net = nn.Sequential(nn.Linear(8, 8), Unknown(8, 4)).eval().requires_grad_(False)
-    report = quantize_(net, default_rules(8, 8, attention=False, first=(), last=()), (X,))
+    report = quantize_(net, Policy(attention=False, first=(), last=()).rules(Widths(8, 8)), (X,))
     assert [row.macs for row in report.rows] == [5 * 8 * 8, 5 * 8 * 4]
     assert report.totals["coverage"]["conv_linear"] == pytest.approx(2 / 3)
 
@@ -130,7 +130,7 @@ def test_both_layouts_of_attention_have_the_same_account():
             x = x if self.batch_first else x.transpose(0, 1)
             return self.attention(x, x, x)[0]
 
-    rules = default_rules(8, 8, attention=False, first=(), last=())
+    rules = Policy(attention=False, first=(), last=()).rules(Widths(8, 8))
     reports = [
         quantize_(Net(first).eval().requires_grad_(False), rules, (X,))
         for first in (False, True)
@@ -142,7 +142,7 @@ def test_both_layouts_of_attention_have_the_same_account():
 def test_the_fused_path_around_quantized_layers_is_not_taken():
     net = COUNTED["encoder"][1].eval().requires_grad_(False)
     net = Call(COUNTED["encoder"][0], net)
-    x, rules = torch.randn(1, 5, 8), default_rules(4, 4, attention=False, first=(), last=())
+    x, rules = torch.randn(1, 5, 8), Policy(attention=False, first=(), last=()).rules(Widths(4, 4))
     report = quantize_(net, rules, (x,))
     calibrate_(net, "minmax", [(x,)])
     checked = proven(net, report, (x,))

@@ -5,7 +5,17 @@ import torch
 from torch import nn
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import QuantSpec, Rule, TensorSpec, calibrate_, default_rules, describe, quantize_, quantizers
+from ptq_exp.quantization import (
+    Policy,
+    QuantSpec,
+    Rule,
+    TensorSpec,
+    Widths,
+    calibrate_,
+    describe,
+    quantize_,
+    quantizers,
+)
 
 METRIC = "minmax"
 
@@ -28,7 +38,7 @@ class Net(nn.Module):
 def test_coverage_counts_what_reads_a_grid_by_hand():
     torch.manual_seed(0)
     model, example = Net(), (torch.randn(1, 2, 4, 4),)
-    rules = default_rules(8, 6, activation_site="output", first=(), last=(), attention=False)
+    rules = Policy(activation_site="output", first=(), last=(), attention=False).rules(Widths(8, 6))
     report = quantize_(model, rules, example)
     rows = {row.name: row for row in report.rows}
     assert {name for name, row in rows.items() if row.covered} == {"second", "viewed"}
@@ -44,7 +54,7 @@ def test_coverage_counts_what_reads_a_grid_by_hand():
 
 
 def test_of_a_unet_hardly_anything_reads_a_grid(unet, example):
-    report = quantize_(unet, default_rules(8, 8, activation_site="output"), example)
+    report = quantize_(unet, Policy(activation_site="output").rules(Widths(8, 8)), example)
     covered = [row for row in report.rows if row.covered and row.scope == "conv_linear"]
     # the shortcut of the block behind the strided convolution
     assert [row.name for row in covered] == ["down_blocks.1.resnets.0.conv_shortcut"]
@@ -57,14 +67,14 @@ def test_of_a_unet_hardly_anything_reads_a_grid(unet, example):
 def test_a_network_quantized_at_its_outputs_runs_on_their_grids():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 3), nn.SiLU(), nn.Linear(3, 2)), torch.randn(64, 4)
-    rules = default_rules(8, 2, activation_site="output", first=(), last=("2",), first_last_bits=3, attention=False)
+    rules = Policy(activation_site="output", first=(), last=("2",), attention=False).rules(Widths(8, 2, first_last=3))
     quantize_(model, rules, (x[:1],))
     calibrate_(model, METRIC, [(x,)])
     assert len(model[0](x).unique()) == 4 and len(model(x).unique()) > 8
 
 
 def test_state_and_output_can_be_quantized_for_a_study(unet, example, batch):
-    plain, studied = default_rules(8, 4), default_rules(8, 4, quantize_state=True, quantize_output=True)
+    plain, studied = Policy().rules(Widths(8, 4)), Policy(quantize_state=True, quantize_output=True).rules(Widths(8, 4))
     assert (plain[0].spec.input.bits, plain[0].spec.input.headroom) == (16, 2)
     assert (studied[0].spec.input.bits, studied[0].spec.input.headroom, studied[0].spec.input.metric) == (8, 1, None)
     assert plain[1].spec.output is None and studied[1].spec.output.bits == 8
@@ -76,10 +86,10 @@ def test_state_and_output_can_be_quantized_for_a_study(unet, example, batch):
 
 
 def test_at_the_output_site_the_state_is_quantized_on_request():
-    first = default_rules(8, 8, activation_site="output", quantize_state=True)[0].spec
+    first = Policy(activation_site="output", quantize_state=True).rules(Widths(8, 8))[0].spec
     assert first.input.bits == 8 and first.output.bits == 8
     with pytest.raises(ConfigError, match="activation_site=both: choose one of input, output"):
-        default_rules(8, 8, activation_site="both")
+        Policy(activation_site="both").rules(Widths(8, 8))
 
 
 def test_a_layer_with_an_own_input_quantizer_keeps_its_own_bits():

@@ -9,10 +9,11 @@ from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization import (
     ActivationQuantizer,
     Mode,
+    Policy,
+    Widths,
     calibrate_activations_,
     calibrate_weights_,
     choose_qparams,
-    default_rules,
     find_concats,
     of_samples,
     proven,
@@ -26,17 +27,17 @@ from ptq_exp.quantization import (
 SETTINGS = {
     "plain": {}, "outputs": {"activation_site": "output"}, "groups": {"weight_granularity": "group", "group_size": 3},
     "tensor": {"weight_granularity": "tensor"}, "symmetric": {"weight_symmetric": True, "activation_symmetric": True},
-    "bins": {"bins": 3}, "widths": {"activation_bits": (4, 8)}, "wide softmax": {"softmax_bits": 16},
+    "bins": {"bins": 3}, "widths": {"activation": (4, 8)}, "wide softmax": {"softmax": 16},
 }  # fmt: skip
 
 
-def made(unet, example, batch, *, split=False, **settings):
+def made(unet, example, batch, *, split=False, bins=1, activation=8, softmax=8, **settings):
     """The calibrated network and its report; its activation ranges are found on `batch`."""
-    rules = default_rules(**{"weight_bits": 4, "activation_bits": 8} | settings)
+    rules = Policy(**settings).rules(Widths(4, activation, softmax), bins)
     rules = segmented(rules, find_concats(unet, example)) if split else rules
     report = quantize_(unet, rules, example)
     calibrate_weights_(unet, "minmax")
-    for row in range(settings.get("bins", 1)):
+    for row in range(bins):
         if step_of(unet) is not None:
             select_row(unet, row)
         calibrate_activations_(unet, "minmax", [batch])
@@ -106,7 +107,7 @@ def test_a_hook_that_comes_later_is_found(unet, example, batch):
 def test_an_output_that_a_hook_changes_feeds_no_covered_layer():
     net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).eval()
     x = torch.randn(8, 4)
-    rules = default_rules(8, 8, activation_site="output", first=(), last=(), attention=False)
+    rules = Policy(activation_site="output", first=(), last=(), attention=False).rules(Widths(8, 8))
     plain = made_of(copy.deepcopy(net), rules, x)
     net[0].register_forward_hook(lambda _, args, output: output * 1.01)
     assert [row.covered for row in plain.rows] == [False, True]
@@ -127,7 +128,7 @@ def test_layers_that_the_example_did_not_call_are_named():
             return self.late(self.always(x)) if float(x.abs().max()) > 0 else self.always(x)
 
     net, x = Gate().eval(), torch.randn(8, 4)
-    report = quantize_(net, default_rules(8, 8, first=(), last=(), attention=False), (torch.zeros(1, 4),))
+    report = quantize_(net, Policy(first=(), last=(), attention=False).rules(Widths(8, 8)), (torch.zeros(1, 4),))
     calibrate_weights_(net, "minmax")
     calibrate_activations_(net, "minmax", [(x,)])
     found = proven(net, report, (x,))

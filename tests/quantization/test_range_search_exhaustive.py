@@ -96,6 +96,21 @@ def test_channels_are_as_good_as_an_exhaustive_search_on_each(cells, n, bits, sy
             assert achieved(x[cell], QRange(*(part[cell] for part in found)), metric) <= least * 1.001, (data, cell)
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(("distinct", "n", "bits"), [(4, 200, 6), (3, 100, 3), (7, 160, 7)])
+def test_few_values_that_occur_often_have_narrow_minima(distinct, n, bits, symmetric):
+    """However many they are: two channels of palettes of their own, the second with zeros between."""
+    generator = torch.Generator().manual_seed(distinct)
+    which = torch.randint(distinct, (2, n), generator=generator)
+    x = torch.randn(2, distinct, generator=generator).gather(1, which)
+    x[1, ::3] = 0
+    for metric in ("mse", "lp"):
+        found = search_range(x, bits, symmetric=symmetric, channel_axis=0, metric=metric)
+        for cell in range(2):
+            least = exhaustive(x[cell], bits, symmetric, metric)
+            assert achieved(x[cell], QRange(*(part[cell] for part in found)), metric) <= least * 1.001 + 1e-12
+
+
 def test_the_best_symmetric_range_may_end_beyond_the_data():
     """A scale of 0.53 or so hits all of -1.1, 0.53 and 1.06; at 3 bits its range ends at 1.6."""
     x = torch.tensor([-1.1, -1.1, 0.53, 0.53, 1.06])

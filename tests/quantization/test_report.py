@@ -12,11 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization import (
+    PerChannel,
+    Policy,
     QuantSpec,
     Rule,
     TensorSpec,
+    Widths,
     calibrate_,
-    default_rules,
     describe,
     quantize_,
     quantizers,
@@ -81,7 +83,7 @@ def test_macs_of_a_unet_agree_with_the_operator_count(unet, example):
 
 
 def test_a_fused_processor_set_later_is_seen(unet, example):
-    quantize_(unet, default_rules(8, 8), example)
+    quantize_(unet, Policy().rules(Widths(8, 8)), example)
     unet.mid_block.attentions[0].set_processor(AttnProcessor2_0())
     rows = {row.name: row for row in describe(unet, example).rows}
     assert rows["mid_block.attentions.0.qk"].covered
@@ -91,7 +93,7 @@ def test_a_fused_processor_set_later_is_seen(unet, example):
 def test_totals_by_hand():
     model = Tiny()
     rules = [
-        Rule("conv", spec(8, 4, granularity="channel")),
+        Rule("conv", spec(8, 4, granularity=PerChannel())),
         Rule("grouped", QuantSpec(weight=TensorSpec(6, symmetric=True))),
         Rule("line", None, "a reason"),
         Rule("head", spec(3, 2)),
@@ -162,7 +164,7 @@ def test_multihead_attention_is_listed_and_its_products_are_counted():
 
 
 def test_the_default_policy_covers_the_unet(unet, example):
-    report = quantize_(unet, default_rules(8, 8, boundary_bits=8), example)
+    report = quantize_(unet, Policy().rules(Widths(8, 8, boundary=8)), example)
     assert report.totals["coverage"]["conv_linear"] >= 0.99
     assert report.totals["coverage"]["everything"] >= 0.99
     assert report.totals["bops_reduction"]["conv_linear"] == pytest.approx(16)
@@ -174,7 +176,7 @@ def test_bits_of_attention_products(unet, example):
         Rule(f"*to_{role}", QuantSpec(output=TensorSpec(bits)))
         for role, bits in zip("qkv", (3, 5, 7), strict=True)
     ]
-    rules = [*operands, *default_rules(4, 6, softmax_bits=12)]
+    rules = [*operands, *Policy().rules(Widths(4, 6, softmax=12))]
     rows = {row.name: row for row in quantize_(unet, rules, example).rows}
     qk, av = rows["mid_block.attentions.0.qk"], rows["mid_block.attentions.0.av"]
     assert (qk.weight_bits, qk.activation_bits) == (5, 3)
@@ -192,7 +194,7 @@ def test_attention_written_as_a_function_is_counted_as_other():
 
 
 def test_a_quantized_model_is_described_as_when_it_was_quantized(unet, example):
-    report = quantize_(unet, default_rules(4, 8), example)
+    report = quantize_(unet, Policy().rules(Widths(4, 8)), example)
     assert describe(unet, example) == report
 
 
@@ -213,7 +215,7 @@ def test_the_example_is_one_sample():
 
 
 def test_reports_are_plain_data_and_tables(unet, example):
-    report = quantize_(unet, default_rules(4, 8), example)
+    report = quantize_(unet, Policy().rules(Widths(4, 8)), example)
     stored = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert stored["totals"] == report.totals and len(stored["layers"]) == len(report.rows)
     table = report.table()
@@ -222,7 +224,7 @@ def test_reports_are_plain_data_and_tables(unet, example):
 
 
 def test_the_summary_groups_operations_and_reasons(unet, example):
-    rules = [Rule("mid_block.*", None, "for comparison"), *default_rules(4, 8, boundary_bits=8)]
+    rules = [Rule("mid_block.*", None, "for comparison"), *Policy().rules(Widths(4, 8, boundary=8))]
     lines = quantize_(unet, rules, example).summary().splitlines()
     # 2 of 25 convolutions are the first and the last, and the middle block has 4
     assert [line.split()[:2] for line in lines if line.startswith("Conv2d")] == [
@@ -235,7 +237,7 @@ def test_the_summary_groups_operations_and_reasons(unet, example):
 
 
 def test_ranges_are_plain_lists(unet, example, batch):
-    quantize_(unet, default_rules(4, 8), example)
+    quantize_(unet, Policy().rules(Widths(4, 8)), example)
     with pytest.raises(QuantizationError, match="not calibrated"):
         range_table(unet)
     calibrate_(unet, "minmax", [batch])

@@ -9,13 +9,15 @@ from torch import nn
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization import (
     ActivationQuantizer,
+    Policy,
     QuantSpec,
     Rule,
+    Segments,
     TensorSpec,
+    Widths,
     calibrate_activations_,
     calibrate_weights_,
     calibrating,
-    default_rules,
     of_samples,
     quantize_,
     quantizers,
@@ -46,7 +48,7 @@ def net(x):
     """A convolution with two segments and a layer over the channels, three bins."""
     torch.manual_seed(0)
     spec = TensorSpec(3, bins=3)
-    rules = [Rule("0", QuantSpec(TensorSpec(8), TensorSpec(3, segments=(1, 3), bins=3))),
+    rules = [Rule("0", QuantSpec(TensorSpec(8), TensorSpec(3, granularity=Segments((1, 3)), bins=3))),
              Rule("*", QuantSpec(TensorSpec(8), spec, spec))]  # fmt: skip
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU(), nn.Linear(6, 2))
     return calibrated(net, rules, (x[:1],), [(scale * x,) for scale in (1, 0.3, 2)])
@@ -95,7 +97,7 @@ def test_every_sample_is_quantized_as_alone_with_its_row(net, x):
 def test_merged_attention_heads_use_the_row_of_their_sample(unet, example, batch):
     x, t = batch[0][:3], batch[1][:3]
     batches = [(scale * x, t) for scale in (1, 0.2, 3)]
-    model = calibrated(unet, default_rules(8, 3, softmax_bits=3, bins=3), example, batches)
+    model = calibrated(unet, Policy().rules(Widths(8, 3, softmax=3), bins=3), example, batches)
     found, differing = check_each_alone(model, (x, t), torch.tensor([1, 0, 2]))
     merged = {name for name, (read, _) in found.items() if len(read) > len(x)}
     assert merged == {name for name in found if name.endswith("softmax_quantizer")} and merged

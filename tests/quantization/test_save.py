@@ -2,8 +2,9 @@
 
 import copy
 import json
-import math
 import re
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +14,16 @@ from safetensors.torch import save_file
 import ptq_exp
 from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization import (
+    PerChannel,
+    Policy,
     QRange,
     QuantSpec,
     Rule,
+    Segments,
     TensorSpec,
+    Widths,
     calibrate_,
     calibrate_weights_,
-    default_rules,
     load_quantized_,
     quantize_,
     quantizers,
@@ -59,7 +63,7 @@ def test_networks_come_back_bit_for_bit_at_the_theoretical_size(name, weight, ac
     x = torch.randn(4, *model.sample_shape, generator=torch.Generator().manual_seed(1))
     inputs = (x, torch.tensor([1.0, 300.0, 600.0, 999.0]))
     inputs += () if model.n_classes is None else (torch.tensor([0, 3, 5, 10]),)
-    network, rules = model.twin(), default_rules(weight, activation)
+    network, rules = model.twin(), Policy().rules(Widths(weight, activation))
     report = quantized(network, rules, inputs, model.example_inputs())
     description = save_quantized(tmp_path, network, rules, report, {"own": [1, "a"]})
     found = scrambled(model.denoiser)
@@ -72,18 +76,22 @@ def test_networks_come_back_bit_for_bit_at_the_theoretical_size(name, weight, ac
             assert torch.equal(network(*inputs), found(*inputs))
     size = description["file"]
     assert size["theoretical_bytes"] == report.totals["weight_bytes"]
-    assert size["bytes"] == pytest.approx(size["theoretical_bytes"], rel=0.05)
+    assert size["bytes"] - size["header_bytes"] == pytest.approx(size["theoretical_bytes"], rel=0.01)
+    with safe_open(tmp_path / size["name"], "pt") as file:
+        names = list(file.keys())
+    assert size["header_bytes"] < 150 * len(names)
+    assert set(names) <= set(network.state_dict()) and set(model.denoiser.state_dict()) <= set(names)
     assert json.loads((tmp_path / "quantization.json").read_text())["own"] == [1, "a"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("settings", [
     {}, {"weight_symmetric": True, "activation_symmetric": True}, {"weight_granularity": "tensor"},
-    {"weight_symmetric": True, "weight_granularity": "tensor", "boundary_bits": 12},
+    {"weight_symmetric": True, "weight_granularity": "tensor"}, {"weight_granularity": "group", "group_size": 3},
 ])  # fmt: skip
 def test_all_number_types_symmetries_and_granularities(dtype, settings, unet, batch, example, tmp_path):
     unet, inputs = unet.to(dtype), [(x.to(dtype), t) for x, t in (batch, example)]
-    fresh, rules = scrambled(unet), default_rules(5, 8, **settings)
+    fresh, rules = scrambled(unet), Policy(**settings).rules(Widths(5, 8, boundary=12))
     report = quantized(unet, rules, *inputs)
     save_quantized(tmp_path, unet, rules, report, {})
     load_quantized_(fresh, tmp_path, inputs[1])
@@ -93,11 +101,11 @@ def test_all_number_types_symmetries_and_granularities(dtype, settings, unet, ba
 
 
 def test_segments_kept_layers_and_odd_ranges(unet, batch, example, tmp_path):
-    layer = TensorSpec(3, granularity="channel", segments=(6, 10))
+    layer = TensorSpec(3, granularity=Segments((6, 10), PerChannel()))
     rules = [
         Rule("conv_out", None, "kept"),
-        Rule("down_blocks.1.resnets.0.conv2", QuantSpec(layer, TensorSpec(4, segments=(12, 4)))),
-        Rule("*", QuantSpec(TensorSpec(8, granularity="channel"), TensorSpec(8, True, metric="lp", headroom=1.5))),
+        Rule("down_blocks.1.resnets.0.conv2", QuantSpec(layer, TensorSpec(4, granularity=Segments((12, 4))))),
+        Rule("*", QuantSpec(TensorSpec(8, granularity=PerChannel()), TensorSpec(8, True, metric="lp", headroom=1.5))),
     ]
     fresh = scrambled(unet)
     report = quantized(unet, rules, batch, example)
@@ -112,7 +120,7 @@ def test_segments_kept_layers_and_odd_ranges(unet, batch, example, tmp_path):
 
 
 def test_what_is_not_on_the_grid_or_not_calibrated_is_refused(unet, batch, example, tmp_path):
-    rules = default_rules(4, 8)
+    rules = Policy().rules(Widths(4, 8))
     report = quantize_(unet, rules, example)
     with pytest.raises(QuantizationError, match="conv_in.*not frozen"):
         save_quantized(tmp_path, unet, rules, report, {})
@@ -129,7 +137,7 @@ def test_what_is_not_on_the_grid_or_not_calibrated_is_refused(unet, batch, examp
 @pytest.fixture
 def saved(unet, batch, example, tmp_path):
     """(folder of a saved network, a network to load it into, its example)."""
-    fresh, rules = scrambled(unet), default_rules(4, 8)
+    fresh, rules = scrambled(unet), Policy().rules(Widths(4, 8))
     report = quantized(unet, rules, batch, example)
     save_quantized(tmp_path, unet, rules, report, {})
     return tmp_path, fresh, example
@@ -188,9 +196,9 @@ def test_edited_descriptions(edit, saved):
 
 def test_other_versions_say_what_to_do(saved):
     path = saved[0] / "quantization.json"
-    for version in (2, "1", None, [1]):
+    for version in (3, "1", None, [1], True):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))
-        assert "of the format, this code reads 1: install the ptq-exp that wrote it" in refused(saved)
+        assert "of the format, this code reads 1 and 2: install the ptq-exp that wrote it" in refused(saved)
 
 
 def forged(folder, edit):
@@ -198,7 +206,7 @@ def forged(folder, edit):
     path = folder / "quantization.json"
     description = json.loads(path.read_text())
     with safe_open(folder / "quantized.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
         metadata = file.metadata()
     edit(description, tensors)
     metadata["description_sha256"] = _description_hash(description)
@@ -220,41 +228,32 @@ def number(tensor, value):
     return lambda d, t: t[tensor].view(-1)[:1].fill_(value)
 
 
-def zero_point_of_four_bits(d, t):
-    """Set the first zero point of the first layer of 4 bits to what 8 bits hold."""
-    place = 0
-    for name, entry in d["tensors"]["ranges"].items():
-        if entry["zero_point"] is not None:
-            if entry["bits"] == 4 and entry["zero_point"] == "uint8" and name.endswith("conv1.weight_quantizer"):
-                t["ranges.zero_point.uint8"][place] = 200
-                return
-            place += math.prod(entry["shape"]) if entry["zero_point"] == "uint8" else 0
-    raise AssertionError("no such layer")
+IN, FOUR = "conv_in.input_quantizer.scale", "mid_block.resnets.0.conv1.weight_quantizer.zero_point"
 
 
 @pytest.mark.parametrize(("edit", "said"), [
     (lambda d, t: t.pop("conv_in.weight"), "the tensor conv_in.weight is missing"),
-    (lambda d, t: t.pop("ranges.scale"), "the tensor ranges.scale is missing"),
-    (lambda d, t: t.pop("parameters.float32"), "the tensor parameters.float32 is missing"),
-    (lambda d, t: t.update(more=torch.zeros(2)), "the tensor more .* holds more than the model has"),
-    (lambda d, t: t.update({"ranges.scale": t["ranges.scale"][:-1]}), "ranges.scale ends early"),
-    (lambda d, t: t.update({"ranges.scale": t["ranges.scale"].view(1, -1)}), "expected float32 .values"),
-    (lambda d, t: t.update({"ranges.scale": t["ranges.scale"].half()}), "is float16 .*, expected float32"),
-    (lambda d, t: t.update({"parameters.float32": torch.zeros(5000)}), "ends early|holds more"),
+    (lambda d, t: t.pop(IN), "the tensor conv_in.input_quantizer.scale is missing"),
+    (lambda d, t: t.pop("conv_in.bias"), "the tensor conv_in.bias is missing"),
+    (lambda d, t: t.pop(FOUR), "conv1.weight_quantizer.zero_point is missing"),
+    (lambda d, t: t.update(more=torch.zeros(2)), "the tensor more is more than the model has"),
+    (lambda d, t: t.update({IN: t[IN].view(-1)}), r"is float32 \[1\], expected float32 \[1, 1\]"),
+    (lambda d, t: t.update({IN: t[IN].half()}), "is float16 .*, expected float32"),
+    (lambda d, t: t.update({"conv_in.bias": torch.zeros(9)}), r"conv_in.bias is float32 \[9\], expected float32 \[8\]"),
     (lambda d, t: t.update({"conv_in.weight": t["mid_block.resnets.0.conv1.weight"].clone()}), "72 integers of 8 bits"),
     (lambda d, t: t.update({"conv_in.weight": t["conv_in.weight"][:-1]}), "72 integers of 8 bits are uint8 .72."),
     (layout("weights", "conv_in.weight", bits=3), "conv_in.weight has bits 3, the model 8"),
     (layout("weights", "conv_in.weight", shape=[1, 8, 3, 3]), "conv_in.weight has shape .1, 8, 3, 3., the model"),
-    (layout("parameters", "conv_in.bias", type="float16"), "conv_in.bias has type float16, the model float32"),
+    (lambda d, t: t.update({"conv_in.bias": t["conv_in.bias"].half()}), "conv_in.bias is float16 .* expected float32"),
     (layout("ranges", "conv_in.input_quantizer", levels="odd"), "has the levels 'odd', expected one of unsigned"),
-    (layout("ranges", "conv_in.input_quantizer", zero_point="float8"), "ranges.zero_point.float8 is missing"),
-    (number("ranges.scale", float("nan")), r"conv_in.*_quantizer: scale holds NaN or infinity in 1 of"),
-    (number("ranges.scale", float("inf")), r"conv_in.*_quantizer: scale holds NaN or infinity in 1 of"),
-    (number("ranges.scale", 0), r"conv_in.*_quantizer: scale holds 0, it must be positive"),
-    (number("ranges.scale", -0.5), r"conv_in.*_quantizer: scale holds -0.5, it must be positive"),
-    (number("parameters.float32", float("nan")), r"safetensors: [\w.]+ holds NaN or infinity in 1 of"),
-    (number("parameters.float32", float("inf")), r"safetensors: [\w.]+ holds NaN or infinity in 1 of"),
-    (zero_point_of_four_bits, r"conv1.weight_quantizer: zero_point holds 200, outside its levels 0 to 15"),
+    (layout("ranges", "conv_in.input_quantizer", zero_point="float8"), "zero_point is .*, expected float8"),
+    (number(IN, float("nan")), r"conv_in.*_quantizer: scale holds NaN or infinity in 1 of"),
+    (number(IN, float("inf")), r"conv_in.*_quantizer: scale holds NaN or infinity in 1 of"),
+    (number(IN, 0), r"conv_in.*_quantizer: scale holds 0, it must be positive"),
+    (number(IN, -0.5), r"conv_in.*_quantizer: scale holds -0.5, it must be positive"),
+    (number("conv_in.bias", float("nan")), r"safetensors: [\w.]+ holds NaN or infinity in 1 of"),
+    (number("conv_in.bias", float("inf")), r"safetensors: [\w.]+ holds NaN or infinity in 1 of"),
+    (number(FOUR, 200), r"conv1.weight_quantizer: zero_point holds 200, outside its levels 0 to 15"),
     (lambda d, t: d["tensors"]["weights"].pop("conv_in.weight"), "the model has and the file lacks conv_in.weight"),
     (lambda d, t: d["tensors"]["ranges"].update(more={}), "the file has and the model lacks more"),
     (lambda d, t: d["tensors"].pop("ranges"), "is damaged: KeyError"),
@@ -265,7 +264,11 @@ def zero_point_of_four_bits(d, t):
     (rule(0, "weight", bits=4), "conv_in.weight has bits 8, the model 4"),
     (rule(0, "weight", bits=99), "does not fit the model: TensorSpec.bits=99"),
     (rule(0, "weight", width=4), "is damaged: TypeError"),
-    (rule(0, "input", segments=[3, 3]), "does not fit the model: conv_in.input_quantizer: segments"),
+    (rule(0, "weight", granularity={"per": "row"}), "is damaged: KeyError"),
+    (rule(0, "weight", granularity={"per": "group", "size": 0}), "does not fit the model: PerGroup.size=0"),
+    (rule(0, "weight", granularity="row"), "is damaged: KeyError"),
+    (rule(0, "input", granularity={"per": "segments", "channels": [3, 3], "within": {"per": "tensor"}}),
+     "does not fit the model: conv_in.input_quantizer: segments"),
     (rule(-1, "input", bits=[4, 8]), "has bits 8, the model .4, 8."),
 ])  # fmt: skip
 def test_forged_files_whose_hashes_agree(edit, said, saved):
@@ -278,3 +281,38 @@ def test_another_network_is_refused(saved):
     model = ptq_exp.load_model("digits")
     message = refused((saved[0], model.twin(), model.example_inputs()))
     assert "another network or other rules" in message
+
+
+@pytest.fixture
+def first_version(tmp_path):
+    """(folder of a network saved by an earlier version, its network, its example)."""
+    zipfile.ZipFile(Path(__file__).parents[1] / "golden" / "saved_model_1.zip").extractall(tmp_path)
+    model = ptq_exp.load_model("diffusers", str(tmp_path / "model"))
+    return tmp_path / "quantized", model.twin(), model.example_inputs()
+
+
+@pytest.mark.parametrize(("edit", "said"), [
+    (lambda d, t: t.pop("unet.conv_in.weight"), "the tensor unet.conv_in.weight is missing"),
+    (lambda d, t: t.pop("ranges.scale"), "the tensor ranges.scale is missing"),
+    (lambda d, t: t.update(more=torch.zeros(2)), "the tensor more .* holds more than the model has"),
+    (lambda d, t: t.update({"ranges.scale": t["ranges.scale"][:-1]}), "ranges.scale ends early"),
+    (lambda d, t: t.update({"ranges.scale": t["ranges.scale"].half()}), "is float16 .*, expected float32"),
+    (lambda d, t: t.update({"parameters.float32": torch.zeros(50000)}), "ends early|holds more"),
+    (layout("parameters", "unet.conv_in.bias", type="float16"), "conv_in.bias has type float16, the model"),
+    (number("ranges.scale", float("nan")), r"_quantizer: scale holds NaN or infinity in 1 of"),
+    (number("parameters.float32", float("inf")), r"safetensors: [\w.]+ holds NaN or infinity in 1 of"),
+    (lambda d, t: d["tensors"].pop("parameters"), "is damaged: KeyError"),
+])  # fmt: skip
+def test_forged_files_of_an_earlier_version(edit, said, first_version):
+    forged(first_version[0], edit)
+    assert re.search(said, refused(first_version)), refused(first_version)
+
+
+def test_a_model_of_an_earlier_version_is_saved_anew_and_stays_what_it_was(first_version, tmp_path):
+    folder, network, example = first_version
+    report = load_quantized_(network, folder, example)
+    rules = [rule_from_dict(rule) for rule in json.loads((folder / "quantization.json").read_text())["rules"]]
+    assert save_quantized(tmp_path / "new", network, rules, report, {})["version"] == 2
+    again = ptq_exp.load_model("diffusers", str(tmp_path / "model")).denoiser
+    load_quantized_(again, tmp_path / "new", example)
+    assert same_state(network, again)

@@ -3,7 +3,18 @@
 import pytest
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import QuantSpec, Rule, TensorSpec, default_rules, kept
+from ptq_exp.quantization import (
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    Policy,
+    QuantSpec,
+    Rule,
+    Segments,
+    TensorSpec,
+    Widths,
+    kept,
+)
 from ptq_exp.quantization.specs import check_rules, first_match
 
 NAMES = ["conv_in", "mid.attn", "mid.attn.to_q", "mid.attn.to_out.0", "mid.conv1", "conv_out"]
@@ -39,19 +50,19 @@ def test_a_rule_for_modules_that_cannot_be_quantized_says_so():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight_bits": 1}, "bits.weight=1: choose 2..8"),
-        ({"weight_bits": 9}, "bits.weight=9: choose 2..8"),
-        ({"activation_bits": 0}, "bits.activation=0: choose 2..8"),
-        ({"activation_bits": 8.0}, "bits.activation=8.0: choose 2..8"),
-        ({"weight_bits": True}, "bits.weight=True: choose 2..8"),
-        ({"softmax_bits": 17}, "bits.softmax=17: choose 2..16"),
-        ({"first_last_bits": 16}, "bits.first_last=16: choose 2..8"),
-        ({"boundary_bits": 1}, "bits.boundary=1: choose 2..16"),
+        ({"weight": 1}, "bits.weight=1: choose 2..8"),
+        ({"weight": 9}, "bits.weight=9: choose 2..8"),
+        ({"activation": 0}, "bits.activation=0: choose 2..8"),
+        ({"activation": 8.0}, "bits.activation=8.0: choose 2..8"),
+        ({"weight": True}, "bits.weight=True: choose 2..8"),
+        ({"softmax": 17}, "bits.softmax=17: choose 2..16"),
+        ({"first_last": 16}, "bits.first_last=16: choose 2..8"),
+        ({"boundary": 1}, "bits.boundary=1: choose 2..16"),
     ],
 )
 def test_impossible_bits_name_the_setting(settings, message):
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
-        default_rules(**{"weight_bits": 8, "activation_bits": 8} | settings)
+        Widths(**{"weight": 8, "activation": 8} | settings)
 
 
 @pytest.mark.parametrize(
@@ -59,20 +70,32 @@ def test_impossible_bits_name_the_setting(settings, message):
     [
         lambda: TensorSpec(17),
         lambda: TensorSpec(8, granularity="row"),
-        lambda: TensorSpec(8, segments=()),
-        lambda: TensorSpec(8, segments=(4, 0)),
+        lambda: TensorSpec(8, granularity=PerTensor),
+        lambda: Segments(()),
+        lambda: Segments((4, 0)),
+        lambda: Segments((4,), Segments((2, 2))),
+        lambda: PerGroup(0),
+        lambda: PerGroup(True),
         lambda: TensorSpec(8, metric="l3"),
-        lambda: QuantSpec(input=TensorSpec(8, granularity="channel")),
+        lambda: QuantSpec(input=TensorSpec(8, granularity=PerChannel())),
+        lambda: QuantSpec(input=TensorSpec(8, granularity=Segments((2, 2), PerChannel()))),
         lambda: QuantSpec(softmax=TensorSpec(8, symmetric=False)),
+        lambda: QuantSpec(softmax=TensorSpec(8, symmetric=True, granularity=Segments((2, 2)))),
     ],
     ids=[
         "bits",
         "granularity",
+        "class",
         "no_segment",
         "empty_segment",
+        "nested_segments",
+        "empty_group",
+        "group_of_yes",
         "metric",
         "activation_channel",
+        "activation_segments_of_channels",
         "softmax_zero_point",
+        "softmax_segments",
     ],
 )
 def test_impossible_specifications_are_refused(make):
@@ -90,25 +113,25 @@ def _bits(rules, name):
 
 
 def test_default_policy():
-    rules = default_rules(4, 6, softmax_bits=16)
+    rules = Policy().rules(Widths(4, 6, softmax=16))
     check_rules(rules, NAMES, [])
     assert _bits(rules, "conv_in") == _bits(rules, "conv_out") == {"weight": 8, "input": 16}
     assert _bits(rules, "mid.attn.to_q") == {"weight": 4, "input": 6, "output": 6}
     assert _bits(rules, "mid.conv1") == {"weight": 4, "input": 6, "softmax": 16}
     assert first_match(rules, "mid.attn").spec.softmax == TensorSpec(16, symmetric=True)
     weight = first_match(rules, "mid.conv1").spec.weight
-    assert weight.granularity == "channel" and not weight.symmetric
+    assert weight.granularity == PerChannel() and not weight.symmetric
 
 
 def test_first_and_last_layer_never_get_fewer_bits_than_the_rest():
-    rules = default_rules(8, 3, first_last_bits=4, boundary_bits=2)
+    rules = Policy().rules(Widths(8, 3, first_last=4, boundary=2))
     assert _bits(rules, "conv_in") == _bits(rules, "conv_out") == {"weight": 8, "input": 4}
 
 
 def test_the_sampler_state_keeps_its_whole_range_with_headroom():
-    state = first_match(default_rules(4, 4), "conv_in").spec.input
+    state = first_match(Policy().rules(Widths(4, 4)), "conv_in").spec.input
     assert (state.bits, state.metric, state.headroom) == (16, "minmax", 2.0)
-    narrow = first_match(default_rules(4, 4, boundary_bits=8), "conv_in").spec.input
+    narrow = first_match(Policy().rules(Widths(4, 4, boundary=8)), "conv_in").spec.input
     assert (narrow.bits, narrow.metric, narrow.headroom) == (8, None, 1.0)
 
 
@@ -118,23 +141,18 @@ def test_headroom_below_one_is_an_error():
 
 
 def test_switches_of_the_default_policy():
-    rules = default_rules(
-        4,
-        4,
-        attention=False,
-        first=(),
-        last=(),
-        weight_symmetric=True,
-        weight_granularity="tensor",
+    policy = Policy(
+        attention=False, first=(), last=(), weight_symmetric=True, weight_granularity="tensor",
         activation_symmetric=True,
-    )
+    )  # fmt: skip
+    rules = policy.rules(Widths(4, 4))
     assert len(rules) == 1
     assert rules[0].spec == QuantSpec(TensorSpec(4, symmetric=True), TensorSpec(4, symmetric=True))
 
 
 def test_quantizing_attention_that_is_not_there_is_an_error():
     with pytest.raises(ConfigError, match="to_"):
-        check_rules(default_rules(8, 8), ["conv_in", "conv1", "conv_out"], [])
+        check_rules(Policy().rules(Widths(8, 8)), ["conv_in", "conv1", "conv_out"], [])
 
 
 def test_a_set_of_kept_layers_keeps_what_the_network_has_of_it_and_globs_are_kept_as_they_are():

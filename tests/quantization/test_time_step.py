@@ -10,12 +10,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ptq_exp.errors import ConfigError, QuantizationError
 from ptq_exp.quantization import (
+    Policy,
     QuantSpec,
     Rule,
+    Segments,
     Step,
     TensorSpec,
+    Widths,
     calibrate_,
-    default_rules,
     quantize_,
     select_row,
     step_of,
@@ -47,7 +49,7 @@ def net(x):
     """Calibrated, inputs of the convolution and of the first linear layer at 2 or 8 bits; no row chosen."""
     torch.manual_seed(0)
     net = Net()
-    rules = [Rule("last", spec(8)), Rule("conv", spec((2, 8), segments=(1, 1))), Rule("*", spec((2, 8)))]
+    rules = [Rule("last", spec(8)), Rule("conv", spec((2, 8), granularity=Segments((1, 1)))), Rule("*", spec((2, 8)))]
     quantize_(net, rules, (x[:1],))
     calibrate_(net, "minmax", [(x,)])
     return net
@@ -143,7 +145,7 @@ def test_the_row_is_no_part_of_the_state_dict(net, x):
     assert state["conv.input_quantizer.scale"].shape == (2, 2)
     assert state["line.input_quantizer.scale"].shape == (2, 1)
     fresh = Net()
-    rules = [Rule("last", spec(8)), Rule("conv", spec((2, 8), segments=(1, 1))), Rule("*", spec((2, 8)))]
+    rules = [Rule("last", spec(8)), Rule("conv", spec((2, 8), granularity=Segments((1, 1)))), Rule("*", spec((2, 8)))]
     quantize_(fresh, rules, (x[:1],))
     fresh.load_state_dict(state, strict=True)
     with pytest.raises(QuantizationError, match="select_row"):
@@ -174,7 +176,7 @@ def test_a_compiled_graph_follows_the_row_without_compiling_again(net, x, backen
 
 
 def test_the_step_of_a_unet_reaches_the_operands_of_attention(unet, example):
-    quantize_(unet, default_rules(8, (4, 8)), example)
+    quantize_(unet, Policy().rules(Widths(8, (4, 8))), example)
     step = step_of(unet)
     attention = unet.mid_block.attentions[0]
     assert attention.to_q.output_quantizer.step is attention.to_k.input_quantizer.step is step

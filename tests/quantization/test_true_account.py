@@ -9,10 +9,11 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization import (
     ActivationQuantizer,
+    Policy,
     QuantConv2d,
+    Widths,
     calibrate_,
     calibrating,
-    default_rules,
     proven,
     quantize_,
     quantizers,
@@ -86,7 +87,7 @@ class Net(nn.Module):
 def quantized(net, x=X):
     net = net.eval().requires_grad_(False)
     net(x)
-    report = quantize_(net, default_rules(2, 8, attention=False, first=(), last=()), (x[:1],))
+    report = quantize_(net, Policy(attention=False, first=(), last=()).rules(Widths(2, 8)), (x[:1],))
     calibrate_(net, "minmax", [(x,)])
     return report
 
@@ -192,14 +193,15 @@ def test_weights_side_by_side_in_one_storage_are_not_shared():
 
 def test_lazy_layers_are_refused_in_a_line():
     with pytest.raises(PTQError, match=r"1\.weight is not initialised: run the network once"):
-        quantize_(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), default_rules(8, 8, attention=False), (X[:1],))
+        rules = Policy(attention=False).rules(Widths(8, 8))
+        quantize_(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), rules, (X[:1],))
 
 
 def test_calibration_sees_the_network_as_it_is_used():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.9), nn.Linear(4, 4))
     x = torch.ones(64, 4)
-    quantize_(net, default_rules(8, 8, attention=False, first=(), last=()), (x[:1],))
+    quantize_(net, Policy(attention=False, first=(), last=()).rules(Widths(8, 8)), (x[:1],))
     net.train()
     calibrate_(net, "minmax", [(x,)])
     assert all(module.training for module in net.modules())

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ptq_exp.calibration import CalibrationSet
-from ptq_exp.quantization import QuantSpec, Rule, TensorSpec, calibrate_, default_rules, quantize_
+from ptq_exp.quantization import PerChannel, Policy, QuantSpec, Rule, TensorSpec, Widths, calibrate_, quantize_
 
 
 class Residual(nn.Module):
@@ -68,9 +68,9 @@ def quantized(toy, calibration_set):
     def make(weight: int, activation: int | None = 8) -> nn.Module:
         twin = copy.deepcopy(toy)
         if activation is None:
-            rules = [Rule("*", QuantSpec(weight=TensorSpec(weight, granularity="channel")))]
+            rules = [Rule("*", QuantSpec(weight=TensorSpec(weight, granularity=PerChannel())))]
         else:
-            rules = default_rules(weight, activation, first=(), last=(), attention=False)
+            rules = Policy(first=(), last=(), attention=False).rules(Widths(weight, activation))
         quantize_(twin, rules, (torch.zeros(1, 1, 6, 6), torch.zeros(1)))
         calibrate_(twin, "minmax", [(x, t) for x, t, _ in calibration_set.batches(16)])
         return twin

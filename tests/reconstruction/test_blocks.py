@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ptq_exp.errors import PTQError, QuantizationError
-from ptq_exp.quantization import calibrate_weights_, default_rules, quantize_
+from ptq_exp.quantization import Policy, Widths, calibrate_weights_, quantize_
 from ptq_exp.reconstruction import Arena, Block, capture, find_blocks
 
 EXAMPLE = (torch.zeros(1, 1, 6, 6), torch.zeros(1))
@@ -29,7 +29,7 @@ def test_every_quantized_layer_is_in_exactly_one_block_of_each_embedded_model():
     for make in (digits_model, digits_ldm_model):
         model = make()
         network = model.twin()
-        quantize_(network, default_rules(8, 8), model.example_inputs())
+        quantize_(network, Policy().rules(Widths(8, 8)), model.example_inputs())
         names = [name for name, module in network.named_modules() if hasattr(module, "weight_quantizer")]
         calibrate_weights_(network, "minmax")
         for module in network.modules():  # placement alone is under test
@@ -56,7 +56,7 @@ class Twice(nn.Module):
 
 def test_a_layer_that_is_called_twice_is_refused():
     network = Twice()
-    quantize_(network, default_rules(4, 8, first=(), last=(), attention=False), (torch.zeros(1, 2),))
+    quantize_(network, Policy(first=(), last=(), attention=False).rules(Widths(4, 8)), (torch.zeros(1, 2),))
     calibrate_weights_(network, "minmax")
     network.layer.input_quantizer.mode = "off"
     with pytest.raises(QuantizationError, match="layer is called 2 times"):

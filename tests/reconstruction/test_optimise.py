@@ -8,11 +8,13 @@ from torch import nn
 
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import (
+    PerChannel,
+    Policy,
     QuantSpec,
     Rule,
     TensorSpec,
+    Widths,
     calibrate_weights_,
-    default_rules,
     fake_quantize,
     quantize_,
 )
@@ -47,7 +49,7 @@ def pair(*layers, weight=2, **spec):
     twin = Net(*[type(layer)(*_arguments(layer)) for layer in layers]).requires_grad_(False)
     twin.load_state_dict(full.state_dict())
     x = torch.zeros(1, *_input_shape(layers[0]))
-    quantize_(twin, [Rule("*", QuantSpec(weight=TensorSpec(weight, granularity="channel", **spec)))], (x,))
+    quantize_(twin, [Rule("*", QuantSpec(weight=TensorSpec(weight, granularity=PerChannel(), **spec)))], (x,))
     calibrate_weights_(twin, "minmax")
     return full, twin
 
@@ -207,7 +209,7 @@ def test_learned_steps_and_drop_lower_the_error_of_a_block():
     twin = Net(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
     twin.load_state_dict(full.state_dict())
     x = torch.randn(64, 8)
-    quantize_(twin, default_rules(4, 4, first=(), last=(), attention=False), (x[:1],))
+    quantize_(twin, Policy(first=(), last=(), attention=False).rules(Widths(4, 4)), (x[:1],))
     calibrate_weights_(twin, "minmax")
     for module in twin.modules():
         if isinstance(module, Quantizer) and not module.ready:

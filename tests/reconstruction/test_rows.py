@@ -10,9 +10,10 @@ from all_blocks import run
 
 from ptq_exp.calibration import CalibrationSet
 from ptq_exp.quantization import (
+    Policy,
+    Widths,
     calibrate_activations_,
     calibrate_weights_,
-    default_rules,
     load_quantized_,
     quantize_,
     quantizers,
@@ -39,7 +40,7 @@ def samples() -> CalibrationSet:
 
 
 def rules(bins, bits=4):
-    return default_rules(3, bits, first=(), last=(), attention=False, bins=bins)
+    return Policy(first=(), last=(), attention=False).rules(Widths(3, bits), bins=bins)
 
 
 def twin(toy, samples, row_of_step, bits=4):
@@ -114,7 +115,7 @@ def test_inputs_of_a_block_are_those_of_each_sample_alone_at_its_row(toy, sample
 
 
 def test_both_halves_of_guidance_use_the_row_of_their_sample(samples):
-    guided = replace(samples, y=np.arange(48), null_label=99)
+    guided = replace(samples, conditions={"y": np.arange(48)}, unconditional={"y": np.array(99)})
     steps = guided.batch_steps(10)
     times = torch.cat([t for _, t, _ in guided.batches(10)])
     assert len(steps) == 96 and torch.equal(1000 - 150 * steps.float(), times)

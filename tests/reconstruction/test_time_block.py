@@ -13,9 +13,10 @@ from ptq_exp.diffusion.denoisers import DiTDenoiser
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization import (
+    Policy,
+    Widths,
     calibrate_activations_,
     calibrate_weights_,
-    default_rules,
     depending_on_alone,
     quantize_,
     select_row,
@@ -52,7 +53,7 @@ def samples() -> CalibrationSet:
 def network(toy, samples):
     """Two bins; the time layers are calibrated on the samples, too."""
     twin = copy.deepcopy(toy)
-    quantize_(twin, default_rules(3, 4, first=(), last=(), attention=False, bins=2), EXAMPLE)
+    quantize_(twin, Policy(first=(), last=(), attention=False).rules(Widths(3, 4), bins=2), EXAMPLE)
     calibrate_weights_(twin, "minmax")
     for row in (0, 1):
         select_row(twin, row)
@@ -115,9 +116,8 @@ def test_of_the_embedded_models_every_projection_hangs_on_the_first_layer(name, 
     model = load_model(name)
     layers = depending_on_alone(model.denoiser, model.example_inputs(), 1)
     twin = model.twin()
-    quantize_(twin, default_rules(4, 8), model.example_inputs())
-    x, _, *y = model.example_inputs()
-    whole = [(x.expand(3, *x.shape[1:]), TIMES[:3], y[0].expand(3) if y else None)]
+    quantize_(twin, Policy().rules(Widths(4, 8)), model.example_inputs())
+    whole = [model.example_inputs().expanded(3)._replace(t=TIMES[:3])]
     (block,) = find_time_blocks(twin, model.denoiser, layers, whole)
     assert len(block.layers) == n_layers and len(block.plan.leaves) == n_layers - 2
     assert [root.rpartition(".")[2] for root in block.plan.roots] == ["linear_1"]
@@ -207,7 +207,7 @@ def quantized_odd(between):
     torch.manual_seed(0)
     net = Odd(between).eval().requires_grad_(False)
     twin = copy.deepcopy(net)
-    quantize_(twin, default_rules(4, 8, first=(), last=(), attention=False), EXAMPLE)
+    quantize_(twin, Policy(first=(), last=(), attention=False).rules(Widths(4, 8)), EXAMPLE)
     return net, twin
 
 
@@ -263,7 +263,7 @@ def quantized_again(second=lambda t: t):
     torch.manual_seed(0)
     net = Again(second).eval().requires_grad_(False)
     twin = copy.deepcopy(net)
-    quantize_(twin, default_rules(3, 8, first=(), last=(), attention=False), EXAMPLE)
+    quantize_(twin, Policy(first=(), last=(), attention=False).rules(Widths(3, 8)), EXAMPLE)
     return net, twin
 
 
@@ -306,11 +306,11 @@ def test_a_dit_is_reconstructed_on_all_times(joint, tmp_path):
     rng = np.random.default_rng(0)
     step = np.arange(16) % 5
     samples = CalibrationSet(
-        rng.standard_normal((16, 1, 6, 6), dtype=np.float32), step, TIMES.numpy()[step], np.zeros(16, int), step % 3,
-        null_label=3,
+        rng.standard_normal((16, 1, 6, 6), dtype=np.float32), step, TIMES.numpy()[step], np.zeros(16, int),
+        {"y": step % 3}, {"y": np.array(3)},
     )  # fmt: skip
     twin = copy.deepcopy(net)
-    quantize_(twin, default_rules(3, 8, first=("*pos_embed.proj",), last=("*proj_out_2",)), example)
+    quantize_(twin, Policy(first=("*pos_embed.proj",), last=("*proj_out_2",)).rules(Widths(3, 8)), example)
     calibrate_weights_(twin, "minmax")
     calibrate_activations_(twin, "minmax", samples.batches(8))
     layers = depending_on_alone(net, example, 1)

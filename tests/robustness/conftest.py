@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from small_networks import use_small_networks
 
 import ptq_exp.experiment.experiment  # noqa: F401  loaded before the fork
 from ptq_exp.cli.main import main
@@ -42,13 +43,16 @@ class Ended:
 def job(tmp_path_factory):
     """Run the command with small settings in a forked process.
 
-    Arguments: overrides, and `kill_at`, CPU seconds after which it gets SIGKILL; `limit_kb`: the largest file.
+    Arguments: overrides, and `kill_at`, CPU seconds after which it gets SIGKILL; `limit_kb`: the largest file;
+    `small`: on a small network.
     """
 
-    def run(*overrides: str, kill_at: float | None = None, limit_kb: int | None = None) -> Ended:
+    def run(*overrides: str, kill_at: float | None = None, limit_kb: int | None = None, small: bool = False) -> Ended:
         log = tmp_path_factory.mktemp("output") / "output.txt"
         pid = os.fork()
         if pid == 0:
+            if small:
+                use_small_networks(pytest.MonkeyPatch())
             _child([*SMALL, *overrides], log, limit_kb)
         while kill_at is not None and (spent := _cpu_seconds(pid)) is not None:
             if spent >= kill_at:

@@ -7,13 +7,13 @@ import sys
 import time
 
 import pytest
+from small_networks import use_small_networks
 
 from ptq_exp.cli.main import main
 from ptq_exp.cli.search.coordinate import Search
 from ptq_exp.cli.search.space import Space, Stage
 from ptq_exp.errors import Interrupted, command_line, interruptible, interruption
-from ptq_exp.experiment import experiment, stages
-from ptq_exp.experiment import noise as noise_stages
+from ptq_exp.experiment import experiment, images, stages
 from ptq_exp.lightning import EvaluationModule
 from ptq_exp.results.record import Results
 from ptq_exp.storage.plain_json import read_json
@@ -40,7 +40,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capsys, cache):
-    """Run the command with small settings; returns its exit status and what it says on standard error."""
+    """Run the command in small, on a small network; returns its exit status and what it says on standard error."""
+    use_small_networks(monkeypatch)
 
     def run(*arguments):
         flags = [argument for argument in arguments if argument.startswith("-")]
@@ -67,7 +68,7 @@ def sent(number):
     return send
 
 
-PLACES = [(stages, "draw"), (stages, "calibrate"), (noise_stages, "eps_error"),
+PLACES = [(images, "draw_images"), (stages, "calibrate"), (experiment, "eps_error"),
           (experiment, "mean_psnr"), (EvaluationModule, "predict_step")]  # fmt: skip
 
 

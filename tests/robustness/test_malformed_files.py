@@ -23,7 +23,7 @@ from ptq_exp.embedded.weights_file import WEIGHTS
 from ptq_exp.errors import CheckpointError, DataError, PTQError
 from ptq_exp.evaluation import FeatureStatistics, GaussianStatistics, load_statistics
 from ptq_exp.evaluation.data import open_images
-from ptq_exp.reports.tables.tables import collect
+from ptq_exp.reports.tables.runs import collect
 from ptq_exp.results.record import read_samples, write_samples
 from ptq_exp.storage.npz import npz_arrays
 from ptq_exp.storage.plain_json import read_json, write_json

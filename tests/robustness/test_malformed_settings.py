@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ptq_exp.errors import ConfigError, PTQError
-from ptq_exp.experiment.run import Setup
+from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.run import Run
 from ptq_exp.settings.compose import config_folder, constructor, validated
 from ptq_exp.settings.schema import ExperimentConfig
 
@@ -33,7 +34,8 @@ BAD = {
     "evaluation.reference": ["5", "''", "[nan]", "nan", "{_target_: nothing.here}", "-1", "[[1]]", "no_such_file.npz"],
 }
 """Values that no setting of this type takes."""
-FINE = {"reconstruction.b_start=-1", "reconstruction.b_end=-1"}
+# names may be any words
+FINE = {"reconstruction.b_start=-1", "reconstruction.b_end=-1", "model.groups={_target_: math.pi}"}
 GROUPS = {
     "correction.": "ptqd", "reconstruction.": "qdrop",
     "bits.candidates": "budget", "bits.bops_ratio": "budget", "bits.gain_": "budget",
@@ -43,7 +45,8 @@ BASES = {
     "": [], "ptqd": ["correction=ptqd", "sampler.eta=1"], "qdrop": ["reconstruction=qdrop"],
     "budget": ["bits=step_budget"],
 }  # fmt: skip
-COPIES = {"model.images": "evaluation.reference", "model.sampler.steps": "sampler.steps"}
+COPIES = {"model.images": "evaluation.reference", "model.sampler.steps": "sampler.steps",
+          "model.sampler.eta": "sampler.eta"}  # fmt: skip
 """Settings that another one takes over, which is then the one that is named."""
 QUICK = ["trainer.accelerator=cpu", "logger=none", "trainer.progress_bar=false", "cache_dir=nowhere"]
 
@@ -56,7 +59,8 @@ def leaves(schema=ExperimentConfig, prefix=""):
             continue
         if isinstance(hint, types.UnionType):
             (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
-        yield f"{prefix}{key}", typing.get_origin(hint) or hint
+        kind = typing.get_origin(hint) or hint
+        yield f"{prefix}{key}", list if kind is tuple else kind
 
 
 def malformed(n, seed):
@@ -87,13 +91,14 @@ def outcome(config, override):
     try:
         OmegaConf.update(config, parsed.key_or_group, parsed.value(), merge=False)
         settings = validated(config, [override])
-        Setup.of(settings)
+        run = Run.of(settings)
+        Plan.of(settings, run.grid)
         if override.startswith("model.images="):  # the first stage reads them
             constructor(settings.model.images, "model.images")
         if override.startswith("evaluation.reference="):
-            from ptq_exp.experiment.stages import reference_features
+            from ptq_exp.experiment.features import reference_features
 
-            reference_features(Setup.of(settings))
+            reference_features(run, settings.evaluation)
     except PTQError as error:
         return str(error)
     except OmegaConfBaseException as error:

@@ -5,9 +5,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from ptq_exp.quantization import calibrate_, default_rules, quantize_, segmented
+from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_, segmented
 
-PLAIN = {"first": ["first"], "last": ["last"]}
+PLAIN = {"first": ("first",), "last": ("last",)}
 
 
 class Network(nn.Module):
@@ -50,12 +50,13 @@ class Shortcut(nn.Module):
 
 @pytest.fixture(scope="session")
 def made():
-    """Build, quantize and calibrate a network: `made(cls, weight_bits, activation_bits, **settings)` -> (network, x)."""
+    """Build and quantize a network: `made(cls, weight_bits, activation_bits, **settings)` -> (network, x)."""
 
-    def build(kind=Network, weight_bits=8, activation_bits=8, **settings):
+    def build(kind=Network, weight_bits=8, activation_bits=8, bins=1, **settings):
         torch.manual_seed(0)
         network, x = kind().eval().requires_grad_(False), torch.randn(4, 3, 8, 8)
-        quantize_(network, default_rules(weight_bits, activation_bits, **PLAIN, **settings), (x[:1],))
+        rules = Policy(**PLAIN, **settings).rules(Widths(weight_bits, activation_bits), bins)
+        quantize_(network, rules, (x[:1],))
         return network, x
 
     return build
@@ -78,6 +79,6 @@ def split():
     """A calibrated network whose shortcut has a range for each of the two tensors that it reads."""
     torch.manual_seed(0)
     network, x = Shortcut().eval().requires_grad_(False), torch.randn(4, 3, 8, 8)
-    quantize_(network, segmented(default_rules(8, 8, **PLAIN), {"shortcut": (8, 8)}), (x[:1],))
+    quantize_(network, segmented(Policy(**PLAIN).rules(Widths(8, 8)), {"shortcut": (8, 8)}), (x[:1],))
     calibrate_(network, "mse", [(x,)])
     return network, x

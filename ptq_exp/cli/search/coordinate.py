@@ -13,8 +13,6 @@ from typing import Any
 from ptq_exp.cli.search.space import Space, Stage, merged
 from ptq_exp.errors import PTQError
 
-SHOWN = ("psnr", "eps_error", "fid_increase_units", "fid", "sfid", "is")
-
 
 @dataclass(frozen=True)
 class Trial:

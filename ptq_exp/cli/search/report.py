@@ -9,15 +9,16 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ptq_exp.cli.search.coordinate import SHOWN, Trial
-from ptq_exp.reports.tables.tables import to_markdown
+from ptq_exp.cli.search.coordinate import Trial
+from ptq_exp.evaluation.scores import HEADLINE, shown
+from ptq_exp.reports.tables.notation import to_markdown
 
 
 def markdown(trials: Sequence[Trial]) -> str:
     """One row per trial, in the order of the stages; what was chosen is marked."""
     rows = [
         {"stage": trial.stage, "candidate": trial.candidate}
-        | {name: trial.metrics.get(name) for name in SHOWN}
+        | {name: trial.metrics.get(name) for name in shown(HEADLINE)}
         | {"": "chosen" if trial.chosen else trial.error}
         for trial in trials
     ]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ptq_exp.reports.pareto import on_front, plot_front
+from ptq_exp.reports.curves import write_figure
+from ptq_exp.reports.pareto import front_figure, on_front
 from ptq_exp.storage.atomic import atomic_path
 
 COST = "GBOPs"
@@ -29,9 +30,9 @@ def write_pareto(folder: Path, jobs: dict[str, dict[str, Any]], swept: list[str]
     with atomic_path(folder / "pareto.csv") as temporary:
         table.to_csv(temporary, index=False, encoding="utf-8")
     front = table[table["front"]].sort_values(COST)
-    labels = [" ".join(f"{group} {row[group]}" for group in groups) for _, row in front.iterrows()]
+    points = table[done].assign(called=[" ".join(f"{g} {row[g]}" for g in groups) for _, row in table[done].iterrows()])
     title = f"bits per group of layers, {folder.name}"
-    plot_front(folder / "pareto.png", table[done], COST, error, labels, title=title)
+    write_figure(folder / "pareto.png", front_figure(points, COST, error, names=(COST, error), title=title))
     shown = front.drop(columns=["status", "front"]).to_string(index=False, float_format="{:.4g}".format)
     return f"Pareto front of {error} and bit operations ({len(front)} of {int(done.sum())} runs):\n{shown}"
 

@@ -32,7 +32,7 @@ def only_process() -> None:
         ConfigError: a launcher has started the command several times.
     """
     for launcher, (size, rank) in _LAUNCHERS.items():
-        if _number(size) > 1 and rank in os.environ or (rank == "SLURM_PROCID" and _number(rank) > 0):
+        if (_number(size) > 1 and rank in os.environ) or (rank == "SLURM_PROCID" and _number(rank) > 0):
             found = size if size in os.environ else rank
             raise ConfigError(
                 f"{found}={os.environ[found]}: {launcher} starts the whole command once per process, each with a run "
@@ -47,7 +47,7 @@ def only_process() -> None:
 def _number(name: str) -> int:
     """A variable of the environment as a whole number; 0 for anything else."""
     try:
-        return int(os.environ.get(name, 0))
+        return int(os.environ.get(name, "0"))
     except ValueError:
         return 0
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ptq_exp.diffusion import TimeGrid
 from ptq_exp.errors import ConfigError, DataError, QuantizationError
 from ptq_exp.quantization import step_of
-from ptq_exp.quantization.specs import check_bits
+from ptq_exp.quantization.widths import check_bits
 from ptq_exp.storage.atomic import atomic_path
 
 
@@ -183,7 +183,7 @@ class Scheduled(nn.Module):
         """Compile the network alone: finding the step of a time looks at values, which would break its graph."""
         self.denoiser.compile(*args, **kwargs)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         """eps [N, C, H, W]; the whole batch must be at one step.
 
         Raises:
@@ -195,4 +195,4 @@ class Scheduled(nn.Module):
                 "a batch with several sampling steps cannot run at their widths or ranges: give one step a batch"
             )
         self.switch.set(self.rows.index_select(0, step[:1]))
-        return self.denoiser(x, t, y)
+        return self.denoiser(x, t, **conditions)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ptq_exp.diffusion import DiffusionModel, SampleNoise, StepRecord, TimeGrid, sample
+from ptq_exp.diffusion.call import on_device
 from ptq_exp.diffusion.noise import CALIBRATION
 from ptq_exp.diffusion.sampler import Denoiser
 from ptq_exp.errors import DataError
@@ -28,12 +29,12 @@ def propagated(
         (cause, effect), float64 [N, len(steps)]: mean over elements of (eps_q - eps)^2 in the step, and of the squared
         difference of the final states.
     """
-    y = model.labels(indices, seed, CALIBRATION)
-    y = None if y is None else y.to(device)
+    conditions = on_device(model.draw_conditions(indices, seed, CALIBRATION), device)
 
     def run(estimates: Denoiser, on_record: Callable[[StepRecord], None] | None = None) -> Tensor:
         noise = SampleNoise(seed, indices, model.sample_shape, CALIBRATION)
-        return sample(estimates, grid, noise, y=y, clip_sample=model.clip_sample, device=device, on_step=on_record)
+        settings = {"conditions": conditions, "clip_sample": model.clip_sample, "device": device}
+        return sample(estimates, grid, noise, on_step=on_record, **settings)
 
     records: list[Tensor] = []
     wrong: dict[int, Tensor] = {}
@@ -41,7 +42,8 @@ def propagated(
     def record(r: StepRecord) -> None:
         records.append(r.eps)
         if r.step in steps:
-            wrong[r.step] = quantized(r.x, grid.network_time(r.step, len(r.x)).to(r.x.device), y)
+            t = grid.network_time(r.step, len(r.x)).to(r.x.device)
+            wrong[r.step] = quantized(r.x, t, **conditions)
 
     final = run(denoiser, record)
     cause, effect = [], []
@@ -92,5 +94,5 @@ class _Replayed:
     def __init__(self, denoiser: Denoiser, estimates: Sequence[Tensor]) -> None:
         self.denoiser, self.estimates = denoiser, list(reversed(estimates))
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.estimates.pop() if self.estimates else self.denoiser(x, t, y)
+    def __call__(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        return self.estimates.pop() if self.estimates else self.denoiser(x, t, **conditions)

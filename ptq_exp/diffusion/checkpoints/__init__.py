@@ -3,4 +3,4 @@
 from ptq_exp.diffusion.checkpoints.convert import Part, check_schedule, fill, identity
 from ptq_exp.diffusion.checkpoints.files import read_checkpoint
 
-__all__ = ["Part", "check_schedule", "file_digest", "fill", "identity", "read_checkpoint"]
+__all__ = ["Part", "check_schedule", "fill", "identity", "read_checkpoint"]

@@ -16,6 +16,7 @@ from ptq_exp.diffusion.checkpoints.inert import STAND_INS
 from ptq_exp.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+_WRAPPERS = ("module.", "_orig_mod.")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)|function <[\w-]+ ?(?:function |method |class )?'?([\w.]+)")
 
 
@@ -23,12 +24,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU, memory-mapped where the format allows it.
 
     Understood are safetensors, and PyTorch files that hold a dict of tensors, `{"state_dict": ...}` (latent diffusion,
-    Lightning), or the training list of the PyTorch DDIM port (its averaged weights are taken). `module.` before every
-    name (a data-parallel run) is removed. Pickles are unpickled by `torch.load(weights_only=True)`.
+    Lightning) or another single state dict, or the training list of the PyTorch DDIM port (its averaged weights are
+    taken). `module.` (a data-parallel run) and `_orig_mod.` (a compiled one) before every name are removed. Pickles are
+    unpickled by `torch.load(weights_only=True)`.
 
     Raises:
         CheckpointError: one line that starts with `model.checkpoint=PATH:`; the file is missing, empty, truncated, a
-            web page, a Git LFS pointer, a folder, wants to run code, or holds no tensors.
+            web page, a Git LFS pointer, a folder, wants to run code, or holds no tensors or several state dicts.
     """
     path = Path(path)
     kind = _kind(path)
@@ -105,6 +107,10 @@ def _flat(path: Path, loaded: object) -> dict[str, Tensor]:
     """The state dict inside one of the known containers."""
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
+    elif isinstance(loaded, dict) and (nested := _nested(loaded)):
+        if len(nested) > 1:
+            raise _error(path, f"holds several state dicts ({', '.join(map(str, nested))}); save the one to load alone")
+        loaded = loaded[nested[0]]
     elif isinstance(loaded, (list, tuple)):
         loaded = _training_list(path, loaded)
     if not isinstance(loaded, dict):
@@ -115,9 +121,16 @@ def _flat(path: Path, loaded: object) -> dict[str, Tensor]:
     if len(tensors) < len(loaded):
         others = [str(key) for key in loaded if key not in tensors]
         log.info("%s: entries that are no tensors are left aside: %s", path, ", ".join(others[:5]))
-    if all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    while wrapper := next((name for name in _WRAPPERS if all(key.startswith(name) for key in tensors)), None):
+        tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
     return tensors
+
+
+def _nested(loaded: dict) -> list:
+    """The keys of the state dicts inside; none where the weights lie beside them (a counter is no weight)."""
+    if any(isinstance(value, Tensor) and value.ndim for value in loaded.values()):
+        return []
+    return [key for key, value in loaded.items() if _is_state_dict(value)]
 
 
 def _training_list(path: Path, loaded: list | tuple) -> object:

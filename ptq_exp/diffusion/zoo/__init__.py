@@ -8,6 +8,12 @@ from ptq_exp.diffusion.zoo.place import is_local
 from ptq_exp.diffusion.zoo.structure import folder_of_structure
 
 __all__ = [
-    "ddim_cifar10", "ddim_imagenet64", "ddpm_cifar10", "diffusers_folder", "is_local", "ldm4_imagenet256",
-    "ldm4_lsun_bedrooms256", "folder_of_structure",
+    "ddim_cifar10",
+    "ddim_imagenet64",
+    "ddpm_cifar10",
+    "diffusers_folder",
+    "folder_of_structure",
+    "is_local",
+    "ldm4_imagenet256",
+    "ldm4_lsun_bedrooms256",
 ]  # fmt: skip

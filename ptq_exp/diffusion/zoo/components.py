@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers.utils import logging
 from safetensors import safe_open
 from torch import nn
 
+from ptq_exp.diffusion.checkpoints import read_checkpoint
 from ptq_exp.diffusion.zoo.build import of_random_weights, random_weights_wanted
 from ptq_exp.diffusion.zoo.settings import read_json
 from ptq_exp.diffusion.zoo.weights import STEM, damage, find_weights
@@ -35,21 +38,59 @@ def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Modul
         reason = str(error).removeprefix(f"model.checkpoint={folder}: ")
         raise CheckpointError(f"model.checkpoint={folder}: not a complete {cls.__name__}: {reason}") from error
     try:
-        module, info = cls.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32,
-            low_cpu_mem_usage=False, variant=weights.variant, use_safetensors=weights.safe,
-        )  # fmt: skip
+        with _quiet():  # what does not fit is told below, in one line
+            module, info = cls.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32,
+                low_cpu_mem_usage=False, variant=weights.variant, use_safetensors=weights.safe,
+            )  # fmt: skip
     except Exception as error:  # whatever a damaged folder makes the library stumble over
         reason = damage(weights.files) or " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(
             f"model.checkpoint={folder}: not a complete {cls.__name__} of its config.json ({reason})"
         ) from error
     found = {what.removesuffix("_keys"): keys for what, keys in info.items() if keys}
-    if found:
+    if found and not _filled(module, weights.files):
         told = "; ".join(f"{len(keys)} {what} ({', '.join(map(str, list(keys)[:3]))})" for what, keys in found.items())
         raise CheckpointError(f"model.checkpoint={folder}: not the weights of its own config.json: {told}")
+    _require_real(module, weights.files)
     _require_finite(module, folder, weights.files)
     return module
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of diffusers."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _filled(module: nn.Module, files: Sequence[Path]) -> bool:
+    """Whether the files hold the weights of `module` inside something that can be taken off: then it has them now.
+
+    Raises:
+        CheckpointError: a file holds several state dicts.
+    """
+    state = {name: tensor for path in files for name, tensor in read_checkpoint(path).items()}
+    own = module.state_dict()
+    if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+        return False
+    module.load_state_dict(state)
+    return True
+
+
+def _require_real(module: nn.Module, files: Sequence[Path]) -> None:
+    """Raise CheckpointError if whole numbers stand where `module` has real ones: codes of a quantized network."""
+    real = {name for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    for path in files:
+        for name, tensor in read_checkpoint(path).items():
+            if name in real and not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise CheckpointError(f"model.checkpoint={path}: {name} is {kind}, not real numbers; give the weights "
+                                      "in float32, float16 or bfloat16")  # fmt: skip
 
 
 def _require_finite(module: nn.Module, folder: Path, files: Sequence[Path]) -> None:
@@ -70,7 +111,7 @@ def _file_of(folder: Path, files: Sequence[Path], name: str) -> Path:
 
 def _holds_bad(path: Path, name: str) -> bool:
     with safe_open(path, "pt") as tensors:
-        return name in tensors.keys() and not is_finite(tensors.get_tensor(name))  # noqa: SIM118
+        return name in tensors.keys() and not is_finite(tensors.get_tensor(name))
 
 
 def settings_files(root: Path) -> dict[str, dict]:

@@ -1,14 +1,16 @@
-"""Models in diffusers folders: unconditional U-Nets, latent diffusion, class-conditional DiT."""
+"""Models in diffusers folders: U-Nets on pixels or latents, with or without conditions, class-conditional DiT."""
 
 from __future__ import annotations
 
 import hashlib
 
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel
 
-from ptq_exp.diffusion.denoisers import DiTDenoiser, UNetDenoiser
+from ptq_exp.diffusion.conditions import ConditionTable
+from ptq_exp.diffusion.denoisers import DiTDenoiser
 from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
+from ptq_exp.diffusion.prediction import as_eps
 from ptq_exp.diffusion.zoo.build import frozen, torch_dtype
 from ptq_exp.diffusion.zoo.components import component_digest, component_folder, load_component, settings_files
 from ptq_exp.diffusion.zoo.first_stage import read_first_stage
@@ -23,7 +25,9 @@ from ptq_exp.diffusion.zoo.network import (
 from ptq_exp.diffusion.zoo.place import INDEX, local_folder
 from ptq_exp.diffusion.zoo.scheduler import Scheduler, assumed, read_scheduler
 from ptq_exp.diffusion.zoo.settings import Settings, whole
+from ptq_exp.diffusion.zoo.unet import CLASSES, read_unet
 from ptq_exp.errors import ConfigError
+from ptq_exp.storage.atomic import file_digest
 
 _UNET_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 _PIPELINES = (*_UNET_PIPELINES, "LDMPipeline", "DiTPipeline")
@@ -31,23 +35,27 @@ _STEPS, _DIT_GUIDANCE = 50, 4.0
 
 
 def diffusers_folder(
-    checkpoint: str | None = None, *, name: str = "diffusers", dtype: str = "float32"
+    checkpoint: str | None = None, *, name: str = "diffusers", dtype: str = "float32", conditions: str | None = None
 ) -> DiffusionModel:
     """A model from a local diffusers folder or a repository id.
 
-    Known are a folder of `UNet2DModel`, and pipelines DDPM, DDIM, PNDM (their U-Net), LDM and DiT (class-conditional)
-    with an autoencoder as first stage. Schedule, clipping and spacing are those of the folder's scheduler; the sampler
-    is DDIM in any case. What the folder says and cannot be followed is refused by name, before weights are read.
-    Nothing but settings and tensors is read.
+    Known are a folder of `UNet2DModel` or `UNet2DConditionModel`, and pipelines DDPM, DDIM, PNDM (their U-Net), LDM and
+    DiT (class-conditional) with an autoencoder as first stage. Schedule, clipping, spacing and what is predicted (the
+    noise, v or x0) are those of the folder's scheduler; the sampler is DDIM in any case. What the folder says and
+    cannot be followed is refused by name, before weights are read. Nothing but settings and tensors is read.
 
     Args:
         checkpoint: folder, or owner/name on the hub (the local cache is enough when offline).
         name: what tables call it.
         dtype: of the denoiser: float32, bfloat16, float16 or float64.
+        conditions: an `.npz` file of what a U-Net takes beside class labels, such as embedded prompts, see
+            `ConditionTable.read`; None = nothing.
 
     Raises:
         CheckpointError: the folder is missing, incomplete or of an unknown kind.
-        ConfigError: no folder is given, an unknown dtype, or a scheduler that is not implemented.
+        ConfigError: no folder is given, an unknown dtype, a scheduler that is not implemented, or conditions that the
+            network needs or does not take.
+        DataError: `conditions` is no such file.
     """
     number_type = torch_dtype(dtype)
     if checkpoint is None:
@@ -56,13 +64,21 @@ def diffusers_folder(
     index = Settings.read(root, INDEX) if (root / INDEX).exists() else Settings(root, INDEX, {})
     of = index if index.values else Settings.read(root, "config.json")
     kind = of.values.get("_class_name")
-    if kind not in (*_PIPELINES, "UNet2DModel"):
-        raise of.error(f"holds a {kind}; known are UNet2DModel, {', '.join(_PIPELINES)}")
+    if kind not in (*_PIPELINES, *CLASSES):
+        raise of.error(f"holds a {kind}; known are {', '.join((*CLASSES, *_PIPELINES))}")
     scheduler = _scheduler(index)
-    build = {"LDMPipeline": _latent, "DiTPipeline": _dit}.get(kind, _pixel)
-    model = build(index, name, scheduler)
-    frozen(model.denoiser, number_type, checkpoint)
+    table = None if conditions is None else ConditionTable.read(conditions)
+    if kind == "DiTPipeline":
+        if table is not None:
+            raise ConfigError(f"model.conditions={conditions}: a DiT takes class labels alone; set it to null")
+        model = _dit(index, name, scheduler)
+    else:
+        model = _unet(index, name, scheduler, table, latent=kind == "LDMPipeline")
+    # the coefficients of another prediction stay in float64, whatever the type of the network
+    model.denoiser = as_eps(frozen(model.denoiser, number_type, checkpoint), scheduler.prediction, scheduler.schedule)
     model.structure = settings_files(root)
+    if conditions is not None:
+        model.digest = hashlib.sha256(f"{model.digest} {file_digest(conditions)}".encode()).hexdigest()
     return model
 
 
@@ -78,21 +94,19 @@ def _scheduler(index: Settings) -> Scheduler:
     return read_scheduler(settings, named_class(index, "scheduler"), index.values.get("_class_name"))
 
 
-def _pixel(index: Settings, name: str, scheduler: Scheduler) -> DiffusionModel:
-    _, shape = _unet_settings(index)
+def _unet(
+    index: Settings, name: str, scheduler: Scheduler, table: ConditionTable | None, *, latent: bool
+) -> DiffusionModel:
+    """A U-Net on pixels, or on the latents of a first stage."""
+    unet = read_unet(index, table)
+    first_stage, component, image_shape = None, None, None
+    if latent:
+        first_stage, component, image_shape = read_first_stage(index, unet.settings, unet.shape)
     return DiffusionModel(
-        name, UNetDenoiser(load_component(UNet2DModel, index.root, "unet")), scheduler.schedule, shape,
-        scheduler.clip_sample, _digest(index, scheduler, "unet"), sampler=_sampler(scheduler),
-    )  # fmt: skip
-
-
-def _latent(index: Settings, name: str, scheduler: Scheduler) -> DiffusionModel:
-    settings, shape = _unet_settings(index)
-    first_stage, component, image_shape = read_first_stage(index, settings, shape)
-    return DiffusionModel(
-        name, UNetDenoiser(load_component(UNet2DModel, index.root, "unet")), scheduler.schedule, shape,
-        scheduler.clip_sample, _digest(index, scheduler, "unet", component), first_stage=first_stage,
-        sampler=_sampler(scheduler), image_shape=image_shape,
+        name, unet.load(index), scheduler.schedule, unet.shape, scheduler.clip_sample,
+        _digest(index, scheduler, *filter(None, ("unet", component))), first_stage=first_stage,
+        n_classes=unet.classes if unet.classes > 1 else None, sampler=_sampler(scheduler), image_shape=image_shape,
+        conditions=table, blocks=unet.blocks,
     )  # fmt: skip
 
 
@@ -109,21 +123,6 @@ def _dit(index: Settings, name: str, scheduler: Scheduler) -> DiffusionModel:
     )  # fmt: skip
 
 
-def _unet_settings(index: Settings) -> tuple[Settings, Shape]:
-    """`config.json` of the U-Net, and (C, H, W) of a state, checked against each other."""
-    settings, _ = component_settings(index, "unet", ("UNet2DModel",))
-    config = settings.of(UNet2DModel)
-    if config["num_class_embeds"] is not None or config["class_embed_type"] is not None:
-        raise settings.error("its U-Net is class-conditional (num_class_embeds, class_embed_type); only unconditional "
-                             "ones and DiT are known")  # fmt: skip
-    if config["time_embedding_type"] != "positional":
-        raise settings.error(f"its U-Net has {config['time_embedding_type']} time embeddings (time_embedding_type); "
-                             "only models of discrete time steps are known")  # fmt: skip
-    shape = state_shape(settings, config)
-    check_estimate(settings, hollow(settings, UNet2DModel, config), shape)
-    return settings, shape
-
-
 def _dit_settings(index: Settings) -> tuple[Settings, Shape, int]:
     """`config.json` of the transformer, (C, H, W) of a latent, and the number of classes."""
     settings, _ = component_settings(index, "transformer", ("DiTTransformer2DModel",))
@@ -134,8 +133,8 @@ def _dit_settings(index: Settings) -> tuple[Settings, Shape, int]:
     labels = index.values.get("id2label")
     if isinstance(labels, dict) and len(labels) > classes:
         raise index.error(f"id2label names {len(labels)} classes, {settings.file} says num_embeds_ada_norm={classes}")
-    network = hollow(settings, DiTTransformer2DModel, config)
-    check_estimate(settings, network, shape, class_labels=torch.zeros(1, dtype=torch.long, device="meta"))
+    network = DiTDenoiser(hollow(settings, DiTTransformer2DModel, config), null_label=classes)
+    check_estimate(settings, network, shape, y=torch.zeros(1, dtype=torch.long, device="meta"))
     return settings, shape, classes
 
 

@@ -86,14 +86,15 @@ def state_shape(settings: Settings, config: Mapping[str, Any]) -> Shape:
     return channels, *sizes
 
 
-def check_estimate(settings: Settings, network: nn.Module, shape: Shape, **conditions: torch.Tensor) -> None:
-    """CheckpointError unless `network`, on the meta device, takes a state of this `shape` and returns its size."""
+def check_estimate(settings: Settings, denoiser: nn.Module, shape: Shape, **conditions: torch.Tensor) -> None:
+    """CheckpointError unless `denoiser`, on the meta device, takes a state of this `shape` and returns its size."""
     x, t = torch.empty(1, *shape, device="meta"), torch.zeros(1, device="meta")
     try:
-        found = tuple(network(x, timestep=t, **conditions).sample.shape[2:])
+        found = tuple(denoiser(x, t, **conditions).shape[2:])
     except Exception as error:  # whatever the library stumbles over
+        others = "".join(f", and {name} of {tuple(value.shape)}" for name, value in conditions.items())
         raise settings.error(f"the network does not take a state of {shape} (channels, height, width), which "
-                             f"in_channels and sample_size say ({reason(error)})") from error  # fmt: skip
+                             f"in_channels and sample_size say{others} ({reason(error)})") from error  # fmt: skip
     if found != shape[1:]:
         raise settings.error(f"sample_size={list(shape[1:])}: the network returns {list(found)}; choose a size that "
                              "its levels or patches divide")  # fmt: skip

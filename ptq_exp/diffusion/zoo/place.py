@@ -91,7 +91,7 @@ def _of_cache(path: Path) -> Path:
 
 def _instead(path: Path) -> str:
     """What to give in place of a file."""
-    if zipfile.is_zipfile(path) and not _is_torch(path) or tarfile.is_tarfile(path):
+    if (zipfile.is_zipfile(path) and not _is_torch(path)) or tarfile.is_tarfile(path):
         return ": this is an archive; unpack it and give the folder that was in it"
     folder = path.parent
     if folder.name in _NETWORKS and (folder.parent / INDEX).exists():

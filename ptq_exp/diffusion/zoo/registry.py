@@ -47,6 +47,8 @@ def load_model(name: str, checkpoint: str | None = None, *, dtype: str = "float3
         raise ConfigError(f"model.name={name}: {_nearest(name, MODELS)}")
     module, _, function = MODELS[name].partition(":")
     build = getattr(import_module(module), function)
+    # every model of the command has the settings of all; what is not set asks for nothing
+    options = {option: value for option, value in options.items() if value is not None}
     _check_options(name, build, options)
     arguments = {"name": name, **options}
     if checkpoint is not None:

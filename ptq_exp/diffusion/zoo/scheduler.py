@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 
+from ptq_exp.diffusion.prediction import PREDICTIONS
 from ptq_exp.diffusion.time_grid import NoiseSchedule
 from ptq_exp.diffusion.zoo.settings import Settings, whole
 
@@ -31,7 +32,7 @@ _CONVERTS = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
 """Pipelines that make their own scheduler of the settings of any other."""
 
 _ONLY = {
-    "prediction_type": "epsilon", "thresholding": False, "rescale_betas_zero_snr": False, "use_flow_sigmas": False,
+    "thresholding": False, "rescale_betas_zero_snr": False, "use_flow_sigmas": False,
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
     "use_dynamic_shifting": False, "sigma_min": None, "sigma_max": None, "shift_terminal": None,
     "timestep_type": "discrete", "interpolation_type": "linear",
@@ -42,17 +43,21 @@ _OF_SOLVERS = (
     "skip_prk_steps", "variance_type",
 )  # fmt: skip
 _CHOICES = {"timestep_spacing": ("leading", "linspace", "trailing"), "final_sigmas_type": ("zero", "sigma_min")}
+_WHY = {
+    "rescale_betas_zero_snr": ": alpha_bar is 0 at its last time, where an estimate of the noise says nothing of x0"
+}
 _LONGEST = 1_000_000
 
 
 class Scheduler(NamedTuple):
-    """What the model was trained with, whether x0 is clamped to [-1, 1], and how times are spaced."""
+    """What the model was trained with and predicts, whether x0 is clamped to [-1, 1], and how times are spaced."""
 
     schedule: NoiseSchedule
     clip_sample: bool
     spacing: str
     name: str
     converted: bool = False
+    prediction: str = "epsilon"
 
 
 def read_scheduler(settings: Settings, named: str | None = None, pipeline: str | None = None) -> Scheduler:
@@ -65,8 +70,8 @@ def read_scheduler(settings: Settings, named: str | None = None, pipeline: str |
 
     Raises:
         ConfigError: an unknown class, impossible values, or a model that is sampled in a way that is not implemented
-            (it predicts something else than the noise, thresholding, clipping to another range, zero terminal SNR,
-            sigmas of Karras et al., flows).
+            (thresholding, clipping to another range, sigmas of Karras et al., flows; zero terminal SNR, where a noise
+            estimate says nothing of the image).
     """
     made, converted = _made(settings, named, pipeline)
     kind = type(made).__name__
@@ -83,7 +88,8 @@ def read_scheduler(settings: Settings, named: str | None = None, pipeline: str |
     )  # fmt: skip
     # DPM-Solver's single steps are spaced as the multistep ones are without a setting
     spacing = config.get("timestep_spacing", "linspace")
-    return Scheduler(schedule, bool(config.get("clip_sample", False)), spacing, kind, converted)
+    clip = bool(config.get("clip_sample", False))
+    return Scheduler(schedule, clip, spacing, kind, converted, config.get("prediction_type", "epsilon"))
 
 
 def _made(settings: Settings, named: str | None, pipeline: str | None) -> tuple[Any, bool]:
@@ -159,9 +165,15 @@ def _refuse_the_unknown(settings: Settings, kind: str, config: Mapping[str, Any]
     for key, value in wanted.items():
         found = config.get(key, value)
         if found != value:
+            why = _WHY.get(key, "")
             raise settings.error(
-                f"its scheduler ({kind}) says {key}={found}; only models with {key}={value} can be sampled here"
+                f"its scheduler ({kind}) says {key}={found}{why}; only models with {key}={value} can be sampled here"
             )
+    if (found := config.get("prediction_type", "epsilon")) not in PREDICTIONS:
+        raise settings.error(
+            f"its scheduler ({kind}) says prediction_type={found}; only models with prediction_type="
+            f"{' or '.join(PREDICTIONS)} can be sampled here"
+        )
 
 
 def _name_what_is_left(settings: Settings, cls: type, config: Mapping[str, Any]) -> None:

@@ -64,9 +64,9 @@ class Settings:
         return defaults | given
 
     @staticmethod
-    def parameters(cls: type) -> dict[str, Any]:
+    def parameters(kind: type) -> dict[str, Any]:
         """The arguments of a class of `diffusers` and their defaults."""
-        return {key: p.default for key, p in inspect.signature(cls.__init__).parameters.items()
+        return {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items()
                 if key != "self" and p.kind is not p.VAR_KEYWORD}  # fmt: skip
 
     def require(self, key: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> Any:

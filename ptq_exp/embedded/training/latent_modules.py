@@ -52,7 +52,7 @@ class AutoencoderTraining(EMATraining):
 
 @torch.no_grad()
 def encode_all(autoencoder: nn.Module, images: Tensor, batch_size: int = 256) -> Tensor:
-    """Latents [N, c, h, w] of images float [N, C, H, W] before quantization, as latent diffusion trains on them."""
+    """Encode images float [N, C, H, W] to latents [N, c, h, w], not quantized, as latent diffusion trains on them."""
     return torch.cat([autoencoder.encode(batch).latents for batch in images.split(batch_size)])
 
 
@@ -70,13 +70,13 @@ class LatentDenoiserTraining(DenoiserTraining):
 
 
 def reconstruction_psnr(autoencoder: nn.Module, images: Tensor) -> float:
-    """PSNR in dB of the reconstructions of images in [-1, 1], over all pixels, with quantized latents."""
+    """Return the PSNR in dB of the reconstructions of images in [-1, 1], over all pixels, with quantized latents."""
     with torch.no_grad():
         decoded = torch.cat([autoencoder(batch).sample for batch in images.split(256)]).clamp(-1, 1)
     return float(10 * torch.log10(4 / F.mse_loss(decoded, images)))
 
 
 def codes_used(autoencoder: nn.Module, images: Tensor) -> int:
-    """How many codes of the codebook occur in the latents of `images`."""
+    """Count the codes of the codebook that occur in the latents of `images`."""
     latents = encode_all(autoencoder, images).permute(0, 2, 3, 1).reshape(-1, autoencoder.config.vq_embed_dim)
     return len(torch.cdist(latents, autoencoder.quantize.embedding.weight).argmin(1).unique())

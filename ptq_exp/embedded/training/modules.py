@@ -12,7 +12,7 @@ from ptq_exp.diffusion.noise import sample_generator
 
 
 def warmup_stable_decay(step: int, *, warmup: int, total: int, decay_share: float = 0.3) -> float:
-    """Learning-rate factor: linear warm-up, constant, linear decay to 1 % over the last `decay_share`."""
+    """Return the learning-rate factor: linear warm-up, constant, linear decay to 1 % over the last `decay_share`."""
     decay_start = total * (1 - decay_share)
     if step < warmup:
         return (step + 1) / warmup
@@ -83,7 +83,7 @@ class DenoiserTraining(EMATraining):
         return self.report_loss(F.mse_loss(self.estimate(x_t, t, labels, generator), eps))
 
     def estimate(self, x_t: Tensor, t: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """The network's estimate of the noise, [N, C, H, W]; draws of a subclass come from `generator`."""
+        """Estimate the noise, [N, C, H, W]; draws of a subclass come from `generator`."""
         return self.network(x_t, t).sample
 
 

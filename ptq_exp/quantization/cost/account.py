@@ -67,8 +67,9 @@ def build_report(model: nn.Module, counted: Trace, reasons: Mapping[str, str], p
 
 
 def range_table(model: nn.Module) -> dict[str, dict]:
-    """Return per quantizer its bits (a list of candidates), symmetry, segments and ``[rows][segments]`` lists of its
-    four buffers (JSON).
+    """Return the ranges of every quantizer, ready for JSON.
+
+    Of each its bits (a list of candidates), symmetry, segments and ``[rows][segments]`` lists of its four buffers.
 
     Raises:
         QuantizationError: a quantizer is not calibrated.

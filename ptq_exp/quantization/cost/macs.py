@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.cost.operators import counted, macs_of, without_products
 from ptq_exp.quantization.cost.owners import Owners
+from ptq_exp.quantization.trace.evaluate import evaluate
 
 
 @dataclass
@@ -63,11 +64,11 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, Attention]]:
 
 
 def trace(model: nn.Module, example_inputs: tuple) -> Trace:
-    """Run ``model(*example_inputs)`` once without gradients, in evaluation mode, and count.
+    """Run `model` on `example_inputs` once without gradients, in evaluation mode, and count.
 
     Args:
         model: the network, in full precision (quantizers off).
-        example_inputs: positional arguments for one sample: the first tensor among them is ``[1, ...]``.
+        example_inputs: arguments for one sample, see `evaluate`: the first tensor among them is ``[1, ...]``.
 
     Raises:
         QuantizationError: the example holds more than one sample.
@@ -93,7 +94,7 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
             hook = layer.register_forward_hook(partial(record, name=name), prepend=True, with_kwargs=True)
             hooks.callback(hook.remove)
         with census:
-            model(*example_inputs)
+            evaluate(model, example_inputs)
     for owner in {owner for owner, _ in census.uncounted} & set(layers):
         census.macs[owner] = max(census.macs[owner], by_shape[owner])  # what it is for, by an unknown operator
     result = Trace(total_macs=sum(census.macs.values()), used_outside=census.used_outside)
@@ -155,8 +156,10 @@ class _Census(TorchDispatchMode):
 
 @contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
-    """Run what is computed one operator at a time: not compiled, nor fused for attention; without gradients, in
-    evaluation mode (dropout would draw random numbers)."""
+    """Run what is computed one operator at a time: not compiled, nor fused for attention.
+
+    Without gradients, in evaluation mode (dropout would draw random numbers).
+    """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -21,6 +21,7 @@ from ptq_exp.quantization.calibrate import quantizers
 from ptq_exp.quantization.cost.macs import attention_modules, multiplying_layers, plainly
 from ptq_exp.quantization.cost.owners import Owners
 from ptq_exp.quantization.quantizer import Quantizer
+from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.quantization.trace.provenance import MOVES, Notes
 
 # which positional arguments are multiplied
@@ -42,8 +43,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Operand:
-    """One operand of a multiplication: the quantizer it comes from (None: full precision), and how many of its elements
-    do not lie on the grid of that quantizer (0 where nobody looked)."""
+    """One operand of a multiplication.
+
+    The quantizer it comes from (None: full precision), and how many of its elements do not lie on the grid of that
+    quantizer (0 where nobody looked).
+    """
 
     quantizer: Quantizer | None
     off_grid: int = 0
@@ -68,7 +72,7 @@ class Operands:
 
 
 def operands_of(model: nn.Module, inputs: tuple, *, values: bool = False) -> Operands:
-    """Evaluate `model` once on the positional `inputs` and see what it multiplies.
+    """Evaluate `model` once on `inputs` (see `evaluate`) and see what it multiplies.
 
     Args:
         model: with quantizers, on or off; left as it was.
@@ -102,7 +106,7 @@ def operands_of(model: nn.Module, inputs: tuple, *, values: bool = False) -> Ope
             hook = layer.register_forward_pre_hook(lambda *_, name=name: found.called.add(name))
             hooks.callback(hook.remove)
         # not model(...): a compiled one would be compiled again because of the hooks
-        model.forward(*inputs)
+        evaluate(model.forward, inputs)
     return found
 
 

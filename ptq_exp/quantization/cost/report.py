@@ -204,7 +204,7 @@ class Report:
         return "\n".join(lines)
 
     def _in(self, scope: str) -> list[Row]:
-        return [row for row in self.rows if scope == "everything" or row.scope == scope]
+        return [row for row in self.rows if scope in ("everything", row.scope)]
 
     def _accounting(self, scope: str) -> dict[str, float]:
         rows = self._in(scope)

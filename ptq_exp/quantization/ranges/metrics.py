@@ -24,7 +24,7 @@ from ptq_exp.quantization.affine import QRange
 BLOCK = 1 << 17
 EXPONENTS = {"l1": 1.0, "mse": 2.0, "lp": 2.4}
 
-Summands = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+Summands = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class ErrorSource(Protocol):
@@ -52,20 +52,20 @@ def power_(d: Tensor, p: float) -> Tensor:
 def value_summands(metric: str) -> Summands:
     """f(u, d) whose sums over the values make the metric: |d|^p; for cosine -u d and d^2. May overwrite d."""
     if metric == "cosine":
-        return lambda u, d: ((u * d).neg_(), d.square_())
+        return lambda u, d, scale: ((u * d).neg_(), d.square_())
     p = EXPONENTS[metric]
-    return lambda u, d: (power_(d, p),)
+    return lambda u, d, scale: (power_(d, p),)
 
 
 def edge_summands(metric: str) -> Summands:
     """Antiderivatives (in u) of `value_summands` less their mean slopes; see the module docstring."""
     if metric == "cosine":
-        def cosine(u: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        def cosine(u: Tensor, d: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
             rest = 0.25 - d.square()
             return rest * ((u - d) / 2 + d / 3), rest * d / -3
         return cosine
     p = EXPONENTS[metric]
-    return lambda u, d: (power_(d.clone(), p).sub_(0.5**p).mul_(d.div_(p + 1)),)
+    return lambda u, d, scale: (power_(d.clone(), p).sub_(0.5**p).mul_(d.div_(p + 1)),)
 
 
 def mean_slopes(metric: str) -> tuple[float, ...]:
@@ -79,20 +79,21 @@ def mean_slopes(metric: str) -> tuple[float, ...]:
 def block_sums(
     points: Tensor, weights: Tensor | None, candidates: QRange, summands: Summands
 ) -> list[Tensor]:
-    """Sums of weight * f(u, d) over `points` [cells, n], one tensor [cells, k] for each f.
+    """Sums of weight * f(u, d, scale) over `points` [cells, n], one tensor [cells, k] for each f.
 
-    `weights` is [cells, n], or None for ones; `candidates` is [cells, k].
+    `weights` is [cells, n], or None for ones; `candidates` is [cells, k]. f gets u, d [cells, k, n] and the scale
+    [cells, k, 1] of a block; it may overwrite d, and must return tensors of its own.
     """
     inverse = candidates.scale.reciprocal().unsqueeze(-1)
     lowest = (candidates.qmin - candidates.zero_point).unsqueeze(-1)
     highest = (candidates.qmax - candidates.zero_point).unsqueeze(-1)
     totals: list[Tensor] = []
-    for cell, k, n in _blocks(*inverse.shape[:2], points.shape[1]):
+    for cell, k, n in _blocks(inverse.shape[0], inverse.shape[1], points.shape[1]):
         u = points[cell, None, n] * inverse[cell, k]
         level = u.round()
         torch.maximum(level, lowest[cell, k], out=level)
         torch.minimum(level, highest[cell, k], out=level)
-        terms = summands(u, torch.sub(u, level, out=level))
+        terms = summands(u, torch.sub(u, level, out=level), candidates.scale[cell, k, None])
         totals = totals or [torch.zeros_like(candidates.scale) for _ in terms]
         for total, term in zip(totals, terms, strict=True):
             if weights is not None:
@@ -132,20 +133,26 @@ def combine(metric: str, sums: list[Tensor], unit: Tensor, energy: Tensor) -> Te
 
 @dataclass
 class ValueErrors:
-    """Errors on the values themselves: `rows` [cells, n]; `reference` [cells, 1], any scale of each cell."""
+    """Errors on the values themselves: `rows` [cells, n]; `reference` [cells, 1], any scale of each cell.
+
+    `weights` [cells, n] says how often each value occurs; None = once.
+    """
 
     rows: Tensor
     metric: str
     reference: Tensor
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.cost, self.convex = self.rows.numel(), True
         self._energy = torch.zeros_like(self.reference)
         if self.metric == "cosine":
-            self._energy = (self.rows / self.reference).square_().sum(1, keepdim=True)
+            squares = (self.rows / self.reference).square_()
+            squares = squares if self.weights is None else squares.mul_(self.weights)
+            self._energy = squares.sum(1, keepdim=True)
 
     def errors(self, candidates: QRange) -> Tensor:
-        sums = block_sums(self.rows, None, candidates, value_summands(self.metric))
+        sums = block_sums(self.rows, self.weights, candidates, value_summands(self.metric))
         return combine(self.metric, sums, candidates.scale / self.reference, self._energy)
 
 

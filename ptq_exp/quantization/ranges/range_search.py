@@ -3,32 +3,46 @@
 Metrics, x the data and q its quantized self: `mse` mean (x - q)^2; `l1` mean |x - q|; `lp` mean |x - q|^2.4;
 `cosine` 1 - <x, q> / (|x| |q|); `kl` divergence of two histograms, see `CodeDivergence` (with few values per
 quantizer and many bits it is zero for any range and leaves the data's own); `minmax` the range of the data,
-nothing clipped; `percentile` the range that holds 99.99 % of the values on either side.
+nothing clipped; `percentile` the range that holds 99.99 % of the values on either side. Others are added to `METRICS`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ptq_exp.errors import ConfigError, QuantizationError
 from ptq_exp.quantization.affine import QRange, choose_qparams, integer_range
+from ptq_exp.quantization.ranges.elementwise import ElementwiseErrors, HistogramMetric, Loss, check_loss
 from ptq_exp.quantization.ranges.histogram import Histogram, describe, finite_ends
-from ptq_exp.quantization.ranges.metrics import CodeDivergence, ErrorSource, HistogramErrors, ValueErrors
+from ptq_exp.quantization.ranges.metrics import (
+    EXPONENTS,
+    CodeDivergence,
+    ErrorSource,
+    HistogramErrors,
+    ValueErrors,
+    power_,
+)
 from ptq_exp.quantization.ranges.search import GridSpace, search_grid
 
-OwnErrors = Callable[[Tensor, Tensor, int], ErrorSource]
-METRICS: dict[str, OwnErrors | None] = dict.fromkeys(("mse", "l1", "cosine", "kl", "lp", "minmax", "percentile"))
-"""Name -> None for the metrics above. Add your own: a function (edges [cells, bins + 1], counts [cells, bins], bits) ->
-`ErrorSource` of a histogram of the data, whose errors are then minimised."""
+_LOSSES: dict[str, Loss] = {name: partial(power_, p=p) for name, p in EXPONENTS.items()}
+METRICS: dict[str, Loss | HistogramMetric | None] = {
+    "mse": _LOSSES["mse"], "l1": _LOSSES["l1"], "cosine": None, "kl": None, "lp": _LOSSES["lp"], "minmax": None,
+    "percentile": None,
+}  # fmt: skip
+"""Name -> loss of the error x - q, whose mean is minimised; None for metrics that are no such mean.
+
+Add your own loss (see `Loss`), or a `HistogramMetric`. Means of powers have closed forms here, and the same minimum."""
 PERCENTILE = 0.9999
 SKETCH_BINS = 8192
 MOST_KL_BINS = 2048
 # Bins of the stand-in for a tensor whose values are at hand: all cells together, and the least for one.
 COARSE_BINS, FEWEST_BINS = 16384, 128
+# Values of a cell that are looked at to tell whether few of them repeat.
+REPETITION_SAMPLE = 1024
 
 
 @torch.no_grad()
@@ -99,10 +113,27 @@ class RangeSketch(Histogram):
         return search_grid(space, source, source, self.count - self.zeros)
 
 
-def _check(bits: int, metric: str) -> None:
-    integer_range(bits, signed=False)
+def check_metric(metric: str) -> None:
+    """Check that `metric` is in `METRICS`, and that what was registered there can be used.
+
+    Raises:
+        ConfigError: it is not; the message names the metric.
+    """
     if metric not in METRICS:
         raise ConfigError(f"metric={metric!r} is unknown: expected one of {', '.join(METRICS)}")
+    own = METRICS[metric]
+    if own is not None and not isinstance(own, HistogramMetric) and not _has_closed_form(metric):
+        check_loss(metric, own)
+
+
+def _has_closed_form(metric: str) -> bool:
+    """Whether the errors of `metric` are sums that `ptq_exp.quantization.ranges.metrics` knows."""
+    return metric == "cosine" if METRICS[metric] is None else METRICS[metric] is _LOSSES.get(metric)
+
+
+def _check(bits: int, metric: str) -> None:
+    integer_range(bits, signed=False)
+    check_metric(metric)
 
 
 def _rows(x: Tensor, channel_axis: int | None) -> tuple[Tensor, list[int]]:
@@ -120,21 +151,51 @@ def _rows(x: Tensor, channel_axis: int | None) -> tuple[Tensor, list[int]]:
 def _sources(rows: Tensor, metric: str, space: GridSpace) -> tuple[ErrorSource, ErrorSource, Tensor]:
     """Errors for the first pass and for the scan, and how many values other than zero each cell has, [cells].
 
-    The first are those of a histogram, the second those of the values (but for `kl` and own metrics).
+    The first are those of a histogram, the second those of the values (but for `kl` and every `HistogramMetric`).
     """
     cells, n = rows.shape
-    if metric == "kl" or METRICS[metric] is not None:
+    if metric == "kl" or isinstance(METRICS[metric], HistogramMetric):
         histogram = Histogram(cells, MOST_KL_BINS)
         histogram.update(rows)
         source = _histogram_source(histogram, metric, space)
         return source, source, histogram.count - histogram.zeros
-    exact = ValueErrors(rows, metric, space.minmax.scale)
+    closed = _has_closed_form(metric)
+    if closed and (repeated := _distinct(rows)) is not None:
+        values, counts = repeated
+        exact = ValueErrors(values, metric, space.minmax.scale, counts)
+        return exact, exact, (counts * (values != 0)).count_nonzero(1)
+    if closed:
+        exact = ValueErrors(rows, metric, space.minmax.scale)
+    else:
+        exact = ElementwiseErrors(rows, None, METRICS[metric])
     bins = min(max(COARSE_BINS // cells, FEWEST_BINS), SKETCH_BINS)
     histogram = Histogram(cells, _power_of_two(bins))
     if n <= histogram.bins:
         return exact, exact, rows.count_nonzero(1)
     histogram.update(rows)
     return _histogram_source(histogram, metric, space), exact, histogram.count - histogram.zeros
+
+
+def _distinct(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The values [cells, m] of `rows` and how often each occurs, where few values occur often; else None.
+
+    Their error scatters as that of m values does, not as that of n, and its minima are narrow.
+    """
+    n = rows.shape[1]
+    if 4 * _ranks(rows[:, :: -(-n // REPETITION_SAMPLE)])[1].amax() >= min(n, REPETITION_SAMPLE):
+        return None
+    ordered, ranks = _ranks(rows)
+    m = int(ranks.amax()) + 1
+    if 4 * m > n:
+        return None
+    values, counts = rows.new_zeros(len(rows), m), rows.new_zeros(len(rows), m)
+    return values.scatter_(1, ranks, ordered), counts.scatter_add_(1, ranks, torch.ones_like(rows))
+
+
+def _ranks(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`rows` in ascending order, and the number of smaller distinct values for each."""
+    ordered = rows.sort(1).values
+    return ordered, torch.nn.functional.pad(ordered.diff(dim=1) != 0, (1, 0)).cumsum(1)
 
 
 def _histogram_source(histogram: Histogram, metric: str, space: GridSpace) -> ErrorSource:
@@ -145,9 +206,12 @@ def _histogram_source(histogram: Histogram, metric: str, space: GridSpace) -> Er
         return CodeDivergence(histogram.width, *histogram.occupied(), space.bits)
     first, counts = histogram.occupied()
     edges = histogram.width * torch.arange(first, first + counts.shape[1] + 1, device=counts.device)
-    if (own := METRICS[metric]) is not None:
-        return own(edges, counts, space.bits)
-    return HistogramErrors(edges, counts, metric, space.minmax.scale)
+    if _has_closed_form(metric):
+        return HistogramErrors(edges, counts, metric, space.minmax.scale)
+    own = METRICS[metric]
+    if isinstance(own, HistogramMetric):
+        return own.make(edges, counts, space.bits)
+    return ElementwiseErrors.of_histogram(edges, counts, own, space.minmax.scale)
 
 
 def _power_of_two(x: int) -> int:

@@ -74,7 +74,7 @@ class Path:
             slope = torch.gradient(self.z, spacing=self.spacing, dim=1)[0]
         within = errors <= errors.amin(1, keepdim=True) * (1 + tolerance)
         order = errors.argsort(dim=1, stable=True)[:, : max(int(within.sum(1).max()), 1)]
-        return tuple(part.gather(1, order) for part in (self.t, self.z, slope))
+        return self.t.gather(1, order), self.z.gather(1, order), slope.gather(1, order)
 
 
 class Effort:
@@ -162,7 +162,8 @@ def _whole_path(space: GridSpace, source: ErrorSource, most: int) -> Path:
     while lowest > least and bool((path.errors.argmin(1) == 0).any()):
         lowest -= spacing * count
         lower = _path(space, source, lowest + steps[:-1], spacing)
-        path = Path(*(torch.cat(parts, 1) for parts in zip(lower.parts(), path.parts(), strict=True)), spacing)
+        t, z, errors = (torch.cat(parts, 1) for parts in zip(lower.parts(), path.parts(), strict=True))
+        path = Path(t, z, errors, spacing)
     return path
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.quantization.trace.provenance import Notes, watching
 
 Parts = tuple[int, ...]
@@ -54,7 +56,7 @@ def find_concats(model: nn.Module, example_inputs: tuple, *, through_maps: bool 
         for name, layer in model.named_modules():
             if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and layer.groups == 1:
                 watch(layer, before=lambda x, name=name: seen.setdefault(name, set()).add(notes.of(x)))
-        model(*example_inputs)
+        evaluate(model, example_inputs)
     return {name: parts for name, (parts, *others) in ((n, [*s]) for n, s in seen.items())
             if not others and parts and len(parts) > 1}  # fmt: skip
 
@@ -85,25 +87,26 @@ def find_chunks(model: nn.Module, example_inputs: tuple) -> dict[str, Parts]:
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Linear):
                 watch(layer, after=lambda y, name=name: notes.set(y, name if y.ndim == 2 else None))
-        model(*example_inputs)
+        evaluate(model, example_inputs)
     return {name: parts for name, parts in found.items() if len(parts) > 1}
 
 
 def depending_on_alone(model: nn.Module, example_inputs: tuple, argument: int) -> list[str]:
-    """Linear layers and convolutions whose input depends on the positional argument number `argument` alone.
+    """Linear layers and convolutions whose input depends on the argument number `argument` alone.
 
     For the time argument of a diffusion network: the time-embedding layers, which see as many different inputs as
     there are times (Huang et al. 2024, "TFMQ-DM", section 4). Found by forwards with other values of each argument.
     """
     first = _layer_inputs(model, example_inputs)
     changes: list[set[str]] = []
-    for position, value in enumerate(example_inputs):
+    values, structure = pytree.tree_flatten(tuple(example_inputs))
+    for position, value in enumerate(values):
         if not isinstance(value, Tensor):
             changes.append(set())
             continue
-        changed = [*example_inputs]
+        changed = [*values]
         changed[position] = _other(value)
-        second = _layer_inputs(model, tuple(changed))
+        second = _layer_inputs(model, pytree.tree_unflatten(changed, structure))
         changes.append({name for name in first if not torch.equal(first[name], second[name])})
     others = set().union(*(names for position, names in enumerate(changes) if position != argument))
     return [name for name in first if name in changes[argument] - others]
@@ -116,7 +119,7 @@ def _layer_inputs(model: nn.Module, inputs: tuple) -> dict[str, Tensor]:
         for name, layer in model.named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 watch(layer, before=lambda x, name=name: found.update({name: x.clone()}))
-        model(*inputs)
+        evaluate(model, inputs)
     return found
 
 

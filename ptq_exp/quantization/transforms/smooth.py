@@ -10,13 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ptq_exp.errors import ConfigError
+from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.quantization.trace.provenance import Notes, watching
+from ptq_exp.quantization.transforms.base import Fitting, Sites, Transform
 
 Makers = nn.LayerNorm | nn.GroupNorm | nn.Linear | nn.Conv1d | nn.Conv2d
 Readers = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -26,6 +31,39 @@ _SWAPS = {torch.transpose, torch.Tensor.transpose, torch.swapaxes}
 _PERMUTES = {torch.permute, torch.Tensor.permute}
 _VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.flatten, torch.Tensor.flatten}
 _READS = {F.linear, F.conv1d, F.conv2d, torch.conv1d, torch.conv2d}
+
+
+@dataclass(frozen=True)
+class Smooth(Transform):
+    """Divide the channels of a norm or layer by max|x|^alpha / max|w|^(1 - alpha), and multiply the weights that read.
+
+    Attributes:
+        alpha: 0 to 1, share of the outliers that moves into the weights.
+
+    Raises:
+        ConfigError: `alpha` is none.
+    """
+
+    name: ClassVar[str] = "smooth"
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
+            raise ConfigError(f"quantization.transforms: smooth: alpha={self.alpha}: choose 0..1")
+
+    def find(self, network: nn.Module, example_inputs: tuple) -> dict[str, tuple[str, ...]]:
+        """Return the modules that can be divided, each with the layers that read it; see `smoothable`."""
+        return smoothable(network, example_inputs)
+
+    def fit(self, network: nn.Module, sites: Sites, fitting: Fitting) -> dict[str, Tensor]:
+        """Return the factors [C] of each module."""
+        with largest_outputs(network, sites) as largest:
+            fitting.run(network)
+        return smoothing_factors(network, sites, largest, self.alpha)
+
+    def fold_(self, network: nn.Module, sites: Sites, tensors: Mapping[str, Tensor]) -> None:
+        """Divide and multiply."""
+        smooth_(network, sites, tensors)
 
 
 def smoothable(model: nn.Module, example_inputs: tuple) -> dict[str, tuple[str, ...]]:
@@ -43,7 +81,7 @@ def smoothable(model: nn.Module, example_inputs: tuple) -> dict[str, tuple[str, 
                 watch(module, before=lambda x, name=name, m=module: found.read(name, m, x, notes.of(x)))
             if isinstance(module, Makers) and module.weight is not None and module.weight.ndim > 0:
                 watch(module, after=lambda y, name=name, m=module: notes.set(y, (name, _axis(m) % y.ndim)))
-        model(*example_inputs)
+        evaluate(model, example_inputs)
     return found.sites()
 
 

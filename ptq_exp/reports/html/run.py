@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import DataError
-from ptq_exp.reports.html import figures
+from ptq_exp.evaluation.scores import SCORES
+from ptq_exp.reports import figures
 from ptq_exp.reports.html.account import account_section
 from ptq_exp.reports.html.analysis import activation_section, sensitivity_section
-from ptq_exp.reports.html.figures import Picture, drawn
 from ptq_exp.reports.html.page import file_uri, write_page
+from ptq_exp.reports.html.picture import drawn
 from ptq_exp.reports.html.section import Image, Section
 from ptq_exp.reports.html.table import Table, number, text
 from ptq_exp.results.environment import run_command
 from ptq_exp.storage.plain_json import read_json
-
-SCORES = {
-    "is": "IS", "fid": "FID", "sfid": "sFID", "precision": "precision", "recall": "recall",
-    "fid_increase_units": "FID increase", "psnr": "PSNR dB", "eps_error": "eps error",
-    "eps_error_without_last": "without the last step", "fixed_pattern_share": "fixed-pattern share",
-}  # fmt: skip
-"""Scores of results.json and their headings, in the order of the summary."""
 
 
 def write_run_report(folder: Path) -> Path:
@@ -55,7 +48,7 @@ def write_run_report(folder: Path) -> Path:
 def _tiles(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The numbers that people look for first."""
     metrics, account = results["metrics"], results.get("quantization", {})
-    shown = [(SCORES[key], number(metrics[key]).text) for key in ("fid", "fid_increase_units", "psnr")
+    shown = [(SCORES[key].heading, number(metrics[key]).text) for key in ("fid", "fid_increase_units", "psnr")
              if key in metrics]  # fmt: skip
     if "eps_error" in metrics:
         shown.append(("eps error", f"{metrics['eps_error']:.2%}"))
@@ -77,7 +70,7 @@ def _summary(results: Mapping[str, Any]) -> Section:
         note += (" FID increase over FP32 of the same seeds in units of the FID between two random halves of the real "
                  f"data ({unit:.4g}).")  # fmt: skip
     table = Table(
-        [("", False), *((SCORES[key], True) for key in keys)],
+        [("", False), *((SCORES[key].heading, True) for key in keys)],
         [[text(name), *(number(scores.get(key)) for key in keys)] for name, scores in rows.items() if scores],
         "Scores", sortable=False, note=note,
     )  # fmt: skip
@@ -98,21 +91,18 @@ def _eps_error(results: Mapping[str, Any]) -> Section | None:
     if not after:
         return None
     caption = "‖ε_q − ε‖ / ‖ε‖ of each sampling step, on full-precision trajectories."
-    picture = drawn(lambda width: figures.eps_error(after, before, width), "Curve of the eps error per step", caption)
-    pictures = [picture, *_fixed_pattern(results)]
-    return Section("eps-error", "Error of the noise estimate per step", pictures=pictures)
-
-
-def _fixed_pattern(results: Mapping[str, Any]) -> list[Picture]:
-    share = results.get("fixed_pattern_share_per_step")
-    if not share:  # of a run from before it was measured
-        return []
-    independent = results["fixed_pattern_share_independent"]
-    samples = results["eps_error_samples"]
-    caption = ("Norm of the mean error over samples / root mean squared norm of the error: 1 = the same for "
-               f"all samples; independent errors of {samples} samples: {independent:.2f}.")  # fmt: skip
-    draw = partial(figures.fixed_pattern, share, independent)
-    return [drawn(draw, "Curve of the share of a fixed pattern in the eps error per step", caption)]
+    share, noise = results.get("fixed_pattern_share_per_step"), results.get("fixed_pattern_share_independent", 0.0)
+    if share:  # not of a run from before it was measured
+        samples = results["eps_error_samples"]
+        caption += (
+            " Share of a fixed pattern: norm of the mean error over samples / root mean squared norm of the error; "
+            f"1 = the same for all samples; independent errors of {samples} samples: {noise:.2f}."
+        )
+    picture = drawn(
+        lambda width: figures.eps_error(before, after, share=share, share_of_noise=noise, width=width),
+        "Curves of the eps error per step", caption,
+    )  # fmt: skip
+    return Section("eps-error", "Error of the noise estimate per step", pictures=[picture])
 
 
 def _noise(folder: Path) -> Section | None:
@@ -130,7 +120,7 @@ def _schedule(results: Mapping[str, Any]) -> Section | None:
     bits = schedule["activation"]
     shares = ", ".join(f"{share:.0%} of the steps at {width} bits" for width, share in schedule["shares"].items())
     caption = f"{shares}; mean {sum(bits) / len(bits):.2f} bits."
-    picture = drawn(lambda width: figures.bit_schedule(bits, width), "Activation bits of each step", caption)
+    picture = drawn(lambda width: figures.bit_schedule(bits, width=width), "Activation bits of each step", caption)
     return Section("bit-schedule", "Bit schedule", pictures=[picture])
 
 

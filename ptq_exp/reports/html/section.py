@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ptq_exp.reports.html.figures import Picture
+from ptq_exp.reports.html.picture import Picture
 from ptq_exp.reports.html.table import Table
 
 

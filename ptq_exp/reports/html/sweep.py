@@ -7,14 +7,21 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from ptq_exp.reports.html.compare import MEASURED, SETTINGS, groups, with_readable_units
+from ptq_exp.errors import DataError
 from ptq_exp.reports.html.page import NAME, write_page
 from ptq_exp.reports.html.pareto import pareto_section
 from ptq_exp.reports.html.section import Section
 from ptq_exp.reports.html.table import Cell, Table, number, text
-from ptq_exp.reports.tables.tables import NOTES, collect
+from ptq_exp.reports.tables.request import BY_RUN, Request, ResultTable
+from ptq_exp.reports.tables.result_table import result_table
+from ptq_exp.reports.tables.runs import collect
+from ptq_exp.reports.tables.settings import HEADLINE_VALUES, VALUES
 from ptq_exp.results.environment import sweep_command
+from ptq_exp.results.missing import is_missing
 from ptq_exp.results.record import INTERRUPTED
+
+SHOWN = [*HEADLINE_VALUES, "coverage_percent", "bops_g", "bops_ratio"]
+"""The values in the tables of the report, as far as its runs have them."""
 
 
 def write_sweep_report(folder: Path) -> Path:
@@ -24,11 +31,11 @@ def write_sweep_report(folder: Path) -> Path:
         DataError: there is no results.json below `folder`.
         PTQError: the report cannot be written.
     """
-    runs = with_readable_units(collect(folder))
+    runs = collect(folder)
     status = runs["status"].value_counts()
     subtitle = f"{len(runs)} runs: " + ", ".join(f"{count} {name}" for name, count in status.items())
-    averaged = groups(runs)
-    found = [pareto_section(averaged, runs), _compared(averaged), _runs(runs, folder), _failures(runs),
+    table = compared(runs)
+    found = [table and pareto_section(table, runs), table and _compared(table), _runs(runs, folder), _failures(runs),
              _reproduce(runs, folder)]  # fmt: skip
     return write_page(
         folder, "report.html.j2", title=f"Sweep {folder.resolve().name}", subtitle=subtitle, tiles=[],
@@ -36,32 +43,43 @@ def write_sweep_report(folder: Path) -> Path:
     )  # fmt: skip
 
 
-def _compared(averaged: pd.DataFrame) -> Section | None:
-    """One row per combination of settings, mean ± standard deviation over its seeds."""
-    if averaged.empty:
+def compared(runs: pd.DataFrame) -> ResultTable | None:
+    """Average the finished `runs` over seeds: a row per experiment, in as many rows as its runs differ in settings.
+
+    Returns:
+        None where none has finished.
+    """
+    keys = ["name", *(["model"] if "config.model.name" in runs else [])]
+    try:
+        return result_table(
+            runs[runs["status"] == "finished"], Request(rows=keys, values=SHOWN, apart=True, sort=BY_RUN)
+        )
+    except DataError:
         return None
-    settings = averaged.attrs[SETTINGS]
-    values = [column for column in MEASURED if averaged[column].notna().any()]
-    columns = [*((_heading(column), False) for column in settings), ("seeds", False)]
-    columns += [(MEASURED[column][0], True) for column in values]
+
+
+def _compared(table: ResultTable) -> Section:
+    """One row per combination of settings, mean ± standard deviation over its seeds."""
+    frame, keys = table.frame, [key for key in table.keys if key != "model" or table.frame[key].nunique() > 1]
+    values = [name for name in SHOWN if frame[name].notna().any()]
+    columns = [*(("experiment" if key == "name" else key, False) for key in keys), ("seeds", False)]
+    columns += [(VALUES[name].heading, True) for name in values]
     rows = [
         [
-            *(text(row[column]) for column in settings), text(row["seeds"]),
-            *(number(row[column], MEASURED[column][1], _deviation(row, column)) for column in values),
+            *(text(row[key]) for key in keys), text(seeds),
+            *(number(row[name], _form(name), row[f"{name}.std"]) for name in values),
         ]
-        for row in averaged.to_dict("records")
+        for row, (_, seeds) in zip(frame.to_dict("records"), table.rows, strict=True)
     ]  # fmt: skip
-    note = "Mean ± standard deviation over seeds, of finished runs; of a repeated run the newest counts."
-    note = " ".join([note, *(f"{sentence}." for sentence in averaged.attrs[NOTES])])
-    table = Table(columns, rows, "Settings compared", note=note)
-    return Section("compared", "Settings compared", tables=[table])
+    note = " ".join(["Mean ± standard deviation over seeds, of finished runs.", *(f"{one}." for one in table.notes)])
+    return Section("compared", "Settings compared", tables=[Table(columns, rows, "Settings compared", note=note)])
 
 
 def _runs(runs: pd.DataFrame, folder: Path) -> Section:
     """Every run, with a link to its report, or to its folder where it has none."""
-    values = [column for column in MEASURED if column in runs and runs[column].notna().any()]
+    values = [name for name in SHOWN if VALUES[name].column in runs and runs[VALUES[name].column].notna().any()]
     columns = [("run", False), ("experiment", False), ("model", False), ("bits", False), ("seed", True),
-               ("status", False), *((MEASURED[column][0], True) for column in values)]  # fmt: skip
+               ("status", False), *((VALUES[name].heading, True) for name in values)]  # fmt: skip
     rows = []
     for row in runs.to_dict("records"):
         own = row["run"] != "." and (folder / row["run"] / NAME).is_file()
@@ -69,7 +87,7 @@ def _runs(runs: pd.DataFrame, folder: Path) -> Section:
         rows.append([
             Cell(row["run"], row["run"], link=link), text(row.get("name")), text(row.get("config.model.name")),
             text(row.get("config.bits.name")), number(row.get("seed"), "{:.0f}"), text(row["status"]),
-            *(number(row[column], MEASURED[column][1]) for column in values),
+            *(number(_scaled(row, name), _form(name)) for name in values),
         ])  # fmt: skip
     return Section("runs", "Runs", tables=[Table(columns, rows, "Runs")])
 
@@ -99,10 +117,11 @@ def _reproduce(runs: pd.DataFrame, folder: Path) -> Section | None:
     return Section("reproduce", "How to reproduce it", code=[command] if command else [], tables=tables)
 
 
-def _deviation(row: dict, column: str) -> float | None:
-    """Over seeds; coverage and bit operations do not depend on them."""
-    return None if column.startswith("quantization.") else row[f"{column}.std"]
+def _scaled(row: dict, name: str) -> float | None:
+    """A value of one run in the unit of its column."""
+    found = row[VALUES[name].column]
+    return None if is_missing(found) else float(found) * VALUES[name].factor
 
 
-def _heading(column: str) -> str:
-    return "experiment" if column == "name" else column.removeprefix("config.").removesuffix(".name")
+def _form(name: str) -> str:
+    return f"{{:.{VALUES[name].digits}f}}"

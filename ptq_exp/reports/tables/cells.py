@@ -12,7 +12,6 @@ import pandas as pd
 from ptq_exp.errors import ConfigError
 from ptq_exp.reports.tables.identity import decides_numbers, newest, plain, text_of
 from ptq_exp.reports.tables.settings import DERIVED, FULL_PRECISION, SPEC, Value, is_idle
-from ptq_exp.results.missing import is_missing
 
 _ROUNDING = 1e-9  # a relative deviation below this, of bit operations and sizes, is the rounding of equal numbers
 Key = tuple[Any, ...]
@@ -23,6 +22,7 @@ class Cell:
     """The runs of one row and column that were scored alike.
 
     `numbers` holds a series for each value, indexed by what tells the runs apart (their seeds), without missing ones.
+    `position` is that of its first run among all.
     """
 
     row: Key
@@ -31,6 +31,7 @@ class Cell:
     full_precision: bool
     numbers: dict[str, pd.Series] = field(default_factory=dict)
     members: tuple[Key, ...] = ()
+    position: int = 0
 
     def mean(self, value: str) -> float:
         """Mean over the runs; NaN without any."""
@@ -89,6 +90,11 @@ def make_cells(
         group, repeated = newest(group, agg)
         notes += repeated
         cells.append(_cell(group, rows, columns, values, agg))
+        for name, value in values.items():
+            members = zip(group["run"], cells[-1].members, strict=True)
+            lacking = [run for run, member in members if member not in cells[-1].numbers[name].index]
+            if lacking and len(lacking) < len(group):
+                notes.append(f"no {value.heading} in {', '.join(lacking)}: the mean is that of the other runs")
     return cells, notes
 
 
@@ -99,7 +105,7 @@ def _cell(
     members = [tuple(row) for row in group[list(agg)].to_numpy(dtype=object)]
     cell = Cell(
         tuple(plain(first[column]) for column in rows), tuple(plain(first[column]) for column in columns),
-        first[SPEC], bool(first[FULL_PRECISION]), members=tuple(members),
+        first[SPEC], bool(first[FULL_PRECISION]), members=tuple(members), position=int(min(group.index)),
     )  # fmt: skip
     for name, value in values.items():
         numbers = group.get(value.column, pd.Series(dtype=float, index=group.index))
@@ -126,20 +132,3 @@ def _same_settings(group: pd.DataFrame, allowed: Iterable[str]) -> None:
 def difference(cell: Cell, reference: Cell, value: str) -> float:
     """Mean difference to the reference over the runs that both have (the same seeds); NaN without any."""
     return float((cell.numbers[value] - reference.numbers[value]).mean())
-
-
-def fate_of(runs: pd.DataFrame) -> list[str]:
-    """Notes that name the runs which did not finish, a note for each way of not finishing."""
-    lost = runs[runs["status"] != "finished"]
-    words = lost["status"].map(lambda status: "unfinished" if is_missing(status) or status == "running" else status)
-    return [
-        f"{word}: {'; '.join(map(_named, lost[words == word].to_dict('records')))}" for word in words.drop_duplicates()
-    ]
-
-
-def _named(row: Mapping[str, Any]) -> str:
-    reason = row.get("stage") if is_missing(row.get("error")) else row["error"]
-    if is_missing(reason):
-        return row["run"]
-    reason = " ".join(str(reason).split())
-    return f"{row['run']} ({reason if len(reason) <= 100 else reason[:97] + '...'})"

@@ -13,12 +13,12 @@ import yaml
 
 from ptq_exp.errors import ConfigError
 from ptq_exp.reports.tables.published import Published, PublishedRow, idle_key
-from ptq_exp.reports.tables.result_table import Request
+from ptq_exp.reports.tables.request import BY_RUN, Request, RowLabel
 from ptq_exp.reports.tables.settings import VALUES
 
 _KEYS = {
     "title": str, "rows": list, "cols": list, "values": list, "agg": list, "where": dict, "delta": bool,
-    "command": list, "published": list,
+    "command": list, "published": list, "apart": bool, "sort": str, "labels": list, "blocks": list,
 }  # fmt: skip
 _REQUIRED = ("title", "rows", "values", "command")
 
@@ -37,11 +37,8 @@ def layouts(folder: Path) -> list[Layout]:
     return [read_layout(path) for path in sorted(folder.glob("*.yaml"))]
 
 
-def find_layout(name: str, folder: Path, others: Iterable[str] = ()) -> Layout:
+def find_layout(name: str, folder: Path) -> Layout:
     """The layout called `name` in `folder`, or in the file `name`.
-
-    Args:
-        others: further names for the error message.
 
     Raises:
         ConfigError: there is none of that name, or it is no valid layout.
@@ -49,7 +46,7 @@ def find_layout(name: str, folder: Path, others: Iterable[str] = ()) -> Layout:
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if path.is_file():
         return read_layout(path)
-    known = sorted({*(path.stem for path in folder.glob("*.yaml")), *others})
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
     near = difflib.get_close_matches(name, known, n=1)
     raise ConfigError(f"--layout {name}: no such layout; {f'did you mean {near[0]}? ' if near else ''}"
                       f"There are {', '.join(known)}, or the path of a .yaml file")  # fmt: skip
@@ -58,9 +55,10 @@ def find_layout(name: str, folder: Path, others: Iterable[str] = ()) -> Layout:
 def read_layout(path: str | os.PathLike) -> Layout:
     """The layout in a YAML file; `conf/table/` has examples.
 
-    Keys: title, rows, values, command (needed); cols, agg (seed), where, delta, published. A list of one may be written
-    without brackets. Each entry of `published` has heading, source and rows, each row the row's keys (or fp32: true)
-    and its figures.
+    Keys: title, rows, values, command (needed); cols, agg (seed), where, delta, apart, sort, blocks, labels, published
+    (see `Request`). A list of one may be written without brackets. Each entry of `labels` has a key of the rows with a
+    value of it, may have further keys, each with a glob, and `label`, what then stands there. Each entry of
+    `published` has heading, source and rows, each row the row's keys (or fp32: true) and its figures.
 
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, missing or of the wrong kind.
@@ -80,7 +78,12 @@ def read_layout(path: str | os.PathLike) -> Layout:
     request = Request(
         rows=values["rows"], cols=values.get("cols", []), values=values["values"], agg=values.get("agg", ["seed"]),
         where=where, delta=values.get("delta", False), published=published, title=values["title"],
+        apart=values.get("apart", False), sort=_sort(path, values.get("sort", "")),
+        labels=[_label(path, entry, values["rows"]) for entry in values.get("labels", [])],
+        blocks=values.get("blocks", []),
     )  # fmt: skip
+    if unknown := [key for key in request.blocks if key not in request.rows]:
+        raise ConfigError(f"{path}: blocks: {unknown[0]} is no key of the rows; {_valid(request.rows)}")
     return Layout(path.stem, request, tuple(values["command"]))
 
 
@@ -93,13 +96,27 @@ def _checked(path: Path, key: Any, value: Any) -> Any:
         value = [value]
     if not isinstance(value, kind):
         raise ConfigError(f"{path}: {key}={value}: expected a {kind.__name__}, found a {type(value).__name__}")
-    if kind is list and key != "published" and not all(isinstance(item, str) for item in value):
+    if kind is list and key not in ("published", "labels") and not all(isinstance(item, str) for item in value):
         raise ConfigError(f"{path}: {key}={value}: expected a list of names")
     return value
 
 
 def _valid(names: Iterable[str]) -> str:
     return f"valid: {', '.join(names)}"
+
+
+def _sort(path: Path, name: str) -> str:
+    if name not in ("", BY_RUN, *VALUES):
+        raise ConfigError(f"{path}: sort={name}: no such value; {_valid([BY_RUN, *VALUES])}")
+    return name
+
+
+def _label(path: Path, entry: Any, rows: list[str]) -> RowLabel:
+    """{"correction": "ptqd", "bits": "step_*", "label": "mixed"}: the first key is the one whose choice it replaces."""
+    where = {key: str(value) for key, value in entry.items() if key != "label"} if isinstance(entry, Mapping) else {}
+    if not where or "label" not in entry or not set(where) <= set(rows):
+        raise ConfigError(f"{path}: labels: {entry}: expected label and keys of the rows ({', '.join(rows)})")
+    return RowLabel(next(iter(where)), where, str(entry["label"]))
 
 
 def _published(path: Path, entry: Any, rows: list[str]) -> Published:

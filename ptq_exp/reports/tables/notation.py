@@ -1,4 +1,4 @@
-"""A data frame as a Markdown or a LaTeX table."""
+"""A data frame as a Markdown or a LaTeX table, with mean, deviation, count and difference in one cell."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def to_markdown(
     *,
     groups: Mapping[str, str] | None = None,
 ) -> str:
-    """A Markdown table of an aggregated (or any other) frame.
+    """Write a frame as a Markdown table.
 
     A column v with a companion f"{v}.std" is printed as mean ± std; a missing cell as a dash, infinity as ∞. Where
     there are f"{v}.best" (bool), f"{v}.n" (a count to show) and f"{v}.delta" (a difference), the cell is bold, and
     count and difference follow it in brackets.
 
     Args:
-        table: from `aggregate` or `result_table`.
+        table: the frame of a `ResultTable`, or any other.
         titles: {column: heading}, which also chooses the columns and their order; None prints all of them.
         digits: after the decimal point, for all columns or for each.
         groups: {column: heading above it}, written before the column's own.
@@ -67,10 +67,11 @@ def to_markdown(
     """
     titles, groups = _chosen(table, titles), groups or {}
     heads = [f"{groups[column]}: {title}" if groups.get(column) else title for column, title in titles.items()]
-    lines = [[_MARKDOWN.text(head) for head in heads]]
-    lines.append(["---" if _is_text(table[column]) else "---:" for column in titles])
-    lines += [_cells(row, titles, digits, _MARKDOWN) for row in table.to_dict("records")]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    sides = ["left" if _is_text(table[column]) else "right" for column in titles]
+    cells = _written(table, titles, digits, _MARKDOWN)
+    return cells.to_markdown(
+        index=False, headers=[_MARKDOWN.text(head) for head in heads], colalign=sides, disable_numparse=True
+    ) + "\n"
 
 
 def to_latex(
@@ -83,7 +84,7 @@ def to_latex(
     label: str | None = None,
     blocks: Sequence[str] = (),
 ) -> str:
-    r"""The table of `to_markdown` in LaTeX, with the rules of the package booktabs.
+    r"""Write the table of `to_markdown` in LaTeX, with the rules of the package booktabs.
 
     Numbers stand in math mode, mean and deviation as `$1.23 \pm 0.04$`, a missing cell as `--`. Texts, headings and
     the caption are escaped.
@@ -98,41 +99,39 @@ def to_latex(
     Raises:
         ConfigError: a title or a block for a column that is not there.
     """
-    titles, groups = _chosen(table, titles), groups or {}
+    titles = _chosen(table, titles)
+    above = [(groups or {}).get(column, "") for column in titles]
     _chosen(table, {column: column for column in blocks})
-    columns = "".join("l" if _is_text(table[column]) else "r" for column in titles)
-    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
-    lines += _group_heads([groups.get(column, "") for column in titles])
-    lines.append(_latex_row(_LATEX.text(title) for title in titles.values()))
-    block = None
-    for row in table.to_dict("records"):
-        if block != (block := [str(row[column]) for column in blocks]):
-            lines.append(r"\midrule")
-        lines.append(_latex_row(_cells(row, titles, digits, _LATEX)))
-    lines += [r"\bottomrule", r"\end{tabular}"]
-    if caption is not None or label is not None:
-        head = [r"\begin{table}", r"\centering"]
-        head += [] if caption is None else [rf"\caption{{{_LATEX.text(caption)}}}"]
-        head += [] if label is None else [rf"\label{{{label}}}"]
-        lines = [*head, *lines, r"\end{table}"]
+    cells = _written(table, titles, digits, _LATEX)
+    heads = [_LATEX.text(title) for title in titles.values()]
+    floating = caption is not None or label is not None
+    if any(above):
+        cells.columns = pd.MultiIndex.from_arrays([[_LATEX.text(group) for group in above], heads])
+    else:
+        cells.columns = heads
+    text = cells.style.hide(axis="index").to_latex(
+        hrules=True, column_format="".join("l" if _is_text(table[column]) else "r" for column in titles),
+        multicol_align="c", caption=None if caption is None else _LATEX.text(caption), label=label,
+        position_float="centering" if floating else None,
+    )  # fmt: skip
+    lines = text.splitlines()
+    first = lines.index(r"\midrule") + 1
+    changes = table[list(blocks)].astype(str).ne(table[list(blocks)].astype(str).shift()).any(axis=1)
+    for row in reversed([place for place, changed in enumerate(changes) if changed and place]):
+        lines.insert(first + row, r"\midrule")
+    if any(above):
+        lines.insert(lines.index(r"\toprule") + 2, _rules_below(above))
     return "\n".join(lines) + "\n"
 
 
-def _group_heads(groups: Sequence[str]) -> list[str]:
-    """The row of headings over several columns and the rules below them; nothing without groups."""
-    if not any(groups):
-        return []
-    cells, rules, place = [], [], 1
+def _rules_below(groups: Sequence[str]) -> str:
+    """The rules below headings that stand over several columns."""
+    rules, place = [], 1
     for group, members in groupby(groups):
         width = len(list(members))
-        cells.append(rf"\multicolumn{{{width}}}{{c}}{{{_LATEX.text(group)}}}" if group else " & ".join([""] * width))
         rules += [rf"\cmidrule(lr){{{place}-{place + width - 1}}}"] if group else []
         place += width
-    return [_latex_row(cells), " ".join(rules)]
-
-
-def _latex_row(cells: Iterable[str]) -> str:
-    return " & ".join(cells) + r" \\"
+    return " ".join(rules)
 
 
 def _chosen(table: pd.DataFrame, titles: Mapping[str, str] | None) -> dict[str, str]:
@@ -148,11 +147,14 @@ def _is_text(column: pd.Series) -> bool:
     return not pd.api.types.is_numeric_dtype(column)
 
 
-def _cells(
-    row: Mapping[str, Any], columns: Iterable[str], digits: int | Mapping[str, int], notation: _Notation
-) -> list[str]:
+def _written(
+    table: pd.DataFrame, columns: Iterable[str], digits: int | Mapping[str, int], notation: _Notation
+) -> pd.DataFrame:
+    """The cells of `columns` as texts, mean, deviation and what else belongs to one number in one of them."""
     places = digits if isinstance(digits, Mapping) else dict.fromkeys(columns, digits)
-    return [_cell(row, column, places.get(column, 3), notation) for column in columns]
+    rows = [[_cell(row, column, places.get(column, 3), notation) for column in columns]
+            for row in table.to_dict("records")]  # fmt: skip
+    return pd.DataFrame(rows, columns=list(columns), dtype=object)
 
 
 def _cell(row: Mapping[str, Any], column: str, digits: int, notation: _Notation) -> str:

@@ -44,4 +44,4 @@ def published_keys(published: Sequence[Published], key: str) -> list[Any]:
 
 def idle_key(key: str) -> bool:
     """Whether the configuration key has no effect on the full-precision model."""
-    return key == "name" or key.split(".")[0] in IDLE_GROUPS
+    return key == "name" or key.split(".", maxsplit=1)[0] in IDLE_GROUPS

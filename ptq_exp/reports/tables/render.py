@@ -11,7 +11,7 @@ import pandas as pd
 
 from ptq_exp.errors import ConfigError
 from ptq_exp.reports.tables.notation import to_latex, to_markdown
-from ptq_exp.reports.tables.result_table import ResultTable
+from ptq_exp.reports.tables.request import ResultTable
 from ptq_exp.reports.tables.wandb_source import TABLE_TAG
 from ptq_exp.results import wandb as wandb_run
 
@@ -33,8 +33,9 @@ def render(table: ResultTable, form: str = "markdown", label: str = "results") -
     if form == "latex":
         caption = " ".join(f"{sentence.rstrip('.')}." for sentence in [table.title, *table.notes] if sentence)
         return to_latex(
-            table.frame, table.titles, table.digits, groups=table.groups, caption=caption, label=f"tab:{label}"
-        )
+            table.frame, table.titles, table.digits, groups=table.groups, caption=caption, label=f"tab:{label}",
+            blocks=table.blocks,
+        )  # fmt: skip
     if form != "markdown":
         raise ConfigError(f"format={form!r} is unknown, expected one of {', '.join(FORMATS)}")
     title = f"**{table.title}**\n\n" if table.title else ""

@@ -2,60 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from math import inf, isnan
 from typing import Any
 
 import pandas as pd
 
 from ptq_exp.errors import DataError
-from ptq_exp.reports.tables.cells import Key, chosen, fate_of, make_cells
-from ptq_exp.reports.tables.identity import plain
-from ptq_exp.reports.tables.labels import condition, label, letter, natural
+from ptq_exp.reports.tables.cells import Cell, Key, chosen, make_cells
+from ptq_exp.reports.tables.identity import plain, telling_apart
+from ptq_exp.reports.tables.labels import condition, label, letter, natural, word
+from ptq_exp.reports.tables.notes import fate_of, members_of, scored
 from ptq_exp.reports.tables.pivot import RowKey, arranged, shares
-from ptq_exp.reports.tables.published import Published, published_keys
-from ptq_exp.reports.tables.settings import BITS, FULL_PRECISION, VALUES, Value, is_idle, key_column, prepared, value_of
+from ptq_exp.reports.tables.published import PublishedRow, published_keys
+from ptq_exp.reports.tables.request import BY_RUN, REFERENCE, Request, ResultTable
+from ptq_exp.reports.tables.settings import (
+    BITS,
+    DERIVED,
+    FULL_PRECISION,
+    SPEC,
+    VALUES,
+    Value,
+    is_idle,
+    key_column,
+    prepared,
+    value_of,
+)
 from ptq_exp.reports.tables.twins import with_twins
 
-REFERENCE = "FP32"
 _ARROWS = {-1: " ↓", 0: "", 1: " ↑"}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a table shows; the names are those of the command line and of `conf/table/`.
-
-    `where` maps keys to allowed values; `best_within` None marks the best among rows that have the same full-precision
-    model, sampler and scores, () the best of all that are scored alike.
-    """
-
-    rows: Sequence[str]
-    cols: Sequence[str] = ()
-    values: Sequence[str] = ("fid", "sfid", "is")
-    agg: Sequence[str] = ("seed",)
-    where: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    delta: bool = False
-    fp32: bool = True
-    best_within: Sequence[str] | None = None
-    published: Sequence[Published] = ()
-    title: str = ""
-
-
-@dataclass(frozen=True)
-class ResultTable:
-    """A table to print: `frame`, and for its columns headings, headings above these, and digits; then its notes.
-
-    A column v has companions in `frame`: v.std, v.runs (how many), v.n (the same, where it is
-    unusual), v.delta, v.best.
-    """
-
-    frame: pd.DataFrame
-    titles: dict[str, str]
-    groups: dict[str, str]
-    digits: dict[str, int]
-    notes: list[str]
-    title: str = ""
 
 
 def result_table(runs: pd.DataFrame, request: Request, settings: Iterable[str] = ()) -> ResultTable:
@@ -74,31 +50,60 @@ def result_table(runs: pd.DataFrame, request: Request, settings: Iterable[str] =
     return _Builder(runs, request, settings).table()
 
 
+def _row_of(cell: Cell) -> RowKey:
+    return cell.full_precision, cell.row, cell.spec
+
+
 class _Builder:
     """The steps from runs to a table; what is noticed on the way goes into `notes`."""
 
     def __init__(self, runs: pd.DataFrame, request: Request, settings: Iterable[str]) -> None:
         columns = {*map(str, runs), *settings, "name"}
         self.request = request
+        self.keys = list(request.rows)
         self.rows = [key_column(key, columns) for key in request.rows]
         self.cols = [key_column(key, columns) for key in request.cols]
         agg = [key_column(key, columns) for key in request.agg]
         where = {key_column(key, columns): list(allowed) for key, allowed in request.where.items()}
         self.values: dict[str, Value] = {name: value_of(name, columns) for name in request.values}
         runs, self.lost = self._experiments(runs, [*self.rows, *self.cols, *agg, *where])
+        runs = self._asked_for(runs, where)
+        finished = runs["status"] == "finished"
+        if request.apart:
+            self._tell_apart(runs[finished & ~runs[DERIVED]].drop(columns=set(agg) & set(runs)))
+        computed = dict(self.values)
+        if request.sort not in ("", BY_RUN):
+            computed |= {request.sort: value_of(request.sort, columns)}
+        self.better = {name: value.better for name, value in computed.items()}
+        self.cells, self.notes = make_cells(runs[finished], self.rows, self.cols, computed, agg)
+        self.unfinished = runs[~finished]
+        self.order = self._choices_in_order(where)
+
+    def _asked_for(self, runs: pd.DataFrame, where: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+        """The runs that pass the filter, with or without full precision."""
         runs = chosen(runs, where)
-        runs = with_twins(runs) if request.fp32 else runs[~runs[FULL_PRECISION]]
+        runs = with_twins(runs) if self.request.fp32 else runs[~runs[FULL_PRECISION]]
         if runs.empty:
-            none_left = f"none of the runs passes the filter ({', '.join(map(condition, request.where.items()))})"
-            if not request.published:
+            filters = ", ".join(map(condition, self.request.where.items()))
+            none_left = f"none of the runs passes the filter ({filters})"
+            if not self.request.published:
                 raise DataError(none_left)
             self.lost.insert(0, none_left)
-        finished = runs["status"] == "finished"
-        self.cells, self.notes = make_cells(runs[finished], self.rows, self.cols, self.values, agg)
-        self.unfinished = runs[~finished]
-        self.order = {column: [plain(v) for v in allowed] for column, allowed in where.items()}
-        for column, key in zip(self.rows, request.rows, strict=True):
-            self.order.setdefault(column, published_keys(request.published, key))
+        return runs
+
+    def _tell_apart(self, runs: pd.DataFrame) -> None:
+        """Add keys to the rows until no two `runs` of a cell differ in a setting."""
+        added = telling_apart(runs, [*self.rows, *self.cols, SPEC, FULL_PRECISION])
+        self.rows += added
+        self.keys += [column.removeprefix("config.").removesuffix(".name") for column in added]
+
+    def _choices_in_order(self, where: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Column -> its choices in the order of the filter, else of the labels, else of the published figures."""
+        order = {column: [plain(value) for value in allowed] for column, allowed in where.items()}
+        for column, key in zip(self.rows, self.request.rows, strict=False):
+            labelled = dict.fromkeys(one.where[key] for one in self.request.labels if one.key == key)
+            order.setdefault(column, list(labelled) or published_keys(self.request.published, key))
+        return order
 
     def _experiments(self, runs: pd.DataFrame, settings: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
         """The prepared runs that say what they are, and notes about those that do not."""
@@ -115,11 +120,15 @@ class _Builder:
         specs = list(dict.fromkeys(cell.spec for cell in self.cells))
         rows, columns = self._row_keys(specs), self._columns()
         frame = self._texts(rows, specs)
-        table = ResultTable(frame, {name: name for name in frame}, {}, {}, [], self.request.title)
+        blocks = [*self.request.blocks, *self.keys[len(self.request.rows):]] if self.request.blocks else []
+        members = [(row[0], members_of(cell for cell in self.cells if _row_of(cell) == row)) for row in rows]
+        titles = {name: name for name in frame}
+        table = ResultTable(frame, titles, {}, {}, [], self.request.title, blocks, members)
         counts = [len(numbers) for cell in self.cells for numbers in cell.numbers.values() if len(numbers)]
         usual = max(set(counts), key=lambda n: (counts.count(n), n)) if counts else 0
         numbers = self._measured(table, rows, columns, usual) | self._published(table, rows)
-        table.notes.extend([*self._scored(specs, usual, counts), *self.notes, *fate_of(self.unfinished), *self.lost])
+        table.notes.extend(scored(self.cells, specs, (usual, counts), self.request))
+        table.notes.extend([*self.notes, *fate_of(self.unfinished), *self.lost])
         table.notes.extend(
             f"{entry.heading}: {entry.source}; published, not measured here" for entry in self.request.published
         )
@@ -159,13 +168,27 @@ class _Builder:
 
     def _row_keys(self, specs: Sequence[str]) -> list[RowKey]:
         """(full precision, choices, spec) of the rows, in order; an unfinished or published one has the spec ""."""
-        found = {(cell.full_precision, cell.row, cell.spec) for cell in self.cells}
+        found = {_row_of(cell) for cell in self.cells}
         empty = [(bool(row[FULL_PRECISION]), self._key(row, self.rows)) for row in self.unfinished.to_dict("records")]
         for entry in self.request.published:
-            empty += [(row.fp32, row.key(self.request.rows)) for row in entry.rows]
+            empty += [(row.fp32, self._published_key(row)) for row in entry.rows]
         there = {row[:2] for row in found}
         found |= {(*row, "") for row in empty if row not in there}
-        return sorted(found, key=lambda row: (*self._place(row[1], self.rows, row[0]), [*specs, ""].index(row[2])))
+        ordered = sorted(found, key=lambda row: (*self._place(row[1], self.rows, row[0]), [*specs, ""].index(row[2])))
+        return sorted(ordered, key=self._rank) if self.request.sort else ordered
+
+    def _rank(self, row: RowKey) -> tuple:
+        """Sort key: full precision first, rows without finished runs last, between them what was asked for."""
+        cells = [cell for cell in self.cells if _row_of(cell) == row]
+        if self.request.sort == BY_RUN:
+            score = min((cell.position for cell in cells), default=0)
+        else:
+            name = self.request.sort
+            score = min((-self.better[name] * cell.mean(name) for cell in cells), default=inf)
+        return not row[0], not cells, inf if isnan(score) else score
+
+    def _published_key(self, row: PublishedRow) -> Key:
+        return row.key(self.request.rows) + (None,) * (len(self.rows) - len(self.request.rows))
 
     def _key(self, row: Mapping[str, Any], columns: Sequence[str]) -> Key:
         return tuple(plain(row[column]) for column in columns)
@@ -183,8 +206,7 @@ class _Builder:
         """The choices of every row as text, "FP32" once in a full-precision row, and a letter where specs differ."""
         texts = []
         for full_precision, key, spec in rows:
-            cells = [label(value, "" if full_precision and is_idle(column) else "—")
-                     for column, value in zip(self.rows, key, strict=True)]
+            cells = self._choices(key, full_precision)
             if full_precision:
                 idle = [i for i, column in enumerate(self.rows) if is_idle(column)]
                 if idle:
@@ -192,41 +214,34 @@ class _Builder:
                 elif cells:
                     cells[-1] += f" ({REFERENCE})"
             texts.append(cells + ([letter(specs, spec)] if len(specs) > 1 else []))
-        heads = [*self.request.rows, *(["scored"] if len(specs) > 1 else [])]
+        heads = [*self.keys, *(["scored"] if len(specs) > 1 else [])]
         return pd.DataFrame(texts, columns=heads, dtype=str)
+
+    def _choices(self, key: Key, full_precision: bool) -> list[str]:
+        """The choices of a row as texts; those that were added with all their digits, others by their labels."""
+        texts = []
+        choices = dict(zip(self.keys, key, strict=True))
+        for place, (column, (name, value)) in enumerate(zip(self.rows, choices.items(), strict=True)):
+            fitting = (one.text for one in self.request.labels if one.key == name and one.fits(choices))
+            shown = word(value) if place >= len(self.request.rows) and value is not None else label(
+                value, "" if full_precision and is_idle(column) else "—"
+            )  # fmt: skip
+            texts.append(next(fitting, shown))
+        return texts
 
     def _block(self, row: Key) -> Key:
         if self.request.best_within is not None:
-            return tuple(row[list(self.request.rows).index(key)] for key in self.request.best_within)
+            return tuple(row[self.keys.index(key)] for key in self.request.best_within)
         return tuple(value for column, value in zip(self.rows, row, strict=True) if not is_idle(column))
 
     def _published(self, table: ResultTable, rows: Sequence[RowKey]) -> dict[str, pd.Series]:
         """The columns of published figures, to the right of ours; their headings go into `table`."""
         numbers = {}
         for entry in self.request.published:
-            figures = {(row.fp32, row.key(self.request.rows)): row.figures for row in entry.rows}
+            figures = {(row.fp32, self._published_key(row)): row.figures for row in entry.rows}
             for name in entry.values():
                 place = f"published {entry.heading}/{name}"
                 numbers[place] = pd.Series([figures.get(row[:2], {}).get(name) for row in rows], dtype=float)
                 table.titles[place], table.groups[place] = VALUES[name].heading, f"published, {entry.heading}"
                 table.digits[place] = VALUES[name].digits
         return numbers
-
-    def _scored(self, specs: Sequence[str], usual: int, counts: Sequence[int]) -> list[str]:
-        """A sentence for each metric spec, and over which runs the numbers were averaged."""
-        over = " and ".join(self.request.agg)
-        notes = []
-        for spec in specs:
-            text = ", ".join(f"{key} {value}" for key, value in json.loads(spec).items()) or "no metric spec"
-            members = dict.fromkeys(m for cell in self.cells if cell.spec == spec for m in cell.members)
-            members = sorted(members, key=lambda member: [*map(natural, member)])
-            told = ", ".join("/".join(map(label, member)) for member in members)
-            notes.append(f"{letter(specs, spec) + ' ' if len(specs) > 1 else ''}{text}; {over} {told}")
-        if counts and max(counts) > 1:
-            differs = ", n where it is another number" if len(set(counts)) > 1 else ""
-            notes.append(f"mean ± std of n={usual} runs{differs}")
-        if len(specs) > 1:
-            notes.append("what was scored differently is neither averaged nor compared: see the column scored")
-        if self.request.delta:
-            notes.append(f"in brackets: difference to {REFERENCE} over the runs of the same {over}")
-        return notes

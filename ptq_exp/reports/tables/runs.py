@@ -1,4 +1,4 @@
-"""The runs that tables are made of, one row each: from results.json, or from W&B's offline folders."""
+"""The runs that tables are made of, one row each, from results.json."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import pandas as pd
 
-from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.errors import DataError
 from ptq_exp.storage.plain_json import read_json
 
-SOURCES = ("auto", "results", "wandb")
 _BEFORE = {"config.calibration.labels": "paired"}
 """What runs did that are older than a setting."""
+_WEIGHTS = {"weights.model": "config.model.weights"}
 _log = logging.getLogger(__name__)
 
 
@@ -30,65 +30,42 @@ def collect(runs_dir: str | os.PathLike) -> pd.DataFrame:
     Raises:
         DataError: `runs_dir` holds no results.json.
     """
-    return gather([runs_dir], "results")
+    return gather([runs_dir])
 
 
-def gather(folders: Iterable[str | os.PathLike], source: str = "auto") -> pd.DataFrame:
+def gather(folders: Iterable[str | os.PathLike]) -> pd.DataFrame:
     """The rows of `collect` for everything below several folders; a run that is found twice counts once.
 
     Args:
-        folders: run folders, folders of many of them, or W&B's own (offline-run-...).
-        source: "results" reads results.json, "wandb" the offline W&B runs, "auto" the W&B run only where the run
-            folder has no results.json.
+        folders: run folders, folders of many of them, or the offline W&B folder (offline-run-...) of a run, which
+            stands for the run.
 
     Raises:
-        ConfigError: an unknown source.
         DataError: there is nothing to read.
     """
-    if source not in SOURCES:
-        raise ConfigError(f"source={source!r} is unknown, expected one of {', '.join(SOURCES)}")
-    folders = [Path(folder) for folder in folders]
+    folders = [_of_run(Path(folder)) for folder in folders]
     rows: dict[Path, dict[str, Any]] = {}
     for folder in folders:
-        found: dict[Path, dict[str, Any]] = {}
-        if source != "wandb":
-            found = {path.parent.resolve(): _row(path, folder) for path in _in_order(folder)}
-        if source != "results":
-            found |= _offline_rows(folder, beside_results=source == "wandb")
+        found = {path.parent.resolve(): _row(path, folder) for path in _in_order(folder)}
         if len(folders) > 1:  # two sweeps have a job 0 each
             for row in found.values():
                 row["run"] = (folder / row["run"]).as_posix()
         rows |= found
     if not rows:
-        what = "offline W&B run" if source == "wandb" else "results.json"
-        also = " and no offline W&B run" if source == "auto" else ""
         where = ", ".join(map(str, folders))
-        raise DataError(f"no {what} below {where}{also}: run an experiment first or name another folder")
+        raise DataError(f"no results.json below {where}: run an experiment first or name another folder")
     return pd.DataFrame(list(rows.values()))
+
+
+def _of_run(folder: Path) -> Path:
+    """The folder of the run that an offline W&B folder (RUN/wandb/offline-run-...) belongs to; others as they are."""
+    run = folder.parent.parent
+    return run if folder.parent.name == "wandb" and (run / "results.json").is_file() else folder
 
 
 def _in_order(folder: Path) -> list[Path]:
     """The results below `folder`, in the order of their names, where job 2 comes before job 10."""
     return sorted(folder.rglob("results.json"), key=lambda path: re.sub(r"\d+", lambda m: m[0].zfill(20), str(path)))
-
-
-def _offline_rows(folder: Path, *, beside_results: bool) -> dict[Path, dict[str, Any]]:
-    """The offline W&B runs below `folder`; those that lie beside a results.json only if asked for."""
-    from ptq_exp.reports.tables.wandb_source import offline_folders, offline_row
-
-    rows = {}
-    for path in offline_folders(folder):
-        resolved = path.resolve()  # `latest-run` is a link to one of the others
-        if resolved in rows or not beside_results and (resolved.parent.parent / "results.json").exists():
-            continue
-        row = offline_row(resolved, _name(path, folder))
-        rows |= {resolved: row} if row else {}
-    return rows
-
-
-def _name(path: Path, folder: Path) -> str:
-    name = path.relative_to(folder).as_posix()
-    return path.name if name == "." else name
 
 
 def _row(path: Path, runs_dir: Path) -> dict[str, Any]:
@@ -107,7 +84,12 @@ def _row(path: Path, runs_dir: Path) -> dict[str, Any]:
 
 def completed(flat: dict[str, Any]) -> dict[str, Any]:
     """The settings and numbers of a run, with what it did that is older than a setting."""
-    return (_BEFORE if "config.calibration.name" in flat else {}) | flat
+    return (_BEFORE if "config.calibration.name" in flat else {}) | with_weights(flat)
+
+
+def with_weights(flat: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a run in which the digest of its weights is a setting: one path may have held several."""
+    return {_WEIGHTS.get(key, key): value for key, value in flat.items()}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -119,9 +101,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def add_percent(runs: pd.DataFrame, shares: Mapping[str, str]) -> pd.DataFrame:
-    """`runs` with new columns: {new: share} gives 100 times the column `share`, missing where there is none."""
-    nothing = pd.Series(float("nan"), index=runs.index)
-    return runs.assign(**{new: 100 * runs.get(share, nothing) for new, share in shares.items()})

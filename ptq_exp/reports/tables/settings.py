@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ptq_exp.errors import ConfigError
+from ptq_exp.evaluation.scores import HEADLINE, SCORES, shown
 from ptq_exp.reports.tables.identity import SPEC, exact, metric_spec
 
 BITS = "config.bits.name"
@@ -31,22 +32,17 @@ class Value:
     factor: float = 1.0
 
 
-VALUES = {
-    "fid": Value("FID", "metrics.fid", -1),
-    "sfid": Value("sFID", "metrics.sfid", -1),
-    "is": Value("IS", "metrics.is", 1),
-    "precision": Value("precision", "metrics.precision", 1, 3),
-    "recall": Value("recall", "metrics.recall", 1, 3),
-    "fid_increase": Value("FID − FP32", "metrics.fid_increase", -1),
-    "fid_increase_units": Value("FID increase", "metrics.fid_increase_units", -1),
-    "psnr": Value("PSNR dB", "metrics.psnr", 1),
-    "eps_error": Value("eps error", "metrics.eps_error", -1, 4),
-    "eps_error_percent": Value("eps error %", "metrics.eps_error", -1, factor=100),
-    "eps_error_without_last": Value("eps error, not last", "metrics.eps_error_without_last", -1, 4),
-    "eps_error_without_last_percent": Value(
-        "eps error %, not last", "metrics.eps_error_without_last", -1, factor=100
-    ),
-    "fixed_pattern_share": Value("fixed pattern", "metrics.fixed_pattern_share", -1),
+def _of_scores() -> dict[str, Value]:
+    """A value for each score, and one in percent where it is read so."""
+    values = {}
+    for name, score in SCORES.items():
+        values[name] = Value(score.heading, f"metrics.{name}", score.better, score.digits)
+        if score.percent:
+            values[f"{name}_percent"] = Value(score.percent, f"metrics.{name}", score.better, factor=100)
+    return values
+
+
+VALUES = _of_scores() | {
     "coverage_percent": Value("coverage %", "quantization.coverage_conv_linear", 1, factor=100),
     "bops_g": Value("BOPs G", "quantization.bops.conv_linear", -1, factor=1e-9),
     "bops_t": Value("BOPs T", "quantization.bops.conv_linear", -1, factor=1e-12),
@@ -56,6 +52,8 @@ VALUES = {
     "size_reduction": Value("size ratio", "quantization.size_reduction", 1),
 }
 """Short names of the numbers that tables usually hold; any other number of results.json can be named in full."""
+HEADLINE_VALUES = [f"{name}_percent" if score.percent else name for name, score in shown(HEADLINE).items()]
+"""What tables of many runs show where nothing else is asked for."""
 _SECTIONS = ("config.", "metrics.", "quantization.", "")
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 
 import pandas as pd
 
 from ptq_exp.reports.tables.identity import plain
 from ptq_exp.reports.tables.render import render
-from ptq_exp.reports.tables.result_table import Request, ResultTable, result_table
+from ptq_exp.reports.tables.request import Request, ResultTable
+from ptq_exp.reports.tables.result_table import result_table
 from ptq_exp.reports.tables.runs import gather
-from ptq_exp.reports.tables.settings import VALUES, value_of
-
-SHOWN = ("fid", "sfid", "is", "fid_increase_units", "psnr", "eps_error_percent", "bops_ratio")
-"""The values of a sweep's table, as far as its runs have them."""
+from ptq_exp.reports.tables.settings import HEADLINE_VALUES, VALUES, value_of
 
 
 def sweep_table(
@@ -32,14 +31,14 @@ def sweep_table(
         folder: of the sweep; it is searched for results.json.
         keys: what was swept, as on the command line ("bits", "calibration.n_samples", "seed", "+experiment"); seed is
             averaged over, experiments are told apart by their names.
-        values: what to show; None: those of `SHOWN` that a run has.
+        values: what to show; None: the scores of the headline and the bit operations, as far as a run has them.
         best: the value that chooses the marked row; None: the first one shown that has a better side.
         form: one of `FORMATS`.
 
     Raises:
         PTQError: there are no results, an unknown key or value, or runs that differ in a setting that is no key.
     """
-    runs = gather([folder], "results")
+    runs = gather([folder])
     values = list(values or _present(runs))
     names = [key.lstrip("+~").partition("@")[0] for key in keys]
     names = ["name" if name == "experiment" else name for name in names]
@@ -49,8 +48,9 @@ def sweep_table(
 
 
 def _present(runs: pd.DataFrame) -> list[str]:
-    there = [name for name in SHOWN if VALUES[name].column in runs and runs[VALUES[name].column].notna().any()]
-    return there or ["fid"]
+    names = [*HEADLINE_VALUES, "bops_ratio"]
+    there = [VALUES[name].column in runs and runs[VALUES[name].column].notna().any() for name in names]
+    return list(compress(names, there)) or ["fid"]
 
 
 def _judge(values: Sequence[str], runs: pd.DataFrame) -> str | None:

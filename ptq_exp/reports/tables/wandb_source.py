@@ -1,57 +1,23 @@
-"""Runs recorded with W&B, online or in offline folders, as the rows that `collect` makes of results.json."""
+"""The runs of an online W&B project as the rows that `collect` makes of results.json."""
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.reports.tables.runs import completed, flatten
-from ptq_exp.results.record import INTERRUPTED
+from ptq_exp.reports.tables.runs import completed, flatten, with_weights
 from ptq_exp.storage.plain_json import restore
 
 TABLE_TAG = "ptq-exp-table"
 """Tag of the W&B runs that hold nothing but a table: no experiments."""
-_log = logging.getLogger(__name__)
-_SECTIONS = ("metric_spec", "quantization", "real")  # as they are in results.json
+_SECTIONS = ("metric_spec", "quantization", "real", "weights")  # as they are in results.json
 _OF_QUANTIZATION = ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")  # logged beside the scores
-_SIGNALLED = (130, 143)  # exit codes after SIGINT and SIGTERM
 _SERVICE = ("_wandb", "trainer", "graph")
-
-
-def offline_folders(folder: Path) -> list[Path]:
-    """The folders of offline W&B runs in `folder` or below it, `folder` itself included."""
-    found = {path.parent for path in folder.rglob("run-*.wandb")}
-    return sorted(path for path in found if path.name.startswith(("offline-run-", "run-")))
-
-
-def offline_row(folder: Path, name: str) -> dict[str, Any] | None:
-    """One offline run as a row called `name`; None for a table that was logged.
-
-    A log that cannot be read is told and gives status "unreadable".
-    """
-    from ptq_exp.reports.tables.wandb_log import read_log
-
-    (path,) = folder.glob("run-*.wandb")
-    row = {"run": name, "modified": path.stat().st_mtime}
-    try:
-        run = read_log(path)
-    except DataError as error:
-        _log.warning("%s", error)
-        return row | {"status": "unreadable"}
-    if TABLE_TAG in run["tags"]:
-        return None
-    code = run["exit_code"]
-    ends = {None: "running", 0: "finished"} | dict.fromkeys(_SIGNALLED, INTERRUPTED)
-    status = ends.get(code, "failed")
-    error = {"error": f"exit code {code}"} if status == "failed" else {}
-    return row | {"status": status} | error | recorded(run["config"], run["summary"])
 
 
 def online_rows(project: str, base_url: str | None = None, api_key: str | None = None) -> list[dict[str, Any]]:
@@ -111,7 +77,7 @@ def recorded(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str,
             row[f"quantization.{key}"] = value
         elif "/" not in key:
             row[f"metrics.{key}"] = value
-    return row
+    return with_weights(row)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptq_exp.cli.sweep.end import cache_line, read_jobs
-from ptq_exp.experiment import stages
+from ptq_exp.experiment import experiment
 from ptq_exp.storage.plain_json import read_json, write_json
 
 FAILING = "3_ndtc_w4a8"
@@ -16,14 +16,14 @@ FAILING = "3_ndtc_w4a8"
 
 def break_the_last(monkeypatch):
     """The last combination loses its device while it draws."""
-    draw = stages.quantized_images
+    draw = experiment.quantized_images
 
-    def failing(setup, twin, path):
-        if (setup.config.bits.name, setup.config.seed) == ("w4a8", 1):
+    def failing(run, config, key, quantized, title, path):
+        if (title, run.seed) == ("W4A8 images", 1):
             raise RuntimeError("device lost")
-        return draw(setup, twin, path)
+        return draw(run, config, key, quantized, title, path)
 
-    monkeypatch.setattr(stages, "quantized_images", failing)
+    monkeypatch.setattr(experiment, "quantized_images", failing)
 
 
 def wandb_run(folder: Path) -> dict:

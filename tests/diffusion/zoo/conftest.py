@@ -37,13 +37,13 @@ class Golden:
         return np.load(MODELS / f"{name}.npz")
 
     def inputs(self, file, i: int, dtype=torch.float32):
-        """(x, t, y or None) of the i-th output of a file."""
+        """(x, t, y) of the i-th output of a file; (x, t) without labels, and (x, None) without times."""
         shape = tuple(file["x_shape" if "x_shape" in file else "z_shape"])
         x = np.random.default_rng(int(file["seeds"][i])).standard_normal(shape).astype(np.float32)
         x = np.tanh(x) if "x_is_tanh_of_normal" in file else x
         t = torch.from_numpy(file["timesteps"][i]).to(dtype) if "timesteps" in file else None
-        y = torch.from_numpy(file["labels"][i]) if "labels" in file else None
-        return torch.from_numpy(x).to(dtype), t, y
+        y = [torch.from_numpy(file["labels"][i])] if "labels" in file else []
+        return torch.from_numpy(x).to(dtype), t, *y
 
     @torch.no_grad()
     def deviation(self, network, name: str, dtype=torch.float32) -> float:

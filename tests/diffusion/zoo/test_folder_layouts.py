@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from small_folders import BETAS, dit_folder, edit, latent_folder, pixel_folder, unet
 
+from ptq_exp.diffusion.checkpoints import read_checkpoint
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import CheckpointError
 
@@ -97,6 +98,51 @@ def test_plain_weights_in_half_precision_are_widened(tmp_path):
     root = pixel_folder(tmp_path)
     unet().half().save_pretrained(root / "unet")
     assert_weights(root, half())
+
+
+def prefixed(*prefixes):
+    return {"".join(prefixes) + key: value for key, value in plain().items()}
+
+
+def stored(tmp_path, content, safe=False):
+    """A pipeline whose network lies in its file as `content`."""
+    root = pixel_folder(tmp_path)
+    (root / "unet" / f"{STEM}.safetensors").unlink()
+    save = save_file if safe else torch.save
+    save(content, root / "unet" / f"{STEM}.{'safetensors' if safe else 'bin'}")
+    return root
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("prefixes", [("module.",), ("_orig_mod.",), ("_orig_mod.", "module.")], ids="".join)
+def test_what_a_run_puts_before_every_name_is_taken_off(tmp_path, safe, prefixes):
+    assert_weights(stored(tmp_path, prefixed(*prefixes), safe), plain())
+
+
+@pytest.mark.parametrize("nest", [
+    lambda: {"state_dict": plain(), "epoch": 3}, lambda: {"model": plain(), "optimizer": {"state": {}, "step": 2}},
+    lambda: {"ema": prefixed("module.")}, lambda: {"model": plain(), "step": torch.tensor(3)},
+])  # fmt: skip
+def test_a_single_state_dict_inside_a_training_state_is_taken(tmp_path, nest):
+    assert_weights(stored(tmp_path, nest()), plain())
+
+
+def test_weights_go_before_a_dict_of_tensors_beside_them(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.ones(2), "averages": {"w": torch.zeros(2)}}, path)
+    assert read_checkpoint(path)["w"].tolist() == [1.0, 1.0]
+
+
+def test_other_stored_states_are_refused_in_a_line(tmp_path, capfd):
+    both = message(stored(tmp_path / "both", {"model": plain(), "ema": plain()}))
+    assert f"{STEM}.bin: holds several state dicts (model, ema); save the one to load alone" in both
+    some = prefixed("module.") | dict(list(plain().items())[:5])
+    assert "not the weights of its own config.json: " in message(stored(tmp_path / "some", some))
+    codes = {key: (10 * value).to(torch.int8) for key, value in plain().items()}
+    for safe in (True, False):
+        line = message(stored(tmp_path / f"codes {safe}", codes, safe))
+        assert "unet/diffusion_pytorch_model." in line and " is int8, not real numbers; give the weights in " in line
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("safe", [True, False])

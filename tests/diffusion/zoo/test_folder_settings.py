@@ -54,10 +54,9 @@ def latent(saved, tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
-        ("DDIM", {"prediction_type": "v_prediction"}, "prediction_type=v_prediction"),
-        ("DDPM", {"prediction_type": "sample"}, "prediction_type=sample"),
+        ("DDIM", {"prediction_type": "flow_prediction"}, "prediction_type=flow_prediction"),
         ("UniPCMultistep", {"prediction_type": "flow_prediction"}, "prediction_type=flow_prediction"),
-        ("EulerDiscrete", {"prediction_type": "v_prediction"}, "prediction_type=v_prediction"),
+        ("EulerDiscrete", {"prediction_type": "unheard"}, "only models with prediction_type=epsilon or v_pred"),
         ("DPMSolverMultistep", {"thresholding": True}, "thresholding=True"),
         ("DEISMultistep", {"thresholding": True}, "thresholding=True"),
         ("EulerDiscrete", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True"),
@@ -169,7 +168,7 @@ def test_what_belongs_to_a_solver_is_named_in_the_log(tmp_path, caplog, name, se
         ({"block_out_channels": [8]}, "no UNet2DModel can be made"),
         ({"norm_num_groups": 3}, "no UNet2DModel can be made"), ({"act_fn": "unheard"}, "no UNet2DModel can be made"),
         ({"down_block_types": ["Unheard", "DownBlock2D"]}, "no UNet2DModel can be made"),
-        ({"num_class_embeds": 5}, "num_class_embeds"), ({"class_embed_type": "timestep"}, "class_embed_type"),
+        ({"num_class_embeds": 0}, "num_class_embeds=0"), ({"class_embed_type": "timestep"}, "class_embed_type"),
         ({"time_embedding_type": "learned"}, "time_embedding_type"),
         ({"_class_name": "UNet2DConditionModel"}, "_class_name"),
         ({"_class_name": ["UNet2DModel"]}, "_class_name"),

@@ -32,7 +32,7 @@ def ddpm(golden, tmp_path_factory):
 
 def whole(denoiser):
     """The network with all its output channels."""
-    return lambda x, t, y: denoiser.unet(x, t).sample
+    return lambda x, t: denoiser.unet(x, t).sample
 
 
 def test_improved_diffusion_in_float32(ddim, golden):
@@ -50,7 +50,7 @@ def test_improved_diffusion_with_small_weights(ddim, golden, shrink):
 
 
 def test_the_denoiser_returns_the_noise_and_not_the_variance(ddim, golden):
-    x, t, _ = golden.inputs(golden.file("iddpm_cifar10"), 0)
+    x, t = golden.inputs(golden.file("iddpm_cifar10"), 0)
     eps = ddim.denoiser(x, t)
     assert torch.equal(eps, ddim.denoiser.unet(x, t).sample[:, :3])
 
@@ -95,7 +95,7 @@ def test_ddpm_from_its_diffusers_folder(ddpm, golden, tmp_path):
 def test_a_reduced_type_is_close_and_keeps_the_state_in_float32(ddpm, golden, saved):
     low = load_model("ddpm_cifar10", saved(golden.state("ddim_cifar10")), dtype="bfloat16")
     assert {p.dtype for p in low.denoiser.parameters()} == {torch.bfloat16}
-    x, t, _ = golden.inputs(golden.file("ddim_cifar10"), 0)
+    x, t = golden.inputs(golden.file("ddim_cifar10"), 0)
     eps, expected = low.denoiser(x, t), ddpm.denoiser(x, t)
     assert eps.dtype == torch.float32
     assert 0 < float((eps - expected).std() / expected.std()) < 0.05

@@ -32,19 +32,19 @@ def denoiser_agrees(golden, shrink, model, network, name, small):
 
 
 def first_stage_agrees(golden, shrink, stage):
-    assert golden.deviation(lambda z, t, y: stage.decode(z), "ldm4_imagenet256.decode16") < FLOAT32
-    assert golden.deviation(lambda z, t, y: stage.decode(z), "ldm4_imagenet256.decode64") < FLOAT32
-    assert golden.deviation(lambda x, t, y: stage.encode(x), "ldm4_imagenet256.encode64") < FLOAT32
+    assert golden.deviation(lambda z, _: stage.decode(z), "ldm4_imagenet256.decode16") < FLOAT32
+    assert golden.deviation(lambda z, _: stage.decode(z), "ldm4_imagenet256.decode64") < FLOAT32
+    assert golden.deviation(lambda x, _: stage.encode(x), "ldm4_imagenet256.encode64") < FLOAT32
     for name in ("ldm4_imagenet256.decode16", "ldm4_imagenet256.decode64"):
         file = golden.file(name)
         for i, codes in enumerate(file["codes"]):
             chosen = stage.autoencoder.quantize(golden.inputs(file, i)[0])[2][2]
             assert chosen.flatten().tolist() == codes.tolist()
     stage.double()
-    assert golden.deviation(lambda z, t, y: stage.decode(z), "ldm4_imagenet256.decode16_f64", torch.float64) < FLOAT64
+    assert golden.deviation(lambda z, _: stage.decode(z), "ldm4_imagenet256.decode16_f64", torch.float64) < FLOAT64
     stage.float()
     shrink(stage, float(golden.file("ldm4_imagenet256.decode16_small")["weight_scale"]))
-    assert golden.deviation(lambda z, t, y: stage.decode(z), "ldm4_imagenet256.decode16_small") < FLOAT32
+    assert golden.deviation(lambda z, _: stage.decode(z), "ldm4_imagenet256.decode16_small") < FLOAT32
 
 
 def lightning_file(saved, monkeypatch, state):
@@ -63,7 +63,7 @@ def test_imagenet64(golden, shrink, saved, portable_sines):
     assert model.sample_shape == (3, 64, 64) and len(model.time_grid()) == 250
     assert sum(p.numel() for p in model.denoiser.parameters()) == 121_063_942
     unet = model.denoiser.unet
-    denoiser_agrees(golden, shrink, model, lambda x, t, y: unet(x, t).sample, "iddpm_imagenet64",
+    denoiser_agrees(golden, shrink, model, lambda x, t: unet(x, t).sample, "iddpm_imagenet64",
                     "iddpm_imagenet64.small")  # fmt: skip
 
 
@@ -95,5 +95,5 @@ def test_ldm4_lsun_bedrooms256(golden, shrink, saved, portable_sines):
     assert model.digest != averaged
     denoiser_agrees(golden, shrink, model, model.denoiser, "ldm4_lsun_bedrooms256.unet",
                     "ldm4_lsun_bedrooms256.unet_small")  # fmt: skip
-    decode = golden.deviation(lambda z, t, y: model.first_stage.decode(z), "ldm4_imagenet256.decode16")
+    decode = golden.deviation(lambda z, _: model.first_stage.decode(z), "ldm4_imagenet256.decode16")
     assert decode < FLOAT32

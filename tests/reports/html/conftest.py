@@ -81,7 +81,8 @@ def results(name="ndtc_w8a8", seed=0, fid=1.5, bops=4.0e9, bits="w8a8", model="d
         "status": "finished", "stage": "done", "name": name, "seed": seed, "command": f"python -m ptq_exp seed={seed}",
         "environment": {"python": "3.11.0", "torch": "2.9", "threads": 1},
         "config": {
-            "name": name, "seed": seed, "bits": {"name": bits, "weight": int(bits[1])}, "model": {"name": model},
+            "name": name, "seed": seed, "model": {"name": model},
+            "bits": {"name": bits, "weight": 32 if bits == "fp32" else int(bits[1])},
             "sampler": {"solver": "ddim", "steps": 3}, "calibration": {"n_samples": 8},
         },
         "seconds": {"quantize": 1.5, "scores": 2.0},

@@ -3,18 +3,20 @@
 import os
 
 import pytest
+from markdown_text import squeezed
 
 from ptq_exp.cli.sweep.job import _deciding
 from ptq_exp.cli.sweep.resume import _changes_jobs
-from ptq_exp.cli.table import ablation_table, experiment_table, main, make_table
+from ptq_exp.cli.table import layout_table, main, make_table
 from ptq_exp.errors import ConfigError
-from ptq_exp.reports.html.compare import groups, with_readable_units
+from ptq_exp.reports.html.sweep import compared
 from ptq_exp.reports.tables.identity import has_effect, newest, telling_apart
-from ptq_exp.reports.tables.result_table import Request
-from ptq_exp.reports.tables.runs import gather
-from ptq_exp.reports.tables.tables import aggregate, collect
-from ptq_exp.storage.plain_json import write_json
+from ptq_exp.reports.tables.render import render
+from ptq_exp.reports.tables.request import Request
+from ptq_exp.reports.tables.runs import collect, gather
+from ptq_exp.storage.plain_json import read_json, write_json
 
+LAYOUTS = ("experiments", "ablation")
 SPEC = {"extractor": "e", "n_samples": 4, "reference": "r"}
 WITHOUT_EFFECT = {
     "imports": ["mine"], "cache": "off", "cache_dir": "/tmp/c", "save_quantized": False,
@@ -46,10 +48,8 @@ def test_a_setting_without_effect_is_none_for_every_table(tmp_path, key, value):
     write(tmp_path, "a", fid=1.0)
     write(tmp_path, "b", fid=3.0, seed=1, **{key: value})
     runs = gather([tmp_path])
-    assert aggregate(runs, ["name"], ["metrics.fid"])["metrics.fid"].tolist() == [2.0]
-    assert "2.00 ± 1.41" in experiment_table(runs) and "2.00 ± 1.41" in ablation_table(runs)
-    assert by_name(runs).frame["fid"].tolist() == [2.0]
-    assert groups(with_readable_units(runs))["metrics.fid"].tolist() == [2.0]
+    for table in (by_name(runs), compared(runs), *(layout_table(runs, name) for name in LAYOUTS)):
+        assert table.frame["fid"].tolist() == [2.0]
     assert not has_effect(key) and not has_effect(f"{key}.inner")
     assert _deciding({key: value, "seed": 0}) == {"seed": 0}
     assert not _changes_jobs(f"{key}.inner") and not _changes_jobs(key)
@@ -78,39 +78,49 @@ def test_only_a_whole_setting_is_without_effect_not_a_word_in_it(key):
 def test_runs_of_one_name_that_differ_have_rows_of_their_own(tmp_path, column, settings, seeds):
     write(tmp_path, "a", fid=1.0, seed=seeds[0], age=5)
     write(tmp_path, "b", fid=3.0, seed=seeds[1], **settings)
-    for table in (experiment_table(tmp_path), ablation_table(tmp_path)):
-        assert "| 1.00 |" in table and "| 3.00 |" in table and "2.00" not in table
-        assert column in table.splitlines()[0]
-    table = groups(with_readable_units(collect(tmp_path)))
-    assert sorted(table["metrics.fid"]) == [1.0, 3.0]
+    for table in (compared(collect(tmp_path)), *(layout_table(tmp_path, name) for name in LAYOUTS)):
+        assert sorted(table.frame["fid"]) == [1.0, 3.0] and column in table.keys
     with pytest.raises(ConfigError, match=f"would be averaged but differ in {column}"):
+        by_name(gather([tmp_path]))
+
+
+def test_other_weights_under_the_same_path_have_a_row_of_their_own(tmp_path):
+    """A checkpoint that was trained on, or exchanged: the path says nothing of it, the digest does."""
+    for seed, digest in enumerate(("aaaa", "aaaa", "bbbb")):
+        write(tmp_path, str(seed), fid=1.0 + 2 * seed, seed=seed, model={"name": "mine", "checkpoint": "m.pt"})
+        path = tmp_path / str(seed) / "results.json"
+        write_json(path, read_json(path) | {"weights": {"model": digest}})
+    for table in (compared(collect(tmp_path)), *(layout_table(tmp_path, name) for name in LAYOUTS)):
+        assert sorted(table.frame["fid"]) == [2.0, 5.0] and "model.weights" in table.keys
+    with pytest.raises(ConfigError, match="would be averaged but differ in model.weights"):
         by_name(gather([tmp_path]))
 
 
 def test_runs_that_were_scored_differently_have_letters(tmp_path):
     write(tmp_path, "a", fid=1.0)
     write(tmp_path, "b", fid=3.0, spec=SPEC | {"reference": "another"})
-    text = experiment_table(tmp_path)
+    text = squeezed(render(layout_table(tmp_path, "experiments")))
     assert "| mse | (a) | 1.00 |" in text and "| mse | (b) | 3.00 |" in text
-    assert "(a) extractor e, n_samples 4, reference r; seeds 0." in text and "(b) extractor e" in text
-    table = groups(with_readable_units(collect(tmp_path)))
-    assert table["scored"].tolist() == ["(a)", "(b)"] and table["metrics.fid"].tolist() == [1.0, 3.0]
+    assert "(a) extractor e, n_samples 4, reference r; seed 0" in text and "(b) extractor e" in text
+    frame = compared(collect(tmp_path)).frame
+    assert frame["scored"].tolist() == ["(a)", "(b)"] and frame["fid"].tolist() == [1.0, 3.0]
 
 
-def test_what_is_left_out_is_named_below_every_table(tmp_path, caplog, capsys):
+def test_what_is_left_out_is_named_below_every_table(tmp_path, capsys):
     write(tmp_path, "old", fid=9.0, age=10)
     write(tmp_path, "new", fid=1.0)
     write(tmp_path, "half", seed=1, status="running")
     write(tmp_path, "stopped", seed=2, status="interrupted")
     write(tmp_path, "nan", seed=3, fid=float("nan"))
     write_json(tmp_path / "foreign" / "results.json", {"status": "finished"})
-    lost = ("not old", "unfinished: half", "interrupted: stopped", "no experiments, left out: foreign", "no fid in nan")
+    lost = ("not old", "unfinished: half", "interrupted: stopped", "no experiments, left out: foreign", "no FID in nan")
     for form in ("markdown", "latex"):
-        for table in (experiment_table(tmp_path, form), ablation_table(tmp_path, form)):
+        for table in (render(layout_table(tmp_path, name), form) for name in LAYOUTS):
             assert [part for part in lost if part not in table] == []
-    experiment_table(tmp_path, "csv")
-    assert [part for part in lost if part not in caplog.text] == []
-    assert "not old" in groups(with_readable_units(collect(tmp_path))).attrs["notes"][0]
+    main([str(tmp_path), "--format", "csv"])
+    told = capsys.readouterr().err
+    assert [part for part in lost if part not in told] == []
+    assert any("not old" in note for note in compared(collect(tmp_path)).notes)
     main([str(tmp_path)])
     assert "several runs of one configuration and seed: the newest counts, not old" in capsys.readouterr().out
 
@@ -119,8 +129,8 @@ def test_full_precision_runs_do_not_differ_in_what_has_no_effect_on_them(tmp_pat
     write(tmp_path, "a", fid=1.0, name="fp32", bits={"name": "fp32"}, calibration={"name": "ndtc"})
     write(tmp_path, "b", fid=3.0, seed=1, name="fp32", bits={"name": "fp32"}, calibration={"name": "raw"})
     write(tmp_path, "c", fid=7.0, name="fp32", bits={"name": "fp32"}, sampler={"steps": 6})
-    text = experiment_table(tmp_path)
-    assert "| fp32 | - | 4 | 2.00 ± 1.41 |" in text and "| fp32 | - | 6 | 7.00 |" in text
+    text = squeezed(render(layout_table(tmp_path, "experiments")))
+    assert "| FP32 | | 4 | 2.00 ± 1.41 |" in text and "| FP32 | | 6 | 7.00 (n=1) |" in text
 
 
 def test_as_few_settings_as_tell_all_apart(tmp_path):

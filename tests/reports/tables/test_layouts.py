@@ -47,6 +47,11 @@ def test_a_layout_as_written(tmp_path):
         (("metric: lp, fid: 2.5", "fid: 2.5"), "metric is missing, a key of the rows"),
         (("fid: 2.5", "fdi: 2.5"), "fdi is no key of the rows and no value"),
         (("fid: 2.5", "fid: good"), "fid=good: expected a number"),
+        (("title:", "sort: fdi\ntitle:"), "sort=fdi: no such value; valid: run, fid"),
+        (("title:", "blocks: [bits]\ntitle:"), "blocks: bits is no key of the rows; valid: model, metric"),
+        (("title:", "labels: [{bits: w8a8, label: x}]\ntitle:"), "expected label and keys of the rows"),
+        (("title:", "labels: [{metric: lp}]\ntitle:"), "expected label and keys of the rows"),
+        (("title:", "labels: [lp]\ntitle:"), "expected label and keys of the rows"),
         ((GOOD, "- a"), "expected keys and values, found list"),
         ((GOOD, "a: [b"), "no readable YAML file"),
     ],
@@ -59,7 +64,7 @@ def test_what_is_wrong_is_named(tmp_path, change, message):
 def test_a_layout_is_found_by_name_or_by_path(tmp_path):
     read(tmp_path, GOOD)
     assert find_layout("t", tmp_path) == find_layout(str(tmp_path / "t.yaml"), tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="--layout ablatoin: no such layout; did you mean ablation"):
-        find_layout("ablatoin", tmp_path, ["ablation"])
+    with pytest.raises(ConfigError, match="--layout tt: no such layout; did you mean t"):
+        find_layout("tt", tmp_path)
     with pytest.raises(ConfigError, match="no such layout; There are t, or the path"):
         find_layout("zzz", tmp_path)

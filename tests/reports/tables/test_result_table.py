@@ -4,11 +4,13 @@ import math
 import os
 
 import pytest
+from markdown_text import squeezed
 
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.reports.tables.published import Published, PublishedRow
 from ptq_exp.reports.tables.render import plain_frame, render
-from ptq_exp.reports.tables.result_table import Request, result_table
+from ptq_exp.reports.tables.request import BY_RUN, Request, RowLabel
+from ptq_exp.reports.tables.result_table import result_table
 from ptq_exp.reports.tables.runs import gather
 
 SPEC = {"extractor": "digits", "preprocessing": "none", "reference": "train", "n_samples": 512}
@@ -26,7 +28,7 @@ def cells(table, column="fid"):
 
 
 def lines(table, form="markdown"):
-    return [line for line in render(table, form).splitlines() if line.startswith("|")]
+    return [line for line in squeezed(render(table, form)).splitlines() if line.startswith("|")]
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_rows_columns_and_means(two_by_two):
     assert table.frame["w8a8/fid.std"].tolist() == pytest.approx([math.sqrt(0.5), math.sqrt(2), math.sqrt(0.125)])
     assert lines(table) == [
         "| calibration | w8a8: FID ↓ | w4a8: FID ↓ |",
-        "| --- | ---: | ---: |",
+        "|:--|--:|--:|",
         "| FP32 | 1.00 ± 0.71 | 1.00 ± 0.71 |",
         "| ndtc | **2.00 ± 1.41** | 6.00 ± 1.41 |",  # alone in its column: nothing to be better than
         "| uniform | 2.25 ± 0.35 | — |",
@@ -210,14 +212,14 @@ def test_published_figures_stand_beside_ours_and_are_labelled(two_by_two):
     assert "| big | FP32 | — | 21.00 |" in lines(table) and "| big | ndtc | — | 23.50 |" in lines(table)
     assert "| digits | uniform | 2.25 ± 0.35 | 2.00 |" in lines(table)
     assert "Paper: its table 1; published, not measured here" in table.notes
-    assert r"\multicolumn{1}{c}{published, Paper}" in render(table, "latex")
+    assert r"& published, Paper \\" in render(table, "latex")
     nothing = table_of(two_by_two, rows=["model", "calibration"], where={"model": ["big"]}, published=published)
     assert len(lines(nothing)) == 5 and any("none of the runs passes" in note for note in nothing.notes)
 
 
 def test_latex_has_rules_bold_numbers_and_the_notes_in_its_caption(two_by_two):
     text = render(table_of(two_by_two, cols=["bits"], title="A_1"), "latex", "x")
-    assert r"\multicolumn{1}{c}{w8a8} & \multicolumn{1}{c}{w4a8} \\" in text and r"\cmidrule(lr){2-2}" in text
+    assert r" & w8a8 & w4a8 \\" in text and r"\cmidrule(lr){2-2}" in text
     assert r"ndtc & $\mathbf{2.00 \pm 1.41}$ & $6.00 \pm 1.41$ \\" in text
     assert r"\caption{A\_1. extractor digits" in text and r"FID $\downarrow$" in text and r"\label{tab:x}" in text
 
@@ -281,3 +283,40 @@ def test_numbers_that_older_runs_lack_are_gaps_in_their_rows(tmp_path, write_run
     assert lines(table_of(tmp_path, values=asked))[2:] == [
         "| ndtc | 2.00 | 1.50 | 0.50 |", "| uniform | 2.00 | — | — |"
     ]  # fmt: skip
+
+
+def test_runs_that_differ_have_rows_of_their_own_where_asked_for(two_by_two):
+    table = table_of(two_by_two, apart=True)
+    assert table.frame[["calibration", "bits"]].to_numpy().tolist() == [
+        ["FP32", ""], ["ndtc", "w8a8"], ["ndtc", "w4a8"], ["uniform", "w8a8"]
+    ]  # fmt: skip
+    assert table.frame["fid"].tolist() == [1.0, 2.0, 6.0, 2.25]
+    assert table.rows == [(True, "0, 1")] + 3 * [(False, "0, 1")] and table.keys == ["calibration", "bits"]
+
+
+def test_numbers_that_look_alike_have_all_their_digits_in_such_rows(tmp_path, write_run):
+    for i, mean in enumerate((0.1234567, 0.1234568)):
+        write_run(tmp_path / str(i), config={"calibration": {"mean": mean}})
+    assert table_of(tmp_path, apart=True).frame["calibration.mean"].tolist() == ["0.1234567", "0.1234568"]
+
+
+def test_rows_in_the_order_of_a_value_or_of_their_runs(tmp_path, write_run):
+    for i, (calibration, score) in enumerate((("b", 5.0), ("a", 9.0), ("c", 7.0), ("d", math.nan))):
+        write_run(tmp_path / str(i), calibration=calibration, metrics={"is": score, "fid": -score})
+    write_run(tmp_path / "5", "fp32", "none")
+    write_run(tmp_path / "4", calibration="0", status="failed")
+    by_score = ["FP32", "a", "c", "b", "d", "0"]
+    assert list(cells(table_of(tmp_path, sort="is"))) == list(cells(table_of(tmp_path, sort="fid"))) == by_score
+    assert list(cells(table_of(tmp_path, sort=BY_RUN))) == ["FP32", "b", "a", "c", "d", "0"]
+
+
+def test_a_label_stands_for_a_choice_and_orders_it(two_by_two):
+    labels = [RowLabel("calibration", {"calibration": "uniform"}, "flat"),
+              RowLabel("calibration", {"calibration": "ndtc", "bits": "w8*"}, "normal, 8 bits")]  # fmt: skip
+    frame = table_of(two_by_two, rows=["calibration", "bits"], labels=labels).frame
+    assert frame["calibration"].tolist() == ["FP32", "flat", "normal, 8 bits", "ndtc"]
+
+
+def test_a_run_that_lacks_a_value_is_named(two_by_two, write_run):
+    write_run(two_by_two / "lacking", "w8a8", "ndtc", 2, metrics={"fid": math.nan})
+    assert "no FID in lacking: the mean is that of the other runs" in table_of(two_by_two, cols=["bits"]).notes

@@ -1,8 +1,7 @@
-"""Runs from W&B: real offline folders, and an online project on a small server of the test."""
+"""Runs from W&B: an online project on a small server of the test; tables written into an offline run."""
 
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -10,14 +9,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pandas as pd
 import pytest
+from wandb_log import read_log
 
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.reports.tables.render import to_wandb
-from ptq_exp.reports.tables.result_table import Request, result_table
+from ptq_exp.reports.tables.request import Request
+from ptq_exp.reports.tables.result_table import result_table
 from ptq_exp.reports.tables.runs import gather
-from ptq_exp.reports.tables.wandb_log import read_log, records
 from ptq_exp.reports.tables.wandb_source import TABLE_TAG, online_rows, recorded
-from ptq_exp.results import wandb as wandb_run
 
 
 @pytest.fixture(autouse=True)
@@ -44,94 +43,22 @@ def settled(folder):
     raise AssertionError(f"{log} has no end")
 
 
-def logged(folder, values, exit_code=0):
-    """The log of the offline run that an experiment with these results leaves in `folder`."""
-    logger = wandb_run.make_logger("offline", folder, name="x", config=values["config"])
-    for step in range(3):
-        wandb_run.log_metrics(logger, {"eps_error_of_step": 0.1 * step})
-    wandb_run.log_metrics(logger, values["metrics"] | {"fp32/fid": 0.25, "bops_ratio": 16.0})
-    wandb_run.log_summary(logger, {"metric_spec": values["metric_spec"]})
-    wandb_run.finish(logger, exit_code)
-    return settled(folder)
+def test_the_offline_folder_of_a_run_stands_for_the_run(tmp_path, write_run):
+    for seed in (0, 1):
+        write_run(tmp_path / f"job{seed}", seed=seed, metrics={"fid": 1.0 + seed})
+        (tmp_path / f"job{seed}" / "wandb" / "offline-run-1").mkdir(parents=True)
+    folders = sorted(tmp_path.glob("*/wandb/offline-run-*"))
+    assert gather(folders[:1])["metrics.fid"].tolist() == [1.0]
+    assert gather([*folders, tmp_path / "job0"])["metrics.fid"].tolist() == [1.0, 2.0]
+    (tmp_path / "alone" / "wandb" / "offline-run-2").mkdir(parents=True)
+    with pytest.raises(DataError, match="no results.json below .*offline-run-2"):
+        gather([tmp_path / "alone" / "wandb" / "offline-run-2"])
 
 
-@pytest.fixture(scope="module")
-def offline(tmp_path_factory, run_values):
-    """Four offline runs and a table, in one folder: seeds 0 and 1, one that failed, one that was cut off."""
-    folder = tmp_path_factory.mktemp("offline")
-    before = dict(os.environ)
+def test_a_table_is_written_into_an_offline_run_which_is_no_experiment(tmp_path, write_run):
     for seed, fid in enumerate((1.0, 3.0)):
-        logged(folder / f"job{seed}", run_values(seed=seed, metrics={"fid": fid, "psnr": float("inf")}))
-    logged(folder / "job2", run_values(seed=2, metrics={"fid": 90.0}), exit_code=1)
-    log = logged(folder / "job3", run_values(seed=3, metrics={"fid": 90.0}))
-    log.write_bytes(log.read_bytes()[:-30])
-    os.environ.clear()
-    os.environ.update(before)
-    return folder
-
-
-def test_a_table_of_offline_runs(offline):
-    runs = gather([offline], "wandb")
-    assert runs["status"].tolist() == ["finished", "finished", "failed", "running"]
-    table = result_table(runs, Request(rows=["calibration"], cols=["bits"], values=["fid", "psnr", "fp32.fid"]))
-    assert table.frame["calibration"].tolist() == ["FP32", "ndtc"]  # FP32: the twins that the runs scored
-    assert table.frame["w8a8/fid"].tolist() == [0.25, 2.0] and table.frame["w8a8/psnr"][1] == float("inf")
-    assert table.frame["w8a8/fp32.fid"][1] == 0.25
-    assert "n_samples 512" in table.notes[0] and "seed 0, 1" in table.notes[0]
-    assert any("failed: job2/wandb/offline-run-" in note and "exit code 1" in note for note in table.notes)
-    assert any("unfinished: job3/wandb" in note for note in table.notes)
-
-
-def test_offline_runs_are_read_where_there_is_no_results_json(offline, tmp_path, write_run):
-    assert len(gather([offline])) == 4
-    folder = next((offline / "job0" / "wandb").glob("offline-run-*"))
-    assert gather([folder])["run"].tolist() == [folder.name]
-    write_run(offline / "job1", seed=1, metrics={"fid": 77.0})
-    try:
-        runs = gather([offline])
-        assert sorted(runs["metrics.fid"].dropna()) == [1.0, 77.0, 90.0, 90.0]
-        assert len(gather([offline], "results")) == 1 and len(gather([offline], "wandb")) == 4
-    finally:
-        (offline / "job1" / "results.json").unlink()
-    with pytest.raises(DataError, match="no offline W&B run below"):
-        gather([tmp_path], "wandb")
-    with pytest.raises(ConfigError, match="source='online'"):
-        gather([tmp_path], "online")
-
-
-def test_our_reading_of_a_log_agrees_with_that_of_wandb(offline):
-    folder = next((offline / "job0" / "wandb").glob("offline-run-*"))
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(folder)]
-    environment = os.environ | {"WANDB_MODE": "offline"}
-    theirs = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
-    (log,) = folder.glob("*.wandb")
-    ours = read_log(log)
-    assert ours["exit_code"] == theirs["exit_code"] == 0
-    without = {key: value for key, value in ours["config"].items() if key != "_wandb"}
-    assert without == {key: value for key, value in theirs["config"].items() if key != "_wandb"}
-    for key in ("fid", "fp32/fid", "eps_error_of_step", "metric_spec"):
-        assert ours["summary"][key] == theirs["summary"][key]
-
-
-def test_a_long_record_over_several_blocks_and_a_damaged_one(offline, tmp_path, run_values):
-    values = run_values(config={"logger": {"tags": ["x" * 100_000]}})
-    log = logged(tmp_path / "long", values)
-    assert read_log(log)["config"]["logger"]["tags"] == ["x" * 100_000]
-    content = bytearray(log.read_bytes())
-    content[60] ^= 1
-    log.write_bytes(content)
-    with pytest.raises(DataError, match="is damaged at byte"):
-        list(records(log))
-    assert gather([tmp_path / "long"])["status"].tolist() == ["unreadable"]
-    log.write_bytes(b"")  # what a run leaves that is killed in its first second
-    assert gather([tmp_path / "long"])["status"].tolist() == ["running"]
-    log.write_bytes(b"<html>")
-    with pytest.raises(DataError, match="no log of an offline W&B run"):
-        list(records(log))
-
-
-def test_a_table_is_written_into_an_offline_run_which_is_no_experiment(offline, tmp_path):
-    table = result_table(gather([offline]), Request(rows=["calibration"], values=["fid", "sfid"], title="T"))
+        write_run(tmp_path / f"job{seed}", seed=seed, metrics={"fid": fid}, fp32={"fid": 0.25})
+    table = result_table(gather([tmp_path]), Request(rows=["calibration"], values=["fid", "sfid"], title="T"))
     folder = to_wandb(table, "offline", tmp_path / "tables", "metrics", {"rows": "calibration"})
     (content,) = (tmp_path / "tables").rglob("metrics*.table.json")
     content = json.loads(content.read_text())
@@ -169,9 +96,15 @@ class _Server(BaseHTTPRequestHandler):
     keys: set[str] = set()
 
     def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.keys.add(self.headers.get("Authorization", ""))
-        body = json.dumps({"data": self._answer(request["query"], request.get("variables") or {})}).encode()
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/graphql":
+            request = json.loads(content)
+            self.keys.add(self.headers.get("Authorization", ""))
+            answer = {"data": self._answer(request["query"], request.get("variables") or {})}
+        else:  # the client's account of its own requests, an empty one
+            assert self.path.startswith("/sdk/otel/"), self.path
+            answer = {}
+        body = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -1,0 +1,77 @@
+"""Write docs/settings.md from the schema of the settings: python docs/generate.py (a test says when it is due)."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from ptq_exp.settings.compose import config_folder
+from ptq_exp.settings.field import Setting, setting_of
+from ptq_exp.settings.schema import ExperimentConfig, SweepConfig
+
+PAGE = Path(__file__).parent / "settings.md"
+WORDS = {int: "int", float: "float", str: "text", bool: "bool", type(None): "null", Any: "any"}
+INTRODUCTION = """# Settings
+
+Every setting: its type, its valid values, the default that `conf/config.yaml` composes, and what it is for. On the
+command line a setting is `section.name=value`, such as `sampler.steps=50`; a group, `sampler=pndm` or `bits=w4a8`,
+sets a whole section, and the files in `conf/` hold the groups' choices. What is misspelt, of another type or out of
+bounds ends in one line and exit code 1.
+
+This page is written by `python docs/generate.py` from `ptq_exp/settings/`; edit the sentences there.
+"""
+
+
+def settings_page() -> str:
+    """Return the text of docs/settings.md."""
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        defaults = cast(dict[str, Any], OmegaConf.to_container(compose("config"), resolve=True))
+    return "\n".join([INTRODUCTION, *_section("", ExperimentConfig, defaults),
+                      *_section("sweep", SweepConfig, defaults["sweep"])]) + "\n"
+
+
+def _section(name: str, schema: type, defaults: dict[str, Any]) -> list[str]:
+    """Return heading, first paragraph and table of a section, then those of the sections in it."""
+    hints = typing.get_type_hints(schema)
+    purpose = (schema.__doc__ or "").split("\n\n")[0].replace("\n    ", " ")
+    lines = [f"## `{name}`" if name else "## Without a section", "", purpose]
+    lines += ["", "| setting | type | valid | default | meaning |", "| --- | --- | --- | --- | --- |"]
+    inner = []
+    for entry in fields(schema):
+        key, hint = f"{name}.{entry.name}" if name else entry.name, hints[entry.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            inner += _section(key, hint, defaults[entry.name])
+            continue
+        known, default = setting_of(entry), defaults.get(entry.name, entry.default)
+        cells = [f"`{key}`", _type(hint), _valid(known, hint), _value(default), known.meaning]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return [*lines, "", *inner]
+
+
+def _type(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_type(kind) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"list of {_type(typing.get_args(hint)[0])}"
+    return WORDS.get(hint, "mapping")
+
+
+def _valid(known: Setting, hint: Any) -> str:
+    if words := known.valid_words():
+        return ", ".join(f"`{word}`" for word in words)
+    return "`true`, `false`" if hint is bool else known.bounds()
+
+
+def _value(value: Any) -> str:
+    return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value, ensure_ascii=False)}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(settings_page())

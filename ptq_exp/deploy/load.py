@@ -1,0 +1,178 @@
+"""Saved quantized models, loaded: with the network's full-precision weights where they are, without them elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptq_exp.calibration import time_bins
+from ptq_exp.deploy.artifact import Artifact
+from ptq_exp.deploy.quantized_model import QuantizedModel
+from ptq_exp.diffusion import DiffusionModel, TimeGrid
+from ptq_exp.diffusion.zoo import folder_of_structure, is_local
+from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
+from ptq_exp.diffusion.zoo.registry import MODELS, load_model
+from ptq_exp.errors import CheckpointError, ConfigError, PTQError
+from ptq_exp.quantization.save import DESCRIPTION_FILE, load_quantized_, rule_from_dict
+from ptq_exp.runtime.base import check_runtime
+from ptq_exp.storage.paths import with_homes
+
+log = logging.getLogger("ptq_exp")
+
+_RECIPE = ("ptq_exp", "model", "evaluations", "settings")
+
+
+def load_quantized(
+    path: str | Path, checkpoint: str | None = None, device: torch.device | str = "cpu", *,
+    model: DiffusionModel | None = None, runtime: str = "simulate", runtime_options: Mapping[str, Any] | None = None,
+) -> QuantizedModel:  # fmt: skip
+    """Load a saved quantized model, without calibration data; its network gives the saved one's outputs bit for bit.
+
+    Args:
+        path: a run folder, or its sub-folder `quantized`, wherever it was copied to.
+        checkpoint: the full-precision file, folder or repository id that the model was made from. None = the one in
+            the artefact, where it is there (a repository: in the local cache). Without it a model without first stage
+            is complete, but its full-precision network is not there.
+        device: where to compute.
+        model: the full-precision model, for models that `load_model` does not know.
+        runtime: how the network is executed, see `ptq_exp.runtime`.
+        runtime_options: such as {"precision": "bf16"} of openvino; None = the defaults.
+
+    Raises:
+        ConfigError: there is no such runtime.
+        DataError: the artefact is missing, truncated, edited or of an unknown version.
+        CheckpointError: the checkpoint is another one, or is needed for the first stage (or for the structure of the
+            network of a diffusers folder, which earlier versions did not save).
+    """
+    check_runtime(runtime)
+    artifact = Artifact.open(with_homes(path, "quantized"))
+    full_precision = True
+    if model is None:
+        model, full_precision = _build(artifact, checkpoint)
+    else:
+        artifact.check_model(model, "model")
+    if artifact.setting("model.channels_last", bool, False):
+        model.denoiser.to(memory_format=torch.channels_last)
+    if model.first_stage is not None:
+        model.first_stage.to(device)
+    steps, spacing = artifact.setting("sampler.steps", int, 0), artifact.setting("sampler.spacing", str | None, None)
+    eta, solver = artifact.setting("sampler.eta", float | int, 0), artifact.setting("sampler.solver", str, "ddim")
+    grid = model.time_grid(steps, spacing, eta=float(eta), solver=solver)
+    scale = artifact.setting("sampler.guidance_scale", float | int | None, None)
+    scale = model.sampler.guidance_scale if scale is None else float(scale)
+    artifact.check_grid(grid, scale)
+    quantized = restored(artifact, model, grid, scale, torch.device(device), full_precision=full_precision)
+    return replace(quantized, runtime=runtime, runtime_options=runtime_options or {})
+
+
+def restored(
+    artifact: Artifact, model: DiffusionModel, grid: TimeGrid, guidance_scale: float, device: torch.device, *,
+    full_precision: bool = True, compiled: bool = False,
+) -> QuantizedModel:  # fmt: skip
+    """Restore the quantized model in the files of `artifact`, to be sampled on `grid`.
+
+    Args:
+        full_precision: whether `model` has its weights; without them its denoiser becomes the quantized network.
+        compiled: compile the network.
+
+    Raises:
+        DataError: the files do not fit the model.
+    """
+    network = (model.twin() if full_precision else model.denoiser).to(device)
+    example = model.example_inputs().to(device)
+    transforms = artifact.transforms()
+    for done in transforms:
+        done.install_(network)
+    report = load_quantized_(network, artifact.folder, example)
+    schedule, widths = artifact.schedule(), tuple(artifact.description["activation_widths"])
+    if schedule is not None and len(widths) > 1:
+        report = report.mixed(schedule.shares(list(widths)))
+    bins = time_bins(
+        grid, artifact.setting("quantization.temporal", str, "static"),
+        artifact.setting("quantization.temporal_bins", int, 1),
+    )  # fmt: skip
+    description = artifact.description
+    return QuantizedModel(
+        model, network, report, grid, guidance_scale,
+        rules=tuple(rule_from_dict(rule) for rule in description["rules"]), widths=widths,
+        time_bins=bins if int(bins.max()) else None, schedule=schedule, statistics=artifact.statistics(),
+        variance=artifact.setting("correction.variance", bool, False),
+        convention=artifact.setting("correction.convention", str, "paper"),
+        transforms=transforms, full_precision=full_precision, compile=compiled,
+        recipe={key: description[key] for key in _RECIPE if key in description},
+    )  # fmt: skip
+
+
+def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, bool]:
+    """The model that was quantized, and whether its full-precision weights are there."""
+    name, recorded = artifact.identity["name"], artifact.checkpoint
+    if name not in MODELS or artifact.identity.get("target") != "ptq_exp.load_model":
+        raise ConfigError(
+            f"{artifact.folder}: {name} is no model of load_model: import the module that registers it, or build it "
+            "and give model="
+        )
+    if checkpoint is not None:
+        return _of_checkpoint(artifact, checkpoint), True
+    here, reason = recorded is None or is_local(recorded), ""
+    if here:
+        try:
+            return _of_checkpoint(artifact, recorded), True
+        except PTQError as error:
+            reason = f" ({error})"
+    model = _of_random_weights(artifact)
+    if model is not None and model.first_stage is None:
+        if here and recorded is not None:
+            log.warning("%s is loaded without its full-precision network%s", artifact.folder, reason)
+        return replace(model, digest=f"quantized-{artifact.digest}"), False
+    if not here:  # a repository may be within reach
+        try:
+            return _of_checkpoint(artifact, recorded), True
+        except PTQError as error:
+            reason = f" ({error})"
+    lacking = "structure" if model is None else "first stage"
+    raise CheckpointError(
+        f"{artifact.folder}: the {lacking} of {name} is not in the artefact: give checkpoint=, the file or folder that "
+        f"it was made from (digest {artifact.identity['digest'][:12]}){reason}"
+    )
+
+
+def _of_checkpoint(artifact: Artifact, checkpoint: str | None) -> DiffusionModel:
+    """The full-precision model; None = of the weights that its builder has without a checkpoint.
+
+    Raises:
+        CheckpointError, ConfigError: it cannot be read, or has other weights than those that were quantized.
+    """
+    identity = artifact.identity
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RandomWeightsWarning)  # the digest says whether they are the right ones
+            model = load_model(identity["name"], checkpoint, dtype=identity["dtype"], **identity["options"])
+    except PTQError as error:
+        raise type(error)(str(error).replace("model.checkpoint=", "checkpoint=")) from error
+    artifact.check_model(model, "checkpoint")
+    return model
+
+
+def _of_random_weights(artifact: Artifact) -> DiffusionModel | None:
+    """A model of the same structure; None where neither the artefact nor the name of the model says it.
+
+    Raises:
+        DataError: the structure in the artefact is damaged.
+    """
+    identity, structure = artifact.identity, artifact.structure
+    name, settings = identity["name"], {"dtype": identity["dtype"], **identity["options"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RandomWeightsWarning)  # the weights come from the artefact
+        if structure is not None and MODELS[name] == MODELS["diffusers"]:
+            with folder_of_structure(structure, f"{artifact.folder / DESCRIPTION_FILE}: model.structure") as folder:
+                return load_model(name, folder, **settings)
+        try:
+            return load_model(name, **settings)
+        except PTQError:
+            return None

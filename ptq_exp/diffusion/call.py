@@ -1,0 +1,46 @@
+"""`Call`: what a network receives in one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Call(NamedTuple):
+    """State, time and conditions of N samples.
+
+    As a tuple it holds positional arguments and, at its end, keyword arguments: `quantize_` and `calibrate_` take it.
+
+    Attributes:
+        x: state, float [N, C, H, W].
+        t: network time, float [N].
+        conditions: {argument name: tensor [N, ...]}, such as the class labels `y`; {} for an unconditional network.
+    """
+
+    x: Tensor
+    t: Tensor
+    conditions: Mapping[str, Tensor]
+
+    def evaluate(self, network: Callable[..., Tensor]) -> Tensor:
+        """What `network` makes of this call."""
+        return network(self.x, self.t, **self.conditions)
+
+    def to(self, device: torch.device | str) -> Call:
+        """The same call on `device`."""
+        return self._mapped(lambda tensor: tensor.to(device))
+
+    def expanded(self, n: int) -> Call:
+        """A call of one sample, repeated `n` times."""
+        return self._mapped(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
+        conditions = {name: change(value) for name, value in self.conditions.items()}
+        return Call(change(self.x), change(self.t), conditions)
+
+
+def on_device(conditions: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """`conditions` on `device`."""
+    return {name: value.to(device) for name, value in conditions.items()}

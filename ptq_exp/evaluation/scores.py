@@ -1,0 +1,227 @@
+"""`SCORES`: every number that judges images, how it is shown, and how it is computed from features.
+
+A score is added by one entry of `SCORES` with a function of a `Comparison`: results.json, the summary of a run, its
+model card, report and W&B run, the tables and the search show what stands there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ptq_exp.errors import DataError
+from ptq_exp.evaluation.metrics import (
+    as_features,
+    frechet_distance,
+    frechet_distance_from_features,
+    inception_score,
+    mean_and_covariance,
+    same_dimension,
+)
+from ptq_exp.evaluation.statistics import FeatureStatistics, GaussianStatistics, require_same_features
+
+if TYPE_CHECKING:
+    from ptq_exp.evaluation.metrics import Array
+
+__all__ = ["SCORES", "Comparison", "Score", "half_split_fid", "kernel_distance", "score", "shown"]
+
+HEADLINE, SUMMARY, DETAIL = 1, 2, 3
+"""Where a score is shown: in tables of many runs, too; in the summary of a run, too; in its report and card alone."""
+_NEIGHBOUR = 3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Features of generated images beside what is known of the real ones."""
+
+    generated: FeatureStatistics
+    reference: FeatureStatistics | GaussianStatistics
+
+    @property
+    def real(self) -> FeatureStatistics | None:
+        """Features of real images; None where only Gaussians of them are known."""
+        return self.reference if isinstance(self.reference, FeatureStatistics) else self.reference.features
+
+    @cached_property
+    def precision_recall(self) -> tuple[float, float] | tuple[None, None]:
+        """Both at once; None without features of real images, or with no more than 3 images on a side."""
+        if self.real is None or min(len(self.real), len(self.generated)) <= _NEIGHBOUR:
+            return None, None
+        from ptq_exp.evaluation.manifold import precision_recall  # torch takes seconds to load
+
+        return precision_recall(self.real.pooled, self.generated.pooled, _NEIGHBOUR)
+
+
+def fid(images: Comparison) -> float:
+    """Fréchet distance of the pooled features, by the stored Gaussian where the reference has one."""
+    real = images.reference
+    if isinstance(real, FeatureStatistics):
+        return frechet_distance_from_features(images.generated.pooled, real.pooled)
+    # the reference first: the route through its Cholesky factor needs it to be of full rank, which it usually is
+    return frechet_distance(real.mu, real.sigma, *mean_and_covariance(images.generated.pooled))
+
+
+def sfid(images: Comparison) -> float | None:
+    """Fréchet distance of the spatial features; None where the reference has none."""
+    real = images.reference
+    if isinstance(real, FeatureStatistics):
+        return frechet_distance_from_features(images.generated.spatial, real.spatial)
+    if real.mu_s is None:
+        return None
+    return frechet_distance(real.mu_s, real.sigma_s, *mean_and_covariance(images.generated.spatial))
+
+
+def kid(images: Comparison) -> float | None:
+    """Kernel distance of the pooled features; None without features of real images, or with one image on a side."""
+    if images.real is None or min(len(images.real), len(images.generated)) < 2:
+        return None
+    return kernel_distance(images.generated.pooled, images.real.pooled)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number that judges generated images.
+
+    Attributes:
+        heading: of its column in tables.
+        better: 1 where higher is better, -1 where lower is.
+        digits: after the decimal point.
+        function: computes it, or returns None where the images do not allow it; None for what a run measures itself.
+        description: what it is, for the model card; "" = the heading.
+        level: `HEADLINE`, `SUMMARY` or `DETAIL`.
+        percent: heading of the same number in percent, "" where nobody reads it so.
+    """
+
+    heading: str
+    better: int
+    digits: int = 2
+    function: Callable[[Comparison], float | None] | None = None
+    description: str = ""
+    level: int = SUMMARY
+    percent: str = ""
+
+
+SCORES: dict[str, Score] = {
+    "fid": Score("FID", -1, function=fid, level=HEADLINE),
+    "sfid": Score("sFID", -1, function=sfid, level=HEADLINE),
+    "is": Score("IS", 1, function=lambda images: inception_score(images.generated.probabilities), level=HEADLINE),
+    "kid": Score("KID", -1, 4, kid),
+    "precision": Score("precision", 1, 3, lambda images: images.precision_recall[0]),
+    "recall": Score("recall", 1, 3, lambda images: images.precision_recall[1]),
+    "fid_increase": Score(
+        "FID − FP32", -1, description="FID increase over full precision, same seeds", level=DETAIL
+    ),
+    "fid_increase_units": Score(
+        "FID increase", -1, level=HEADLINE,
+        description="the same in units of the FID between two random halves of the real data",
+    ),
+    "psnr": Score("PSNR dB", 1, level=HEADLINE, description="PSNR to full precision, same seeds (dB)"),
+    "eps_error": Score(
+        "eps error", -1, 4, level=HEADLINE, percent="eps error %",
+        description="relative error of the noise estimate, mean over steps",
+    ),
+    "eps_error_without_last": Score(
+        "eps error, not last", -1, 4, level=DETAIL, percent="eps error %, not last",
+        description="the same without the last step",
+    ),
+    "fixed_pattern_share": Score(
+        "fixed pattern", -1, level=DETAIL,
+        description="share of this error that is the same for all samples, mean over steps",
+    ),
+}  # fmt: skip
+"""Key in results.json -> score, in the order in which scores are shown."""
+
+
+def shown(level: int) -> dict[str, Score]:
+    """The scores of `SCORES` up to a `level`: few (`HEADLINE`), or all of them (`DETAIL`)."""
+    return {name: score for name, score in SCORES.items() if score.level <= level}
+
+
+def score(generated: FeatureStatistics, reference: FeatureStatistics | GaussianStatistics) -> dict[str, float]:
+    """Compute every score of `SCORES` that features allow, of generated images against real ones.
+
+    Stored Gaussians are used for FID and sFID where the reference has them, its features for KID, precision and
+    recall, as the evaluator of guided diffusion does. IS does not depend on the reference.
+
+    Args:
+        generated: features of the generated images.
+        reference: features or Gaussians of the real images, from the same extractor.
+
+    Returns:
+        {"fid", "is"} and, where the reference has what they need, {"sfid"}, {"kid"} and {"precision", "recall"}.
+
+    Raises:
+        DataError: the two come from different extractors, or hold NaN or infinity.
+    """
+    require_same_features(generated, reference)
+    images = Comparison(generated, reference)
+    values = {name: entry.function(images) for name, entry in SCORES.items() if entry.function is not None}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def kernel_distance(a: Array, b: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> float:
+    """Kernel Inception Distance (Bińkowski et al. 2018): unbiased squared MMD under k(x, y) = (x·y / D + 1)^3.
+
+    The mean over random subsets of either set, of `subset_size` rows or as many as the smaller set has (as clean-fid
+    does), drawn with the generator and the seed of torch-fidelity.
+
+    Args:
+        a: [N1, D] features, N1 >= 2.
+        b: [N2, D] features, N2 >= 2.
+
+    Returns:
+        A value that may be slightly negative: the estimate is unbiased.
+
+    Raises:
+        DataError: not two-dimensional, fewer than two rows, different D, NaN or infinity.
+    """
+    a, b = as_features(a, "a"), as_features(b, "b")
+    same_dimension(a.shape[1], b.shape[1], "a and b")
+    size = min(len(a), len(b), subset_size)
+    if size == len(a) == len(b):  # every subset is the whole, and the order of rows does not matter
+        return _squared_mmd(a, b)
+    rng = np.random.RandomState(seed)
+    draws = ((rng.choice(len(a), size, replace=False), rng.choice(len(b), size, replace=False)) for _ in range(subsets))
+    return float(np.mean([_squared_mmd(a[rows_a], b[rows_b]) for rows_a, rows_b in draws]))
+
+
+def _squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    """The unbiased estimate for two sets of n rows: pairs of a row with itself are left out."""
+    n = len(a)
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        base = x @ y.T / x.shape[1] + 1
+        return base * base * base
+
+    within = sum(k.sum() - np.trace(k) for k in (kernel(a, a), kernel(b, b)))
+    return float(within / (n * (n - 1)) - 2 * kernel(a, b).mean())
+
+
+def half_split_fid(features: np.ndarray, seeds: Iterable[int] = range(10)) -> float:
+    """Compute the mean Fréchet distance between two random halves of the real data: the unit of the paired increase.
+
+    FID moves by tens of percent between seeds at a few hundred samples; the difference between a quantized
+    model and the full-precision one drawn from the same noise does not. Divided by this unit it can be
+    compared between data sets and extractors.
+
+    Args:
+        features: [N, D] features of the real data, N >= 4; with odd N one row is left out of each split.
+        seeds: one random split per seed.
+
+    Raises:
+        DataError: fewer than 4 rows, or no seeds.
+    """
+    features, seeds = np.asarray(features), list(seeds)
+    half = len(features) // 2
+    if half < 2 or not seeds:
+        raise DataError(f"half splits need >= 4 rows and >= 1 seed, found {len(features)} and {len(seeds)}")
+    distances = []
+    for seed in seeds:
+        order = np.random.default_rng(seed).permutation(len(features))
+        first, second = features[order[:half]], features[order[half : 2 * half]]
+        distances.append(frechet_distance_from_features(first, second))
+    return float(np.mean(distances))

@@ -1,0 +1,97 @@
+"""The stages that compute features of images: of those that are drawn, and of what their scores refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ptq_exp.errors import DataError
+from ptq_exp.evaluation import (
+    FeatureStatistics,
+    GaussianStatistics,
+    content_digest,
+    extract_features,
+    load_reference,
+    load_statistics,
+)
+from ptq_exp.experiment.keys import joined, versioned
+from ptq_exp.experiment.run import Run
+from ptq_exp.experiment.stage import Key, cached, resumable
+from ptq_exp.settings.compose import build
+from ptq_exp.settings.schema import EvaluationConfig
+from ptq_exp.storage.pieces import Parts, slices
+
+Reference = FeatureStatistics | GaussianStatistics
+FEATURE_BATCH = 64
+
+
+def image_features(run: Run, images: np.ndarray, title: str, key: Key) -> FeatureStatistics:
+    """Compute features of `images`, batch by batch on disk: a killed run with the same `key` is continued."""
+    batches = {rows.start: rows for rows in slices(len(images), FEATURE_BATCH)}
+    key = versioned("features", joined(key, {"extractor": run.extractor.name}))
+    with resumable(run.cache, "features", key) as folder, run.progress(len(images), title) as bar:
+        parts = Parts(folder, list(batches), len(images), ("pooled", "spatial", "probabilities"))
+        path = folder / "joined.npz"
+        while not parts.join(path, name=np.array(title), extractor=np.array(run.extractor.name)):
+            missing = parts.missing()
+            bar.n = len(images) - sum(len(range(*batches[start].indices(len(images)))) for start in missing)
+            for start in missing:
+                found = extract_features(run.extractor, images[batches[start]])
+                parts.write(
+                    start, pooled=found.pooled, spatial=found.spatial, probabilities=found.probabilities
+                )
+                bar.update(len(found))
+        return FeatureStatistics.load(path)
+
+
+def full_precision_features(run: Run, images: np.ndarray, key: Key) -> FeatureStatistics:
+    """Compute (or reuse) features of the full-precision images, whose key is `key`."""
+    return cached(
+        run.cache, "features", versioned("features", joined(key, {"extractor": run.extractor.name})),
+        lambda folder: image_features(run, images, "FP32 features", key), "FP32 features",
+        save=lambda value, path: value.save(path), load=FeatureStatistics.load,
+    )  # fmt: skip
+
+
+def reference_features(run: Run, config: EvaluationConfig) -> Reference | None:
+    """Compute (or reuse) what the scores refer to: features of real images, or stored means and covariances.
+
+    Returns:
+        None where images are not scored.
+    """
+    if run.extractor is None:
+        return None
+    node, extractor = config.reference, run.extractor
+    key = versioned("reference", {"reference": node, "extractor": extractor.name})
+
+    def make(folder: Path) -> Reference:
+        with _naming("evaluation.reference"):
+            if isinstance(node, str):
+                with tqdm(desc="reference", unit=" images", disable=not run.trainer_settings["progress_bar"]) as bar:
+                    return load_reference(node, extractor, progress=bar.update)
+            images = build(node, "evaluation.reference")
+            name = f"{config.name}, {len(images)} real"
+            return extract_features(extractor, images, name=name, batch_size=FEATURE_BATCH)
+
+    if isinstance(node, str):
+        with _naming("evaluation.reference"):
+            key["content"] = content_digest(node)
+    return cached(
+        run.cache, "reference", key, make, "reference features", save=lambda value, path: value.save(path),
+        load=load_statistics, detail=lambda reference: f", {reference.name}",
+    )  # fmt: skip
+
+
+@contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    """Errors about the data inside name the setting that says where they are."""
+    try:
+        yield
+    except DataError as error:
+        if "evaluation." in str(error):  # says one already
+            raise
+        raise DataError(f"{setting}: {error}") from error

@@ -1,0 +1,49 @@
+"""The stages that draw images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ptq_exp.deploy.quantized_model import QuantizedModel
+from ptq_exp.experiment.run import Run
+from ptq_exp.experiment.stage import Key, cached, resumable
+from ptq_exp.lightning import EvaluationModule, draw_images
+from ptq_exp.results.record import read_samples, write_samples
+from ptq_exp.settings.schema import EvaluationConfig
+
+
+def full_precision_images(run: Run, config: EvaluationConfig, key: Key) -> np.ndarray:
+    """Draw (or reuse) the full-precision images, uint8 [N, H, W, C], memory-mapped."""
+
+    def make(folder: Path) -> np.ndarray:
+        return _drawn(run, config, run.full_precision, "FP32 images", folder, folder / "joined.npz")
+
+    return cached(
+        run.cache, "images", key, make, "FP32 images", save=lambda images, path: write_samples(path, images),
+        load=lambda path: read_samples(path)[0], detail=lambda images: f", {len(images)}",
+    )  # fmt: skip
+
+
+def quantized_images(
+    run: Run, config: EvaluationConfig, key: Key, quantized: QuantizedModel, title: str, path: Path
+) -> np.ndarray:
+    """Draw the images of the quantized model into the file `path`; a killed run with the same key is continued.
+
+    Returns:
+        uint8 [N, H, W, C], memory-mapped: a set of images may be larger than the memory.
+    """
+    with resumable(run.cache, "quantized images", key) as folder:
+        return _drawn(run, config, quantized.denoiser, title, folder, path, **quantized.noise_in_eps)
+
+
+def _drawn(
+    run: Run, config: EvaluationConfig, denoiser: nn.Module, title: str, folder: Path, path: Path, **noise_in_eps: Any
+) -> np.ndarray:
+    """Images of samples 0..N-1 drawn with the guided `denoiser`; batches already in `folder` are not drawn again."""
+    module = EvaluationModule(run.model, denoiser, run.grid, seed=run.seed, **noise_in_eps)
+    draw_images(module, run.trainer(title), config.n_samples, config.batch_size, folder, path)
+    return read_samples(path)[0]

@@ -1,0 +1,100 @@
+"""`Plan`: how the settings ask for a network to be quantized, on the time grid that it is sampled on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ptq_exp.calibration import time_bins
+from ptq_exp.correction import BitSchedule, parse_widths
+from ptq_exp.diffusion import TimeGrid
+from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.quantization import Policy, group_bits
+from ptq_exp.settings.schema import RULES, BitsConfig, ExperimentConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be quantized, and to how many bits.
+
+    Attributes:
+        quantization, bits: the settings.
+        metric: that the range search minimises.
+        batch_size: calibration states per evaluation of the network.
+        widths: that activations are calibrated for, ascending; one, unless they differ between steps.
+        time_bins: row of the activation ranges that each sampling step uses, int64 [S].
+        groups: setting -> (glob, weight bits, activation bits) of groups of layers with widths of their own.
+    """
+
+    quantization: Policy
+    bits: BitsConfig
+    metric: str
+    batch_size: int
+    widths: list[int]
+    time_bins: Tensor
+    groups: Mapping[str, tuple[str, int, int]]
+
+    @classmethod
+    def of(cls, config: ExperimentConfig, grid: TimeGrid) -> Plan:
+        """Make the plan of an experiment.
+
+        Raises:
+            ConfigError: the bit schedule or the bins do not fit the grid.
+            DataError: the file of the schedule cannot be read.
+        """
+        quantization, bits = config.quantization, config.bits
+        return cls(
+            quantization, bits, config.metric.name, config.calibration.batch_size, activation_widths(bits, grid),
+            time_bins(grid, quantization.temporal, quantization.temporal_bins), bit_groups(bits, config.model.groups),
+        )  # fmt: skip
+
+    @property
+    def n_bins(self) -> int:
+        """Number of bins of sampling steps; 1 = the same ranges in all steps."""
+        return int(self.time_bins.max()) + 1
+
+
+def activation_widths(bits: BitsConfig, grid: TimeGrid) -> list[int]:
+    """List the widths that activations are calibrated for, ascending."""
+    if bits.schedule is None:
+        return [bits.activation]
+    if bits.schedule not in RULES:
+        given_schedule(bits, grid)
+    return sorted(set(bits.candidates or given_schedule(bits, grid).widths))
+
+
+def bit_groups(bits: BitsConfig, named: Mapping[str, str]) -> dict[str, tuple[str, int, int]]:
+    """Map setting -> (glob, weight bits, activation bits) for the groups of layers that have widths of their own.
+
+    Globs on the command line come before the names that the model declares: they are narrower.
+
+    Args:
+        named: name -> glob of the groups that the model declares.
+    """
+    groups = bits.groups
+    given = sorted((key for key in groups if groups[key] is not None), key=lambda key: key in named)
+    settings = {key: f"bits.groups.{key}" for key in given}
+    return {settings[key]: (named.get(key, key), *group_bits(settings[key], groups[key])) for key in given}
+
+
+def given_schedule(bits: BitsConfig, grid: TimeGrid) -> BitSchedule:
+    """Read the bit schedule that `bits.schedule` spells out or names the file of, for `grid`.
+
+    Raises:
+        ConfigError: it does not fit the grid, or its file has another weight width.
+        DataError: no such file.
+    """
+    if isinstance(bits.schedule, str) and bits.schedule.endswith(".json"):
+        try:
+            schedule = BitSchedule.load(bits.schedule)
+        except DataError as error:  # begins with the path
+            raise DataError(f"bits.schedule={error}") from error
+        schedule.check(grid)
+        if schedule.weight != bits.weight:
+            raise ConfigError(
+                f"{bits.schedule} is for {schedule.weight}-bit weights: set bits.weight={schedule.weight}"
+            )
+        return schedule
+    return BitSchedule(bits.weight, tuple(parse_widths(bits.schedule)), tuple(grid.timesteps.tolist()))

@@ -1,0 +1,69 @@
+"""Before quantizers are placed: the transforms of `quantization.transforms`, fitted on the calibration set."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ptq_exp.calibration import CalibrationSet
+from ptq_exp.experiment.keys import Keys
+from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.run import Run
+from ptq_exp.experiment.stage import cached
+from ptq_exp.quantization import Applied, Fitting, Rule, Transform, transforms_of
+from ptq_exp.quantization.cost.macs import trace
+
+log = logging.getLogger("ptq_exp")
+
+
+@torch.no_grad()
+def transform_(
+    run: Run, plan: Plan, keys: Keys, network: nn.Module, calibration_set: CalibrationSet, calibration_round: int,
+    rules: list[Rule],
+) -> tuple[Applied, ...]:  # fmt: skip
+    """Transform the full-precision `network` in place, and return what was done.
+
+    Only what was fitted is kept for later runs: it is applied to the full-precision weights anew.
+
+    Args:
+        rules: that will place the quantizers.
+    """
+
+    def show(network: nn.Module) -> None:
+        for call in calibration_set.batches(plan.batch_size):
+            call.to(run.device).evaluate(network)
+
+    example = run.example()
+    wanted = transforms_of(plan.quantization.transforms)
+    macs = trace(network, example).layer_macs if wanted else {}
+    applied: list[Applied] = []
+    for transform in wanted:
+        sites = transform.find(network, example)
+
+        def make(folder: Path, transform: Transform = transform, sites=sites) -> dict[str, np.ndarray]:
+            fitted = transform.fit(network, sites, Fitting(show, rules))
+            return {name: tensor.cpu().numpy() for name, tensor in fitted.items()}
+
+        key = keys.transform(calibration_round, [*(done.transform for done in applied), transform])
+        arrays = cached(run.cache, "transform", key, make, f"transform {transform.name}")
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        applied.append(Applied(transform, sites, tensors, transform.cost(network, sites, macs)))
+        applied[-1].apply_(network)
+        places = "; ".join(f"{site} -> {', '.join(layers)}" for site, layers in sites.items())
+        log.info("quantization.transforms: %s: %d places qualify: %s", transform.name, len(sites), places or "none")
+    return tuple(applied)
+
+
+def transformed(run: Run, transforms: tuple[Applied, ...]) -> nn.Module:
+    """Return the full-precision network that was quantized: the model's own, or a copy of it with `transforms`."""
+    if not transforms:
+        return run.model.denoiser
+    network = run.model.twin().to(run.device)
+    with torch.no_grad():
+        for applied in transforms:
+            applied.apply_(network)
+    return network

@@ -1,0 +1,220 @@
+"""Every entry of results.json: its meaning, its unit, when it is there, and the function that computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+QUANTIZED = "quantized runs"
+SCORED = "runs that score images (`evaluation.extractor`)"
+CORRECTED = "runs with a correction"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of results.json.
+
+    Attributes:
+        key: dotted; `*` stands for any name.
+        meaning: one line.
+        unit: of the number, or what kind of value it is.
+        where: the function that computes it, dotted below `ptq_exp`.
+        when: in which runs it is there; "" = in all that finished.
+    """
+
+    key: str
+    meaning: str
+    unit: str
+    where: str
+    when: str = ""
+
+
+_RUN, _EXPERIMENT = "results.record.Results", "experiment.experiment.run_experiment"
+_ENVIRONMENT, _STAGES = "results.environment.environment", "experiment.stage.Stages"
+_REPORT, _QUANTIZATION = "quantization.Report", "experiment.outcome.quantization_entry"
+_SCORE, _ERRORS = "evaluation.score", "experiment.noise_record.eps_errors"
+_NOISE = "experiment.noise_record.noise_record"
+_SPEC = "experiment.scores.Scorer.metric_spec"
+_BOTH = "`conv_linear`: convolutions and linear layers, `everything`: attention products, too"
+
+LAYOUT = (
+    Entry("status", "running, finished, failed, infeasible or interrupted", "word", _RUN),
+    Entry("stage", "the last stage that is complete; `done` at the end", "word", _RUN),
+    Entry("error", "what went wrong, in one line", "text", _RUN, "runs that did not finish"),
+    Entry("error_type", "class of the error", "word", _RUN, "runs that did not finish"),
+    Entry("name", "name of the run, made of its settings", "word", _EXPERIMENT),
+    Entry("seed", "of all noise that is drawn", "integer", _EXPERIMENT),
+    Entry("config.*", "all settings, as they were composed", "see the settings", _EXPERIMENT),
+    Entry("command", "the command that makes the run again", "shell command", "results.environment.run_command"),
+    Entry("weights.model", "digest of the full-precision weights, 12 digits", "hash", _EXPERIMENT,
+          "runs with `model.checkpoint`"),
+    Entry("environment.gpu", "name of the GPU", "text", _ENVIRONMENT, "runs on a machine with CUDA"),
+    Entry("environment.commit", "commit of the checkout, `+changes` where files differ from it", "hash", _ENVIRONMENT,
+          "runs from a git checkout"),
+    Entry("environment.cores", "processors of the machine", "count", _ENVIRONMENT),
+    Entry("environment.threads", "CPU threads of torch", "count", _ENVIRONMENT),
+    Entry("environment.*", "platform, processor, and versions of this package, Python and libraries", "text",
+          _ENVIRONMENT),
+    Entry("seconds.*", "wall time of each stage in this process, by its name", "s", _STAGES),
+    Entry("cache.hits", "artefacts that were reused from the cache", "count", _STAGES),
+    Entry("cache.misses", "artefacts that were computed", "count", _STAGES),
+    Entry("cache.kinds.*", "both by kind of artefact", "count", _STAGES),
+    Entry("calibration_seconds.*", "wall time of calibration when it was computed, by part (`calibration_set`, "
+          "`ranges`, `reconstruction`) and in `total`; null where nobody knows", "s",
+          "experiment.reconstruct.calibration_seconds", "runs that make a quantized model"),
+    Entry("budget.bops.*", f"bit operations of one evaluation of the network; {_BOTH}", "bit operations",
+          "experiment.budget.check_feasible", "runs with `bits.min_bops_ratio`"),
+    Entry("budget.bops_ratio", "bit operations of FP32 over these; convolutions and linear layers", "factor",
+          "experiment.budget.check_feasible", "runs with `bits.min_bops_ratio`"),
+    Entry("budget.min_bops_ratio", "what was asked for", "factor", "experiment.budget.check_feasible",
+          "runs with `bits.min_bops_ratio`"),
+    Entry("evaluations", "evaluations of the network for the states of the calibration sets", "count",
+          "experiment.saved.recipe", QUANTIZED),
+    Entry("quantization.params", "parameters of the network", "count", _REPORT, QUANTIZED),
+    Entry("quantization.weight_bytes", "size of the quantized weights, their ranges and all other parameters", "bytes",
+          _REPORT, QUANTIZED),
+    Entry("quantization.fp32_bytes", "size of all parameters in FP32", "bytes", _REPORT, QUANTIZED),
+    Entry("quantization.size_reduction", "FP32 size over the quantized size", "factor", _REPORT, QUANTIZED),
+    Entry("quantization.macs.*", f"multiply-accumulates of one evaluation; {_BOTH}", "MACs", _REPORT, QUANTIZED),
+    Entry("quantization.coverage.*", "share of the MACs with both operands quantized; null where it is not known",
+          "0 to 1", _REPORT, QUANTIZED),
+    Entry("quantization.bops.*", "bit operations of one evaluation: MACs times bits of both operands; the mean over "
+          "sampling steps", "bit operations", _REPORT, QUANTIZED),
+    Entry("quantization.bops_fp32.*", "bit operations of the same network in FP32", "bit operations", _REPORT,
+          QUANTIZED),
+    Entry("quantization.bops_reduction.*", "bit operations of FP32 over these", "factor", _REPORT, QUANTIZED),
+    Entry("quantization.coverage_conv_linear", "`quantization.coverage.conv_linear`, for tables", "0 to 1",
+          _QUANTIZATION, QUANTIZED),
+    Entry("quantization.bops_ratio", "`quantization.bops_reduction.conv_linear`, for tables", "factor", _QUANTIZATION,
+          QUANTIZED),
+    Entry("quantization.bops_ratio_everything", "`quantization.bops_reduction.everything`, for tables", "factor",
+          _QUANTIZATION, QUANTIZED),
+    Entry("quantization.not_counted", "operations whose MACs are not counted", "list of names", _QUANTIZATION,
+          "quantized runs of networks that have any"),
+    Entry("transforms.*", "what the full-precision network went through before: name, settings, sites, macs, bytes",
+          "list of transforms", "experiment.transforms.transform_", "runs with `quantization.transforms`"),
+    Entry("reconstruction.blocks", "blocks that were reconstructed", "count", "reconstruction.summary",
+          "runs with a reconstruction"),
+    Entry("reconstruction.kept", "blocks whose learned rounding is better on held-out samples than the nearest",
+          "count", "reconstruction.summary", "runs with a reconstruction"),
+    Entry("reconstruction.changed", "share of the weights that are not rounded to the nearest", "0 to 1",
+          "reconstruction.summary", "runs with a reconstruction"),
+    Entry("reconstruction.error*", "relative error of the blocks' outputs on held-out samples, mean over blocks; "
+          "`_fp`: on full-precision inputs, `_before`: with nearest rounding", "1", "reconstruction.summary",
+          "runs with a reconstruction"),
+    Entry("reconstruction.optimiser_seconds", "wall time of the optimiser", "s", "reconstruction.summary",
+          "runs with a reconstruction"),
+    Entry("bit_schedule.rule", "how the widths were found: snr, budget or list", "word",
+          "experiment.schedule.schedule_record", "runs with a bit schedule"),
+    Entry("bit_schedule.activation", "width of the activations in each sampling step", "bits [S]",
+          "experiment.schedule.schedule_record", "runs with a bit schedule"),
+    Entry("bit_schedule.shares.*", "share of the steps with each width", "0 to 1",
+          "experiment.schedule.schedule_record", "runs with a bit schedule"),
+    Entry("eps_error_samples", "trajectories that the errors of the noise estimate were measured on", "count", _NOISE,
+          QUANTIZED),
+    Entry("eps_error_per_step", "relative error of the noise estimate in each step, as sampled", "1 [S]", _NOISE,
+          QUANTIZED),
+    Entry("fixed_pattern_share_per_step", "share of that error which all samples have in common", "0 to 1 [S]", _NOISE,
+          QUANTIZED),
+    Entry("fixed_pattern_share_independent", "what that share would be if errors were independent", "0 to 1", _NOISE,
+          QUANTIZED),
+    Entry("eps_error_uncorrected_per_step", "`eps_error_per_step` without the correction", "1 [S]", _NOISE, CORRECTED),
+    Entry("fixed_pattern_share_uncorrected_per_step", "`fixed_pattern_share_per_step` without the correction",
+          "0 to 1 [S]", _NOISE, CORRECTED),
+    Entry("correction.k", "slope of the quantization noise over the estimate in each step", "1 [S]", _NOISE, CORRECTED),
+    Entry("correction.k_unshrunk", "the slope before it was shrunk", "1 [S]", _NOISE, CORRECTED),
+    Entry("correction.k_stderr", "standard error of the slope", "1 [S]", _NOISE, CORRECTED),
+    Entry("correction.r", "correlation of noise and estimate", "-1 to 1 [S]", _NOISE, CORRECTED),
+    Entry("correction.residual_std", "standard deviation of what the slope leaves", "of eps [S]", _NOISE, CORRECTED),
+    Entry("correction.kurtosis", "excess kurtosis of what the slope leaves", "1 [S]", _NOISE, CORRECTED),
+    Entry("correction.residual_step_correlation", "correlation of that in consecutive steps, on other trajectories",
+          "-1 to 1 [S - 1]", _NOISE, CORRECTED),
+    Entry("correction.held_out_change_*", "change of the eps error by the correction on other trajectories: mean over "
+          "steps and worst step", "1", _NOISE, CORRECTED),
+    Entry("correction.variance.available", "variance of the sampler's own noise in each step", "of the state [S]",
+          "correction.VarianceFit", "runs that correct the variance"),
+    Entry("correction.variance.needed", "variance that the quantization noise brings into each step",
+          "of the state [S]", "correction.VarianceFit", "runs that correct the variance"),
+    Entry("correction.variance.steps_over", "steps in which more is needed than available", "count",
+          "correction.VarianceFit", "runs that correct the variance"),
+    Entry("correction.variance.left", "variance that no step makes room for, summed", "of the state",
+          "correction.VarianceFit", "runs that correct the variance"),
+    Entry("analysis.file", "file of the arrays, in the run folder", "name", "experiment.analyse.analyse",
+          "runs with `analysis.active`"),
+    Entry("analysis.sites", "activation quantizers whose inputs were recorded", "count", "experiment.analyse.analyse",
+          "runs with `analysis.active`"),
+    Entry("analysis.steps", "sampling steps that were recorded", "list of steps", "experiment.analyse.analyse",
+          "runs with `analysis.active`"),
+    Entry("analysis.most_sensitive.*", "layers that make the largest relative eps error when quantized alone", "1",
+          "experiment.analyse.analyse", "runs with `analysis.active` and `analysis.sensitivity`"),
+    Entry("metric_spec.extractor", "network of the features", "name", _SPEC),
+    Entry("metric_spec.preprocessing", "what it does to images", "text", _SPEC),
+    Entry("metric_spec.reference", "what images are compared with", "text", _SPEC),
+    Entry("metric_spec.n_samples", "images that were drawn", "count", _SPEC),
+    Entry("metric_spec.seed", "of the images", "integer", _SPEC),
+    Entry("real.is", "Inception Score of the real images", "1", "experiment.scores.Scorer.real_data",
+          "runs whose reference has the features of images"),
+    Entry("real.half_split_fid", "FID between two random halves of the real images: the unit of "
+          "`metrics.fid_increase_units`", "1", "experiment.scores.Scorer.real_data",
+          "runs whose reference has the features of images"),
+    Entry("fp32.*", "scores of the full-precision images of the same seeds, named as in `metrics`", "see `metrics`",
+          _SCORE, SCORED),
+    Entry("metrics.fid_increase", "FID minus that of the full-precision images of the same seeds", "1",
+          "experiment.scores.Scorer.paired", f"quantized {SCORED}"),
+    Entry("metrics.fid_increase_units", "the same over `real.half_split_fid`", "1", "experiment.scores.Scorer.paired",
+          f"quantized {SCORED}"),
+    Entry("metrics.psnr", "PSNR to the full-precision images of the same seeds, mean over images", "dB",
+          "evaluation.images.mean_psnr", QUANTIZED),
+    Entry("metrics.eps_error*", "mean of `eps_error_per_step`; `_without_last`: but for the last step, "
+          "`_uncorrected`: without the correction", "1", _ERRORS, QUANTIZED),
+    Entry("metrics.fixed_pattern_share*", "mean of `fixed_pattern_share_per_step`; `_uncorrected`: without the "
+          "correction", "0 to 1", _ERRORS, QUANTIZED),
+    Entry("metrics.*", "scores of the images: `fid`, `sfid` (less is better), `is`, `precision`, `recall` (more is "
+          "better)", "1", _SCORE, SCORED),
+)  # fmt: skip
+"""In the order of the page; of several entries that match a key the first one counts."""
+
+
+def entry_of(key: str) -> Entry | None:
+    """Find the entry that describes a dotted key; None if nothing does."""
+    return next((entry for entry in LAYOUT if fnmatchcase(key, entry.key)), None)
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """List the dotted keys of all values that are no dictionaries."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def as_markdown() -> str:
+    """Write docs/outputs.md: the files of a run folder, and all entries of results.json."""
+    rows = [f"| `{e.key}` | {e.meaning} | {e.unit} | {e.when or 'all'} | `{e.where}` |" for e in LAYOUT]
+    head = ["| entry | meaning | unit | in | computed by (below `ptq_exp`) |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join([_HEAD, *head, *rows, ""])
+
+
+_HEAD = """# What a run leaves
+
+*Made from `ptq_exp/results/layout.py`; a test keeps both equal.*
+
+| file | content |
+| --- | --- |
+| `results.json` | all numbers, rewritten whole after every stage; see below |
+| `samples.npz` | the images: `arr_0` uint8 [N, H, W, C], and the classes `arr_1` [N], as ADM's evaluator reads them |
+| `quantization.json` | every layer with its bits or the reason why it has none, and every range |
+| `quantized/` | the saved model, see [saving and loading](saved_models.md) |
+| `bit_schedule.json`, `noise_statistics.npz` | bits of each step, statistics of the noise; where there are any |
+| `reconstruction.json` | every block of a reconstruction: errors before and after |
+| `analysis.npz` | activation ranges per step and sensitivity of layers, with `analysis.active` |
+| `grid.png`, `eps_error.png`, `bit_schedule.png`, `noise.png`, `report.html` | to look at |
+| `<name>.log`, `.hydra/`, `wandb/` | log, settings as Hydra composed them, W&B run |
+
+## results.json
+
+`[S]`: one number for each sampling step, noisiest first. `*`: any name.
+"""

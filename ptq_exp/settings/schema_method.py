@@ -1,0 +1,154 @@
+"""Declare the settings of the method: calibration, range metric, bits, quantization, reconstruction, correction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ptq_exp.settings.field import setting
+
+NAME = "Name of the choice, by which runs and tables mention it."
+
+
+@dataclass
+class CalibrationConfig:
+    """On which states of the sampler activation ranges are chosen."""
+
+    name: str = setting("", NAME)
+    source: str | None = setting(
+        None, "Where states come from: denoising runs, diffused real images, raw images, or noise.",
+        choices="ptq_exp.calibration.SOURCES",
+    )  # fmt: skip
+    distribution: dict[str, Any] | None = setting(
+        None, "Distribution of the states over the sampling steps: a class with `draw`, and its arguments."
+    )
+    n_samples: int = setting(0, "States in the calibration set.", low=1)
+    batch_size: int = setting(0, "States per network evaluation while ranges are observed.", low=1)
+    rounds: int = setting(
+        1, "Calibrations in a row; every later one takes states of the model that the one before quantized.", low=1
+    )
+    labels: str = setting(
+        "paired", "Time each state is shown with: its own, or the mismatch of PTQ4DM's published code.",
+        choices="ptq_exp.calibration.LABELS",
+    )  # fmt: skip
+
+
+@dataclass
+class MetricConfig:
+    """Error measure of the range search."""
+
+    name: str = setting("", "Range metric: the error that the range search minimises.",
+                        choices="ptq_exp.quantization.METRICS")  # fmt: skip
+
+
+@dataclass
+class BitsConfig:
+    """Bit-widths; all null for full precision.
+
+    With a `schedule`, activations have a width per sampling step and `activation` is null.
+    """
+
+    name: str = setting("", NAME)
+    weight: int | None = setting(None, "Width of weights.", low=2, high=8)
+    activation: int | None = setting(
+        None, "Width of the activations that layers read, and of q, k and v; null with a schedule.", low=2, high=8
+    )
+    softmax: int | None = setting(None, "Width of the attention map behind the softmax.", low=2, high=16)
+    first_last: int | None = setting(
+        None, "Least width of weights and activations in the first and the last layer.", low=2, high=8
+    )
+    boundary: int | None = setting(
+        None, "Width of the activations that enter the first layer (x_t) and the last one.", low=2, high=16
+    )
+    schedule: Any = setting(
+        None, "Activation width per sampling step: `snr` or `budget` (rules), a list of one width per step, noisiest "
+        "first, or a `bit_schedule.json`.", path=True,
+    )  # fmt: skip
+    candidates: list[int] | None = setting(
+        None, "Widths that the schedule chooses from; null: those that a given schedule holds."
+    )
+    bops_ratio: float | None = setting(
+        None, "With schedule=budget: BOPs of FP32 over BOPs of the schedule, of convolutions and linear layers."
+    )
+    gain_steps: int = setting(
+        20, "With schedule=budget: steps whose effect on the final state is measured; those between are interpolated."
+    )
+    gain_samples: int = setting(64, "With schedule=budget: trajectories that the effect is measured on.")
+    groups: dict[str, Any] = setting(
+        dict, "Widths such as `w4a8` for groups of layers, by a name in `model.groups` or a glob; null: as all others."
+    )
+    min_bops_ratio: float | None = setting(
+        None, "Configurations with more BOPs than FP32 / this end before anything is computed."
+    )
+
+
+@dataclass
+class ReconstructionConfig:
+    """How weight roundings and activation step sizes are learned."""
+
+    name: str = setting("", NAME)
+    granularity: str = setting(
+        "none", "Learn the blocks that the model names as one piece each, every layer by itself, or nothing.",
+        choices=("block", "layer", "none"),
+    )  # fmt: skip
+    iterations: int = setting(0, "Optimiser steps per block; the papers take 20000.", low=1)
+    batch_size: int = setting(0, "Samples per iteration.", low=1)
+    lr: float = setting(0.0, "Adam's learning rate of the rounding variables.", low=0)
+    step_lr: float = setting(
+        0.0, "Learning rate of activation step sizes, relative to the calibrated ones, falling as a cosine; 0: fixed.",
+        low=0,
+    )  # fmt: skip
+    weight: float = setting(0.0, "Weight of the regulariser that makes roundings binary.", low=0)
+    warmup: float = setting(0.0, "Share of the iterations without the regulariser.", low=0, high=0.99)
+    b_start: float = setting(0.0, "Exponent of the regulariser when it sets in; it falls linearly to b_end.", low=0)
+    b_end: float = setting(0.0, "Exponent of the regulariser at the end.", low=0)
+    power: float = setting(2.0, "Power of the errors in the loss.", low=1)
+    input_prob: float = setting(
+        1.0, "Probability that an input element comes from the quantized predecessors, not from full precision.",
+        low=0, high=1,
+    )  # fmt: skip
+    drop_prob: float = setting(
+        0.0, "Probability that a quantized activation element stays in full precision (QDrop).", low=0, high=1
+    )
+    inner_weight: float = setting(
+        0.0, "Weight of the output losses of the layers inside a block (EDA-DM takes 0.8).", low=0
+    )
+    cache_gb: float = setting(
+        0.0, "Memory in GB for inputs and outputs of a block; what does not fit goes to files under cache_dir.", low=0
+    )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is reconstructed."""
+        return self.granularity != "none"
+
+
+@dataclass
+class CorrectionConfig:
+    """Which parts of the quantization noise eps_q - eps = k eps + bias + residual are corrected (PTQD)."""
+
+    name: str = setting("", NAME)
+    correlation: bool = setting(False, "Divide eps_q by 1 + k.")
+    bias: bool = setting(False, "Subtract the mean error of each channel.")
+    variance: bool = setting(
+        False, "Let the sampler add less noise of its own, by the variance of the residual (eta > 0)."
+    )
+    convention: str = setting(
+        "paper", "Statistics and step as PTQD derives them, or as its published code computes them.",
+        choices="ptq_exp.correction.statistics.CONVENTIONS",
+    )  # fmt: skip
+    shrink: bool = setting(True, "Pull slopes and biases towards 0 as far as they are not significant (paper alone).")
+    follow: str = setting(
+        "fp32", "Trajectories on which the noise is measured: those of the fp32 or of the quantized model.",
+        choices="ptq_exp.diffusion.paired.FOLLOW",
+    )  # fmt: skip
+    n_samples: int = setting(0, "Trajectories that the statistics are fitted on, apart from those scored.", low=2)
+    batch_size: int = setting(0, "Trajectories side by side.", low=1)
+    statistics: str | None = setting(
+        None, "A noise_statistics.npz of another run of the same model, bits and sampler; null: fit.", path=True
+    )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is corrected."""
+        return self.correlation or self.bias or self.variance

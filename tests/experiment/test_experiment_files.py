@@ -1,0 +1,55 @@
+"""Every experiment file runs end to end in small, and leaves what it promises."""
+
+import json
+
+import numpy as np
+import pytest
+from guide_runs import assert_recorded
+from PIL import Image
+from small_networks import use_few_candidate_ranges, use_small_networks
+
+from ptq_exp.results.record import read_samples
+from ptq_exp.settings.compose import config_folder
+from ptq_exp.storage.plain_json import read_json
+
+OTHERS = ("evaluate", "analyze")  # tested in files of their own
+EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem not in OTHERS)
+FILES = {name: (config_folder() / "experiment" / f"{name}.yaml").read_text() for name in EXPERIMENTS}
+RECONSTRUCTED = [name for name, text in FILES.items() if "override /reconstruction:" in text]
+# coverage of convolutions and linear layers, and (weight, activation) bits of the first and the last convolution
+AS_PUBLISHED = {
+    "ptq4dm_release": (0.002, [(8, None), (8, None)]), "tfmq_release": (0.8715, [(None, None), (None, None)]),
+}  # fmt: skip
+OF_LDM4 = [name for name in EXPERIMENTS if "_ldm4_" in name]  # run in test_noise
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in OF_LDM4])
+def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
+    """As it stands, with the default logger; the published coverages are those of the whole embedded network."""
+    if name not in AS_PUBLISHED:
+        use_small_networks(monkeypatch)
+    use_few_candidate_ranges(monkeypatch)
+    folder = command(f"+experiment={name}")
+    results = read_json(folder / "results.json")
+    assert_recorded(folder)
+    called = f"uniform_{name}" if name.startswith(("brecq", "qdrop")) else name.replace("_mp", "_step_budget")
+    called = f"{name}_w8a8" if name in AS_PUBLISHED else called
+    assert (results["status"], results["name"]) == ("finished", called)
+    assert set(results["metrics"]) >= {"is", "fid", "sfid", "precision", "recall"}
+    assert set(results["metric_spec"]) == {"extractor", "preprocessing", "reference", "n_samples", "seed"}
+    images, labels = read_samples(folder / "samples.npz")
+    assert images.shape == (10, 16, 16, 1) and images.dtype == np.uint8 and labels is None
+    assert Image.open(folder / "grid.png").width > 4 * 64
+    if name == "fp32":
+        assert results["metrics"] == results["fp32"] and not (folder / "quantization.json").exists()
+        return
+    coverage, ends = AS_PUBLISHED.get(name, (1, [(8, 16), (8, 16)]))
+    assert results["quantization"]["coverage_conv_linear"] == pytest.approx(coverage, abs=1e-3)
+    assert len(results["eps_error_per_step"]) == 3 and min(results["eps_error_per_step"]) > 0
+    assert len(results["fixed_pattern_share_per_step"]) == 3 and Image.open(folder / "eps_error.png").width >= 800
+    assert ("correction" in results) == name.startswith("ptqd")
+    assert ("reconstruction" in results) == (folder / "reconstruction.json").exists() == (name in RECONSTRUCTED)
+    layers = json.loads((folder / "quantization.json").read_text())
+    first_and_last = [row for row in layers["layers"] if row["name"].endswith(("conv_in", "conv_out"))]
+    assert [(row["weight_bits"], row["activation_bits"]) for row in first_and_last] == ends
+    assert all(len(q["scale"]) >= 1 for q in layers["quantizers"].values())

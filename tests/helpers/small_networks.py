@@ -1,0 +1,52 @@
+"""The embedded networks with fewer levels and layers, for whole experiments whose numbers do not matter."""
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from ptq_exp.diffusion import ClassConditionalUNet
+from ptq_exp.embedded import latent, load
+from ptq_exp.quantization.ranges import search
+
+
+def small_pixel_unet() -> UNet2DModel:
+    """A U-Net on images of 16x16 with every kind of layer that the embedded one has."""
+    return UNet2DModel(
+        sample_size=16, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=16, norm_num_groups=8, resnet_time_scale_shift="scale_shift",
+    )  # fmt: skip
+
+
+def small_latent_unet() -> ClassConditionalUNet:
+    """A U-Net on latents of 8x8, conditioned on the class as the embedded one is."""
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=3, down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2, block_out_channels=(16, 32), layers_per_block=1,
+        norm_num_groups=8, cross_attention_dim=32, attention_head_dim=2,
+    )  # fmt: skip
+    return ClassConditionalUNet(unet, nn.Embedding(11, 32))
+
+
+def use_small_networks(monkeypatch) -> None:
+    """Give the embedded models small networks of random weights; first stage and classifier stay as they are."""
+    for module, name, build in [
+        (load, "build_unet", small_pixel_unet), (latent, "build_latent_unet", small_latent_unet)
+    ]:  # fmt: skip
+        kind, read = type(build()), module.load_weights
+
+        def small(network, path, kind=kind, read=read):
+            return read(network, path) if type(network) is not kind else "small"
+
+        def seeded(build=build):
+            torch.manual_seed(0)
+            return build()
+
+        monkeypatch.setattr(module, name, seeded)
+        monkeypatch.setattr(module, "load_weights", small)
+
+
+def use_few_candidate_ranges(monkeypatch) -> None:
+    """Let the search of ranges try as few candidates as it can, whatever the metric."""
+    for name in ("BUDGET", "COARSE_BUDGET", "ENDS_BUDGET"):
+        monkeypatch.setattr(search, name, 1)

@@ -1,0 +1,80 @@
+"""Every entry of results.json is described, and what is described is there: held against three real runs."""
+
+import pkgutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptq_exp.results.layout import LAYOUT, Entry, as_markdown, entry_of, leaves
+from ptq_exp.storage.plain_json import read_json
+
+SMALL = [
+    "sampler.steps=3", "evaluation.n_samples=4", "evaluation.batch_size=4", "evaluation.eps_error_samples=2",
+    "evaluation.grid_images=2", "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
+    "trainer.accelerator=cpu", "correction.n_samples=4", "correction.batch_size=4", "reconstruction.iterations=1",
+    "metric=minmax", "logger=none",
+]  # fmt: skip
+EVERYTHING = [
+    "+experiment=ptqd_w4a8", "bits=step_list", "bits.schedule=[8,4,4]", "quantization.smooth=true",
+    "reconstruction=adaround",
+]  # fmt: skip
+ANALYSED = [
+    "bits=w8a8", "evaluation=paired", "analysis.active=true", "analysis.n_samples=2", "analysis.sensitivity_samples=1",
+    "analysis.layers=['*mid_block*conv1']", "analysis.sensitivity_steps=1",
+]  # fmt: skip
+INFEASIBLE = ["bits=w8a8", "bits.min_bops_ratio=1000"]
+ELSEWHERE = {"environment.gpu", "environment.commit", "quantization.not_counted"}
+"""What depends on the machine, or on a network that none of the runs has."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The content of results.json of a run with nearly everything, one that is analysed, and one that is infeasible."""
+    from ptq_exp.cli.main import main
+
+    folder, argv = tmp_path_factory.mktemp("layout"), sys.argv
+    try:
+        for name, overrides in [("all", EVERYTHING), ("analysed", ANALYSED), ("no", INFEASIBLE)]:
+            sys.argv = ["ptq_exp", *SMALL, f"cache_dir={folder}/cache", f"hydra.run.dir={folder}/{name}", *overrides]
+            if name != "no":
+                main()
+            else:
+                with pytest.raises(SystemExit):
+                    main()
+    finally:
+        sys.argv = argv
+    return [read_json(folder / name / "results.json") for name in ("all", "analysed", "no")]
+
+
+def test_every_entry_of_real_runs_is_described(runs):
+    assert [run["status"] for run in runs] == ["finished", "finished", "infeasible"]
+    assert [key for run in runs for key in leaves(run) if entry_of(key) is None] == []
+
+
+def test_everything_described_is_in_a_real_run(runs):
+    found = {entry_of(key).key for run in runs for key in leaves(run)}
+    assert {entry.key for entry in LAYOUT} - found <= ELSEWHERE
+    assert all(entry.when for entry in LAYOUT if entry.key in ELSEWHERE)
+
+
+def test_what_all_runs_have_is_in_those_that_finished(runs):
+    for run in runs[:2]:
+        found = {entry_of(key).key for key in leaves(run)}
+        assert [entry.key for entry in LAYOUT if not entry.when and entry.key not in found] == []
+
+
+@pytest.mark.parametrize("entry", LAYOUT, ids=lambda entry: entry.key)
+def test_the_function_that_computes_it_exists(entry):
+    pkgutil.resolve_name(f"ptq_exp.{entry.where}")
+    assert entry.meaning and entry.unit and "|" not in entry.meaning + entry.unit + entry.when
+
+
+def test_an_entry_nobody_described_is_found():
+    assert entry_of("quantization.something_new") is None and entry_of("something_new") is None
+    assert isinstance(entry_of("metrics.fid"), Entry)
+
+
+def test_the_page_is_current():
+    page = Path(__file__).parents[2] / "docs" / "outputs.md"
+    assert page.read_text() == as_markdown(), "write results.layout.as_markdown() to docs/outputs.md"
