@@ -88,7 +88,8 @@ class Multiplication(nn.Module):
         super().__init__()
         self.quantizer = GridQuantizer(grid, row)
         self.groups, self.shifted = getattr(layer, "groups", 1), weight.shifted
-        self.settings = {}
+        self.settings: dict = {}
+        self._of_ones: dict[tuple[int, ...], Tensor] = {}
         if not isinstance(layer, nn.Linear):
             self.settings = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation,
                              "groups": self.groups}
@@ -107,7 +108,15 @@ class Multiplication(nn.Module):
         if self.quantizer.rows == 1:
             return self._product(self.quantizer(x))
         u, scale, zero = self.quantizer.integers(x)
-        return (self._product(u) - zero * self._product(torch.ones_like(x[:1]))) * scale
+        return (self._product(u) - zero * self._product_of_ones(x)) * scale
+
+    def _product_of_ones(self, x: Tensor) -> Tensor:
+        """Return the product of an input of ones of the shape of `x`; kept, so that a traced network has a constant."""
+        shape = [1] * (x.ndim - 1) + [x.shape[-1]] if not self.settings else [1, *x.shape[1:]]
+        key = tuple(int(size) for size in shape)
+        if key not in self._of_ones:
+            self._of_ones[key] = self._product(torch.ones(key))
+        return self._of_ones[key]
 
     def _product(self, x: Tensor) -> Tensor:
         y = self.function(x, self.levels.float() * self.scale, **self.settings)

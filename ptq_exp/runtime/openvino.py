@@ -19,7 +19,7 @@ from ptq_exp.errors import ConfigError, PTQError, QuantizationError
 from ptq_exp.quantization import step_of
 from ptq_exp.quantization.cost.account import describe
 from ptq_exp.runtime.base import ExecutedLayer
-from ptq_exp.runtime.deployable import deployable
+from ptq_exp.runtime.deployable import Deployable, deployable
 from ptq_exp.runtime.graph import executed_layers
 from ptq_exp.runtime.plan import integer_plan
 from ptq_exp.runtime.probe import check_sums
@@ -144,10 +144,12 @@ class CompiledNetwork(nn.Module):
     def _traced(self, call: list[Tensor], names: tuple[str, ...]) -> Any:
         """Trace the network for inputs like `call`, of which the last are the conditions `names`."""
         source = self._source[0]
-        if hasattr(source, "condition_names"):
+        if isinstance(source, Deployable):
             source.condition_names = names
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the tracer: shapes are constants on purpose
+            if self._rows > 1:
+                source(*call)  # makes what the trace is to have as constants
             shapes = [tuple(part.shape) for part in call]
             return _import_openvino().convert_model(source, example_input=tuple(call), input=shapes)
 

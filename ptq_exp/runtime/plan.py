@@ -157,7 +157,7 @@ def _weights(
         if not regrid:
             size = max(own)
             raise ConfigError(
-                f"runtime=openvino: {name} has a scale for every {size} input channels, which it does not execute: choose "
+                f"runtime=openvino: {name} has a scale for every {size} input channels, which it cannot run: choose "
                 "quantization.weight_granularity=channel, or runtime.regrid=true"
             )
         return tuple(map(_regrid, parts)), f"re-gridded: it had {len(own)} scales per channel"

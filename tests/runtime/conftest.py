@@ -79,6 +79,6 @@ def split():
     """A calibrated network whose shortcut has a range for each of the two tensors that it reads."""
     torch.manual_seed(0)
     network, x = Shortcut().eval().requires_grad_(False), torch.randn(4, 3, 8, 8)
-    quantize_(network, segmented(Policy(**PLAIN).rules(Widths(8, 8)), {"shortcut": (8, 8)}), (x[:1],))
+    quantize_(network, segmented(Policy(**PLAIN, attention=False).rules(Widths(8, 8)), {"shortcut": (8, 8)}), (x[:1],))
     calibrate_(network, "mse", [(x,)])
     return network, x
