@@ -7,8 +7,10 @@ import sys
 
 import pytest
 from small_networks import use_small_networks
+from wandb_log import read_log
 
 from ptq_exp.reports.tables.runs import gather
+from ptq_exp.reports.tables.wandb_source import recorded
 from ptq_exp.settings.compose import config_folder
 from ptq_exp.storage.plain_json import read_json
 
@@ -42,7 +44,9 @@ def test_keep_fp_leaves_operations_alone_and_says_so(command):
 def test_wandb_offline_run_holds_config_metrics_and_tags(command):
     folder = command("+experiment=ndtc_w8a8", "metric=minmax", "logger.tags=[mine]", "logger.group=g1")
     (run,) = (folder / "wandb").glob("offline-run-*")
-    results, logged = (gather([folder], source).iloc[0] for source in ("results", "wandb"))
+    (log,) = run.glob("run-*.wandb")
+    results, written = gather([folder]).iloc[0], read_log(log)
+    logged = recorded(written["config"], written["summary"])
     numbers = ("metrics.", "metric_spec.", "quantization.", "real.", "fp32.")
     same = {key: value for key, value in results.items() if key.startswith(numbers)}
     assert len(same) > 20 and {key: logged.get(key) for key in same} == same  # the same table from either

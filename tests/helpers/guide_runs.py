@@ -58,7 +58,8 @@ def run_as_it_stands(job: tuple[str, ...], command) -> Path:
     own = ["evaluation=paired"] if "model=diffusers" in job else []
     if any(override.startswith("bits.schedule=") for override in job):
         own.append("sampler.steps=20")  # a width for each of them
-    if any(override.endswith("_mp") or override == "bits=step_budget" for override in job):
+    bits = [override for override in job if override.startswith("bits=")]
+    if bits == ["bits=step_budget"] or (not bits and any(override.endswith("_mp") for override in job)):
         own += QUICK_GAINS
     folder = command(*job, *own, *TINY)
     assert_recorded(folder)
