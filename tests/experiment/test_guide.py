@@ -51,7 +51,7 @@ def test_the_tables_are_filled_by_the_sweeps_of_their_layouts():
             shown[name[1]] = sweeps
     assert set(shown) == {"ptq4dm_calibration", "ptq4dm_timesteps", "ptq4dm_metric"}
     folder = config_folder() / "table"
-    assert {name: [*find_layout(name, folder, ()).command] for name in shown} == shown
+    assert {name: [*find_layout(name, folder).command] for name in shown} == shown
 
 
 @pytest.mark.parametrize("arguments", OF_CIFAR)
@@ -62,8 +62,6 @@ def test_runs_for_imagenet_compose_for_cifar(arguments):
 @pytest.mark.parametrize("words", [words for _, words in ALL if tool(words) == "table"])
 def test_every_table_command_is_one(words, monkeypatch):
     asked = []
-    fakes = {name: lambda runs, form: asked.append(runs) or "" for name in table.FIXED}
-    monkeypatch.setattr(table, "FIXED", fakes)
     empty = ResultTable(pd.DataFrame({"x": ["y"]}), {"x": "x"}, {}, {}, [])
 
     def made(runs, request):
@@ -91,7 +89,7 @@ def known_settings() -> set[str]:
 
 FILES = (".ckpt", ".safetensors", ".json", ".npz", ".html", ".png", ".md")
 COMPANIONS = {"bits.bops_ratio": ["bits=step_budget"], "bits.schedule": ["bits=step_list"],
-              "model.ema": ["model=ldm4_lsun_bedrooms256"]}
+              "model.ema": ["model=ldm4_lsun_bedrooms256"], "model.conditions": ["model=diffusers"]}
 
 
 def test_every_setting_in_the_text_exists_and_takes_that_value(here):

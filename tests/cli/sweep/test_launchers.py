@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
+from markdown_text import squeezed
 from omegaconf import OmegaConf
 
 from ptq_exp.cli.sweep import plugins
@@ -28,7 +29,7 @@ def test_two_jobs_in_parallel_one_of_which_fails(launcher, threads, sweep, jobs,
     assert found["0_fp32"]["config"]["trainer"]["threads"] is not None
     assert found["1_fp32"]["error"] == "seed=-1: choose 0 or more"
     printed = capsys.readouterr().out
-    assert "failed: 1_fp32 (seed=-1)" in printed and "| FP32 |" in printed
+    assert "failed: 1_fp32 (seed=-1)" in printed and "| FP32 |" in squeezed(printed)
 
 
 @pytest.mark.parametrize(
