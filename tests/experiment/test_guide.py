@@ -89,7 +89,8 @@ def known_settings() -> set[str]:
 
 FILES = (".ckpt", ".safetensors", ".json", ".npz", ".html", ".png", ".md")
 COMPANIONS = {"bits.bops_ratio": ["bits=step_budget"], "bits.schedule": ["bits=step_list"],
-              "model.ema": ["model=ldm4_lsun_bedrooms256"], "model.conditions": ["model=diffusers"]}
+              "model.ema": ["model=ldm4_lsun_bedrooms256"], "model.conditions": ["model=diffusers"],
+              "runtime.regrid": ["runtime=openvino"]}  # fmt: skip
 
 
 def test_every_setting_in_the_text_exists_and_takes_that_value(here):
