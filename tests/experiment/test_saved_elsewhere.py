@@ -175,7 +175,7 @@ def test_evaluate_reads_the_saved_model_before_it_draws(made_of, refused, tmp_pa
 
     run, original = made_of("pixel")
     shutil.copytree(run / "quantized", tmp_path / "copy")
-    forged(tmp_path / "copy", lambda d: None, lambda t: t["conv_in.input_quantizer.scale"].fill_(float("nan")))
+    forged(tmp_path / "copy", lambda d: None, lambda t: t["unet.conv_in.input_quantizer.scale"].fill_(float("nan")))
     monkeypatch.setattr(experiment, "full_precision_images", lambda *given: pytest.fail("images were drawn"))
     line = refused("logger=none", "+experiment=evaluate", f"quantized={tmp_path}/copy", "evaluation=paired",
                    f"model.checkpoint={original}")  # fmt: skip
