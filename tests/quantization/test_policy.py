@@ -21,7 +21,7 @@ def test_the_default_policy_is_the_group_that_the_others_start_from():
     assert isinstance(ExperimentConfig().quantization, Policy)
 
 
-@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if "choices" in field.metadata])
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.metadata["choices"]])
 def test_a_word_that_is_no_choice_is_refused_with_those_that_are(name):
     choices = FIELDS[name].metadata["choices"]
     for choice in choices:

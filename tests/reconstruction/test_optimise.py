@@ -12,6 +12,7 @@ from ptq_exp.quantization import (
     Policy,
     QuantSpec,
     Rule,
+    Segments,
     TensorSpec,
     Widths,
     calibrate_weights_,
@@ -49,7 +50,7 @@ def pair(*layers, weight=2, **spec):
     twin = Net(*[type(layer)(*_arguments(layer)) for layer in layers]).requires_grad_(False)
     twin.load_state_dict(full.state_dict())
     x = torch.zeros(1, *_input_shape(layers[0]))
-    quantize_(twin, [Rule("*", QuantSpec(weight=TensorSpec(weight, granularity=PerChannel(), **spec)))], (x,))
+    quantize_(twin, [Rule("*", QuantSpec(weight=TensorSpec(weight, **{"granularity": PerChannel()} | spec)))], (x,))
     calibrate_weights_(twin, "minmax")
     return full, twin
 
@@ -118,9 +119,9 @@ def test_it_comes_close_to_brute_force_and_beats_nearest_rounding():
     ("layer", "spec"),
     [
         (nn.Linear(6, 5), {}),
-        (nn.Linear(6, 5), {"segments": (2, 4)}),
+        (nn.Linear(6, 5), {"granularity": Segments((2, 4), PerChannel())}),
         (nn.Conv2d(4, 3, 3, padding=1), {}),
-        (nn.Conv2d(4, 3, 3, padding=1), {"segments": (1, 3), "symmetric": True}),
+        (nn.Conv2d(4, 3, 3, padding=1), {"granularity": Segments((1, 3), PerChannel()), "symmetric": True}),
         (nn.Conv1d(4, 3, 3, padding=1), {"granularity": "tensor"}),
     ],
 )  # fmt: skip

@@ -183,10 +183,12 @@ def message(checkpoint):
 
 def test_folders_of_other_kinds(tmp_path, pixel):
     edit(pixel / "model_index.json", _class_name="StableDiffusionPipeline")
-    assert "holds a StableDiffusionPipeline; known are UNet2DModel, DDPMPipeline" in message(pixel)
+    known = "known are UNet2DModel, UNet2DConditionModel, DDPMPipeline"
+    assert f"holds a StableDiffusionPipeline; {known}" in message(pixel)
     UNet2DConditionModel(block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",), sample_size=8,
                          up_block_types=("UpBlock2D",)).save_pretrained(tmp_path / "other")  # fmt: skip
-    assert "holds a UNet2DConditionModel" in message(tmp_path / "other")
+    with pytest.raises(ConfigError, match="set model.conditions to an .npz file that holds encoder_hidden_states"):
+        load_model("diffusers", str(tmp_path / "other"))
     (tmp_path / "empty").mkdir()
     assert "not a diffusers folder: no config.json" in message(tmp_path / "empty")
 

@@ -225,7 +225,8 @@ def test_a_transformer_of_the_older_class(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"unet": ["diffusers", "UNet2DConditionModel"]}, "'UNet2DConditionModel']: known are UNet2DModel"),
+        ({"unet": ["diffusers", "UNet1DModel"]}, "'UNet1DModel']: known are UNet2DModel"),
+        ({"unet": ["diffusers", "UNet2DConditionModel"]}, "model_index.json names UNet2DConditionModel as unet"),
         ({"unet": [None, None]}, "unet=[None, None]"), ({"unet": "UNet2DModel"}, "unet=UNet2DModel"),
         ({"scheduler": ["diffusers", "PNDMScheduler"]}, "model_index.json names PNDMScheduler as scheduler"),
         ({"vqvae": ["diffusers", "AutoencoderOobleck"]}, "known are VQModel, AutoencoderKL"),
