@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ptq_exp.quantization.quantizer.time_step import Step, of_samples, select_row, step_of
     from ptq_exp.quantization.ranges.elementwise import HistogramMetric
     from ptq_exp.quantization.ranges.range_search import METRICS, RangeSketch, search_range
-    from ptq_exp.quantization.rules import kept, segmented, with_outputs
+    from ptq_exp.quantization.rules import default_rules, kept, segmented, with_outputs
     from ptq_exp.quantization.save import load_quantized_, save_quantized
     from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec
     from ptq_exp.quantization.trace.concats import depending_on_alone, find_chunks, find_concats
@@ -63,7 +63,7 @@ _HOME = {
     "quantizer.time_step": "Step of_samples select_row step_of",
     "ranges.elementwise": "HistogramMetric",
     "ranges.range_search": "METRICS RangeSketch search_range",
-    "rules": "kept segmented with_outputs",
+    "rules": "default_rules kept segmented with_outputs",
     "save": "load_quantized_ save_quantized",
     "specs": "QuantSpec Rule TensorSpec",
     "trace.concats": "depending_on_alone find_chunks find_concats",
@@ -124,6 +124,7 @@ __all__ = [
     "calibrate_weights_",
     "calibrating",
     "choose_qparams",
+    "default_rules",
     "depending_on_alone",
     "dequantize",
     "describe",

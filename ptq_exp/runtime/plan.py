@@ -204,7 +204,7 @@ def _attention(name: str, attention: nn.Module) -> LayerPlan:
     if any(grid.levels > BYTE for grid in inputs):
         return replace(made, reason="q, k or v has more than 8 bits")
     if not all(grid.symmetric or grid.one_sided for grid in inputs):
-        return replace(made, reason="q, k or v is asymmetric: quantization.qkv_symmetric=true")
+        return replace(made, reason="q, k or v is asymmetric")
     if not softmax or softmax[0].levels > BYTE:
         return replace(made, reason="the softmax map has more than 8 bits")
     return replace(made, executed=INT8)

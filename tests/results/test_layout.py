@@ -24,7 +24,7 @@ ANALYSED = [
     "analysis.layers=['*mid_block*conv1']", "analysis.sensitivity_steps=1",
 ]  # fmt: skip
 INFEASIBLE = ["bits=w8a8", "bits.min_bops_ratio=1000"]
-ELSEWHERE = {"environment.gpu", "environment.commit", "quantization.not_counted"}
+ELSEWHERE = {"weights.model", "environment.gpu", "environment.commit", "quantization.not_counted"}
 """What depends on the machine, or on a network that none of the runs has."""
 
 
