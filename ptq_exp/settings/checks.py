@@ -6,8 +6,9 @@ from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import group_bits, transforms_of
 from ptq_exp.quantization.ranges.range_search import check_metric
 from ptq_exp.quantization.widths import SOFTMAX_BITS, check_bits
+from ptq_exp.runtime import runtime_of
 from ptq_exp.settings.field import check_section
-from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
+from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig, RuntimeConfig
 
 
 def check(config: ExperimentConfig) -> None:
@@ -27,6 +28,7 @@ def check(config: ExperimentConfig) -> None:
             f"evaluation.reference is not set, but evaluation={config.evaluation.name} compares with real images: give "
             "an ADM .npz file, a folder of images, a folder of CIFAR-10's python files, or saved statistics"
         )
+    _check_runtime(config)
     _check_analysis(config)
     if config.bits.name == FULL_PRECISION:
         _check_full_precision(config)
@@ -178,6 +180,15 @@ def _check_reconstruction(config: ExperimentConfig) -> None:
             f"reconstruction.step_lr={settings.step_lr} learns one step size for all sampling steps, but bits.schedule "
             "changes the width between them: set reconstruction.step_lr=0, or choose bits without a schedule"
         )
+
+
+def _check_runtime(config: ExperimentConfig) -> None:
+    runtime = config.runtime
+    check_section("runtime", runtime)
+    if runtime != RuntimeConfig() and runtime.name == "simulate" and not runtime.options:
+        changed = next(key for key, value in vars(runtime).items() if value != getattr(RuntimeConfig(), key))
+        raise ConfigError(f"runtime.{changed} is an option of engines: choose runtime=openvino, or leave it out")
+    runtime_of(runtime.name, runtime.options)  # an engine that is not installed is told before hours are spent
 
 
 def _check_correction(config: ExperimentConfig) -> None:

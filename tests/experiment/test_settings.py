@@ -234,3 +234,15 @@ def test_hydra_names_the_run_folder_after_the_run():
     HydraConfig.instance().set_config(config)
     folder = Path(HydraConfig.get().run.dir)
     assert folder.parent == Path("runs/fp32") and HydraConfig.get().job.name == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["runtime=openvino", "runtime.precision=f16"], "runtime.precision=f16: choose one of f32, bf16"),
+        (["+runtime.regrid=true"], "runtime.regrid is an option of engines"),
+    ],
+)
+def test_a_runtime_is_checked_before_anything_is_computed(overrides, message):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"), pytest.raises(ConfigError, match=message):
+        validated(compose("config", overrides=overrides))
