@@ -41,8 +41,9 @@ SKETCH_BINS = 8192
 MOST_KL_BINS = 2048
 # Bins of the stand-in for a tensor whose values are at hand: all cells together, and the least for one.
 COARSE_BINS, FEWEST_BINS = 16384, 128
-# Values of a cell that are looked at to tell whether few of them repeat.
-REPETITION_SAMPLE = 1024
+# Values of a cell that are looked at to tell whether few of them repeat, and the distinct ones that are too many: first
+# as many as cost next to nothing, of which 290 that repeat would show 103, then as many as make it certain.
+REPETITION_SAMPLES = ((128, 120), (1024, 256))
 
 
 @torch.no_grad()
@@ -182,8 +183,9 @@ def _distinct(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     Their error scatters as that of m values does, not as that of n, and its minima are narrow.
     """
     n = rows.shape[1]
-    if 4 * _ranks(rows[:, :: -(-n // REPETITION_SAMPLE)])[1].amax() >= min(n, REPETITION_SAMPLE):
-        return None
+    for sample, most in REPETITION_SAMPLES:
+        if _ranks(rows[:, :: -(-n // sample)])[1].amax() >= min(n, most):
+            return None
     ordered, ranks = _ranks(rows)
     m = int(ranks.amax()) + 1
     if 4 * m > n:

@@ -41,9 +41,9 @@ ENDS_BUDGET = 100_000_000
 SCATTER, SPREAD = 5.0, 50
 # Budgets of element evaluations, of the first pass and of the scan, and the elements up to which they hold.
 COARSE_BUDGET, COARSE_AMPLE = 4_000_000, 8192
-BUDGET, AMPLE = 10_000_000, 300_000
+BUDGET, AMPLE = 40_000_000, 75_000
 # Bounds of the scan and its refinement: candidates; rounds.
-FEWEST, MOST, MOST_ROUNDS = 11, 65_536, 16
+FEWEST, MOST, MOST_ROUNDS = 9, 65_536, 16
 # Move of the largest level, in steps, from one scale to the next where so few are affordable that they had better be
 # independent.
 SPARSE = 1 / 2
@@ -144,7 +144,7 @@ def _first_pass(space: GridSpace, source: ErrorSource, effort: Effort) -> Promis
     else:
         found, spacing = _vary_ends(space, source, width=1)
     share = 32 if space.axes == 2 else 2 * _scales(space, spacing, SPARSE)
-    side = min(math.ceil(min(effort.widest, 1.0) / 2 / spacing), effort.count // share)
+    side = min(math.ceil(math.sqrt(min(effort.widest, 1.0)) / spacing), effort.count // share)
     if side == 0:
         return found, spacing
     around = found[0][:, :1] + spacing * torch.arange(-side, side + 1, device=space.low.device)
