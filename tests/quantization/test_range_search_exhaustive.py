@@ -96,7 +96,9 @@ def test_channels_are_as_good_as_an_exhaustive_search_on_each(cells, n, bits, sy
             assert achieved(x[cell], QRange(*(part[cell] for part in found)), metric) <= least * 1.001, (data, cell)
 
 
-@pytest.mark.parametrize(("cells", "n", "bits", "symmetric", "cell"), [(32, 2048, 8, True, 16), (24, 3000, 5, False, 0)])
+@pytest.mark.parametrize(
+    ("cells", "n", "bits", "symmetric", "cell"), [(32, 2048, 8, True, 16), (24, 3000, 5, False, 0)]
+)
 def test_heavy_tails_leave_minima_of_one_depth_far_apart(cells, n, bits, symmetric, cell):
     """Best and second best scale of the asymmetric case are 0.17 apart in t, and 0.2 % in error."""
     x = draw("heavy", (cells, n), 9)
