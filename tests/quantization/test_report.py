@@ -157,7 +157,7 @@ def test_multihead_attention_is_listed_and_its_products_are_counted():
 
     model = Net()
     report = quantize_(model, [Rule("*", None)], (torch.randn(1, 5, 8),))
-    assert {"attn", "attn.out_proj", "(other)"} == {row.name for row in report.rows}
+    assert {"attn", "attn.out_proj", "(outside)", "(other)"} == {row.name for row in report.rows}
     assert report.totals["coverage"]["everything"] == 0.0
     # 1 query of 1 key for each of 5 batch entries: projections 5 * 8 * 32, products 5 * 2 * 8
     assert report.totals["macs"]["everything"] == 5 * 8 * 32 + 5 * 2 * 8

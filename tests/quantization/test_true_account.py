@@ -212,3 +212,25 @@ def test_calibration_sees_the_network_as_it_is_used():
         seen = net[0](x)
     assert reach.item() == pytest.approx(float(seen.max().clamp(min=0) - seen.min().clamp(max=0)), rel=0.05)
     assert all(isinstance(q, ActivationQuantizer) or q.baked for _, q in quantizers(net))
+
+
+class OwnProducts(nn.Module):
+    """A convolution and a linear map by parameters of its own, between two layers; and a product with a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(1, 4, 1), nn.Linear(6, 5)
+        self.kernel, self.matrix = nn.Parameter(torch.randn(4, 4, 3, 3)), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        x = F.conv2d(self.one(x), self.kernel * 2, padding=1)
+        return self.two(F.linear(x, self.matrix)) @ torch.ones(5, 7)
+
+
+def test_layers_written_as_functions_stand_in_the_coverage_of_layers():
+    report = quantized(OwnProducts(), torch.randn(8, 1, 6, 6))
+    outside = 36 * 4 * 4 * 9 + 24 * 6 * 6  # of 6 x 6 positions; of 4 x 6 rows
+    covered = 36 * 4 + 24 * 6 * 5
+    assert (row_of(report, "(outside)").macs, row_of(report, "(other)").macs) == (outside, 24 * 5 * 7)
+    assert report.totals["macs"]["conv_linear"] == outside + covered
+    assert report.totals["coverage"]["conv_linear"] == pytest.approx(covered / (outside + covered))

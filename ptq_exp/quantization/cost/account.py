@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
@@ -57,10 +58,13 @@ def build_report(model: nn.Module, counted: Trace, reasons: Mapping[str, str], p
         elif name in holders:
             reason = f"left alone: {_type_name(module)} has no quantized counterpart"
             rows.append(_fp_row(name, _type_name(module), _own_params(module), 0, reasons.get(name, reason)))
-    if counted.other_macs:
-        rows.append(
-            _fp_row("(other)", "(other)", 0, counted.other_macs, "multiplied outside the modules above")
-        )
+    outside = min(counted.outside_macs, counted.other_macs)
+    others = counted.other_macs - outside
+    if outside:
+        row = _fp_row("(outside)", "(outside)", 0, outside, "computed outside of convolution and linear layers")
+        rows.append(replace(row, scope="conv_linear"))
+    if others:
+        rows.append(_fp_row("(other)", "(other)", 0, others, "multiplied outside the modules above"))
     params = sum(p.numel() for p in model.parameters())
     not_counted = tuple(f"{name} (called {n} times)" for name, n in sorted(counted.uncounted.items()))
     return Report(tuple(rows), params - sum(row.params for row in rows), not_counted=not_counted)

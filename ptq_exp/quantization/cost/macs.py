@@ -8,7 +8,7 @@ nothing are named, so that nothing is hidden.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,8 +23,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization.cost.operators import counted, macs_of, without_products
-from ptq_exp.quantization.cost.owners import Owners
+from ptq_exp.quantization.cost.operators import as_layers_do, counted, macs_of, without_products
+from ptq_exp.quantization.cost.owners import Owners, place_of
 from ptq_exp.quantization.trace.evaluate import evaluate
 
 
@@ -36,6 +36,7 @@ class Trace:
         layer_macs: per convolution and linear layer (subclasses included), summed over its calls.
         attention_macs: per `Attention`, of the products (q k^T, softmax(.) v) over all heads.
         total_macs: of all convolutions and matrix products, counted at the level of operators.
+        outside_macs: of convolutions and products with a parameter (as `F.linear` computes) outside all layers.
         uncounted: {operator: calls} of those whose multiplications are not known.
         used_outside: layers whose weight something else than their own forward reads.
     """
@@ -43,6 +44,7 @@ class Trace:
     layer_macs: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     attention_macs: dict[str, tuple[int, int]] = field(default_factory=dict)
     total_macs: int = 0
+    outside_macs: int = 0
     uncounted: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     used_outside: set[str] = field(default_factory=set)
 
@@ -81,7 +83,8 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
     shapes: dict[str, list[torch.Size]] = defaultdict(list)
     by_shape: dict[str, int] = defaultdict(int)
     layers, attentions = dict(multiplying_layers(model)), dict(attention_modules(model))
-    census = _Census(Owners(layers, attentions))
+    places = {place_of(parameter) for parameter in model.parameters()} - {None}
+    census = _Census(Owners(layers, attentions), places)
 
     def record(layer: nn.Module, args: tuple, kwargs: dict, output: Any, name: str) -> None:
         if isinstance(output, Tensor):
@@ -98,6 +101,7 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
     for owner in {owner for owner, _ in census.uncounted} & set(layers):
         census.macs[owner] = max(census.macs[owner], by_shape[owner])  # what it is for, by an unknown operator
     result = Trace(total_macs=sum(census.macs.values()), used_outside=census.used_outside)
+    result.outside_macs = census.outside_macs
     for (_, operator), calls in census.uncounted.items():
         result.uncounted[operator] += calls
     result.layer_macs |= {name: census.macs[name] for name in layers if census.macs[name]}
@@ -124,12 +128,13 @@ class _Census(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, owners: Owners) -> None:
+    def __init__(self, owners: Owners, parameters: Container[int]) -> None:
         super().__init__()
-        self.owners = owners
+        self.owners, self.parameters = owners, parameters
         self.macs: dict[str | None, int] = defaultdict(int)
         self.uncounted: dict[tuple[str | None, str], int] = defaultdict(int)
         self.used_outside: set[str] = set()
+        self.outside_macs = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
@@ -147,7 +152,10 @@ class _Census(TorchDispatchMode):
             if not counted(function):
                 self.owners.derive(owner, output)
         if counted(function):
-            self.macs[owner] += macs_of(function, args, kwargs, output)
+            macs = macs_of(function, args, kwargs, output)
+            self.macs[owner] += macs
+            if owner not in self.owners.layers and as_layers_do(function, args, self.parameters):
+                self.outside_macs += macs
         elif not without_products(function):
             name = f"{function.namespace}.{function.overloadpacket.__name__}"
             self.uncounted[self.owners.innermost, name] += 1

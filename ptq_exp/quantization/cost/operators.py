@@ -6,13 +6,15 @@ written as broadcasts), norms, reductions, pooling, resampling and everything th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
+
+from ptq_exp.quantization.cost.owners import place_of
 
 aten = torch.ops.aten
 
@@ -115,6 +117,8 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent(x, weights),
 }  # fmt: skip
 """Beside those of `torch.utils.flop_counter`: (arguments of the operator) -> multiply-accumulates."""
+_CONVOLUTIONS = {aten.convolution, aten._convolution}
+_OF_ONE_MATRIX = {aten.mm, aten.addmm, aten.addmm_, aten._addmm_activation, aten._int_mm}
 
 
 def counted(operator: Any) -> bool:
@@ -129,6 +133,17 @@ def macs_of(operator: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> 
     if packet in _FORMULAS:
         return _FORMULAS[packet](*args, **kwargs)
     return flop_registry[packet](*args, **kwargs, out_val=output) // 2
+
+
+def as_layers_do(function: torch._ops.OpOverload, args: tuple, parameters: Container[int]) -> bool:
+    """Whether an operator is a convolution, or multiplies rows by one of `parameters`, as a linear layer does.
+
+    Args:
+        parameters: where the network's parameters lie, see `place_of`.
+    """
+    if function.overloadpacket in _CONVOLUTIONS:
+        return True
+    return function.overloadpacket in _OF_ONE_MATRIX and any(place_of(value) in parameters for value in args)
 
 
 def without_products(operator: Any) -> bool:

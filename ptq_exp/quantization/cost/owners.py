@@ -24,7 +24,7 @@ class Owners:
         self._handles = ExitStack()
         places: dict[int, list[str]] = defaultdict(list)
         for name, layer in layers.items():
-            if (place := _storage(_weight(layer))) is not None:
+            if (place := place_of(_weight(layer))) is not None:
                 places[place].append(name)
         self._by_weight = {place: names[0] for place, names in places.items() if len(names) == 1}
         self._kept: list[Tensor] = []  # the place of one that is gone may be given to another
@@ -39,12 +39,12 @@ class Owners:
         name = self.innermost
         if name in self.layers:
             return name
-        found = (self._by_weight.get(_storage(operand)) for operand in operands)
+        found = (self._by_weight.get(place_of(operand)) for operand in operands)
         return next((layer for layer in found if layer is not None), name)
 
     def derive(self, layer: str, made: Any) -> None:
         """The tensor `made` was computed from the weight of `layer`; of another size it is no weight in its place."""
-        place = _storage(made)
+        place = place_of(made)
         if place is not None and made.numel() and made.numel() % _weight(self.layers[layer]).numel() == 0:
             self._by_weight.setdefault(place, layer)
             self._kept.append(made)
@@ -74,7 +74,7 @@ def _weight(layer: nn.Module) -> Tensor | None:
     return next((values["weight"] for values in held if values.get("weight") is not None), None)
 
 
-def _storage(value: Any) -> int | None:
+def place_of(value: Any) -> int | None:
     """Where the elements of a tensor lie; None for one without storage, and for what is no tensor."""
     if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
         return None

@@ -38,9 +38,10 @@ class Row:
 
     Attributes:
         name: module name; ``<attention>.qk`` and ``<attention>.av`` for the products q k^T and softmax(.) v;
-            ``(other)`` for multiplications outside known modules.
-        type: class of the full-precision module, ``Attention.qk``, ``Attention.av`` or ``(other)``.
-        scope: ``conv_linear`` for layers, ``attention`` for products, ``other``.
+            ``(outside)`` for convolutions and products with a parameter outside of layers, ``(other)`` for all other
+            multiplications outside known modules.
+        type: class of the full-precision module, ``Attention.qk``, ``Attention.av``, ``(outside)`` or ``(other)``.
+        scope: ``conv_linear`` for layers and what is computed as they do, ``attention`` for products, ``other``.
         params: parameters of the module itself.
         macs: multiply-accumulates per sample; 0 for a layer that the example never called.
         weight_bits: bits of the weight; of k in q k^T, of v in softmax(.) v. None = FP.
