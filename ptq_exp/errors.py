@@ -42,6 +42,11 @@ class QuantizationError(PTQError):
     """A quantizer cannot be placed, calibrated or run."""
 
 
+def one_line(error: object, limit: int = 200) -> str:
+    """Return the text of an error, or of another object, as one line of at most `limit` characters; never empty."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 class Interrupted(BaseException):
     """Ctrl-C (SIGINT), or SIGTERM, as schedulers send it.
 

@@ -14,18 +14,13 @@ COMMANDS = {
     "train_embedded": "train an embedded network again",
 }
 """First argument of the command line -> what it does."""
-_MODULES = {"search": "ptq_exp.cli.search.command"}
 
 
 def run_command(name: str, arguments: list[str]) -> None:
     """Call `main` of the module of a command of `COMMANDS`."""
-    import_module(_module(name)).main(arguments)
+    import_module(f"ptq_exp.cli.{name}").main(arguments)
 
 
 def available() -> list[str]:
     """Return the commands whose modules are installed."""
-    return [name for name in COMMANDS if find_spec(_module(name))]
-
-
-def _module(name: str) -> str:
-    return _MODULES.get(name, f"ptq_exp.cli.{name}")
+    return [name for name in COMMANDS if find_spec(f"ptq_exp.cli.{name}")]

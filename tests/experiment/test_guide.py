@@ -12,7 +12,7 @@ from guide_text import ALL, DOCS, OF_CIFAR, PAGES, RUNS, blocks, commands, conf,
 from omegaconf import OmegaConf
 
 from ptq_exp.cli import table
-from ptq_exp.cli.search.command import _parser as search_parser
+from ptq_exp.cli.search import _parser as search_parser
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import ConfigError
 from ptq_exp.reports.tables.layouts import find_layout
