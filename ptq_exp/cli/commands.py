@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 COMMANDS = {
-    "doctor": "checks Python, packages, devices, disk space, W&B, weights",
+    "doctor": "checks Python, packages, devices, disk space, weights",
     "cache": "cache ls | prune: what runs share on disk",
     "table": "a table of many runs; --list: layouts, one of conf/table each",
     "search": "the best combination of settings at given bits, stage by stage as conf/search says",
