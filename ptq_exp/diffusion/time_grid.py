@@ -140,7 +140,7 @@ class TimeGrid:
 
 
 def _spaced(total: int, steps: int, spacing: str, offset: int) -> Tensor:
-    """Indices of the schedule, float64 [steps], cleanest first; see `TimeGrid.from_schedule`."""
+    """Return indices of the schedule, float64 [steps], cleanest first; see `TimeGrid.from_schedule`."""
     positions = torch.arange(steps).double()
     if spacing == "leading":
         stride = total // steps

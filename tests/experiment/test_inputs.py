@@ -44,10 +44,10 @@ def test_nan_in_a_network(tmp_path, refused):
 def test_nan_in_a_first_stage(tmp_path):
     stage = spoiled(tiny_folder.autoencoder(), "decoder.conv_in.bias", float("inf"))
     folder = tiny_folder.latent(tmp_path / "m", stage)
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as refusal:
         ptq_exp.load_model("diffusers", folder)
     file = f"{folder}/vqvae/diffusion_pytorch_model.safetensors"
-    in_order(str(told.value), f"model.checkpoint={file}: decoder.conv_in.bias")
+    in_order(str(refusal.value), f"model.checkpoint={file}: decoder.conv_in.bias")
 
 
 @pytest.mark.parametrize(("saved", "file"), [
@@ -294,9 +294,9 @@ def test_weights_of_the_extractor(tmp_path):
     from ptq_exp.evaluation import InceptionExtractor
 
     torch.save({"Conv2d_1a_3x3.conv.weight": torch.tensor([1, float("nan")])}, tmp_path / "inception.pth")
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as refusal:
         InceptionExtractor(str(tmp_path / "inception.pth"))
-    in_order(str(told.value), f"evaluation.weights={tmp_path}/inception.pth: Conv2d_1a_3x3.conv.weight holds NaN")
+    in_order(str(refusal.value), f"evaluation.weights={tmp_path}/inception.pth: Conv2d_1a_3x3.conv.weight holds NaN")
 
 
 def test_infinity_in_a_buffer_is_a_mask():

@@ -200,9 +200,9 @@ def test_a_structure_that_is_none_is_one_line(edit, made_of, tmp_path):
     with pytest.raises(DataError, match="was edited, or belongs to another"):
         ptq_exp.load_quantized(tmp_path / "copy")
     forged(tmp_path / "copy", lambda d: None)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as refusal:
         ptq_exp.load_quantized(tmp_path / "copy")
-    message = str(told.value)
+    message = str(refusal.value)
     assert "\n" not in message and "quantization.json: model.structure: " in message and "/tmp/tmp" not in message
 
 

@@ -9,8 +9,8 @@ import time
 import pytest
 from small_networks import use_small_networks
 
-from ptq_exp.cli.main import main
 from ptq_exp.cli.coordinate_search import Search, Space, Stage
+from ptq_exp.cli.main import main
 from ptq_exp.errors import Interrupted, command_line, interruptible, interruption
 from ptq_exp.experiment import experiment, images, stages
 from ptq_exp.lightning import EvaluationModule
