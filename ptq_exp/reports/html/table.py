@@ -38,7 +38,7 @@ class Table:
 
 
 def number(value: Any, form: str = "{:.4g}", deviation: Any = None) -> Cell:
-    """A number, with its standard deviation where there is one; a dash where it is missing or NaN."""
+    """Return a number, with its standard deviation where there is one; a dash where it is missing or NaN."""
     if missing(value):
         return Cell(MISSING)
     value = float(value)
@@ -49,7 +49,7 @@ def number(value: Any, form: str = "{:.4g}", deviation: Any = None) -> Cell:
 
 
 def text(value: Any) -> Cell:
-    """A word, a list of widths as 4/8; a dash where it is missing."""
+    """Return a word, a list of widths as 4/8; a dash where it is missing."""
     if missing(value):
         return Cell(MISSING)
     shown = "/".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

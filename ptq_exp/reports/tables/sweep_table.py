@@ -9,12 +9,12 @@ from itertools import compress
 
 import pandas as pd
 
+from ptq_exp.reports.tables.columns import HEADLINE_VALUES, VALUES, value_of
 from ptq_exp.reports.tables.identity import plain
 from ptq_exp.reports.tables.render import render
 from ptq_exp.reports.tables.request import Request, ResultTable
 from ptq_exp.reports.tables.result_table import result_table
 from ptq_exp.reports.tables.runs import gather
-from ptq_exp.reports.tables.settings import HEADLINE_VALUES, VALUES, value_of
 
 
 def sweep_table(
@@ -25,12 +25,12 @@ def sweep_table(
     best: str | None = None,
     form: str = "markdown",
 ) -> str:
-    """The runs below `folder`, mean ± std over seeds: a row per choice of `keys`, the best row marked.
+    """Return the runs below `folder`, mean ± std over seeds: a row per choice of `keys`, the best row marked.
 
     Args:
         folder: of the sweep; it is searched for results.json.
         keys: what was swept, as on the command line ("bits", "calibration.n_samples", "seed", "+experiment"); seed is
-            averaged over, experiments are told apart by their names.
+            averaged over, experiments are distinguished by their names.
         values: what to show; None: the scores of the headline and the bit operations, as far as a run has them.
         best: the value that chooses the marked row; None: the first one shown that has a better side.
         form: one of `FORMATS`.
