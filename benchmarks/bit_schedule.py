@@ -14,7 +14,7 @@ import statistics
 import warnings
 
 import torch
-from sampling import milliseconds, quantized_twin
+from sampling import milliseconds, quantized_copy
 
 from ptq_exp import load_model
 from ptq_exp.correction import Scheduled
@@ -31,8 +31,8 @@ def bench(name: str, batch: int, repeats: int) -> None:
     conditions = {} if model.n_classes is None else {"y": torch.arange(batch) % model.n_classes}
     x = torch.randn(batch, *model.sample_shape)
     steps = [Call(x, grid.network_time(step, batch), conditions) for step in range(len(grid))]
-    single = quantized_twin(model, steps[0], "cpu")
-    scheduled = Scheduled(quantized_twin(model, steps[0], "cpu", (4, 8)), torch.arange(len(grid)) % 2, grid)
+    single = quantized_copy(model, steps[0], "cpu")
+    scheduled = Scheduled(quantized_copy(model, steps[0], "cpu", (4, 8)), torch.arange(len(grid)) % 2, grid)
     for denoiser in (single, scheduled):
         steps[0].evaluate(denoiser)
     turns = []

@@ -64,22 +64,22 @@ def networks() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
 def optimisation(network: nn.Module, inputs: tuple, method: str, iterations: int) -> BlockOptimisation:
     """The optimisation of the one block of `network`."""
     full = network.eval().requires_grad_(False)
-    twin = copy.deepcopy(full)
+    quantized = copy.deepcopy(full)
     one = tuple(None if part is None else part[:1] for part in inputs)
     if method == "qdrop":
-        attention = any(isinstance(module, Attention) for module in twin.modules())
+        attention = any(isinstance(module, Attention) for module in quantized.modules())
         rules = Policy(first=(), last=(), attention=attention).rules(Widths(4, 4))
     else:
         rules = [Rule("*", QuantSpec(weight=TensorSpec(4, granularity=PerChannel())))]
-    quantize_(twin, rules, one)
-    calibrate_weights_(twin, "mse")
-    calibrate_activations_(twin, "minmax", [inputs])
-    (block,) = find_blocks(twin, ("block",), one)
+    quantize_(quantized, rules, one)
+    calibrate_weights_(quantized, "mse")
+    calibrate_activations_(quantized, "minmax", [inputs])
+    (block,) = find_blocks(quantized, ("block",), one)
     calls = Calls.of(inputs, {}, full(*inputs))
     extra = {"input_prob": 0.5, "drop_prob": 0.5, "step_lr": 1e-3} if method == "qdrop" else {}
     # from the first iteration with the regulariser, which is the dearer part
     settings = Settings(Annealing(iterations, warmup=0.0), batch_size=BATCH, lr=1e-2, **extra)
-    return BlockOptimisation(block, twin, full, BlockData(calls, calls), settings, seed=0)
+    return BlockOptimisation(block, quantized, full, BlockData(calls, calls), settings, seed=0)
 
 
 def forward_backward(network: nn.Module, inputs: tuple) -> Callable[[], None]:

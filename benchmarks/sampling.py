@@ -3,7 +3,7 @@
     python benchmarks/sampling.py [--models ddim_cifar10 ldm4_imagenet256] [--batch 4] [--repeats 5] [--compile]
                                   [--device cuda] [--dtype bfloat16] [--channels-last]
 
-Prints milliseconds per step, the ratio of the fake-quantized network to its full-precision twin, and peak memory. The
+Prints milliseconds per step, the ratio of the fake-quantized network to the full-precision one, and peak memory. The
 two are timed in turns and the ratio is the median over turns, so that other load on the machine hits both alike. A
 step of a guided model is one evaluation of both halves: twice the batch.
 """
@@ -25,14 +25,14 @@ from ptq_exp.diffusion import Call, DiffusionModel
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 
 
-def quantized_twin(model: DiffusionModel, inputs: Call, device: str, activation: int | Sequence[int] = 8) -> nn.Module:
+def quantized_copy(model: DiffusionModel, inputs: Call, device: str, activation: int | Sequence[int] = 8) -> nn.Module:
     """8-bit weights, ranges of one noise batch: speed does not depend on their values."""
-    twin = model.twin()
+    quantized = model.copy_denoiser()
     rules = Policy(first=model.first_layers, last=model.last_layers).rules(Widths(8, activation))
-    quantize_(twin, rules, model.example_inputs().to(device))
+    quantize_(quantized, rules, model.example_inputs().to(device))
     first = {name: part[:1] for name, part in inputs.conditions.items()}
-    calibrate_(twin, "minmax", [Call(inputs.x[:1], inputs.t[:1], first)])
-    return twin
+    calibrate_(quantized, "minmax", [Call(inputs.x[:1], inputs.t[:1], first)])
+    return quantized
 
 
 def milliseconds(denoiser: nn.Module, inputs: Call, device: str) -> float:
@@ -44,12 +44,14 @@ def milliseconds(denoiser: nn.Module, inputs: Call, device: str) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
-def compare(full: nn.Module, twin: nn.Module, inputs: Call, repeats: int, device: str) -> tuple[float, float, float]:
+def compare(
+    full: nn.Module, quantized: nn.Module, inputs: Call, repeats: int, device: str
+) -> tuple[float, float, float]:
     """(ms in full precision, ms fake-quantized, ratio), medians over turns, after one warm-up of each."""
-    milliseconds(full, inputs, device), milliseconds(twin, inputs, device)
-    turns = [(milliseconds(full, inputs, device), milliseconds(twin, inputs, device)) for _ in range(repeats)]
-    ms_full, ms_twin = (statistics.median(side) for side in zip(*turns, strict=True))
-    return ms_full, ms_twin, statistics.median(b / a for a, b in turns)
+    milliseconds(full, inputs, device), milliseconds(quantized, inputs, device)
+    turns = [(milliseconds(full, inputs, device), milliseconds(quantized, inputs, device)) for _ in range(repeats)]
+    ms_full, ms_quantized = (statistics.median(side) for side in zip(*turns, strict=True))
+    return ms_full, ms_quantized, statistics.median(b / a for a, b in turns)
 
 
 def peak_memory(device: str) -> float:
@@ -72,13 +74,13 @@ def bench(name: str, args: argparse.Namespace) -> None:
     n = args.batch * halves
     conditions = {} if model.n_classes is None else {"y": torch.arange(n)}
     inputs = Call(torch.randn(n, *model.sample_shape), torch.full((n,), 500.0), conditions).to(args.device)
-    twin = quantized_twin(model, inputs, args.device)
+    quantized = quantized_copy(model, inputs, args.device)
     for mode in ("eager", "compiled") if args.compile else ("eager",):
         if mode == "compiled":
             model.denoiser.compile()
-            twin.compile()
-        ms_full, ms_twin, ratio = compare(model.denoiser, twin, inputs, args.repeats, args.device)
-        print(f"{name:<22} {mode:<9} {args.batch:>5} {halves:>6} {ms_full:>10.1f} {ms_twin:>10.1f} {ratio:>7.2f} "
+            quantized.compile()
+        ms_full, ms_quantized, ratio = compare(model.denoiser, quantized, inputs, args.repeats, args.device)
+        print(f"{name:<22} {mode:<9} {args.batch:>5} {halves:>6} {ms_full:>10.1f} {ms_quantized:>10.1f} {ratio:>7.2f} "
               f"{peak_memory(args.device):>8.2f}", flush=True)  # fmt: skip
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 import io
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -40,6 +41,19 @@ class DataError(PTQError):
 
 class QuantizationError(PTQError):
     """A quantizer cannot be placed, calibrated or run."""
+
+
+def one_line(error: object, limit: int = 200) -> str:
+    """Return the text of an error, or of another object, as one line of at most `limit` characters; never empty."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def nearest(word: str, valid: Iterable[str], n: int = 1) -> str:
+    """Return `did you mean 'x'?` with the `n` nearest of `valid`; else the valid words, or how to see them."""
+    known = sorted(valid)
+    if near := difflib.get_close_matches(word, known, n):
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"valid: {', '.join(known)}" if len(known) < 40 else "python -m ptq_exp --help lists what there is"
 
 
 class Interrupted(BaseException):
@@ -77,16 +91,16 @@ def interruptible() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in _DEFAULTS}
-    told: float | None = None
+    since: float | None = None
 
     def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal told
-        if told is not None and time.monotonic() - told < _SAME_EVENT:
+        nonlocal since
+        if since is not None and time.monotonic() - since < _SAME_EVENT:
             return
-        if told is not None:  # resetting the handlers at the first one would not do: Lightning puts back ours
+        if since is not None:  # resetting the handlers at the first one would not do: Lightning puts back ours
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        told = time.monotonic()
+        since = time.monotonic()
         raise Interrupted(number)
 
     ours = [number for number, default in _DEFAULTS.items() if before[number] is default]

@@ -23,7 +23,7 @@ SLOW = (
     "experiment/test_run.py", "experiment/test_evaluate_repeats.py", "experiment/test_results_commands.py",
     "robustness/test_chaos.py", "robustness/test_interruption.py", "lightning/test_reconstruction.py",
     "experiment/test_evaluate.py", "quantization/test_range_search_exhaustive.py", "experiment/test_analysis.py",
-    "embedded/test_training_latent.py", "cli/sweep", "experiment", "cli/search", "robustness/test_full_disk.py",
+    "embedded/test_training_latent.py", "cli/sweep", "experiment", "cli/test_search.py", "robustness/test_full_disk.py",
     "robustness/test_malformed_settings.py", "embedded/test_training.py", "lightning",
     "reports/html/test_in_browser.py", "reports/tables/test_wandb_source.py", "results/test_wandb.py",
     "storage/test_cache.py", "diffusion/zoo", "cli",

@@ -12,9 +12,9 @@ TEMPORAL = ("static", "binned", "per_step")
 
 
 def time_bins(grid: TimeGrid, temporal: str, n_bins: int = 1) -> Tensor:
-    """The bin of each step of `grid`, int64 [S], numbered from 0 in the order of sampling without gaps.
+    """Return the bin of each step of `grid`, int64 [S], numbered from 0 in the order of sampling without gaps.
 
-    Steps of one network time are in one bin: the network is told nothing but the time.
+    Steps of one network time are in one bin: the network sees nothing but the time.
 
     Args:
         temporal: `static`, one bin; `binned`, `n_bins` bins of consecutive steps, as equal as can be; `per_step`.

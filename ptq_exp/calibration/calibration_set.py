@@ -65,7 +65,7 @@ class CalibrationSet:
         return len(self.x)
 
     def batches(self, batch_size: int) -> Iterator[Call]:
-        """Calls of at most `batch_size` states, every state once; with guidance, both halves of each batch."""
+        """Yield calls of at most `batch_size` states, every state once; with guidance, both halves of each batch."""
         without = {name: torch.from_numpy(np.array(value)) for name, value in self.unconditional.items()}
         for rows in slices(len(self), batch_size):
             x, t = (torch.from_numpy(np.array(part[rows])) for part in (self.x, self.t))
@@ -73,14 +73,14 @@ class CalibrationSet:
             yield both_halves(Call(x, t, given), without) if without else Call(x, t, given)
 
     def batch_steps(self, batch_size: int) -> Tensor:
-        """The sampling step of each state that `batches` yields, int64 [N] in its order; with guidance [2 N]."""
+        """Return the sampling step of each state that `batches` yields, int64 [N] in its order; with guidance [2 N]."""
         steps = torch.from_numpy(np.array(self.step))
         if not self.unconditional:
             return steps
         return torch.cat([half for rows in slices(len(self), batch_size) for half in (steps[rows], steps[rows])])
 
     def take(self, rows: np.ndarray) -> CalibrationSet:
-        """The states number `rows`, int64 [M] or bool [N], in that order."""
+        """Return the states number `rows`, int64 [M] or bool [N], in that order."""
         return self._from_arrays({key: np.array(part[rows]) for key, part in self._arrays().items()})
 
     def save(self, path: Path) -> None:
@@ -125,5 +125,5 @@ def condition_arrays(
 
 
 def _below(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The `arrays` whose names begin with `prefix`, without it."""
+    """Return the `arrays` whose names begin with `prefix`, without it."""
     return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}

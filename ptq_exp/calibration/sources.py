@@ -51,7 +51,7 @@ class StateRequest:
     device: torch.device | str = "cpu"
 
     def noise(self, shape: Sequence[int]) -> SampleNoise:
-        """The noise streams of these samples, apart from those of evaluation."""
+        """Return the noise streams of these samples, apart from those of evaluation."""
         return SampleNoise(self.seed, self.indices, shape, stream=CALIBRATION)
 
     def drawn_states(self, model: DiffusionModel) -> Tensor:
@@ -163,7 +163,7 @@ WITHOUT_IMAGES = ("denoise", "noise")
 
 
 def source(name: str) -> Callable[[DiffusionModel, StateRequest], tuple[Tensor, Tensor]]:
-    """The source called `name`; ConfigError with the valid names otherwise."""
+    """Return the source called `name`; ConfigError with the valid names otherwise."""
     if name not in SOURCES:
         raise ConfigError(f"calibration.source={name}: choose one of {', '.join(SOURCES)}")
     return SOURCES[name]

@@ -52,13 +52,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def with_plain_options(argv: Sequence[str]) -> list[str]:
-    """The arguments with `cache_dir=PATH`, as experiments have it, in the form of a flag; quotes for Hydra may stay."""
+    """Return the arguments with `cache_dir=PATH`, as experiments have it, as a flag; quotes for Hydra may stay."""
     key = "cache_dir="
     return [f"--cache-dir={unquoted(word.removeprefix(key))}" if word.startswith(key) else word for word in argv]
 
 
 def listing(root: Path, found: Sequence[Entry], totals_only: bool = False) -> str:
-    """A line per entry, a line per kind, and the total."""
+    """Return a line per entry, a line per kind, and the total."""
     if not found:
         return f"{root} is empty"
     rows = []
@@ -91,7 +91,7 @@ def prune(root: Path, limits: Limits, *, dry_run: bool = False) -> None:
 
 
 def size_text(size: float) -> str:
-    """A number of bytes in the unit that suits it."""
+    """Return a number of bytes in the unit that suits it."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import shutil
 import sys
@@ -12,14 +11,12 @@ from configparser import ConfigParser
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlparse
 
 from packaging.requirements import Requirement
 
 from ptq_exp import __version__
 from ptq_exp.cli.cache import size_text
 from ptq_exp.errors import PTQError
-from ptq_exp.storage.entries import entries, total
 
 OK, WARNING, PROBLEM = LEVELS = ("ok", "warning", "problem")
 _PACKAGE = Path(__file__).parents[1]
@@ -120,44 +117,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def threads() -> Iterator[Finding]:
-    """Check whether torch's threads fit the cores and what else runs there."""
-    import torch
-
-    count, cores, load = torch.get_num_threads(), _cores(), os.getloadavg()[0]
-    text = f"threads: torch uses {count} on {cores} cores, load {load:.1f}"
-    if count > cores:
-        yield Finding(WARNING, text, f"set trainer.threads={cores} or OMP_NUM_THREADS={cores}: more than cores is slow")
-    elif count > 1 and load + count > cores + 1.5:
-        yield Finding(WARNING, text, "others are busy here: trainer.threads=1 is faster than threads that wait")
-    else:
-        yield Finding(OK, text)
-
-
-def wandb() -> Iterator[Finding]:
-    """Check whether there is a login, and whether the environment needs one. Keys are not read out."""
-    mode, logged_in = os.environ.get("WANDB_MODE", ""), _logged_in()
-    login = "there is a login" if logged_in else "no login"
-    if mode == "online" and not logged_in:
-        yield Finding(PROBLEM, "W&B: WANDB_MODE=online, but no login", "run `wandb login`, or unset WANDB_MODE")
-    elif mode not in ("", "online", "offline", "disabled", "dryrun", "run", "shared"):
-        yield Finding(WARNING, f"W&B: WANDB_MODE={mode} is no mode", "unset it, or set offline or online")
-    else:
-        needs = "" if logged_in else " (logger.mode=online needs `wandb login`; offline, the default, needs none)"
-        yield Finding(OK, f"W&B: {login}, WANDB_MODE {mode or 'not set'}{needs}")
-
-
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))  # no such file without a home folder
-    try:
-        return host in netrc.netrc(path).hosts
-    except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-        return False
-
-
 def disk(setting: str, folder: Path) -> Iterator[Finding]:
     """Check the space below `folder`, and whether it can be written; the nearest folder that exists stands for it."""
     place = folder.absolute()
@@ -177,22 +136,6 @@ def disk(setting: str, folder: Path) -> Iterator[Finding]:
         yield Finding(PROBLEM, text, "free some, or choose another disk: runs write images and models")
     elif free < _LITTLE:
         yield Finding(WARNING, text, "enough for small runs; `python -m ptq_exp cache prune --max-size GB` makes room")
-    else:
-        yield Finding(OK, text)
-
-
-def cache(folder: Path) -> Iterator[Finding]:
-    """Check the size of the cache, and what is of no use in it."""
-    try:
-        found = entries(folder)
-    except PTQError as error:
-        yield Finding(PROBLEM, str(error), "choose cache_dir=PATH")
-        return
-    useless = [entry for entry in found if entry.problem]
-    text = f"cache: {len(found)} entries, {size_text(total(found))}"
-    if useless:
-        text += f", {len(useless)} of them damaged or half-written"
-        yield Finding(WARNING, text, "`python -m ptq_exp cache prune` removes them")
     else:
         yield Finding(OK, text)
 

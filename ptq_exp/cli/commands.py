@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 COMMANDS = {
-    "doctor": "checks Python, packages, devices, disk space, W&B, weights",
+    "doctor": "checks Python, packages, devices, disk space, weights",
     "cache": "cache ls | prune: what runs share on disk",
     "table": "a table of many runs; --list: layouts, one of conf/table each",
     "search": "the best combination of settings at given bits, stage by stage as conf/search says",
@@ -14,18 +14,13 @@ COMMANDS = {
     "train_embedded": "train an embedded network again",
 }
 """First argument of the command line -> what it does."""
-_MODULES = {"search": "ptq_exp.cli.search.command"}
 
 
 def run_command(name: str, arguments: list[str]) -> None:
     """Call `main` of the module of a command of `COMMANDS`."""
-    import_module(_module(name)).main(arguments)
+    import_module(f"ptq_exp.cli.{name}").main(arguments)
 
 
 def available() -> list[str]:
     """Return the commands whose modules are installed."""
-    return [name for name in COMMANDS if find_spec(_module(name))]
-
-
-def _module(name: str) -> str:
-    return _MODULES.get(name, f"ptq_exp.cli.{name}")
+    return [name for name in COMMANDS if find_spec(f"ptq_exp.cli.{name}")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from ptq_exp.cli import checkups
 from ptq_exp.cli.cache import default_folder, with_plain_options
 from ptq_exp.cli.checkups import OK, PROBLEM, Finding
-from ptq_exp.errors import command_line
+from ptq_exp.errors import command_line, one_line
 from ptq_exp.storage.paths import PathArgument
 
 _HELP = "Exit status 1 if there is a problem, 0 otherwise. Nothing is changed, and no network is used."
@@ -31,9 +31,8 @@ def main(argv: Sequence[str]) -> None:
 def examination(cache_dir: Path, runs: Path) -> list[Callable[[], Iterable[Finding]]]:
     """Return the checks, in the order of the report."""
     return [
-        checkups.python, checkups.packages, checkups.extras, checkups.devices, checkups.threads, checkups.wandb,
-        lambda: checkups.disk("runs", runs), lambda: checkups.disk("cache_dir", cache_dir),
-        lambda: checkups.cache(cache_dir), checkups.weights,
+        checkups.python, checkups.packages, checkups.extras, checkups.devices,
+        lambda: checkups.disk("runs", runs), lambda: checkups.disk("cache_dir", cache_dir), checkups.weights,
     ]  # fmt: skip
 
 
@@ -44,8 +43,8 @@ def report(checks: Iterable[Callable[[], Iterable[Finding]]]) -> int:
         try:
             findings = list(check())
         except Exception as error:  # a broken library must not hide what the other checks find
-            text = " ".join(str(error).split())[:200]
-            findings = [Finding(PROBLEM, f"the check failed: {type(error).__name__}: {text}", "install ptq-exp again")]
+            text = f"the check failed: {type(error).__name__}: {one_line(error)}"
+            findings = [Finding(PROBLEM, text, "install ptq-exp again")]
         for finding in findings:
             count[finding.level] += 1
             fix = f"; {finding.fix}" if finding.fix else ""

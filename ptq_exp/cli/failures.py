@@ -5,19 +5,21 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from ptq_exp.errors import one_line
+
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 _MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "Unable to allocate")
 
 
 def refusal(error: BaseException, folder: str) -> str | None:
     """Describe in a line an error of a run in `folder` that the machine is to blame for; None for others."""
-    text = " ".join(str(error).split())
+    text = one_line(error, 160)
     if isinstance(error, OSError) and error.errno in _DISK:
         return cannot_write(error, folder)
     named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     if named or (isinstance(error, RuntimeError) and any(words in text for words in _MEMORY)):
         return (
-            f"out of memory ({text[:160] or type(error).__name__}): lower batch_size of evaluation, calibration, "
+            f"out of memory ({text}): lower batch_size of evaluation, calibration, "
             "correction or reconstruction, or reconstruction.cache_gb"
         )
     return None

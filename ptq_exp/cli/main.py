@@ -28,10 +28,11 @@ from ptq_exp.errors import (
     PTQError,
     end_interrupted,
     interruptible,
+    nearest,
     reader_gone,
     start_command,
 )
-from ptq_exp.settings.compose import config_folder, nearest
+from ptq_exp.settings.compose import config_folder
 from ptq_exp.settings.composition import unreadable, wrong_choice
 from ptq_exp.settings.overrides import given, typed
 from ptq_exp.settings.schema import ExperimentConfig, SweepConfig

@@ -12,7 +12,7 @@ from ptq_exp.storage.plain_json import read_json
 
 
 def write_reports(folder: Path) -> list[Path]:
-    """The report of the run in `folder`; or those of all finished runs below it, and one over all runs.
+    """Write the report of the run in `folder`; or those of all finished runs below it, and one over all runs.
 
     Raises:
         DataError: `folder` holds no run.

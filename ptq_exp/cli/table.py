@@ -13,12 +13,12 @@ from pathlib import Path
 import pandas as pd
 
 from ptq_exp.errors import ConfigError, DataError, command_line
+from ptq_exp.reports.tables.columns import VALUES
 from ptq_exp.reports.tables.layouts import Layout, find_layout, layouts
 from ptq_exp.reports.tables.render import FORMATS, render, to_wandb
 from ptq_exp.reports.tables.request import Request, ResultTable
 from ptq_exp.reports.tables.result_table import result_table
 from ptq_exp.reports.tables.runs import gather
-from ptq_exp.reports.tables.settings import VALUES
 from ptq_exp.reports.tables.wandb_source import online_rows
 from ptq_exp.settings.compose import config_folder
 from ptq_exp.settings.schema import setting_names
@@ -58,7 +58,7 @@ examples:
   python -m ptq_exp table --wandb me/ptq-exp --rows name --to-wandb me/ptq-exp
 """
 def make_table(runs: Runs, request: Request) -> ResultTable:
-    """The table that `request` describes; `render` prints it.
+    """Build the table that `request` describes; `render` prints it.
 
     Args:
         runs: a folder, or what `gather` made of some.
@@ -71,7 +71,7 @@ def make_table(runs: Runs, request: Request) -> ResultTable:
 
 
 def layout_table(runs: Runs, name: str) -> ResultTable:
-    """The table of a layout in `conf/table/`, or of a layout file.
+    """Return the table of a layout in `conf/table/`, or of a layout file.
 
     Raises:
         PTQError: as `make_table`, or there is no such layout.
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> str:
-    """The table that the command line asks for, as text; with --to-wandb it goes there, too."""
+    """Return the table that the command line asks for, as text; with --to-wandb it goes there, too."""
     chosen = _layout(arguments)
     table = make_table(_runs(arguments), chosen.request)
     if arguments.to_wandb:
@@ -144,7 +144,7 @@ def _table(arguments: argparse.Namespace) -> str:
 
 
 def _layout(arguments: argparse.Namespace) -> Layout:
-    """The layout that is named, with what else is asked for; rows without a name are a layout of their own."""
+    """Return the layout that is named, with what else is asked for; rows without a name are a layout of their own."""
     asked = {key: _names(value) for key in ("rows", "cols", "values", "agg") if (value := getattr(arguments, key))}
     where = dict(map(_condition, arguments.where))
     if arguments.layout is None and asked.get("rows"):
@@ -179,7 +179,7 @@ def _condition(text: str) -> tuple[str, list]:
 
 
 def _scalar(text: str) -> str | int | float | bool | None:
-    """A setting as it is typed: a number, true, false, null, or a word."""
+    """Return a setting as it is typed: a number, true, false, null, or a word."""
     words: dict[str, bool | None] = {"true": True, "false": False, "null": None}
     if text in words:
         return words[text]

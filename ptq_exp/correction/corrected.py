@@ -76,7 +76,7 @@ class VarianceFit:
 
     @classmethod
     def of(cls, grid: TimeGrid, eps_noise_std: Tensor) -> VarianceFit:
-        """Account for the steps of `grid` with noise of standard deviation `eps_noise_std` [S] in eps."""
+        """Compute the steps of `grid` with noise of standard deviation `eps_noise_std` [S] in eps."""
         rows = zip(grid.alphas_cumprod.tolist(), grid.alphas_cumprod_prev.tolist(), strict=True)
         steps = [step_coefficients(level, previous, grid.eta) for level, previous in rows]
         sigma = torch.tensor([step.sigma for step in steps], dtype=torch.float64)

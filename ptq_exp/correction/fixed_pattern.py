@@ -38,5 +38,5 @@ def fixed_pattern_share(
 
 
 def share_of_noise(n: int) -> float:
-    """The share that errors of n samples with nothing in common have, 1 / sqrt(n): in expectation of its square."""
+    """Return the share of errors of n samples with nothing in common, 1 / sqrt(n): in expectation of its square."""
     return n**-0.5

@@ -19,7 +19,7 @@ def standardised_residual(eps: Tensor, eps_q: Tensor, statistics: NoiseStatistic
 
 
 def residual_histogram(residual: Tensor) -> Tensor:
-    """Counts of standardised residuals [N, ...] in the bins of `EDGES`, per sample, int64 [N, len(EDGES) - 1]."""
+    """Count standardised residuals [N, ...] in the bins of `EDGES`, per sample, int64 [N, len(EDGES) - 1]."""
     bins = len(EDGES) - 1
     width = float(EDGES[1] - EDGES[0])
     place = ((residual.flatten(1).float().cpu() - EDGES[0]) / width).floor().clamp(0, bins - 1).long()

@@ -16,7 +16,9 @@ from ptq_exp.correction.moments import Chunk, at, residual_moment
 
 
 def slope_stderr(chunks: Iterable[Chunk], moments: Tensor, counts: Tensor, k: Tensor) -> Tensor:
-    """Standard error of each step's slope [S], from the scatter between samples (cluster-robust, Liang and Zeger 1986).
+    """Estimate the standard error of each step's slope [S] from the scatter between samples.
+
+    Cluster-robust (Liang and Zeger 1986).
 
     Args:
         chunks: moments of the samples, see `MomentChunks`.
@@ -37,7 +39,7 @@ def slope_stderr(chunks: Iterable[Chunk], moments: Tensor, counts: Tensor, k: Te
 
 
 def bias_stderr(chunks: Iterable[Chunk], means: Tensor, counts: Tensor, k: Tensor) -> Tensor:
-    """Standard error [S, C] of the `means` [S, C] of error - k eps, from the scatter of the samples' own means."""
+    """Estimate the standard error [S, C] of the `means` [S, C] of error - k eps from the samples' own means."""
     squares = torch.zeros_like(means)
     for step, own in chunks:
         of_sample = residual_moment(own, 1, k[step].view(-1, 1), torch.zeros(()))
@@ -71,5 +73,5 @@ def _trust(value: Tensor, stderr: Tensor) -> Tensor:
 
 
 def _of_mean(squares: Tensor, counts: Tensor) -> Tensor:
-    """Standard error of a mean from the sum of squared deviations; infinite for one sample."""
+    """Estimate the standard error of a mean from the sum of squared deviations; infinite for one sample."""
     return torch.where(counts > 1, (squares / (counts * (counts - 1)).clamp(min=1)).sqrt(), torch.inf)

@@ -74,7 +74,7 @@ class NoiseStatistics:
         return self.residual_std / (1 + self.slope)
 
     def at_steps(self, steps: Tensor) -> NoiseStatistics:
-        """The statistics of the positions `steps` (int64) as a new object."""
+        """Return the statistics of the positions `steps` (int64) as a new object."""
         return replace(self, **{name: getattr(self, name)[steps] for name in _TENSORS})
 
     def summary(self) -> str:

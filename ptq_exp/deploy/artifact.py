@@ -40,7 +40,7 @@ class Artifact:
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
-        """The saved model in `path`: a run folder, or its sub-folder `quantized`.
+        """Return the saved model in `path`: a run folder, or its sub-folder `quantized`.
 
         Raises:
             DataError: there is none, or it is damaged, incomplete or of an unknown version.
@@ -105,7 +105,7 @@ class Artifact:
         return settings
 
     def setting(self, name: str, kind: type | UnionType, default: Any) -> Any:
-        """A setting that the network was made with, such as "sampler.steps"; `default` where it is not recorded.
+        """Return a setting that the network was made with, such as "sampler.steps"; `default` where it is not recorded.
 
         Raises:
             DataError: it is of another type than `kind`.
@@ -118,7 +118,7 @@ class Artifact:
         return found
 
     def schedule(self) -> BitSchedule | None:
-        """The activation widths per step; None = one width.
+        """Return the activation widths per step; None = one width.
 
         Raises:
             DataError: its file is missing, or is not the one that was saved.
@@ -126,7 +126,7 @@ class Artifact:
         return self._beside("bit_schedule", SCHEDULE_FILE, BitSchedule.load)
 
     def statistics(self) -> NoiseStatistics | None:
-        """The noise statistics; None = no correction. Raises as `schedule`."""
+        """Return the noise statistics; None = no correction. Raises as `schedule`."""
         return self._beside("noise_statistics", STATISTICS_FILE, NoiseStatistics.load)
 
     def transforms(self) -> tuple[Applied, ...]:
@@ -183,7 +183,7 @@ class Artifact:
 
 
 def grid_entry(grid: TimeGrid, guidance_scale: float) -> dict[str, Any]:
-    """What of a sampler noise statistics depend on."""
+    """Return what of a sampler noise statistics depend on."""
     return {
         "timesteps": grid.timesteps.tolist(), "alphas_cumprod": grid.alphas_cumprod.tolist(),
         "alphas_cumprod_prev": grid.alphas_cumprod_prev.tolist(), "eta": grid.eta, "solver": grid.solver,

@@ -70,7 +70,7 @@ def write_card(folder: Path, description: dict[str, Any], results: dict[str, Any
 
 
 def card(description: dict[str, Any], results: dict[str, Any], command: str) -> str:
-    """The text of the card, from the content of quantization.json and results.json."""
+    """Return the text of the card, from the content of quantization.json and results.json."""
     settings, totals = description["settings"], description["totals"]
     bits, sampler, model = settings["bits"], settings["sampler"], description["model"]
     measured = results["metrics"]

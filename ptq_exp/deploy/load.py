@@ -84,7 +84,7 @@ def restored(
     Raises:
         DataError: the files do not fit the model.
     """
-    network = (model.twin() if full_precision else model.denoiser).to(device)
+    network = (model.copy_denoiser() if full_precision else model.denoiser).to(device)
     example = model.example_inputs().to(device)
     transforms = artifact.transforms()
     for done in transforms:
@@ -110,7 +110,7 @@ def restored(
 
 
 def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, bool]:
-    """The model that was quantized, and whether its full-precision weights are there."""
+    """Build the model that was quantized, and whether its full-precision weights are there."""
     name, recorded = artifact.identity["name"], artifact.checkpoint
     if name not in MODELS or artifact.identity.get("target") != "ptq_exp.load_model":
         raise ConfigError(
@@ -143,7 +143,7 @@ def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, 
 
 
 def _of_checkpoint(artifact: Artifact, checkpoint: str | None) -> DiffusionModel:
-    """The full-precision model; None = of the weights that its builder has without a checkpoint.
+    """Return the full-precision model; None = of the weights that its builder has without a checkpoint.
 
     Raises:
         CheckpointError, ConfigError: it cannot be read, or has other weights than those that were quantized.
@@ -160,7 +160,7 @@ def _of_checkpoint(artifact: Artifact, checkpoint: str | None) -> DiffusionModel
 
 
 def _of_random_weights(artifact: Artifact) -> DiffusionModel | None:
-    """A model of the same structure; None where neither the artefact nor the name of the model says it.
+    """Return a model of the same structure; None where neither the artefact nor the name of the model says it.
 
     Raises:
         DataError: the structure in the artefact is damaged.

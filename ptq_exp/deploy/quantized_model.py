@@ -82,7 +82,7 @@ class QuantizedModel:
         return self._guided(self.schedule.rows(list(self.widths)))
 
     def at_row(self, row: int) -> nn.Module:
-        """The guided denoiser with one row of the activation ranges in all steps."""
+        """Return the guided denoiser with one row of the activation ranges in all steps."""
         return self._guided(torch.full((len(self.grid),), row) if len(self.widths) > 1 else None)
 
     @cached_property

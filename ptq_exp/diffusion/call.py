@@ -25,15 +25,15 @@ class Call(NamedTuple):
     conditions: Mapping[str, Tensor]
 
     def evaluate(self, network: Callable[..., Tensor]) -> Tensor:
-        """What `network` makes of this call."""
+        """Return what `network` makes of this call."""
         return network(self.x, self.t, **self.conditions)
 
     def to(self, device: torch.device | str) -> Call:
-        """The same call on `device`."""
+        """Return the same call on `device`."""
         return self._mapped(lambda tensor: tensor.to(device))
 
     def expanded(self, n: int) -> Call:
-        """A call of one sample, repeated `n` times."""
+        """Return a call of one sample, repeated `n` times."""
         return self._mapped(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Call:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def _eps(output, x: Tensor) -> Tensor:
-    """The noise estimate without learned-variance channels, in the type of the state."""
+    """Return the noise estimate without learned-variance channels, in the type of the state."""
     return output.sample[:, : x.shape[1]].to(x.dtype)
 
 
@@ -80,7 +80,7 @@ class DiTDenoiser(nn.Module):
 
 
 def _in_type(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A condition in the type of the network; labels stay whole numbers."""
+    """Return a condition in the type of the network; labels stay whole numbers."""
     return value.to(dtype) if value is not None and value.is_floating_point() else value
 
 

@@ -56,7 +56,7 @@ def _error(dtype: torch.dtype, checkpoint: str | None, where: str) -> ConfigErro
 
 
 def wider(dtype: torch.dtype) -> str:
-    """What to set where numbers of `dtype` do not do; nothing for float32 and float64."""
+    """Return what to set where numbers of `dtype` do not do; nothing for float32 and float64."""
     return {
         torch.float16: "set model.dtype=bfloat16 or float32", torch.bfloat16: "set model.dtype=float32",
     }.get(dtype, "")  # fmt: skip
@@ -71,7 +71,7 @@ def first_not_finite(network: nn.Module, call: Call) -> str:
 
 @contextmanager
 def _watching(network: nn.Module) -> Iterator[list[str]]:
-    """What the layers (modules without modules) of `network` take and give that is not finite, in order."""
+    """Return what the layers (modules without modules) of `network` take and give that is not finite, in order."""
     found: list[str] = []
 
     def look(what: str):

@@ -35,7 +35,7 @@ class Guided(nn.Module):
 
 
 def both_halves(call: Call, unconditional: Mapping[str, float | Tensor]) -> Call:
-    """The batch [2 N] that guidance evaluates: unconditional first, then conditional, as latent diffusion orders it.
+    """Return the batch [2 N] that guidance evaluates: unconditional, then conditional, as latent diffusion has it.
 
     Conditions without an entry in `unconditional` are the same in both halves.
     """
@@ -47,5 +47,5 @@ def both_halves(call: Call, unconditional: Mapping[str, float | Tensor]) -> Call
 
 
 def _without(value: Tensor, unconditional: float | Tensor) -> Tensor:
-    """What the N samples of a condition, `value` [N, ...], have without it."""
+    """Return what the N samples of a condition, `value` [N, ...], have without it."""
     return torch.as_tensor(unconditional).to(value).expand_as(value)

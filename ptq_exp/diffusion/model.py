@@ -81,7 +81,7 @@ class DiffusionModel:
     def time_grid(
         self, steps: int | None = None, spacing: str | None = None, *, eta: float | None = None, solver: str = "ddim"
     ) -> TimeGrid:
-        """The grid of `steps` sampling steps, published values where None; see `ptq_exp.diffusion.solvers.solver_grid`.
+        """Return the grid of `steps` sampling steps, published values where None; see `solvers.solver_grid`.
 
         The published `eta` is one of DDIM: the other solvers take 0 where nothing is said.
         """
@@ -93,12 +93,12 @@ class DiffusionModel:
             solver=solver,
         )  # fmt: skip
 
-    def twin(self) -> nn.Module:
-        """An independent copy of the denoiser, to be quantized while the original stays full precision."""
+    def copy_denoiser(self) -> nn.Module:
+        """Return an independent copy of the denoiser, to be quantized while the original stays full precision."""
         return copy.deepcopy(self.denoiser)
 
     def guided(self, denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module:
-        """`denoiser` (the model's own, or a quantized twin) with classifier-free guidance; 1 = none.
+        """`denoiser` (the model's own, or a quantized copy) with classifier-free guidance; 1 = none.
 
         Raises:
             ConfigError: guidance is asked for, but nothing says what a sample without a condition has.
@@ -118,14 +118,14 @@ class DiffusionModel:
         return label | dict(self.conditions.unconditional if self.conditions else {})
 
     def _lacking(self) -> str:
-        """What there is no guidance without."""
+        """Return what there is no guidance without."""
         if self.conditions is not None:
             name = next(iter(self.conditions.rows))
             return f"unconditional.{name} in model.conditions that a sample without its condition would have"
         return "class to be guided by" if self.n_classes is None else 'label that means "no class"'
 
     def example_inputs(self) -> Call:
-        """A call of one sample, for shape tracing: zeros and the first conditions."""
+        """Return a call of one sample, for shape tracing: zeros and the first conditions."""
         device = next(self.denoiser.parameters(), torch.empty(0)).device
         conditions = {} if self.n_classes is None else {"y": torch.zeros(1, dtype=torch.long)}
         if self.conditions is not None:
@@ -146,7 +146,7 @@ class DiffusionModel:
         self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, *,
         device: torch.device | str = "cpu", **kwargs,
     ) -> Tensor:  # fmt: skip
-        """Final states [N, *sample_shape] of sample `indices` of `seed`, drawn with `denoiser`; see `sample`."""
+        """Draw final states [N, *sample_shape] of sample `indices` of `seed`, drawn with `denoiser`; see `sample`."""
         conditions = on_device(self.draw_conditions(indices, seed), device)
         return sample(
             denoiser, grid, SampleNoise(seed, indices, self.sample_shape), conditions=conditions,

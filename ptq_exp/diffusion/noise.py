@@ -13,7 +13,7 @@ EVALUATION, CALIBRATION = 0, 1
 
 
 def sample_generator(seed: int, index: int, stream: int = EVALUATION) -> torch.Generator:
-    """A CPU generator for sample `index` of `seed` in one of the streams (all >= 0)."""
+    """Return a CPU generator for sample `index` of `seed` in one of the streams (all >= 0)."""
     state = np.random.SeedSequence((seed, index, stream)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> 1))
 
@@ -32,7 +32,7 @@ class SampleNoise:
         self.shape = tuple(shape)
 
     def draw(self) -> Tensor:
-        """The next noise of every sample, [N, *shape]."""
+        """Return the next noise of every sample, [N, *shape]."""
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
 
     def keep(self, chosen: Sequence[int]) -> None:

@@ -168,7 +168,7 @@ def _solve(
     denoiser: Denoiser, grid: TimeGrid, noise: Tensor, conditions: Mapping[str, Tensor], clip_sample: bool, steps: int,
     on_step: Callable[[StepRecord], None] | None,
 ) -> Tensor:  # fmt: skip
-    """The first `steps` evaluations of a scheduler of diffusers, see `sample`; its state may have another scale."""
+    """Run the first `steps` evaluations of a scheduler of diffusers, see `sample`; its state may have another scale."""
     # a multistep scheduler keeps the estimates of its batch: a used one would carry those of another
     scheduler = grid.make_scheduler()
     times = scheduler.timesteps

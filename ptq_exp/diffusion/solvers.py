@@ -55,7 +55,7 @@ SOLVERS = ("ddim", *_FACTORIES)
 def solver_grid(
     schedule: NoiseSchedule, steps: int, spacing: str, *, eta: float = 0.0, solver: str = "ddim"
 ) -> TimeGrid:
-    """The grid that `solver` walks in `steps` steps.
+    """Return the grid that `solver` walks in `steps` steps.
 
     `ddim`: see `TimeGrid.from_schedule`. The others space the times as their scheduler does. `dpm_solver` leaves the
     clean end to its last step and starts no deeper in the noise than log(alpha / sigma) = -5.1; its `leading` times are
@@ -97,7 +97,7 @@ def solver_grid(
 
 
 def _scheduler(solver: str, steps: int, **settings: Any) -> Any:
-    """A fresh scheduler at its first step; a function of this module, so that grids can be pickled."""
+    """Return a fresh scheduler at its first step; a function of this module, so that grids can be pickled."""
     scheduler = _FACTORIES[solver](prediction_type="epsilon", **settings)
     scheduler.set_timesteps(steps)
     return scheduler
@@ -110,7 +110,7 @@ def _betas(schedule: NoiseSchedule) -> np.ndarray:
 
 
 def _offset(schedule: NoiseSchedule, steps: int, solver: str) -> int:
-    """The offset of `leading` times, lowered where the noisiest one would lie behind the schedule's end."""
+    """Return the offset of `leading` times, lowered where the noisiest one would lie behind the schedule's end."""
     total = len(schedule)
     noisiest = total // (steps + 1) * steps if solver == "dpm_solver" else total // steps * (steps - 1)
     return min(schedule.steps_offset, total - 1 - noisiest)

@@ -47,9 +47,9 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
     @classmethod
-    def latent_diffusion(cls, beta_start: float = 0.0015, beta_end: float = 0.0195, total: int = 1000) -> NoiseSchedule:
-        """Rombach et al. 2022: square roots of the betas evenly spaced; the last step ends at alphas_cumprod[0]."""
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, total, dtype=torch.float64) ** 2
+    def latent_diffusion(cls, total: int = 1000) -> NoiseSchedule:
+        """Make that of Rombach et al. 2022: roots of the betas evenly spaced; it ends at alphas_cumprod[0]."""
+        betas = torch.linspace(0.0015**0.5, 0.0195**0.5, total, dtype=torch.float64) ** 2
         alphas_cumprod = (1 - betas).cumprod(0)
         return cls(alphas_cumprod, final_alpha_cumprod=float(alphas_cumprod[0]))
 
@@ -140,7 +140,7 @@ class TimeGrid:
 
 
 def _spaced(total: int, steps: int, spacing: str, offset: int) -> Tensor:
-    """Indices of the schedule, float64 [steps], cleanest first; see `TimeGrid.from_schedule`."""
+    """Return indices of the schedule, float64 [steps], cleanest first; see `TimeGrid.from_schedule`."""
     positions = torch.arange(steps).double()
     if spacing == "leading":
         stride = total // steps

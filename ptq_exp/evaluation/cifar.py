@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ptq_exp.errors import DataError
+from ptq_exp.errors import DataError, one_line
 
 FOLDER = "cifar-10-batches-py"
 SPLITS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -18,7 +18,7 @@ _SHAPE = (3, 32, 32)
 
 
 def cifar10_folder(path: str | os.PathLike) -> Path | None:
-    """The folder that holds batches: `path` itself or the folder of the official name in it; None if neither does."""
+    """Return the folder with batches: `path` itself or the folder of the official name in it; None if neither."""
     for folder in (Path(path), Path(path) / FOLDER):
         if any((folder / name).is_file() for names in SPLITS.values() for name in names):
             return folder
@@ -26,7 +26,7 @@ def cifar10_folder(path: str | os.PathLike) -> Path | None:
 
 
 def cifar10_files(folder: Path, split: str) -> Sequence[Path]:
-    """The batch files of `split` (`train`, `test`).
+    """Return the batch files of `split` (`train`, `test`).
 
     Raises:
         DataError: another split, or a file is missing.
@@ -41,7 +41,7 @@ def cifar10_files(folder: Path, split: str) -> Sequence[Path]:
 
 
 def read_cifar10(files: Sequence[Path]) -> np.ndarray:
-    """The images of batch files one after the other, uint8 [N, 32, 32, 3].
+    """Read the images of batch files one after the other, uint8 [N, 32, 32, 3].
 
     Raises:
         DataError: a file is damaged, is no batch of CIFAR-10, or holds anything but plain values and arrays of bytes.
@@ -56,7 +56,7 @@ def _read_batch(file: Path) -> np.ndarray:
         with open(file, "rb") as stream:
             batch = _ArrayUnpickler(stream, encoding="bytes").load()  # written by Python 2: str is bytes
     except Exception as error:  # an unpickler raises nearly anything on a foreign or damaged file
-        raise DataError(f"{file} is no readable batch of CIFAR-10: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(f"{file} is no readable batch of CIFAR-10: {one_line(error)}") from error
     data = batch.get(b"data", batch.get("data")) if isinstance(batch, dict) else None
     rows = data.array if isinstance(data, _Array) else None
     if rows is None or rows.ndim != 2 or rows.shape[1] != np.prod(_SHAPE):

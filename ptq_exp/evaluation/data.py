@@ -76,7 +76,7 @@ def _npz_images(path: Path) -> np.ndarray:
 
 
 def _range(images: np.ndarray) -> str:
-    """What numbers an array of another type holds: it tells how to convert them."""
+    """Return what numbers an array of another type holds: it tells how to convert them."""
     if images.size == 0 or images.dtype.kind not in "fiu" or images.dtype == np.uint8:
         return ""
     low, high = extremes(images) or (images.min(), images.max())

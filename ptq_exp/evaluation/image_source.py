@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ptq_exp.errors import DataError
+from ptq_exp.errors import DataError, one_line
 from ptq_exp.storage.atomic import file_digest
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -152,7 +152,7 @@ class FolderImages(ImageSource):
                 opaque = image is opened or image.getchannel("A").getextrema()[0] == 255
                 pixels = np.asarray(image.convert("L" if self.shape[3] == 1 else "RGB"))
         except _UNREADABLE as error:
-            raise DataError(f"{file} cannot be read as an image: {_one_line(error)}") from error
+            raise DataError(f"{file} cannot be read as an image: {one_line(error)}") from error
         if not opaque:
             raise DataError(f"{file} has transparent pixels; flatten it onto a background first")
         return pixels.reshape(self.shape[1:])
@@ -172,11 +172,7 @@ def _header(file: Path) -> tuple[tuple[int, int], int]:
         with Image.open(file) as image:
             size, mode = image.size, image.mode
     except _UNREADABLE as error:
-        raise DataError(f"{file} cannot be read as an image: {_one_line(error)}") from error
+        raise DataError(f"{file} cannot be read as an image: {one_line(error)}") from error
     if mode not in _CHANNELS:
         raise DataError(f"{file} has the mode {mode}; convert it to 8-bit grey or RGB first")
     return size, _CHANNELS[mode]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -146,7 +146,7 @@ def _network(path: Path) -> nn.Module:
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a PyTorch file, without running code that it may contain."""
+    """Read the tensors of a PyTorch file, without running code that it may contain."""
     if not path.is_file():
         raise CheckpointError(f"evaluation.weights={path}: no such file; expected torch-fidelity's {WEIGHTS_FILE}")
     try:
@@ -190,7 +190,7 @@ def _cached_weights() -> Path:
 
 @contextmanager
 def _connect_timeout(seconds: float) -> Iterator[None]:
-    """A limit for every wait for the network: `torch.hub` sets none, and some firewalls never answer."""
+    """Limit every wait for the network: `torch.hub` sets none, and some firewalls never answer."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -121,7 +121,7 @@ def frechet_distance_from_features(a: Array, b: Array) -> float:
 
 
 def mean_and_covariance(features: Array) -> tuple[np.ndarray, np.ndarray]:
-    """The Gaussian of features [N, D], N >= 2: mean [D] and covariance [D, D] (ddof=1), float64.
+    """Return the Gaussian of features [N, D], N >= 2: mean [D] and covariance [D, D] (ddof=1), float64.
 
     Raises:
         DataError: not two-dimensional, fewer than two rows, NaN or infinity.
@@ -161,7 +161,7 @@ def require_covariance(sigma: Array, name: str) -> None:
 
 
 def _combine(mean_difference: np.ndarray, trace1: float, trace2: float, cross: float) -> float:
-    """The four terms of the distance; the true value is never negative, its rounding may be."""
+    """Return the four terms of the distance; the true value is never negative, its rounding may be."""
     return max(0.0, float(mean_difference @ mean_difference + trace1 + trace2 - 2 * cross))
 
 

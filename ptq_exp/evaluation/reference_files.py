@@ -29,7 +29,7 @@ def load_reference(
     split: str = "train",
     progress: Callable[[int], object] | None = None,
 ) -> FeatureStatistics | GaussianStatistics:
-    """The reference at `path`; features of images are extracted, stored statistics are taken as they are.
+    """Read the reference at `path`; features of images are extracted, stored statistics are taken as they are.
 
     Args:
         path: an `.npz` file of the ADM evaluator (images `arr_0`, or `mu`, `sigma`, `mu_s`, `sigma_s`, or all of these:

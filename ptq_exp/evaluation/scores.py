@@ -137,7 +137,7 @@ SCORES: dict[str, Score] = {
 
 
 def shown(level: int) -> dict[str, Score]:
-    """The scores of `SCORES` up to a `level`: few (`HEADLINE`), or all of them (`DETAIL`)."""
+    """Return the scores of `SCORES` up to a `level`: few (`HEADLINE`), or all of them (`DETAIL`)."""
     return {name: score for name, score in SCORES.items() if score.level <= level}
 
 
@@ -190,7 +190,7 @@ def kernel_distance(a: Array, b: Array, subsets: int = 100, subset_size: int = 1
 
 
 def _squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
-    """The unbiased estimate for two sets of n rows: pairs of a row with itself are left out."""
+    """Return the unbiased estimate for two sets of n rows: pairs of a row with itself are left out."""
     n = len(a)
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:

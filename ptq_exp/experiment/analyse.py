@@ -118,7 +118,7 @@ def _activations(
 def _sensitivity(
     run: Run, settings: AnalysisConfig, key: Key, networks: tuple[nn.Module, nn.Module, nn.Module], layers: list[str]
 ) -> Arrays:
-    """The error of each layer alone; `networks`: the probe as it is sampled, the probe, the quantized network."""
+    """Measure the error of each layer alone; `networks`: the probe as sampled, the probe, the quantized network."""
     steps = measured_steps(len(run.grid), settings.sensitivity_steps)
     n = settings.sensitivity_samples
     module = SensitivityModule(

@@ -81,7 +81,7 @@ def _given_statistics(config: CorrectionConfig) -> NoiseStatistics:
 
 
 def _made_for(config: CorrectionConfig, keys: Keys, schedule: BitSchedule | None) -> dict[str, Any]:
-    """What noise statistics belong to: network, grid, widths, and the parts that they are fitted for."""
+    """Return what noise statistics belong to: network, grid, widths, and the parts that they are fitted for."""
     parts = {name: getattr(config, name) for name in ("correlation", "bias", "convention")}
     return to_plain(keys.scheduled(schedule) | {"correction": parts})
 

@@ -131,7 +131,7 @@ def fit(run: Run, config: CorrectionConfig, chunks: MomentChunks | Merged) -> No
 def measured(
     run: Run, title: str, module: NoiseModule | PropagationModule, n: int, batch_size: int, key: Key
 ) -> Arrays:
-    """What `module` finds on samples 0..n-1, memory-mapped; reused, or continued where a killed run stopped."""
+    """Return what `module` finds on samples 0..n-1, memory-mapped; reused, or continued where a killed run stopped."""
     kind = "noise" if isinstance(module, NoiseModule) else "propagation"
     key = versioned(kind, {**key, "samples": [n, batch_size], "arrays": [*module.names, *module.totals]})
 

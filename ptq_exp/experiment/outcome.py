@@ -103,7 +103,7 @@ def _picture(config: ExperimentConfig, folder: Path, fp_images: np.ndarray, imag
 def _for_wandb(
     folder: Path, values: dict, report: Report | None, pictures: list[str]
 ) -> dict[str, Callable[[Any], object]]:
-    """What W&B records of a run: each item with the function that gives it to the logger."""
+    """Return what W&B records of a run: each item with the function that gives it to the logger."""
 
     def errors_per_step(logger: Any) -> None:
         for step, error in enumerate(values.get("eps_error_per_step", [])):
@@ -137,6 +137,6 @@ def _for_wandb(
 
 
 def _left_in(folder: Path) -> list[str]:
-    """The files of a finished run, the ones that people look for first."""
+    """Return the files of a finished run, the ones that people look for first."""
     names = [path.name for path in folder.iterdir() if path.suffix in (".json", ".npz", ".png", ".html")]
     return sorted(names, key=lambda name: (name != "results.json", name))

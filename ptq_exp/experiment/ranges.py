@@ -105,7 +105,7 @@ def _time_quantizers(run: Run, plan: Plan, network: nn.Module) -> tuple[set[str]
 
 
 def time_layers(run: Run, network: nn.Module) -> list[str]:
-    """The layers of `network` that depend on the time alone, in the order of their calls."""
+    """Return the layers of `network` that depend on the time alone, in the order of their calls."""
     with disabled(network):
         return depending_on_alone(network, run.example(), 1)
 

@@ -97,7 +97,7 @@ def calibration_seconds(cache: ArtifactCache, reports: list[BlockReport]) -> dic
 
 
 def settings_of(config: ReconstructionConfig) -> Settings:
-    """The settings of every block."""
+    """Return the settings of every block."""
     return Settings(
         Annealing(config.iterations, config.weight, config.warmup, config.b_start, config.b_end),
         batch_size=config.batch_size, lr=config.lr, step_lr=config.step_lr, power=config.power,
@@ -128,7 +128,7 @@ def _reconstructed(
 def blocks_of(
     run: Run, plan: Plan, config: ReconstructionConfig, network: nn.Module, reference: nn.Module
 ) -> list[Block]:
-    """The blocks of the quantized `network` in the order of their reconstruction, layers of the time alone first.
+    """Return the blocks of the quantized `network` in the order of reconstruction, layers of the time alone first.
 
     Raises:
         QuantizationError: the network has no such blocks; the message says what to choose.
@@ -142,7 +142,7 @@ def blocks_of(
 def _time_blocks(
     run: Run, plan: Plan, network: nn.Module, reference: nn.Module, layers: list[str], *, joint: bool
 ) -> list[TimeBlock]:
-    """The `layers` that depend on the time alone: one block if `joint`, else one each."""
+    """Return the `layers` that depend on the time alone: one block if `joint`, else one each."""
     if not layers:
         return []
     batches = [(row, batch) for row in range(plan.n_bins) for batch in batches_of_times(run, plan, row)]
@@ -156,7 +156,7 @@ def _time_blocks(
 
 
 def _learned(network: nn.Module) -> dict[str, torch.Tensor]:
-    """What a reconstruction changes: the weights that are quantized, and the step sizes of activations."""
+    """Return what a reconstruction changes: the weights that are quantized, and the step sizes of activations."""
     found = {}
     for name, module in network.named_modules():
         if isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer):

@@ -99,7 +99,7 @@ class Run:
         return self.model.guided(self.model.denoiser, self.guidance_scale)
 
     def example(self) -> Call:
-        """A call of one sample on the device, for tracing."""
+        """Return a call of one sample on the device, for tracing."""
         return self.model.example_inputs().to(self.device)
 
 
@@ -129,7 +129,7 @@ def _extractor(node: dict[str, Any] | None, device: torch.device) -> FeatureExtr
 
 
 def _model(config: ExperimentConfig, artifact: Artifact | None) -> DiffusionModel:
-    """The full-precision model, of finite weights.
+    """Return the full-precision model, of finite weights.
 
     Raises:
         CheckpointError: it cannot be read; of a saved quantized model, also how to name what it was made from.

@@ -93,7 +93,7 @@ def title_of(quantized: QuantizedModel, bits_name: str) -> str:
 def _rule_rows(
     run: Run, plan: Plan, config: CorrectionConfig, key: Key, quantized: QuantizedModel
 ) -> tuple[Tensor, dict[int, list[float]]]:
-    """The row of each step by the rule `bits.schedule`, and the SNR of the estimates at each width."""
+    """Return the row of each step by the rule `bits.schedule`, and the SNR of the estimates at each width."""
     grid, widths = run.grid, plan.widths
     same = grid.first_with_time
     noise = [Merged(chunks, same) for chunks in noise_of_widths(run, config, key, quantized)]

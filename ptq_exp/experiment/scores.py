@@ -54,7 +54,7 @@ class Scorer:
         return {"fid_increase": increase} | ({"fid_increase_units": increase / unit} if unit else {})
 
     def metric_spec(self) -> dict:
-        """The five things that identify a number."""
+        """Return the five things that identify a number."""
         extractor = self.run.extractor
         return {
             "extractor": extractor.name if extractor else "none",

@@ -62,7 +62,7 @@ class Stages:
         self.cache, self.writer = cache, writer
 
     def __call__(self, name: str, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """The value that `function` returns, alone or in `Made`."""
+        """Return the value that `function` returns, alone or in `Made`."""
         started = time.perf_counter()
         made = function(*args, **named)
         seconds = {name: round(time.perf_counter() - started, 2)}

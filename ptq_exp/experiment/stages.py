@@ -68,7 +68,7 @@ def quantize_model(
 
     Its weights hold their quantized values: sampling does not quantize them again at every step.
     """
-    network = run.model.twin().to(run.device)
+    network = run.model.copy_denoiser().to(run.device)
     example = run.example()
     rules = policy(plan, run.model, network, example)
     transforms = transform_(run, plan, keys, network, calibration_set, calibration_round, rules)

@@ -62,7 +62,7 @@ def transformed(run: Run, transforms: tuple[Applied, ...]) -> nn.Module:
     """Return the full-precision network that was quantized: the model's own, or a copy of it with `transforms`."""
     if not transforms:
         return run.model.denoiser
-    network = run.model.twin().to(run.device)
+    network = run.model.copy_denoiser().to(run.device)
     with torch.no_grad():
         for applied in transforms:
             applied.apply_(network)

@@ -19,7 +19,7 @@ from ptq_exp.storage.pieces import Parts
 class EvaluationModule(pl.LightningModule):
     """`predict` on sample indices [B] -> {"arr_0": images uint8 [B, H, W, C]}.
 
-    `denoiser` is the full-precision one or a quantized twin, guided where guidance is wanted. `eps_noise_std` [S] and
+    `denoiser` is the full-precision or a quantized one, guided where guidance is wanted. `eps_noise_std` [S] and
     `convention` tell the sampler of noise in its estimates; see `ptq_exp.diffusion.sample`.
     """
 

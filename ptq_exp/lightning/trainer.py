@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import ConfigError, one_line
 
 _HARMLESS = (
     ".*does not have many workers.*",  # an item is a sample index: loader processes would have nothing to do
@@ -39,7 +39,7 @@ def make_trainer(
     title: str, *, accelerator: str = "auto", devices: int = 1, strategy: str = "auto", progress_bar: bool = True,
     callbacks: Sequence[pl.Callback] | None = None, **settings: Any,
 ) -> pl.Trainer:  # fmt: skip
-    """A Trainer for one stage; `title` names its progress bar.
+    """Build a Trainer for one stage; `title` names its progress bar.
 
     `callbacks` (with a bar of their own, if any) and further `settings` of the Trainer are for `fit`. Its processes are
     its own: what a scheduler's variables say of tasks is not about them.
@@ -60,7 +60,5 @@ def make_trainer(
             callbacks=list(callbacks), plugins=[LightningEnvironment()], **{"enable_checkpointing": False} | settings,
         )  # fmt: skip
     except (ValueError, RuntimeError, MisconfigurationException) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"trainer.accelerator={accelerator}, trainer.devices={devices}, trainer.strategy={strategy}: {reason}"
-        ) from error
+        given = f"trainer.accelerator={accelerator}, trainer.devices={devices}, trainer.strategy={strategy}"
+        raise ConfigError(f"{given}: {one_line(error, 2000)}") from error

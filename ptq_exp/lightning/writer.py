@@ -50,5 +50,5 @@ def predict_to_file(
 
 
 def sample_indices(start: int, batch_size: int) -> torch.Tensor:
-    """Indices start..start+batch_size-1, int64: every batch has the same shape, what runs past the end is cut later."""
+    """Return indices start..start+batch_size-1, int64: batches have one shape, what runs past the end is cut later."""
     return torch.arange(start, start + batch_size)

@@ -11,7 +11,7 @@ to the next. Names are imported at their first use: the settings take `Policy` w
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.affine import QRange, choose_qparams, dequantize, fake_quantize, integer_range, quantize
     from ptq_exp.quantization.calibrate import (
         calibrate_,
@@ -73,6 +73,7 @@ _HOME = {
     "widths": "Widths",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
@@ -84,77 +85,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULE_OF])
-
-
-__all__ = [
-    "METRICS",
-    "TRANSFORMS",
-    "ActivationQuantizer",
-    "ActivationTap",
-    "Applied",
-    "Cost",
-    "Fitting",
-    "Granularity",
-    "HistogramMetric",
-    "Mode",
-    "PerChannel",
-    "PerGroup",
-    "PerTensor",
-    "Policy",
-    "QRange",
-    "QuantAttention",
-    "QuantConv1d",
-    "QuantConv2d",
-    "QuantLinear",
-    "QuantSpec",
-    "Quantizer",
-    "RangeSketch",
-    "Report",
-    "Row",
-    "Rule",
-    "Segments",
-    "Step",
-    "TensorSpec",
-    "Transform",
-    "WeightQuantizer",
-    "Widths",
-    "applied_from_dict",
-    "calibrate_",
-    "calibrate_activations_",
-    "calibrate_weights_",
-    "calibrating",
-    "choose_qparams",
-    "default_rules",
-    "depending_on_alone",
-    "dequantize",
-    "describe",
-    "disabled",
-    "fake_quantize",
-    "find_chunks",
-    "find_concats",
-    "finish_calibration",
-    "freeze_weights_",
-    "group_bits",
-    "integer_range",
-    "kept",
-    "load_quantized_",
-    "of_samples",
-    "one_layer_quantized",
-    "probe_of",
-    "proven",
-    "quantize",
-    "quantize_",
-    "quantized_layers",
-    "quantizers",
-    "range_table",
-    "refuted",
-    "save_quantized",
-    "search_range",
-    "segmented",
-    "select_row",
-    "set_mode",
-    "step_of",
-    "transforms_of",
-    "with_groups",
-    "with_outputs",
-]

@@ -16,7 +16,7 @@ GROUP_BITS = re.compile(r"w(\d+)a(\d+)")
 
 
 def group_bits(setting: str, bits: str) -> tuple[int, int]:
-    """The weight and activation width that `bits` spells out, such as (4, 8) for "w4a8".
+    """Return the weight and activation width that `bits` spells out, such as (4, 8) for "w4a8".
 
     Raises:
         ConfigError: it is something else; the message begins with `setting`.

@@ -1,4 +1,4 @@
-"""Quantized twins of the layers that multiply: convolutions, linear layers and `diffusers` attention.
+"""Quantized layers in place of those that multiply: convolutions, linear layers and `diffusers` attention.
 
 A layer is quantized by giving it quantizers as child modules and changing its class to a subclass of its own.
 The names of the full-precision parameters, `isinstance`, `pickle` and `deepcopy` go on working, and with all
@@ -68,12 +68,12 @@ FULL_PRECISION = {quantized: original for original, quantized in QUANTIZED.items
 
 
 def retype_(module: nn.Module, quantizers: dict[str, nn.Module]) -> None:
-    """Turn `module` into its quantized twin, in place, with `quantizers` (role -> module) as children.
+    """Turn `module` into the quantized layer of its type, in place, with `quantizers` (role -> module) as children.
 
     Assigning ``__class__`` looks like a trick; it is confined to this function. A wrapper around the module
     would rename its parameters (full-precision checkpoints would not load), hide it from `isinstance` and
     from code that reads ``module.weight`` (as `diffusers` does), and a copy would break references held by
-    others. The twin is a subclass with the same ``__init__`` and instance layout, so the assignment is well
+    others. That layer is a subclass with the same ``__init__`` and instance layout, so the assignment is well
     defined.
     """
     device = next(module.parameters()).device

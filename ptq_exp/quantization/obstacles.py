@@ -53,7 +53,7 @@ def _own_obstacle(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> str | None:
 
 
 def _sharing(model: nn.Module) -> dict[str, list[str]]:
-    """{module: the other modules that hold a parameter or buffer with elements in common with its weight}."""
+    """Return {module: the other modules that hold a parameter or buffer with elements in common with its weight}."""
     held = [(name, key, tensor) for name, m in model.named_modules() for key, tensor in _own_tensors(m)]
     by_storage: dict[tuple, list[tuple[str, str, int, int]]] = defaultdict(list)
     for name, key, tensor in held:
@@ -75,7 +75,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _place(tensor: Tensor) -> tuple[tuple, int, int]:
-    """The storage of `tensor`, and from where to where in it, in bytes, its elements lie."""
+    """Return the storage of `tensor`, and from where to where in it, in bytes, its elements lie."""
     if tensor.is_meta:
         return (id(tensor),), 0, 1
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -105,7 +105,7 @@ def check_finite(network: nn.Module, name: str, found: Tensor) -> None:
 
 
 def _pack_ranges(name: str, quantizer: Quantizer) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of one quantizer's ranges, by field, and its entry of the layout."""
+    """Return the tensors of one quantizer's ranges, by field, and its entry of the layout."""
     if not quantizer.ready:
         raise QuantizationError(f"{name}: not calibrated, it has no range to save; calibrate the model first")
     entry, tensors = signature(quantizer) | {"zero_point": None, "levels": None}, {"scale": quantizer.scale}

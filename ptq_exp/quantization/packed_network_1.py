@@ -65,7 +65,7 @@ class _Reader:
         self.tensors, self.position = tensors, dict.fromkeys(tensors, 0)
 
     def next(self, key: str, shape: tuple[int, ...] | None, kind: str) -> Tensor:
-        """The next part of the tensor `key` of type `kind`, of `shape`; all of it if None."""
+        """Return the next part of the tensor `key` of type `kind`, of `shape`; all of it if None."""
         if key not in self.tensors:
             raise DataError(f"the tensor {key} is missing")
         tensor = self.tensors[key]

@@ -42,7 +42,7 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The `count` integers that `pack` packed: uint8 [count], or uint16 beyond 8 bits.
+    """Return the `count` integers that `pack` packed: uint8 [count], or uint16 beyond 8 bits.
 
     Raises:
         QuantizationError: `bits` is not in 1..16.

@@ -1,4 +1,4 @@
-"""`quantize_`: place quantizers in a network by ordered rules, and account for every layer."""
+"""`quantize_`: place quantizers in a network by ordered rules, and report every layer."""
 
 from __future__ import annotations
 

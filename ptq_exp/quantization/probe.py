@@ -15,7 +15,7 @@ from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer,
 
 
 def probe_of(quantized: nn.Module, full_precision: nn.Module) -> nn.Module:
-    """A copy of the calibrated network `quantized` with the weights of `full_precision` and all quantizers off.
+    """Return a copy of the calibrated network `quantized` with the weights of `full_precision` and all quantizers off.
 
     Raises:
         QuantizationError: the networks have different parameters.
@@ -23,7 +23,7 @@ def probe_of(quantized: nn.Module, full_precision: nn.Module) -> nn.Module:
     probe = copy.deepcopy(quantized)
     own, given = dict(probe.named_parameters()), dict(full_precision.named_parameters())
     if wrong := sorted(set(own) ^ set(given)) or [n for n in own if own[n].shape != given[n].shape]:
-        raise QuantizationError(f"the networks are no twins: {', '.join(wrong[:3])} are not in both of them")
+        raise QuantizationError(f"{', '.join(wrong[:3])}: not the same in both networks")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(given[name])

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ptq_exp.errors import ConfigError, DataError, QuantizationError
+from ptq_exp.errors import ConfigError, DataError, QuantizationError, one_line
 from ptq_exp.quantization.cost.account import range_table
 from ptq_exp.quantization.cost.report import Report
 from ptq_exp.quantization.packed_network import packed_state, restore_state_
@@ -72,7 +72,7 @@ def save_quantized(
 
 
 def read_description(folder: str | os.PathLike) -> dict[str, Any]:
-    """The content of quantization.json in `folder`, if it and the file of tensors are whole and belong together.
+    """Read the content of quantization.json in `folder`, if it and the file of tensors are whole and belong together.
 
     Raises:
         DataError: a file is missing, truncated, edited, of an unknown version, or holds something else.
@@ -81,12 +81,12 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no readable description of a quantized network: {_one_line(error)}") from error
+        raise DataError(f"{path} is no readable description of a quantized network: {one_line(error)}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise DataError(f"{path} describes no saved network (a run with save_quantized=false writes such a file)")
     if type(description.get("version")) is not int or description["version"] not in _RESTORE:
         raise DataError(
-            f"{path} has version {_one_line(description.get('version'))} of the format, this code reads "
+            f"{path} has version {one_line(description.get('version'))} of the format, this code reads "
             f"{' and '.join(map(str, _RESTORE))}: install the ptq-exp that wrote it, or quantize again"
         )
     _check_tensors_file(path.with_name(TENSORS_FILE), description)
@@ -123,7 +123,7 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-        raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {_one_line(repr(error))}") from error
+        raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {one_line(repr(error))}") from error
     return report
 
 
@@ -137,14 +137,14 @@ def _check_tensors_file(path: Path, description: Mapping[str, Any]) -> None:
     if found != expected:
         raise DataError(
             f"{path} is not the file that {DESCRIPTION_FILE} describes, but truncated, changed or another one "
-            f"({path.stat().st_size} bytes with SHA-256 {found[:12]}, expected {_one_line(expected[:12])}): copy both "
+            f"({path.stat().st_size} bytes with SHA-256 {found[:12]}, expected {one_line(expected[:12])}): copy both "
             "files again"
         )
     try:
         with safe_open(path, framework="pt") as tensors:
             metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is no complete safetensors file ({_one_line(error)})") from error
+        raise DataError(f"{path} is no complete safetensors file ({one_line(error)})") from error
     if metadata.get("format") != FORMAT or metadata.get("version") != str(description["version"]):
         raise DataError(f"{path} holds no quantized network of version {description['version']}, but other tensors")
     if metadata.get(_HASH) != _description_hash(description):
@@ -163,7 +163,3 @@ def _description_hash(description: Mapping[str, Any]) -> str:
     """SHA-256 of all but the entry about the file of tensors, independent of the order of keys."""
     plain = {key: value for key, value in description.items() if key != "file"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _one_line(value: object) -> str:
-    return " ".join(str(value).split())[:200]

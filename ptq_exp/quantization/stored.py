@@ -14,7 +14,7 @@ from ptq_exp.quantization.calibrate import freeze_weights_, quantizers
 
 
 def range_arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """The ranges of all quantizers: {"<quantizer>.<field>": [rows, segments]}, fields of `QRange`."""
+    """Return the ranges of all quantizers: {"<quantizer>.<field>": [rows, segments]}, fields of `QRange`."""
     return {
         f"{name}.{field}": getattr(quantizer, field).cpu().numpy()
         for name, quantizer in quantizers(model)

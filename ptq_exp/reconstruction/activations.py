@@ -61,7 +61,7 @@ def dropping(
 ) -> Iterator[None]:
     """Inside, each element that passes one of `quantizers` stays full precision with probability `drop_prob`.
 
-    Wei et al. 2022, "QDrop", equation 8. Outside, and with `drop_prob` 0, the quantizers are as ever.
+    Wei et al. 2022, "QDrop", equation 8. Outside, and with `drop_prob` 0, every quantizer rounds everything.
 
     Args:
         generator: of the device that the activations are on.

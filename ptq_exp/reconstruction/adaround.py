@@ -24,7 +24,7 @@ def rectified_sigmoid(v: Tensor) -> Tensor:
 
 
 def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
-    """The V of which `rectified_sigmoid` is `h`, in [0, 1]."""
+    """Return the V of which `rectified_sigmoid` is `h`, in [0, 1]."""
     return -torch.log(STRETCH / (h - SHIFT) - 1)
 
 
@@ -58,7 +58,7 @@ class Annealing:
         return self.end + (self.start - self.end) * max(0.0, 1 - (t - begins) / (self.iterations - begins))
 
     def penalty(self, h: Tensor, t: int) -> Tensor:
-        """The weighted regulariser at iteration `t`, 0-d; 0 during the warm-up."""
+        """Return the weighted regulariser at iteration `t`, 0-d; 0 during the warm-up."""
         if self.weight == 0 or t < self.warmup * self.iterations:
             return h.new_zeros(())
         return self.weight * regulariser(h, self.b(t))
@@ -106,12 +106,12 @@ class Rounding(nn.Module):
         return rectified_sigmoid(self.v)
 
     def soft(self, h: Tensor) -> list[Tensor]:
-        """The weights, in their shapes, of the relaxed rounding `h` [n]; differentiable."""
+        """Return the weights, in their shapes, of the relaxed rounding `h` [n]; differentiable."""
         return self._split(torch.addcmul(self.offset, h, self.gain))
 
     @torch.no_grad()
     def hard(self) -> list[Tensor]:
-        """The weights, in their shapes, rounded up where V >= 0: exactly scale times an integer."""
+        """Return the weights, in their shapes, rounded up where V >= 0: exactly scale times an integer."""
         return self._split((self.base + (self.v >= 0) * self.free) * self.scale)
 
     def _split(self, flat: Tensor) -> list[Tensor]:

@@ -60,7 +60,7 @@ class BlockReport:
 
     @classmethod
     def from_dict(cls, plain: dict) -> BlockReport:
-        """The report that `to_dict` gave."""
+        """Return the report that `to_dict` gave."""
         errors = {key: BlockError(**value) for key, value in plain.items() if isinstance(value, dict)}
         return cls(**plain | errors)
 
@@ -71,7 +71,7 @@ def table(reports: Sequence[BlockReport]) -> pd.DataFrame:
 
 
 def summary(reports: Sequence[BlockReport]) -> dict:
-    """What a run says of all its blocks: numbers of blocks, mean relative errors of what is in force, seconds."""
+    """Summarise all blocks of a run: numbers of blocks, mean relative errors of what is in force, seconds."""
     if not reports:
         return {"blocks": 0}
     n = len(reports)

@@ -37,7 +37,7 @@ class Block:
         return network.get_submodule(self.name)
 
     def modules(self, network: nn.Module) -> list[nn.Module]:
-        """The layers of this block of `network`."""
+        """Return the layers of this block of `network`."""
         return [self.module(network).get_submodule(layer) for layer in self.layers]
 
     @property
@@ -65,7 +65,7 @@ def find_blocks(
         elsewhere: layers that are not to be in any of these blocks, as another one has them.
 
     Raises:
-        QuantizationError: a block is called never in a forward, or on different inputs, which could not be told apart.
+        QuantizationError: a block is called never in a forward, or on several inputs, which could not be kept apart.
     """
     layers = [name for name, m in network.named_modules() if isinstance(_weight_quantizer(m), WeightQuantizer)]
     owner = {layer: _outermost(layer, patterns) for layer in layers if layer not in elsewhere}
@@ -90,7 +90,7 @@ def find_blocks(
 
 
 def _within(block: str, layers: Sequence[str]) -> tuple[str, ...]:
-    """The names of `layers` within the module `block`."""
+    """Return the names of `layers` within the module `block`."""
     return tuple(layer.removeprefix(block).removeprefix(".") for layer in layers)
 
 
@@ -99,14 +99,14 @@ def _weight_quantizer(module: nn.Module) -> nn.Module | None:
 
 
 def _outermost(layer: str, patterns: Sequence[str]) -> str:
-    """The outermost module around `layer` (itself included) that matches; `layer` where none does."""
+    """Return the outermost module around `layer` (itself included) that matches; `layer` where none does."""
     parts = layer.split(".")
     around = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
     return next((name for name in around if any(fnmatchcase(name, pattern) for pattern in patterns)), layer)
 
 
 def _generic(value: Any) -> Any:
-    """A state or time with another number in each place: what differs in general differs here."""
+    """Return a state or time with another number in each place: what differs in general differs here."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value + (1 + torch.arange(value.numel(), device=value.device)).sin().reshape(value.shape).to(value.dtype)

@@ -34,7 +34,7 @@ class Arena:
     files: list[Path] = field(default_factory=list)
 
     def allocate(self, rows: int, like: Tensor) -> Tensor:
-        """An uninitialised CPU tensor [rows, *like.shape[1:]] of the type of `like`.
+        """Return an uninitialised CPU tensor [rows, *like.shape[1:]] of the type of `like`.
 
         Raises:
             PTQError: the file cannot be made.
@@ -94,7 +94,7 @@ class Calls:
         return len(self.tensors[0])
 
     def rows(self, index: Tensor | slice, device: torch.device) -> list[Tensor]:
-        """The rows `index` of the argument tensors, on `device`."""
+        """Return the rows `index` of the argument tensors, on `device`."""
         return [tensor[index].to(device) for tensor in self.tensors]
 
     def ranges_of(self, module: nn.Module, index: Tensor | slice) -> AbstractContextManager[None]:
@@ -152,12 +152,12 @@ def capture(
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The arguments `batch`, their tensors on `device`."""
+    """Return the arguments `batch`, their tensors on `device`."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def single_tensor(output: Any, name: str) -> Tensor:
-    """The one tensor in the output of the module `name`: itself, or the only one in a tuple or dataclass.
+    """Return the one tensor in the output of the module `name`: itself, or the only one in a tuple or dataclass.
 
     Raises:
         QuantizationError: there are none or several.

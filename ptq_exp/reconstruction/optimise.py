@@ -156,7 +156,7 @@ class BlockOptimisation:
         return differ / self.rounding.v.numel()
 
     def _tensors(self) -> list[Tensor]:
-        """What the optimisation chooses, in the network: weights, then step sizes."""
+        """Return what the optimisation chooses, in the network: weights, then step sizes."""
         scales = [] if self.steps is None else [quantizer.scale for quantizer in self.quantizers.values()]
         return [*(layer.weight for layer in self.layers), *scales]
 
@@ -164,7 +164,7 @@ class BlockOptimisation:
         return f"{layer}.weight" if layer else "weight"
 
     def _mixed(self, full: list[Tensor], index: Tensor) -> list[Tensor]:
-        """The inputs of one batch: each floating element from the quantized network with probability `input_prob`."""
+        """Mix the inputs of one batch: elements come from the quantized network with probability `input_prob`."""
         probability = self.settings.input_prob
         if probability == 0:
             return full
@@ -186,7 +186,7 @@ class BlockOptimisation:
 
     @torch.no_grad()
     def _inner_targets(self, full: list[Tensor]) -> dict[str, Tensor]:
-        """Outputs of the full-precision block's inner layers, on the full-precision inputs."""
+        """Return the outputs of the full-precision block's inner layers, on the full-precision inputs."""
         if not self.settings.inner_weight:
             return {}
         args, kwargs = self.data.full.arguments(full)
@@ -195,7 +195,7 @@ class BlockOptimisation:
         return outputs
 
     def _inner(self, module: nn.Module):
-        """A context that collects {layer: output} of the inner layers of `module`."""
+        """Collect {layer: output} of the inner layers of `module`."""
         names = self.block.inner if self.settings.inner_weight else ()
         return _outputs(module, names) if names else nullcontext({})
 

@@ -11,7 +11,7 @@ _LEVELS = 1 << 16
 
 
 def block_generator(seed: int, block: str, what: str, device: torch.device) -> torch.Generator:
-    """A generator on `device` for the draws of one kind, `what`, in `block`."""
+    """Return a generator on `device` for the draws of one kind, `what`, in `block`."""
     digest = hashlib.sha256(f"reconstruction {seed} {block} {what}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8]) >> 1)
 

@@ -22,7 +22,7 @@ HELD_OUT = 8
 
 
 def split(calibration_set: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet]:
-    """(samples to optimise on, held-out samples): every `HELD_OUT`-th is held out, the last one of fewer.
+    """Return (samples to optimise on, held-out samples): every `HELD_OUT`-th is held out, the last one of fewer.
 
     Raises:
         DataError: fewer than two samples.

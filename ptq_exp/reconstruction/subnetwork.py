@@ -145,7 +145,7 @@ class _Recorder(TorchFunctionMode):
         self._slots: dict[int, tuple[Tensor, Slot]] = {}
 
     def enter(self, name: str, x: Tensor) -> None:
-        """The layer `name` is about to read `x`."""
+        """Note that the layer `name` is about to read `x`."""
         self._entered = name
         if name not in self.read:
             self.read[name] = self._slot(x) or self._new(x)
@@ -154,7 +154,7 @@ class _Recorder(TorchFunctionMode):
             check_same(name, self._values[name], x)
 
     def leave(self, y: Tensor) -> None:
-        """The layer entered last has made `y`."""
+        """Note that the layer entered last has made `y`."""
         name = self._entered
         if name in self._made_by:
             self._slots[id(y)] = (y, self._made_by[name])

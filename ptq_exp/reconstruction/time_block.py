@@ -38,7 +38,7 @@ class TimeBlock(Block):
     step_rows: Tensor | None = None
 
     def module(self, network: nn.Module) -> Part:
-        """These layers of `network` as one module."""
+        """Return these layers of `network` as one module."""
         return Part(network, self.plan)
 
     @property
@@ -50,7 +50,7 @@ class TimeBlock(Block):
 
     @torch.no_grad()
     def capture(self, network: nn.Module, device: torch.device, *, output: bool) -> Calls:
-        """What the roots read (and the leaves make: `output`) in `network` at all times.
+        """Return what the roots read (and the leaves make: `output`) in `network` at all times.
 
         Raises:
             QuantizationError: the layers by themselves do not give what they give in the network, or one is called on
@@ -88,7 +88,7 @@ class TimeBlock(Block):
         return Calls.of(values, {}, written, step_rows=self.step_rows)
 
     def _check(self, network: nn.Module, read: tuple[Tensor, ...], made: Tensor) -> None:
-        """A function between the layers may be bound to the batch that the plan was made with: then it is refused."""
+        """Refuse a function between the layers that is bound to the batch that the plan was made with."""
         try:
             alone = self.module(network)(*read)
             near = torch.finfo(made.dtype).eps ** 0.5  # in other batches sums are rounded differently
@@ -106,7 +106,7 @@ def find_time_blocks(
     network: nn.Module, reference: nn.Module, layers: Sequence[str], batches: Sequence[Batch],
     step_rows: Tensor | None = None, *, joint: bool = True,
 ) -> list[TimeBlock]:  # fmt: skip
-    """The `layers` that depend on the time alone as one block (`joint`), or each as one; [] if none is quantized.
+    """Return the `layers` of the time alone as one block (`joint`), or each as one; [] if none is quantized.
 
     Args:
         network: quantized; layers without quantized weights take part, but have nothing to learn.

@@ -19,12 +19,12 @@ WIDTH = 10
 """Inches of a picture of its own: 1000 pixels."""
 STEP = "sampling step s (0 = noisiest)"
 _MARKED_STEPS = 60  # more markers than this run into each other
-# told apart also by those who see red and green alike (Okabe and Ito)
+# distinguishable also for those who see red and green alike (Okabe and Ito)
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 
 
 def new_figure(height: float, title: str = "", width: float = WIDTH) -> Figure:
-    """An empty figure of so many inches, under a title in which no character is special."""
+    """Return an empty figure of so many inches, under a title in which no character is special."""
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     if title:
         figure.suptitle(title, parse_math=False, wrap=True)
@@ -40,7 +40,7 @@ def draw(axes: Axes, values: np.ndarray, color: Any, label: str | None = None, l
 
 
 def step_axis(axes: Axes, steps: int) -> None:
-    """A horizontal axis over the sampling steps."""
+    """Let the horizontal axis run over the sampling steps."""
     axes.set_xlim(-0.5, steps - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel(STEP)
@@ -72,7 +72,7 @@ def as_array(name: str, values: Any, dtype: type | None = None) -> np.ndarray:
 
 
 def as_histogram(histogram: np.ndarray, edges: Sequence[float], steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts [S, B] and the ascending edges [B + 1] of their bins.
+    """Return counts [S, B] and the ascending edges [B + 1] of their bins.
 
     Raises:
         DataError: they are not that, or do not fit; the message begins with the name of one.

@@ -9,10 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ptq_exp.errors import DataError
-from ptq_exp.reports.curves import GREY, WIDTH, new_figure
+from ptq_exp.reports.curves import BLUE, GREEN, GREY, ORANGE, WIDTH, new_figure
 
-# told apart also by those who see red and green alike (Okabe and Ito)
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # as in Okabe and Ito
 _MARKERS = "osD^vPX"
 _NAMED = 28  # more entries than this fill a legend that nobody reads
 

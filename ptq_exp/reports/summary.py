@@ -34,7 +34,7 @@ def summary(values: dict, operations: str | None) -> str:
 
 
 def _of_the_error(metrics: dict[str, float], samples: int, independent: float) -> str:
-    """What the mean eps error alone does not say; see the README, "What is measured"."""
+    """Return what the mean eps error alone does not say; see the README, "What is measured"."""
     last = metrics.get("eps_error_without_last")
     return (
         ("" if last is None else f"eps error without the last step {last:.4g}; ")

@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_commit(checkout: Path) -> str | None:
-    """The commit of a git checkout, with "+changes" where files differ from it; None for any other folder."""
+    """Return the commit of a git checkout, with "+changes" where files differ from it; None for any other folder."""
     if not (checkout / ".git").exists():
         return None
     try:
@@ -48,13 +48,13 @@ def git_commit(checkout: Path) -> str | None:
 
 
 def run_command(folder: Path) -> str:
-    """The command that made the run in `folder`, from what Hydra left there."""
+    """Return the command that made the run in `folder`, from what Hydra left there."""
     overrides = _yaml(folder / ".hydra" / "overrides.yaml")
     return shlex.join(["python", "-m", "ptq_exp", *map(str, overrides if isinstance(overrides, list) else [])])
 
 
 def sweep_command(folder: Path) -> str | None:
-    """The command that made the sweep in `folder`; None where Hydra left nothing there."""
+    """Return the command that made the sweep in `folder`; None where Hydra left nothing there."""
     settings = _yaml(folder / "multirun.yaml")
     try:
         overrides = settings["hydra"]["overrides"]["task"]
@@ -76,7 +76,7 @@ def _git(checkout: Path, *arguments: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name; its architecture where the system does not say more."""
+    """Return the processor's name; its architecture where the system does not say more."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

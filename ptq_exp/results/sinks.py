@@ -20,7 +20,7 @@ def spoils_nothing(what: str, instead: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

@@ -71,7 +71,7 @@ class Tracked:
 
 @contextmanager
 def tracked(mode: str, save_dir: Any, **settings: Any) -> Iterator[Tracked]:
-    """The W&B run that `make_logger` starts with these arguments, closed whatever happens.
+    """Yield the W&B run that `make_logger` starts with these arguments, closed whatever happens.
 
     Offline, a W&B that cannot start is a warning: nobody asked for it.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ptq_exp.errors import ConfigError, PTQError
+from ptq_exp.errors import ConfigError, PTQError, one_line
 from ptq_exp.results.missing import is_missing
 from ptq_exp.results.sinks import reason, within
 from ptq_exp.storage.plain_json import to_plain
@@ -72,9 +72,8 @@ def make_logger(
     try:
         wandb.setup(settings=quiet)  # before the run starts: silent also means that no prompt waits for a key
     except ValueError as error:
-        variables = ", ".join(sorted(name for name in os.environ if name.startswith("WANDB_")))
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"W&B refuses a variable of the environment, one of {variables}: {reason}") from error
+        names = ", ".join(sorted(name for name in os.environ if name.startswith("WANDB_")))
+        raise ConfigError(f"W&B refuses a variable of the environment, one of {names}: {one_line(error)}") from error
     logger = WandbLogger(
         name=name,
         save_dir=Path(save_dir).resolve(),

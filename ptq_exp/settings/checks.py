@@ -188,7 +188,7 @@ def _check_runtime(config: ExperimentConfig) -> None:
     if runtime != RuntimeConfig() and runtime.name == "simulate" and not runtime.options:
         changed = next(key for key, value in vars(runtime).items() if value != getattr(RuntimeConfig(), key))
         raise ConfigError(f"runtime.{changed} is an option of engines: choose runtime=openvino, or leave it out")
-    runtime_of(runtime.name, runtime.options)  # an engine that is not installed is told before hours are spent
+    runtime_of(runtime.name, runtime.options)  # an engine that is not installed is reported before hours are spent
 
 
 def _check_correction(config: ExperimentConfig) -> None:

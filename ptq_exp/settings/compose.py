@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import os
 import pkgutil
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import ConfigError, nearest, one_line
 from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig, path_settings
 from ptq_exp.settings.strict import check_argument, check_types
 from ptq_exp.storage.paths import with_homes
@@ -203,13 +202,6 @@ def _schema_message(error: OmegaConfBaseException) -> str:
     return f"{key}: {first_line}"
 
 
-def nearest(word: str, valid: list[str]) -> str:
-    """Return `did you mean 'x'?` if something is near, else the list of valid words, or where to find a long one."""
-    if near := difflib.get_close_matches(word, valid, n=1):
-        return f"did you mean {near[0]!r}?"
-    return f"valid: {', '.join(sorted(valid))}" if len(valid) < 40 else "python -m ptq_exp --help lists what there is"
-
-
 def build(node: dict[str, Any], setting: str, **extra: Any) -> Any:
     """Call the constructor that `node["_target_"]` names with the node's other entries as plain arguments.
 
@@ -234,8 +226,7 @@ def constructor(node: Any, setting: str, **extra: Any) -> tuple[Callable, dict[s
         target = pkgutil.resolve_name(name)
         parameters = inspect.signature(target).parameters
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{setting}._target_={name}: no such function or class ({reason})") from error
+        raise ConfigError(f"{setting}._target_={name}: no such function or class ({one_line(error)})") from error
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key in arguments:
         if key not in parameters and not open_ended:

@@ -17,7 +17,7 @@ from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import ConfigError, one_line
 from ptq_exp.settings.compose import config_folder
 from ptq_exp.settings.overrides import given
 
@@ -153,7 +153,7 @@ def wrong_choice(error: MissingConfigException, overrides: Sequence[str]) -> str
 
 def unreadable(error: Exception, command: Namespace) -> str:
     """Explain a configuration file that is no YAML, or no UTF-8, in a line; `command`: what `typed` returns."""
-    reason = " ".join(str(error).split())
+    reason = one_line(error, 2000)
     if not isinstance(error, UnicodeDecodeError):
         return f"a configuration file is no YAML: {reason}"
     searched = given(command.overrides).get("hydra.searchpath", [None])[0] or []

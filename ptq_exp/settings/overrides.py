@@ -15,8 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from ptq_exp.errors import ConfigError
-from ptq_exp.settings.compose import nearest
+from ptq_exp.errors import ConfigError, nearest, one_line
 from ptq_exp.settings.schema import setting_types
 
 _PATHS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "sweep.resume")
@@ -154,7 +153,7 @@ def _refused(text: str, error: HydraException, multirun: bool) -> str:
         equals, plain = "", key
     hints = setting_types()
     if not equals or (plain in hints and not _may_be_text(hints[plain])):
-        reason = " ".join(str(error).split())
+        reason = one_line(error, 2000)
         return f"{text}: cannot be read as KEY=VALUE ({reason})" if not equals else f"{plain}={value}: {reason}"
     outer = [name for name in hints if plain == name or plain.startswith(f"{name}.")]
     if "." in plain and not outer and not plain.startswith(("hydra.", "sweep.")):

@@ -201,15 +201,15 @@ class ExperimentConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
-def setting_names(schema: type = ExperimentConfig) -> list[str]:
+def setting_names() -> list[str]:
     """List every setting of the schema, dotted: "name", "sampler.eta", ..."""
-    return list(setting_types(schema))
+    return list(setting_types())
 
 
 @cache
-def setting_types(schema: type = ExperimentConfig) -> dict[str, Any]:
+def setting_types() -> dict[str, Any]:
     """Map every setting of the schema, dotted, to the type that it is declared with."""
-    return {name: hint for name, hint, _ in walk(schema)}
+    return {name: hint for name, hint, _ in walk(ExperimentConfig)}
 
 
 def path_settings() -> list[str]:

@@ -9,15 +9,15 @@ import math
 import os
 import shutil
 import time
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ptq_exp.errors import ConfigError, DataError, PTQError
+from ptq_exp.errors import ConfigError, PTQError
 from ptq_exp.storage.atomic import file_digest
+from ptq_exp.storage.entries import damage, temporary
 from ptq_exp.storage.locks import lock_of, only_one
 from ptq_exp.storage.plain_json import read_json, to_plain, write_json
 
@@ -146,7 +146,7 @@ class ArtifactCache:
         """Return the value of an entry that is there, whole and not to be replaced; None if there is none."""
         if not entry.exists():
             return None
-        if (problem := _problem(entry)) is not None:
+        if (problem := damage(entry)) is not None:
             if say and self.mode == "on":
                 _log.warning("cache entry %s is damaged (%s): building it again", entry, problem)
             return None
@@ -162,31 +162,27 @@ class ArtifactCache:
         self, entry: Path, about: Mapping[str, Any], value: T, save: Callable[[T, Path], Any], suffix: str
     ) -> None:
         """Fill a folder under a temporary name, then rename it to the entry."""
-        temporary = _temporary(entry)
+        folder = temporary(entry)
         try:
-            temporary.mkdir(parents=True)
-            artefact = temporary / f"artefact{suffix}"
+            folder.mkdir(parents=True)
+            artefact = folder / f"artefact{suffix}"
             save(value, artefact)
             record = {
                 "artefact": artefact.name, "sha256": file_digest(artefact), "made_at": time.time(), **about
             }  # fmt: skip
-            write_json(temporary / "entry.json", record)
+            write_json(folder / "entry.json", record)
             _discard(entry)  # damaged, or to be replaced
-            _rename_unless_present(temporary, entry)
+            _rename_unless_present(folder, entry)
         except OSError as error:
             raise PTQError(f"cannot write the cache entry {entry}: {error.strerror or error}") from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _temporary(entry: Path) -> Path:
-    return entry.with_name(f".{entry.name[:16]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-
-
-def _rename_unless_present(temporary: Path, entry: Path) -> None:
+def _rename_unless_present(folder: Path, entry: Path) -> None:
     """Move a complete entry into place; if another process was faster (without locks), its entry means the same."""
     try:
-        temporary.rename(entry)
+        folder.rename(entry)
     except OSError:
         if not entry.is_dir():
             raise
@@ -194,22 +190,12 @@ def _rename_unless_present(temporary: Path, entry: Path) -> None:
 
 def _discard(entry: Path) -> None:
     """Remove an entry: rename first, so that nobody sees it half deleted, and only one process deletes it."""
-    trash = _temporary(entry)
+    trash = temporary(entry)
     try:
         entry.rename(trash)
     except FileNotFoundError:
         return
     shutil.rmtree(trash, ignore_errors=True)
-
-
-def _problem(entry: Path) -> str | None:
-    """Return what is wrong with an entry's files, or None."""
-    try:
-        record = read_json(entry / "entry.json")
-        found = file_digest(entry / record["artefact"])
-        return None if found == record["sha256"] else "its checksum differs"
-    except (DataError, KeyError, TypeError) as error:
-        return str(error)
 
 
 def _made_at(entry: Path) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _HALF_WRITTEN = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp(\.\w+)?")
 HALF_WRITTEN = "half-written"
 """The problem of what a killed run, or one that is at work, has not completed."""
+
+
+def temporary(path: Path) -> Path:
+    """Return a name beside `path` for what is not complete, or on its way out; no other process uses the same."""
+    return path.with_name(f".{path.name.lstrip('.')[:16]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ def _found(root: Path, verify: bool) -> Iterator[Entry]:
                 yield _entry(path, folder.name, HALF_WRITTEN)
             elif _DIGEST.fullmatch(path.name) and path.is_dir():
                 if folder.name != PARTS:
-                    yield _entry(path, folder.name, _damage(path, verify))
+                    problem = damage(path, verify)
+                    yield _entry(path, folder.name, problem and f"damaged: {problem}")
                     continue
                 yield _entry(path, PARTS)
                 yield from _half_written_files(path)
@@ -108,22 +115,22 @@ def _below(path: Path) -> Iterator[Path]:
         yield from (Path(folder) / name for name in (*folders, *files))
 
 
-def _damage(entry: Path, verify: bool) -> str | None:
-    """Why a complete-looking entry is of no use, or None."""
+def damage(entry: Path, verify: bool = True) -> str | None:
+    """Say why a complete-looking entry is of no use; None if it is whole. `verify` compares its checksum, too."""
     try:
         record = read_json(entry / "entry.json")
         artefact, expected = entry / record["artefact"], record["sha256"]
         before = artefact.stat()
     except (DataError, OSError, KeyError, TypeError):
-        return "damaged: its record or its file is missing"
+        return "its record or its file is missing"
     if not verify:
         return None
     try:
         found = file_digest(artefact)
         os.utime(artefact, ns=(before.st_atime_ns, before.st_mtime_ns))  # looking at it is not using it
     except (DataError, OSError) as error:
-        return f"damaged: {error}"
-    return None if found == expected else "damaged: its checksum differs"
+        return str(error)
+    return None if found == expected else "its checksum differs"
 
 
 def total(found: Iterable[Entry]) -> int:

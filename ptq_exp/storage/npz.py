@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.lib import format as npy
 
-from ptq_exp.errors import DataError, PTQError
+from ptq_exp.errors import DataError, PTQError, one_line
 
 # RuntimeError: a damaged directory of the archive claims encryption or an unknown version
 _UNREADABLE = (OSError, KeyError, EOFError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
@@ -40,7 +40,7 @@ def open_npz(path: str | os.PathLike[str], what: str = ".npz file") -> Iterator[
     except PTQError:  # also a ValueError, and clear already
         raise
     except _UNREADABLE as error:
-        raise DataError(f"{path} is no readable {what}: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(f"{path} is no readable {what}: {one_line(error)}") from error
 
 
 def npz_keys(path: str | os.PathLike[str]) -> list[str]:

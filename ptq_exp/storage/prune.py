@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptq_exp.errors import PTQError
-from ptq_exp.storage.entries import HALF_WRITTEN, PARTS, Entry, total
+from ptq_exp.storage.entries import HALF_WRITTEN, PARTS, Entry, temporary, total
 from ptq_exp.storage.locks import all_free
 
 DAY = 86400
@@ -67,7 +65,7 @@ def remove(root: Path, entry: Entry) -> bool:
     Raises:
         PTQError: it cannot be removed.
     """
-    trash = entry.path.with_name(f".{entry.path.name.lstrip('.')[:16]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    trash = temporary(entry.path)
     with _lock(root, entry) as free:
         if not free:
             return False

@@ -259,7 +259,7 @@ def test_impossible_arguments(cache, arguments, capsys):
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
 
 
-def test_a_file_in_place_of_the_cache_is_told(cache, root):
+def test_a_file_in_place_of_the_cache_is_reported(cache, root):
     root.write_text("")
     with pytest.raises(SystemExit, match="^error: cache_dir=.* is no folder"):
         cache("ls")

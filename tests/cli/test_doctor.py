@@ -25,8 +25,8 @@ def test_the_report_has_a_line_for_every_subject_and_fixes_for_what_is_not_ok(mo
         main()
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == any(line.startswith("problem") for line in lines)
-    for subject in ("Python 3", "torch ", "extra test", "CPU:", "CUDA", "MPS", "threads", "W&B", "runs:", "cache_dir:",
-                    "cache:", "embedded weights"):  # fmt: skip
+    for subject in ("Python 3", "torch ", "extra test", "CPU:", "CUDA", "MPS", "runs:", "cache_dir:",
+                    "embedded weights"):  # fmt: skip
         assert any(subject in line for line in lines), subject
     assert all(re.match(r"(ok|warning|problem) +\w", line) for line in lines[:-1])
     assert all("; " in line for line in lines[:-1] if line.startswith(("warning", "problem")))
@@ -37,10 +37,10 @@ def test_a_problem_and_a_check_that_breaks_end_in_status_1(capsys):
         raise RuntimeError("two\nlines")
 
     assert report([lambda: [checkups.Finding(OK, "fine")], lambda: [checkups.Finding(WARNING, "a", "b")]]) == 0
-    assert report([broken, lambda: [checkups.Finding(OK, "still told")]]) == 1
+    assert report([broken, lambda: [checkups.Finding(OK, "still there")]]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-3:] == [
-        "problem  the check failed: RuntimeError: two lines; install ptq-exp again", "ok       still told",
+        "problem  the check failed: RuntimeError: two lines; install ptq-exp again", "ok       still there",
         "1 ok, 1 problem",
     ]  # fmt: skip
 
@@ -82,36 +82,6 @@ def test_the_installed_package_and_the_checkout_need_the_same(monkeypatch, tmp_p
     assert {"torch", "hydra-core"} <= {item.name for item in from_checkout[0]} and "test" in from_checkout[1]
 
 
-@pytest.mark.parametrize(("count", "load", "level"), [(64, 0, WARNING), (2, 9.0, WARNING), (2, 0.1, OK), (1, 9.0, OK)])
-def test_threads(monkeypatch, count, load, level):
-    import torch
-
-    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-    monkeypatch.setattr(checkups, "_cores", lambda: 4)
-    monkeypatch.setattr(checkups.os, "getloadavg", lambda: (load, load, load))
-    assert levels(checkups.threads()) == [level]
-
-
-@pytest.mark.parametrize(
-    ("mode", "key", "netrc", "level"),
-    [
-        ("", "", "", OK),
-        ("online", "", "", PROBLEM),
-        ("online", "", "machine api.wandb.ai login user password x\n", OK),
-        ("online", "", "machine elsewhere.org login user password x\n", PROBLEM),
-        ("online", "", "machine \x00 {", PROBLEM),
-        ("online", "x", "", OK),
-        ("onlin", "", "", WARNING),
-    ],
-)
-def test_wandb(monkeypatch, tmp_path, mode, key, netrc, level):
-    (tmp_path / "netrc").write_text(netrc)
-    for name, value in {"WANDB_MODE": mode, "WANDB_API_KEY": key, "NETRC": str(tmp_path / "netrc")}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
-    assert levels(checkups.wandb()) == [level]
-
-
 @pytest.mark.parametrize(("free", "level"), [(1e8, PROBLEM), (1e9, WARNING), (1e12, OK)])
 def test_disk_space(monkeypatch, tmp_path, free, level):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(1e13, 0, free))
@@ -124,13 +94,6 @@ def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path):
     (tmp_path / "file").write_text("")
     (finding,) = checkups.disk("cache_dir", tmp_path / "file" / "cache")
     assert finding.level == PROBLEM and "cannot be written" in finding.text and "cache_dir=PATH" in finding.fix
-
-
-def test_cache_with_leftovers(tmp_path):
-    assert levels(checkups.cache(tmp_path)) == [OK]
-    (tmp_path / "images" / ("0" * 64)).mkdir(parents=True)
-    (finding,) = checkups.cache(tmp_path)
-    assert finding.level == WARNING and "cache prune" in finding.fix
 
 
 def test_embedded_weights_are_compared_with_their_cards(monkeypatch, tmp_path):
@@ -146,7 +109,7 @@ def test_embedded_weights_are_compared_with_their_cards(monkeypatch, tmp_path):
 
 
 def test_the_whole_list_is_examined(tmp_path):
-    assert len(examination(tmp_path, tmp_path)) == 10
+    assert len(examination(tmp_path, tmp_path)) == 7
 
 
 def test_the_status_reaches_the_shell(tmp_path):

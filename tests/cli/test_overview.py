@@ -92,7 +92,7 @@ def test_help_with_a_wrong_choice_is_one_line(monkeypatch, capsys):
         (["zzzzzz"], "error: zzzzzz: neither a command nor KEY=VALUE; python -m ptq_exp --help lists what there is"),
     ],
 )
-def test_a_stray_word_is_told(monkeypatch, arguments, message):
+def test_a_stray_word_is_reported(monkeypatch, arguments, message):
     monkeypatch.setattr(sys, "argv", ["ptq-exp", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()

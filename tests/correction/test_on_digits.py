@@ -41,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def quantized(model):
-    network = model.twin()
+    network = model.copy_denoiser()
     quantize_(network, Policy().rules(Widths(3, 8)), model.example_inputs())
     grid = model.time_grid(STEPS)
     states = []
@@ -133,7 +133,7 @@ def test_residuals_are_counted_in_units_of_their_deviation(model, quantized):
 
 
 def test_a_schedule_can_be_corrected_too(model):
-    network = model.twin()
+    network = model.copy_denoiser()
     quantize_(network, Policy().rules(Widths(8, (4, 8))), model.example_inputs())
     grid = model.time_grid(STEPS)
     batches = [(torch.randn(4, 1, 16, 16), grid.network_time(step, 4)) for step in range(STEPS)]

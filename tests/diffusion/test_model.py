@@ -1,4 +1,4 @@
-"""`DiffusionModel`: images of one sample agree whatever the batch, and twins are independent."""
+"""`DiffusionModel`: images of one sample agree whatever the batch, and copies are independent."""
 
 import pytest
 import torch
@@ -67,10 +67,10 @@ def test_images_of_other_solvers_agree_across_batch_sizes(digits, solver):
 
 
 def test_a_twin_is_independent(digits):
-    twin = digits.twin()
+    copied = digits.copy_denoiser()
     with torch.no_grad():
-        next(twin.parameters()).zero_()
-    assert not torch.equal(next(twin.parameters()), next(digits.denoiser.parameters()))
+        next(copied.parameters()).zero_()
+    assert not torch.equal(next(copied.parameters()), next(digits.denoiser.parameters()))
 
 
 def test_sampling_starts_where_some_signal_is_left(digits):

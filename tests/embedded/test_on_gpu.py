@@ -17,7 +17,7 @@ def test_a_quantized_forward_agrees_with_that_of_the_cpu():
     model = digits_model()
     grid, records = model.time_grid(4), []
     model.sample(model.denoiser, grid, range(4), 0, on_step=records.append)
-    quantized = model.twin()
+    quantized = model.copy_denoiser()
     quantize_(quantized, Policy().rules(Widths(4, 8)), model.example_inputs())
     calibrate_(quantized, "minmax", [(r.x, grid.network_time(r.step, len(r.x))) for r in records])
     x, t = records[1].x, grid.network_time(records[1].step, 4)

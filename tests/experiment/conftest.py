@@ -12,6 +12,7 @@ from small_networks import use_few_candidate_ranges, use_small_networks
 from ptq_exp import MODELS
 from ptq_exp.calibration import SOURCES
 from ptq_exp.cli.main import main
+from ptq_exp.evaluation import SCORES
 from ptq_exp.quantization import METRICS
 
 SMALL = [
@@ -93,7 +94,7 @@ def guide_folder(tmp_path_factory):
             name = re.match(r"# (\w+\.py)\n", code)
             assert name, f"a code block of {page} has no file name"
             (folder / name[1]).write_text(code)
-    registries = [(registry, dict(registry)) for registry in (MODELS, METRICS, SOURCES)]
+    registries = [(registry, dict(registry)) for registry in (MODELS, METRICS, SOURCES, SCORES)]
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))

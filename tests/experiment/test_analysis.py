@@ -49,7 +49,7 @@ def test_an_ordinary_run_has_a_report_without_analysis_and_says_how_to_make_it_a
     folder = command("+experiment=ndtc_w8a8", "metric=minmax", "logger=none")
     page = (folder / "report.html").read_text()
     results = read_json(folder / "results.json")
-    assert 'id="activations"' not in page and 'id="sensitivity"' not in page and 'id="account"' in page
+    assert 'id="activations"' not in page and 'id="sensitivity"' not in page and 'id="cost"' in page
     assert not (folder / "analysis.npz").exists() and "analysis" not in results
     assert results["command"].startswith("python -m ptq_exp sampler.steps=3") and results["command"] in page
     assert {"python", "torch", "diffusers", "platform", "threads"} <= set(results["environment"])

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-import tiny_folder
-from diffusers import DDIMScheduler
 from small_calls import bare_folder, conditional_unet, tokens
+from small_folders import ddim, pixel_folder
 
 import ptq_exp
 from ptq_exp.results.record import read_samples
@@ -15,17 +14,17 @@ BRECQ = ("bits=w4a8", "reconstruction=brecq")
 
 
 def prediction(kind):
-    return lambda folder: (tiny_folder.pixel(folder, prediction_type=kind, clip_sample=True), None)
+    return lambda folder: (pixel_folder(folder, ddim(prediction_type=kind, clip_sample=True)), None)
 
 
 def classes(folder):
-    return tiny_folder.pixel(folder, tiny_folder.unet(num_class_embeds=3)), None
+    return pixel_folder(folder, ddim(), num_class_embeds=3), None
 
 
 def text(folder):
     none = np.zeros((4, 12), np.float32)
     conditions = tokens(folder.parent / "text.npz", 3, **{"unconditional.encoder_hidden_states": none})
-    return bare_folder(folder, conditional_unet(), DDIMScheduler(clip_sample=False)), conditions
+    return bare_folder(folder, conditional_unet(), ddim()), conditions
 
 
 CASES = {

@@ -162,7 +162,7 @@ def test_other_sampler_settings_take_the_bare_network(run_of):
 
 @pytest.mark.parametrize("name", ["bit_schedule.json", "noise_statistics.npz"])
 @pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes() + b" ")])
-def test_damaged_files_beside_are_told(name, damage, run_of, tmp_path):
+def test_damaged_files_beside_are_reported(name, damage, run_of, tmp_path):
     shutil.copytree(run_of("+experiment=ptqd_w3a8", *SCHEDULED, "bits.weight=3") / "quantized", tmp_path / "copy")
     damage(tmp_path / "copy" / name)
     with pytest.raises(DataError, match=name):

@@ -12,12 +12,12 @@ from guide_text import ALL, DOCS, OF_CIFAR, PAGES, RUNS, blocks, commands, conf,
 from omegaconf import OmegaConf
 
 from ptq_exp.cli import table
-from ptq_exp.cli.search.command import _parser as search_parser
+from ptq_exp.cli.search import _parser as search_parser
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import ConfigError
+from ptq_exp.reports.tables.columns import VALUES
 from ptq_exp.reports.tables.layouts import find_layout
 from ptq_exp.reports.tables.result_table import ResultTable
-from ptq_exp.reports.tables.settings import VALUES
 from ptq_exp.settings.compose import config_folder
 from ptq_exp.settings.schema import ExperimentConfig
 

@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
@@ -11,6 +12,7 @@ from guide_text import conf, run_of
 
 from ptq_exp.calibration import CalibrationSet, StateRequest, source
 from ptq_exp.embedded import digits_model
+from ptq_exp.evaluation import Comparison, FeatureStatistics
 from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.run import Run, calibration_images
 from ptq_exp.experiment.stages import make_calibration_set
@@ -94,10 +96,24 @@ def test_the_calibration_strategies_make_their_sets(here, cache):
     assert same == [False, True] * 4
 
 
+def test_the_score_is_computed_and_shown(command, here, capsys):
+    made = SimpleNamespace(**runpy.run_path("my_score.py"))
+    rest = np.zeros((4, 1)), np.ones((4, 1))
+    real, drawn = (FeatureStatistics(np.full((4, 2), x), *rest) for x in ([1.0, 1.0], [4.0, 5.0]))
+    assert made.mean_distance(Comparison(drawn, real)) == 5  # a triangle of 3, 4 and 5
+    small = ("logger=none", "save_quantized=false", "metric=minmax", "sampler.steps=2")
+    folder = command(*run_of("extend", "imports=[my_score]"), *small)
+    values = read_json(folder / "results.json")
+    assert values["metrics"]["mean_distance"] > 0 and values["fp32"]["mean_distance"] > 0
+    printed = capsys.readouterr().out
+    assert "mean distance" in printed and f"{values['metrics']['mean_distance']:.4g}" in printed
+    assert "mean distance" in (folder / "report.html").read_text()
+
+
 def test_the_correction_lowers_the_error_of_other_trajectories(here):
     made = SimpleNamespace(**runpy.run_path("my_correction.py"))
     model = digits_model()
-    grid, quantized = model.time_grid(4), model.twin()
+    grid, quantized = model.time_grid(4), model.copy_denoiser()
     quantize_(quantized, Policy().rules(Widths(3, 8)), model.example_inputs())
     records = []
     model.run(model.denoiser, grid, range(16), 0, on_step=records.append)

@@ -4,9 +4,9 @@ import re
 
 import numpy as np
 import pytest
-import tiny_folder
 import torch
 from PIL import Image
+from small_folders import autoencoder, ddim, latent_folder, pixel_folder, unet
 
 import ptq_exp
 from ptq_exp.errors import CheckpointError, ConfigError, DataError, PTQError
@@ -35,38 +35,38 @@ def in_order(line, *parts):
 
 
 def test_nan_in_a_network(tmp_path, refused):
-    folder = tiny_folder.pixel(tmp_path / "m", spoiled(tiny_folder.unet(), "mid_block.resnets.0.conv1.weight"))
+    folder = pixel_folder(tmp_path / "m", ddim(), network=spoiled(unet(), "mid_block.resnets.0.conv1.weight"))
     line = refused(*FOLDER, f"model.checkpoint={folder}")
     in_order(line, f"model.checkpoint={folder}/unet/diffusion_pytorch_model.safetensors:",
-             "mid_block.resnets.0.conv1.weight", "NaN or infinity in 1 of 576 values")  # fmt: skip
+             "mid_block.resnets.0.conv1.weight", "NaN or infinity in 1 of 2304 values")  # fmt: skip
 
 
 def test_nan_in_a_first_stage(tmp_path):
-    stage = spoiled(tiny_folder.autoencoder(), "decoder.conv_in.bias", float("inf"))
-    folder = tiny_folder.latent(tmp_path / "m", stage)
-    with pytest.raises(CheckpointError) as told:
+    stage = spoiled(autoencoder(), "decoder.conv_in.bias", float("inf"))
+    folder = latent_folder(tmp_path / "m", ddim(), first_stage=stage)
+    with pytest.raises(CheckpointError) as refusal:
         ptq_exp.load_model("diffusers", folder)
     file = f"{folder}/vqvae/diffusion_pytorch_model.safetensors"
-    in_order(str(told.value), f"model.checkpoint={file}: decoder.conv_in.bias")
+    in_order(str(refusal.value), f"model.checkpoint={file}: decoder.conv_in.bias")
 
 
 @pytest.mark.parametrize(("saved", "file"), [
     ({"safe_serialization": False}, r"diffusion_pytorch_model\.bin"),
-    ({"max_shard_size": "20KB"}, r"diffusion_pytorch_model-0000\d-of-0000\d\.safetensors"),
+    ({"max_shard_size": "60KB"}, r"diffusion_pytorch_model-0000\d-of-0000\d\.safetensors"),
 ])  # fmt: skip
 def test_the_file_is_named_however_it_is_stored(saved, file, tmp_path):
-    spoiled(tiny_folder.unet(), "conv_in.bias").save_pretrained(tmp_path, **saved)
+    spoiled(unet(), "conv_in.bias").save_pretrained(tmp_path, **saved)
     with pytest.raises(CheckpointError, match=rf"model\.checkpoint={tmp_path}/{file}: conv_"):
         ptq_exp.load_model("diffusers", str(tmp_path))
 
 
 def test_weights_beyond_float16(tmp_path, refused):
-    folder = tiny_folder.pixel(tmp_path / "m", spoiled(tiny_folder.unet(), "conv_in.weight", -3e5))
+    folder = pixel_folder(tmp_path / "m", ddim(), network=spoiled(unet(), "conv_in.weight", -3e5))
     line = refused(*FOLDER, f"model.checkpoint={folder}", "model.dtype=float16")
-    in_order(line, "model.dtype=float16: unet.conv_in.weight", folder, "-300000", "model.dtype=bfloat16 or float32")
+    in_order(line, "model.dtype=float16: unet.conv_in.weight", str(folder), "-300000", "model.dtype=bfloat16 or float32")
     narrow = ptq_exp.load_model("diffusers", folder, dtype="bfloat16").denoiser.unet
     assert narrow.conv_in.weight.dtype == torch.bfloat16
-    border = tiny_folder.pixel(tmp_path / "border", spoiled(tiny_folder.unet(), "conv_in.weight", 65519.0))
+    border = pixel_folder(tmp_path / "border", ddim(), network=spoiled(unet(), "conv_in.weight", 65519.0))
     assert ptq_exp.load_model("diffusers", border, dtype="float16")  # rounds to the largest number, 65504
 
 
@@ -86,20 +86,20 @@ def test_embedded_models_say_it_too(tmp_path):
 
 def test_activations_beyond_float16(tmp_path, refused):
     """Weights that float16 holds, but whose products it does not."""
-    network = tiny_folder.unet()
+    network = unet()
     with torch.no_grad():
         network.conv_in.weight.fill_(30000)
-    folder = tiny_folder.pixel(tmp_path / "m", network)
+    folder = pixel_folder(tmp_path / "m", ddim(), network=network)
     line = refused(*FOLDER, f"model.checkpoint={folder}", "model.dtype=float16")
     in_order(line, "model.dtype=float16: the network gives NaN or infinity at time 666,",
              "first in the output of unet.conv_in", "set model.dtype=bfloat16 or float32")  # fmt: skip
 
 
 def test_a_network_that_overflows_in_float32(tmp_path, refused):
-    network = tiny_folder.unet()
+    network = unet()
     with torch.no_grad():
         network.conv_out.weight.fill_(3e38)
-    folder = tiny_folder.pixel(tmp_path / "m", network)
+    folder = pixel_folder(tmp_path / "m", ddim(), network=network)
     line = refused(*FOLDER, f"model.checkpoint={folder}")
     in_order(line, f"model.checkpoint={folder}: the network gives NaN or infinity at time 666, first in",
              "unet.conv_out")  # fmt: skip
@@ -111,7 +111,7 @@ def test_a_network_that_overflows_in_float32(tmp_path, refused):
     ({"beta_end": 2.0}, "beta_end"), ({"beta_start": -1.0}, "beta_start"),
 ])  # fmt: skip
 def test_a_schedule_that_is_none(betas, said, tmp_path):
-    folder = tiny_folder.pixel(tmp_path / "m", **betas)
+    folder = pixel_folder(tmp_path / "m", ddim(**betas))
     with pytest.raises(PTQError, match=rf"model.checkpoint={folder}.*{said}"):
         ptq_exp.load_model("diffusers", folder)
 
@@ -294,9 +294,9 @@ def test_weights_of_the_extractor(tmp_path):
     from ptq_exp.evaluation import InceptionExtractor
 
     torch.save({"Conv2d_1a_3x3.conv.weight": torch.tensor([1, float("nan")])}, tmp_path / "inception.pth")
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as refusal:
         InceptionExtractor(str(tmp_path / "inception.pth"))
-    in_order(str(told.value), f"evaluation.weights={tmp_path}/inception.pth: Conv2d_1a_3x3.conv.weight holds NaN")
+    in_order(str(refusal.value), f"evaluation.weights={tmp_path}/inception.pth: Conv2d_1a_3x3.conv.weight holds NaN")
 
 
 def test_infinity_in_a_buffer_is_a_mask():

@@ -131,8 +131,8 @@ def test_calibration_on_images_that_are_not_there_is_one_clear_line(command, pip
             "model=diffusers", f"model.checkpoint={pipeline_folder}", "calibration=raw", "metric=minmax",
             "logger=none", f"model.images.path={path}",
         )  # fmt: skip
-    told = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(told) == 1 and message in told[0]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and message in lines[0]
 
 
 def test_channels_last_denoisers_give_the_same_account(command):

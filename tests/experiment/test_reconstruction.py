@@ -1,4 +1,4 @@
-"""Reconstruction in small, through the command: reused, told apart from other networks, and on every kind of model."""
+"""Reconstruction in small, through the command: reused, never for another network, and on every kind of model."""
 
 import pytest
 import torch

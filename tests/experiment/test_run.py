@@ -80,8 +80,8 @@ def test_wandb_offline_run_holds_config_metrics_and_tags(command):
 def test_mistakes_end_in_one_line_and_exit_code_1(overrides, message, command, capsys):
     with pytest.raises(SystemExit) as stop:
         command("metric=minmax", "logger=none", *overrides)
-    told = [line for line in (str(stop.value) + "\n" + capsys.readouterr().err).splitlines() if "error:" in line]
-    assert len(told) == 1 and told[0].startswith(message)
+    lines = [line for line in (str(stop.value) + "\n" + capsys.readouterr().err).splitlines() if "error:" in line]
+    assert len(lines) == 1 and lines[0].startswith(message)
     assert stop.value.code not in (None, 0)
 
 

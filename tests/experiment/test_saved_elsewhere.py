@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_folder
 import torch
+from small_folders import ddim, dit_folder, latent_folder, pixel_folder
 
 import ptq_exp
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
@@ -18,7 +18,7 @@ from ptq_exp.results.record import read_samples
 GOLDEN = Path(__file__).parents[1] / "golden"
 QUICK = ("metric=minmax", "logger=none", "bits=w4a8", "model=diffusers", "sampler.guidance_scale=1",
          "evaluation=paired")  # fmt: skip
-MAKERS = {"pixel": tiny_folder.pixel, "latent": tiny_folder.latent, "dit": tiny_folder.dit}
+MAKERS = {"pixel": pixel_folder, "latent": latent_folder, "dit": dit_folder}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_the_structure_says_all_of_a_network(settings, dtype, tmp_path):
     """From the settings files alone comes a network with the same tensors, which computes the same from them."""
     from ptq_exp.diffusion.zoo import folder_of_structure
 
-    path = tiny_folder.pixel(tmp_path, tiny_folder.unet(**settings), beta_schedule="squaredcos_cap_v2", steps_offset=1)
+    path = pixel_folder(tmp_path, ddim(beta_schedule="squaredcos_cap_v2", steps_offset=1), **settings)
     model = ptq_exp.load_model("diffusers", path, dtype=dtype)
     structure = json.loads(json.dumps(model.structure))  # as it is saved
     with folder_of_structure(structure, "here") as folder:
@@ -139,7 +139,7 @@ def test_another_folder_under_the_recorded_name(made_of, tmp_path, caplog):
     for kind in ("pixel", "latent"):
         run, _ = made_of(kind)
         shutil.copytree(run / "quantized", tmp_path / kind)
-        other = tiny_folder.pixel(tmp_path / "other", tiny_folder.unet(layers_per_block=2))
+        other = pixel_folder(tmp_path / "other", ddim(), layers_per_block=2)
         forged(tmp_path / kind, lambda d, other=other: d["settings"]["model"].update(checkpoint=other))
     assert not ptq_exp.load_quantized(tmp_path / "pixel").full_precision
     assert "loaded without its full-precision network" in caplog.text and "this model diffusers has" in caplog.text
@@ -200,9 +200,9 @@ def test_a_structure_that_is_none_is_one_line(edit, made_of, tmp_path):
     with pytest.raises(DataError, match="was edited, or belongs to another"):
         ptq_exp.load_quantized(tmp_path / "copy")
     forged(tmp_path / "copy", lambda d: None)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as refusal:
         ptq_exp.load_quantized(tmp_path / "copy")
-    message = str(told.value)
+    message = str(refusal.value)
     assert "\n" not in message and "quantization.json: model.structure: " in message and "/tmp/tmp" not in message
 
 

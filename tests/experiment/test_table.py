@@ -161,8 +161,8 @@ def test_a_ready_made_layout_can_be_narrowed_and_written_to_a_file(runs, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "metrc"], "metrc: no such configuration key; did you mean metric"),
-        (["--layout", "ablatoin"], "no such layout; did you mean ablation"),
+        (["--rows", "metrc"], "metrc: no such configuration key; did you mean 'metric'"),
+        (["--layout", "ablatoin"], "no such layout; did you mean 'ablation'"),
         (["--rows", "bits", "--where", "bits"], "--where bits: expected KEY=VALUE"),
         (["--wandb", "project", "--rows", "bits"], "--wandb project: expected entity/project"),
     ],

@@ -64,23 +64,28 @@ def transformer(**settings):
     return network.eval()
 
 
-def pixel_folder(path, scheduler=None, pipeline=DDPMPipeline, save=None, **settings) -> Path:
-    """A pipeline of a U-Net on pixels."""
-    pipeline(unet(**settings), scheduler or DDIMScheduler(**BETAS)).save_pretrained(path, **save or {})
+def ddim(**settings) -> DDIMScheduler:
+    """A scheduler that clips nothing, with the betas of DDPM unless others are given."""
+    return DDIMScheduler(**{"clip_sample": False} | settings)
+
+
+def pixel_folder(path, scheduler=None, pipeline=DDPMPipeline, save=None, network=None, **settings) -> Path:
+    """A pipeline of a U-Net on pixels: `network`, or one of these settings."""
+    network = unet(**settings) if network is None else network
+    pipeline(network, scheduler or DDIMScheduler(**BETAS)).save_pretrained(path, **save or {})
     return Path(path)
 
 
-def latent_folder(path, scheduler=None, which="VQModel", **settings) -> Path:
+def latent_folder(path, scheduler=None, which="VQModel", first_stage=None, **settings) -> Path:
     """LDM: a U-Net on the latents of an autoencoder."""
-    scheduler = scheduler or DDIMScheduler(clip_sample=False, **BETAS)
-    LDMPipeline(autoencoder(which), unet(**settings), scheduler).save_pretrained(path)
+    first_stage = first_stage or autoencoder(which)
+    LDMPipeline(first_stage, unet(**settings), scheduler or ddim(**BETAS)).save_pretrained(path)
     return Path(path)
 
 
 def dit_folder(path, scheduler=None, which="AutoencoderKL", **settings) -> Path:
     """A class-conditional transformer; 1000 classes, the number that diffusers' own pipeline is made for."""
-    scheduler = scheduler or DDIMScheduler(clip_sample=False, **BETAS)
-    DiTPipeline(transformer(**settings), autoencoder(which), scheduler).save_pretrained(path)
+    DiTPipeline(transformer(**settings), autoencoder(which), scheduler or ddim(**BETAS)).save_pretrained(path)
     return Path(path)
 
 

@@ -1,4 +1,4 @@
-"""The embedded model, a quantized twin of it, and a model in closed form."""
+"""The embedded model, a quantized copy of it, and a model in closed form."""
 
 import pytest
 import torch
@@ -38,9 +38,9 @@ def digits() -> DiffusionModel:
 
 
 @pytest.fixture(scope="session")
-def twin(digits) -> nn.Module:
+def quantized(digits) -> nn.Module:
     """The embedded model's denoiser at 8 bits."""
-    quantized = digits.twin()
+    quantized = digits.copy_denoiser()
     quantize_(quantized, Policy().rules(Widths(8, 8)), digits.example_inputs())
     grid, states = digits.time_grid(4), []
     digits.sample(digits.denoiser, grid, range(100, 104), 0, on_step=states.append)

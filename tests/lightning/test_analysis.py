@@ -56,7 +56,7 @@ def model() -> DiffusionModel:
 @pytest.fixture(scope="module")
 def quantized(model) -> nn.Module:
     """At 3 bits, so that errors are far from rounding ones."""
-    network = model.twin()
+    network = model.copy_denoiser()
     rules = Policy(first=["first"], last=["last"], attention=False).rules(Widths(3, 3, first_last=3, boundary=3))
     quantize_(network, rules, model.example_inputs())
     generator = torch.Generator().manual_seed(1)

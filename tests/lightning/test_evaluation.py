@@ -28,10 +28,10 @@ def part_path(folder, start):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(digits, twin, tmp_path_factory):
-    """Ten images of the quantized twin, in batches of four."""
+def uninterrupted(digits, quantized, tmp_path_factory):
+    """Ten images of the quantized network, in batches of four."""
     trainer = make_trainer("test", accelerator="cpu", progress_bar=False)
-    return draw(digits, twin, trainer, tmp_path_factory.mktemp("drawn") / "parts")
+    return draw(digits, quantized, trainer, tmp_path_factory.mktemp("drawn") / "parts")
 
 
 def test_images_are_those_of_the_sampler_in_the_order_of_their_index(toy, trainer, tmp_path):
@@ -51,17 +51,17 @@ def test_eta_and_seed_reach_the_sampler(toy, trainer, tmp_path):
     assert np.array_equal(images, to_uint8(expected))
 
 
-def test_quantized_images_are_the_same_in_any_order_of_the_batches(digits, twin, uninterrupted):
+def test_quantized_images_are_the_same_in_any_order_of_the_batches(digits, quantized, uninterrupted):
     for batch in reversed(padded_batches(N, BATCH)):
-        again = to_uint8(digits.sample(twin, digits.time_grid(STEPS), batch, SEED))
+        again = to_uint8(digits.sample(quantized, digits.time_grid(STEPS), batch, SEED))
         kept = [i for i in batch if i < N]
         assert np.array_equal(again[: len(kept)], uninterrupted[kept])
 
 
 def test_quantized_images_do_not_depend_on_how_many_are_asked_for(
-    digits, twin, trainer, uninterrupted, tmp_path
+    digits, quantized, trainer, uninterrupted, tmp_path
 ):
-    assert np.array_equal(draw(digits, twin, trainer, tmp_path / "parts", n=5), uninterrupted[:5])
+    assert np.array_equal(draw(digits, quantized, trainer, tmp_path / "parts", n=5), uninterrupted[:5])
 
 
 def test_images_are_quantized_and_not_all_the_same(digits, uninterrupted):
@@ -71,7 +71,7 @@ def test_images_are_quantized_and_not_all_the_same(digits, uninterrupted):
 
 
 def test_quantized_images_are_the_same_after_a_resume(
-    digits, twin, trainer, uninterrupted, counting, tmp_path
+    digits, quantized, trainer, uninterrupted, counting, tmp_path
 ):
     """The denoiser fails in the middle of the second batch; the first is not drawn again."""
 
@@ -80,19 +80,19 @@ def test_quantized_images_are_the_same_after_a_resume(
 
     folder = tmp_path / "parts"
     with pytest.raises(RuntimeError, match="device lost"):
-        draw(digits, counting(twin, fails_at=STEPS + 2, fail=fail), trainer, folder)
+        draw(digits, counting(quantized, fails_at=STEPS + 2, fail=fail), trainer, folder)
     assert [path.name for path in folder.iterdir()] == ["00000000.npz"]
-    denoiser = counting(twin)
+    denoiser = counting(quantized)
     assert np.array_equal(draw(digits, denoiser, trainer, folder), uninterrupted)
     assert denoiser.calls == 2 * STEPS
 
 
-def test_quantized_images_are_the_same_after_a_kill(digits, twin, trainer, uninterrupted, counting, tmp_path):
+def test_quantized_images_are_the_same_after_a_kill(digits, quantized, trainer, uninterrupted, counting, tmp_path):
     """SIGKILL in the middle of the third batch, in a process of its own."""
     folder = tmp_path / "parts"
 
     def run():
-        denoiser = counting(twin, 2 * STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        denoiser = counting(quantized, 2 * STEPS + 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
         draw(digits, denoiser, trainer, folder)
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -101,7 +101,7 @@ def test_quantized_images_are_the_same_after_a_kill(digits, twin, trainer, unint
     process.kill()
     assert process.exitcode == -signal.SIGKILL
     assert sorted(path.name for path in folder.glob("*.npz")) == ["00000000.npz", "00000004.npz"]
-    denoiser = counting(twin)
+    denoiser = counting(quantized)
     assert np.array_equal(draw(digits, denoiser, trainer, folder), uninterrupted)
     assert denoiser.calls == STEPS
 

@@ -44,26 +44,26 @@ SCRIPT = textwrap.dedent('''
     def networks():
         torch.manual_seed(0)
         full = Net().eval()
-        twin = Net().eval()
-        twin.load_state_dict(full.state_dict())
+        quantized = Net().eval()
+        quantized.load_state_dict(full.state_dict())
         rng = np.random.default_rng(0)
         steps = np.arange(24) % 2
         x = rng.standard_normal((24, 1, 5, 5), dtype=np.float32) * np.where(steps, 0.1, 1).reshape(-1, 1, 1, 1)
         calibration_set = CalibrationSet(x.astype(np.float32), steps, steps.astype(np.float32), np.zeros(24, int))
         example = (torch.zeros(1, 1, 5, 5), torch.zeros(1))
-        quantize_(twin, Policy(first=(), last=(), attention=False).rules(Widths(3, 4), bins=2), example)
-        calibrate_weights_(twin, "minmax")
+        quantize_(quantized, Policy(first=(), last=(), attention=False).rules(Widths(3, 4), bins=2), example)
+        calibrate_weights_(quantized, "minmax")
         for row in (0, 1):
-            select_row(twin, row)
+            select_row(quantized, row)
             chosen = calibration_set.take((steps == row).nonzero()[0])
-            calibrate_activations_(twin, "minmax", [(x, t) for x, t, _ in chosen.batches(8)])
-        return full, twin, calibration_set, find_blocks(twin, (), example)
+            calibrate_activations_(quantized, "minmax", [(x, t) for x, t, _ in chosen.batches(8)])
+        return full, quantized, calibration_set, find_blocks(quantized, (), example)
 
     def main(folder, kill_at, kill_in):
-        full, twin, calibration_set, blocks = networks()
+        full, quantized, calibration_set, blocks = networks()
         settings = Settings(Annealing(6), batch_size=8, lr=0.1, step_lr=1e-3, input_prob=0.5, drop_prob=0.5)
-        made = Reconstruction(twin, full, blocks, calibration_set, settings, seed=0, batch_size=8, cache_bytes=1000,
-                              folder=folder / "rows", row_of_step=torch.tensor([0, 1]))
+        made = Reconstruction(quantized, full, blocks, calibration_set, settings, seed=0, batch_size=8,
+                              cache_bytes=1000, folder=folder / "rows", row_of_step=torch.tensor([0, 1]))
         calls = 0
         def dying(function):
             def counted(*args):
@@ -81,7 +81,7 @@ SCRIPT = textwrap.dedent('''
                 setattr(made, kill_in, dying(getattr(made, kill_in)))
         reports = reconstruct_network(made, folder / "blocks.ckpt", accelerator="cpu", progress_bar=False)
         plain = [{k: v for k, v in report.to_dict().items() if k != "seconds"} for report in reports]
-        torch.save({"state": twin.state_dict(), "reports": plain, "calls": calls}, folder / "result.pt")
+        torch.save({"state": quantized.state_dict(), "reports": plain, "calls": calls}, folder / "result.pt")
 
     if __name__ == "__main__":
         main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
@@ -150,9 +150,9 @@ def test_a_run_killed_after_its_last_block_has_nothing_left_to_do(toy, uninterru
 
 
 def test_the_progress_bar_names_block_and_loss(toy, tmp_path, capsys):
-    full, twin, calibration_set, blocks = toy.networks()
+    full, quantized, calibration_set, blocks = toy.networks()
     made = toy.Reconstruction(
-        twin, full, blocks, calibration_set, toy.Settings(toy.Annealing(2)), seed=0, batch_size=8, cache_bytes=1e6,
+        quantized, full, blocks, calibration_set, toy.Settings(toy.Annealing(2)), seed=0, batch_size=8, cache_bytes=1e6,
         folder=tmp_path, row_of_step=torch.tensor([0, 1]),
     )  # fmt: skip
     reports = toy.reconstruct_network(made, tmp_path / "blocks.ckpt", accelerator="cpu")
@@ -160,4 +160,4 @@ def test_the_progress_bar_names_block_and_loss(toy, tmp_path, capsys):
     assert len(reports) == 3
     for text in ("block 1 of 3: layers.0", "block 3 of 3: layers.2", "loss="):
         assert text in said.out + said.err
-    assert not full.training and not twin.training
+    assert not full.training and not quantized.training

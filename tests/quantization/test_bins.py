@@ -112,11 +112,11 @@ def test_rows_travel_with_the_state_dict_and_with_copies(batches):
              Rule("*", QuantSpec(TensorSpec(4), spec, spec))]  # fmt: skip
     quantize_(fresh, rules, (torch.zeros(1, 4),))
     fresh.load_state_dict(model.state_dict(), strict=True)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     for row, batch in enumerate(batches):
-        for other in (model, fresh, twin):
+        for other in (model, fresh, copied):
             select_row(other, row)
-        assert torch.equal(fresh(batch), model(batch)) and torch.equal(twin(batch), model(batch))
+        assert torch.equal(fresh(batch), model(batch)) and torch.equal(copied(batch), model(batch))
     assert range_table(model)["2.output_quantizer"]["bits"] == 4
     assert len(range_table(model)["0.input_quantizer"]["scale"]) == BINS
 

@@ -129,7 +129,8 @@ def test_attention_products_can_be_mixed_too():
 @pytest.mark.parametrize("make", [digits_model, digits_ldm_model])
 def test_the_policy_fits_the_embedded_models(make):
     model = make()
-    report = quantize_(model.twin(), policy(4, 8, kept=True, attention=PTQD["attention"]), model.example_inputs())
+    rules = policy(4, 8, kept=True, attention=PTQD["attention"])
+    report = quantize_(model.copy_denoiser(), rules, model.example_inputs())
     eight = [row.name for row in layers(report) if row.weight_bits == 8]
     assert sorted(eight) == ["unet.conv_in", "unet.conv_out", "unet.time_embedding.linear_1"]
     assert {row.reason for row in layers(report)} == {"", "kept"}

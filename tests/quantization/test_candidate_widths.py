@@ -177,7 +177,7 @@ def test_digits_at_each_row_is_the_network_of_that_width():
     t = torch.tensor([900.0, 600.0, 300.0, 10.0])
 
     def calibrated(activation_bits):
-        network = model.twin()
+        network = model.copy_denoiser()
         quantize_(network, Policy().rules(Widths(8, activation_bits)), model.example_inputs())
         calibrate_weights_(network, "minmax")
         calibrate_activations_(network, "mse", [(x, t)])

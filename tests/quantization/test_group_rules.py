@@ -17,7 +17,7 @@ def model():
 
 
 def quantized(model, groups, keep=()) -> Report:
-    network = model.twin()
+    network = model.copy_denoiser()
     names = [name for name, module in network.named_modules() if type(module) in QUANTIZED]
     rules = [Rule(pattern, None, "kept") for pattern in keep] + Policy().rules(Widths(8, 8))
     return quantize_(network, with_groups(rules, groups, names, EDGES), model.example_inputs())

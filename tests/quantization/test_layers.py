@@ -90,9 +90,9 @@ def _by_hand(fp, weight, x):
     """The functional form of a full-precision layer, on other operands."""
     if isinstance(fp, nn.Linear):
         return F.linear(x, weight, fp.bias)
-    twin = copy.deepcopy(fp)
-    twin.weight.data = weight
-    return twin(x)
+    copied = copy.deepcopy(fp)
+    copied.weight.data = weight
+    return copied(x)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -191,12 +191,12 @@ def test_modes_are_restored(quantized, batch):
 
 def test_a_deepcopy_is_independent(quantized, batch):
     before = output(quantized, batch)
-    twin = copy.deepcopy(quantized)
-    assert torch.equal(output(twin, batch), before)
+    copied = copy.deepcopy(quantized)
+    assert torch.equal(output(copied, batch), before)
     with torch.no_grad():
-        for _, quantizer in quantizers(twin):
+        for _, quantizer in quantizers(copied):
             quantizer.scale.mul_(2)
-    set_mode(twin, "off")
+    set_mode(copied, "off")
     assert torch.equal(output(quantized, batch), before)
 
 

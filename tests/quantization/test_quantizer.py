@@ -159,11 +159,11 @@ def test_freezing_an_uncalibrated_weight_is_an_error():
 def test_copies_quantize_alike_and_are_independent(clone):
     quantizer = Quantizer(4, symmetric=False, axis=-1, segments=(1, 2))
     quantizer.set_range(_range([[0.1, 0.5]], [[3.0, 8.0]]))
-    twin, x = clone(quantizer), torch.randn(6, 3)
-    assert torch.equal(twin(x), quantizer(x))
+    copied, x = clone(quantizer), torch.randn(6, 3)
+    assert torch.equal(copied(x), quantizer(x))
     before = quantizer(x)
-    twin.scale.mul_(3)
-    assert torch.equal(quantizer(x), before) and not torch.equal(twin(x), before)
+    copied.scale.mul_(3)
+    assert torch.equal(quantizer(x), before) and not torch.equal(copied(x), before)
 
 
 def test_the_state_dict_carries_ranges_and_flags():

@@ -63,15 +63,15 @@ def test_networks_come_back_bit_for_bit_at_the_theoretical_size(name, weight, ac
     x = torch.randn(4, *model.sample_shape, generator=torch.Generator().manual_seed(1))
     inputs = (x, torch.tensor([1.0, 300.0, 600.0, 999.0]))
     inputs += () if model.n_classes is None else (torch.tensor([0, 3, 5, 10]),)
-    network, rules = model.twin(), Policy().rules(Widths(weight, activation))
+    network, rules = model.copy_denoiser(), Policy().rules(Widths(weight, activation))
     report = quantized(network, rules, inputs, model.example_inputs())
     description = save_quantized(tmp_path, network, rules, report, {"own": [1, "a"]})
     found = scrambled(model.denoiser)
     account = load_quantized_(found, tmp_path, model.example_inputs())
     assert same_state(network, found) and account.rows == report.rows
     for row in range(report.candidates):
-        for twin in (network, found) if report.candidates > 1 else ():
-            select_row(twin, row)
+        for one in (network, found) if report.candidates > 1 else ():
+            select_row(one, row)
         with torch.no_grad():
             assert torch.equal(network(*inputs), found(*inputs))
     size = description["file"]
@@ -146,9 +146,9 @@ def saved(unet, batch, example, tmp_path):
 def refused(saved) -> str:
     """What loading says: one line, the files named."""
     folder, network, example = saved
-    with pytest.raises(PTQError) as told:
+    with pytest.raises(PTQError) as refusal:
         load_quantized_(network, folder, example)
-    message = str(told.value)
+    message = str(refusal.value)
     assert "\n" not in message and len(message) < 700 and str(folder) in message
     return message
 
@@ -279,7 +279,7 @@ def test_forged_files_whose_hashes_agree(edit, said, saved):
 def test_another_network_is_refused(saved):
     forged(saved[0], lambda d, t: None)
     model = ptq_exp.load_model("digits")
-    message = refused((saved[0], model.twin(), model.example_inputs()))
+    message = refused((saved[0], model.copy_denoiser(), model.example_inputs()))
     assert "another network or other rules" in message
 
 
@@ -288,7 +288,7 @@ def first_version(tmp_path):
     """(folder of a network saved by an earlier version, its network, its example)."""
     zipfile.ZipFile(Path(__file__).parents[1] / "golden" / "saved_model_1.zip").extractall(tmp_path)
     model = ptq_exp.load_model("diffusers", str(tmp_path / "model"))
-    return tmp_path / "quantized", model.twin(), model.example_inputs()
+    return tmp_path / "quantized", model.copy_denoiser(), model.example_inputs()
 
 
 @pytest.mark.parametrize(("edit", "said"), [

@@ -92,9 +92,9 @@ def test_of_the_embedded_models_attention_qualifies_and_the_function_stays(name,
     if per_attention:
         assert all(maker.endswith("group_norm") for maker in sites) and len(sites) == 11
         assert all([r.rpartition(".")[2] for r in readers] == ["to_q", "to_k", "to_v"] for readers in sites.values())
-    twin = model.twin()
+    changed = model.copy_denoiser()
     x = torch.randn(3, *model.sample_shape, generator=torch.Generator().manual_seed(0))
     inputs = (x, torch.tensor([10.0, 400.0, 900.0]), *([] if model.n_classes is None else [torch.arange(3)]))
-    smoothed(twin, sites, *inputs)
+    smoothed(changed, sites, *inputs)
     with torch.no_grad():
-        torch.testing.assert_close(twin(*inputs), model.denoiser(*inputs), rtol=0, atol=1e-5)
+        torch.testing.assert_close(changed(*inputs), model.denoiser(*inputs), rtol=0, atol=1e-5)

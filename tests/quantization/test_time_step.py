@@ -123,11 +123,11 @@ def test_different_numbers_of_candidates_are_an_error_and_the_model_stays_as_it_
 )
 def test_copies_share_a_step_of_their_own(net, x, clone):
     select_row(net, 0)
-    low, twin = net(x), clone(net)
-    assert twin.conv.input_quantizer.step is twin.line.input_quantizer.step is not step_of(net)
-    assert torch.equal(twin(x), low)  # the choice is copied too
-    select_row(twin, 1)
-    assert torch.equal(net(x), low) and not torch.equal(twin(x), low)
+    low, copied = net(x), clone(net)
+    assert copied.conv.input_quantizer.step is copied.line.input_quantizer.step is not step_of(net)
+    assert torch.equal(copied(x), low)  # the choice is copied too
+    select_row(copied, 1)
+    assert torch.equal(net(x), low) and not torch.equal(copied(x), low)
 
 
 def test_moving_a_model_keeps_the_sharing(net):

@@ -63,16 +63,16 @@ def calibration_set() -> CalibrationSet:
 
 @pytest.fixture
 def quantized(toy, calibration_set):
-    """Function (weight bits, activation bits or None) -> a calibrated twin of `toy`."""
+    """Function (weight bits, activation bits or None) -> a calibrated copy of `toy`."""
 
     def make(weight: int, activation: int | None = 8) -> nn.Module:
-        twin = copy.deepcopy(toy)
+        quantized = copy.deepcopy(toy)
         if activation is None:
             rules = [Rule("*", QuantSpec(weight=TensorSpec(weight, granularity=PerChannel())))]
         else:
             rules = Policy(first=(), last=(), attention=False).rules(Widths(weight, activation))
-        quantize_(twin, rules, (torch.zeros(1, 1, 6, 6), torch.zeros(1)))
-        calibrate_(twin, "minmax", [(x, t) for x, t, _ in calibration_set.batches(16)])
-        return twin
+        quantize_(quantized, rules, (torch.zeros(1, 1, 6, 6), torch.zeros(1)))
+        calibrate_(quantized, "minmax", [(x, t) for x, t, _ in calibration_set.batches(16)])
+        return quantized
 
     return make

@@ -28,7 +28,7 @@ def test_every_quantized_layer_is_in_exactly_one_block_of_each_embedded_model():
 
     for make in (digits_model, digits_ldm_model):
         model = make()
-        network = model.twin()
+        network = model.copy_denoiser()
         quantize_(network, Policy().rules(Widths(8, 8)), model.example_inputs())
         names = [name for name, module in network.named_modules() if hasattr(module, "weight_quantizer")]
         calibrate_weights_(network, "minmax")

@@ -45,14 +45,15 @@ class Net(nn.Module):
 
 
 def pair(*layers, weight=2, **spec):
-    """(full-precision network, its twin with quantized weights)."""
+    """(full-precision network, its copy with quantized weights)."""
     full = Net(*layers).requires_grad_(False)
-    twin = Net(*[type(layer)(*_arguments(layer)) for layer in layers]).requires_grad_(False)
-    twin.load_state_dict(full.state_dict())
+    quantized = Net(*[type(layer)(*_arguments(layer)) for layer in layers]).requires_grad_(False)
+    quantized.load_state_dict(full.state_dict())
     x = torch.zeros(1, *_input_shape(layers[0]))
-    quantize_(twin, [Rule("*", QuantSpec(weight=TensorSpec(weight, **{"granularity": PerChannel()} | spec)))], (x,))
-    calibrate_weights_(twin, "minmax")
-    return full, twin
+    of_weight = TensorSpec(weight, **{"granularity": PerChannel()} | spec)
+    quantize_(quantized, [Rule("*", QuantSpec(weight=of_weight))], (x,))
+    calibrate_weights_(quantized, "minmax")
+    return full, quantized
 
 
 def _arguments(layer):
@@ -67,10 +68,10 @@ def _input_shape(layer):
     return (layer.in_channels, *[5] * (layer.weight.ndim - 2))
 
 
-def optimised(full, twin, x, iterations=200, layers=("0",), **settings):
+def optimised(full, quantized, x, iterations=200, layers=("0",), **settings):
     calls = Calls.of((x,), {}, full.body(x))
     settings = Settings(Annealing(iterations), **{"lr": 0.05, "batch_size": len(x)} | settings)
-    found = BlockOptimisation(Block("body", layers), twin, full, BlockData(calls, calls), settings, seed=0)
+    found = BlockOptimisation(Block("body", layers), quantized, full, BlockData(calls, calls), settings, seed=0)
     for _ in range(iterations):
         found.step()
     return found
@@ -85,23 +86,23 @@ def test_a_pair_of_weights_finds_the_optimum_that_nearest_rounding_misses():
     full = nn.Linear(2, 2, bias=False)
     # on equal inputs only the sum of a row counts: 0.45 + 0.35 (in steps) is better met by 1 + 0 than by 0 + 0
     full.weight.data = torch.tensor([[0.45, 0.35], [-1.0, 2.0]])
-    full, twin = pair(full)
-    twin.body[0].weight_quantizer.scale.fill_(1.0)
-    twin.body[0].weight_quantizer.zero_point.fill_(1.0)
-    twin.body[0].weight.copy_(torch.tensor([[0.0, 0.0], [-1.0, 2.0]]))
+    full, quantized = pair(full)
+    quantized.body[0].weight_quantizer.scale.fill_(1.0)
+    quantized.body[0].weight_quantizer.zero_point.fill_(1.0)
+    quantized.body[0].weight.copy_(torch.tensor([[0.0, 0.0], [-1.0, 2.0]]))
     x = torch.linspace(-1, 1, 16)[:, None].repeat(1, 2)
-    found = optimised(full, twin, x)
+    found = optimised(full, quantized, x)
     found.apply()
-    assert twin.body[0].weight[0].sum() == 1 and twin.body[0].weight[1].tolist() == [-1, 2]
+    assert quantized.body[0].weight[0].sum() == 1 and quantized.body[0].weight[1].tolist() == [-1, 2]
     assert found.changed() == 0.25
 
 
 def test_it_comes_close_to_brute_force_and_beats_nearest_rounding():
     torch.manual_seed(1)
-    full, twin = pair(nn.Linear(6, 1))
+    full, quantized = pair(nn.Linear(6, 1))
     x = torch.randn(64, 6) @ torch.randn(6, 6)  # correlated inputs
-    target, layer = full.body(x), twin.body[0]
-    nearest = float((twin.body(x) - target).square().mean())
+    target, layer = full.body(x), quantized.body[0]
+    nearest = float((quantized.body(x) - target).square().mean())
     cells = layer.weight_quantizer.cells(layer.weight)
     floor = (full.body[0].weight / cells.scale).floor()
     errors = []
@@ -109,9 +110,9 @@ def test_it_comes_close_to_brute_force_and_beats_nearest_rounding():
         level = (floor + torch.tensor([up])).clamp(cells.qmin - cells.zero_point, cells.qmax - cells.zero_point)
         y = nn.functional.linear(x, level * cells.scale, layer.bias)
         errors.append(float((y - target).square().mean()))
-    found = optimised(full, twin, x, iterations=400)
+    found = optimised(full, quantized, x, iterations=400)
     found.apply()
-    learned = float((twin.body(x) - target).square().mean())
+    learned = float((quantized.body(x) - target).square().mean())
     assert learned <= nearest and learned <= sorted(errors)[3] * (1 + 1e-5)
 
 
@@ -128,42 +129,42 @@ def test_it_comes_close_to_brute_force_and_beats_nearest_rounding():
 def test_every_kind_of_layer_and_range_stays_on_its_grid_next_to_nearest(layer, spec):
     torch.manual_seed(0)
     layer.reset_parameters()
-    full, twin = pair(layer, weight=4, **spec) if "granularity" not in spec else pair_per_tensor(layer)
+    full, quantized = pair(layer, weight=4, **spec) if "granularity" not in spec else pair_per_tensor(layer)
     x = torch.randn(16, *_input_shape(layer)) + 2  # correlated: of independent inputs nearest rounding is the best
-    before, _ = integer_weights(twin.body[0])
-    found = optimised(full, twin, x, iterations=30, lr=0.2)
+    before, _ = integer_weights(quantized.body[0])
+    found = optimised(full, quantized, x, iterations=30, lr=0.2)
     found.apply()
-    after, cells = integer_weights(twin.body[0])
+    after, cells = integer_weights(quantized.body[0])
     exact = torch.div(full.body[0].weight, cells.scale).floor()
-    assert torch.equal(twin.body[0].weight, fake_quantize(twin.body[0].weight, *cells))
+    assert torch.equal(quantized.body[0].weight, fake_quantize(quantized.body[0].weight, *cells))
     assert (after.round() - before.round()).abs().max() <= 1 and found.changed() > 0
-    level = (twin.body[0].weight / cells.scale).round()
+    level = (quantized.body[0].weight / cells.scale).round()
     clamped = [(exact + up).clamp(cells.qmin - cells.zero_point, cells.qmax - cells.zero_point) for up in (0, 1)]
     assert ((level == clamped[0]) | (level == clamped[1])).all()
     found.revert()
-    assert torch.equal(integer_weights(twin.body[0])[0], before)
+    assert torch.equal(integer_weights(quantized.body[0])[0], before)
 
 
 def pair_per_tensor(layer):
     full = Net(layer).requires_grad_(False)
-    twin = Net(type(layer)(*_arguments(layer))).requires_grad_(False)
-    twin.load_state_dict(full.state_dict())
-    quantize_(twin, [Rule("*", QuantSpec(weight=TensorSpec(4)))], (torch.zeros(1, *_input_shape(layer)),))
-    calibrate_weights_(twin, "minmax")
-    return full, twin
+    quantized = Net(type(layer)(*_arguments(layer))).requires_grad_(False)
+    quantized.load_state_dict(full.state_dict())
+    quantize_(quantized, [Rule("*", QuantSpec(weight=TensorSpec(4)))], (torch.zeros(1, *_input_shape(layer)),))
+    calibrate_weights_(quantized, "minmax")
+    return full, quantized
 
 
 def test_the_network_is_unchanged_until_apply():
     torch.manual_seed(0)
-    full, twin = pair(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1), weight=3)
+    full, quantized = pair(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1), weight=3)
     x = torch.randn(8, 2, 5, 5) + 2
-    state = {key: value.clone() for key, value in twin.state_dict().items()}
-    found = optimised(full, twin, x, layers=("0", "1"), inner_weight=0.5)
-    assert all(torch.equal(value, state[key]) for key, value in twin.state_dict().items())
-    assert not any(module._forward_hooks for module in [*twin.modules(), *full.modules()])
-    before = block_error(twin.body, found.data.full, found.data.full.output, "body")
+    state = {key: value.clone() for key, value in quantized.state_dict().items()}
+    found = optimised(full, quantized, x, layers=("0", "1"), inner_weight=0.5)
+    assert all(torch.equal(value, state[key]) for key, value in quantized.state_dict().items())
+    assert not any(module._forward_hooks for module in [*quantized.modules(), *full.modules()])
+    before = block_error(quantized.body, found.data.full, found.data.full.output, "body")
     found.apply()
-    assert block_error(twin.body, found.data.full, found.data.full.output, "body").mse < before.mse
+    assert block_error(quantized.body, found.data.full, found.data.full.output, "body").mse < before.mse
 
 
 def quantizer(bits=4, rows=1, segments=None):
@@ -207,34 +208,34 @@ def test_learned_steps_and_drop_lower_the_error_of_a_block():
     torch.manual_seed(0)
     layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
     full = Net(*layers).requires_grad_(False)
-    twin = Net(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
-    twin.load_state_dict(full.state_dict())
+    quantized = Net(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
+    quantized.load_state_dict(full.state_dict())
     x = torch.randn(64, 8)
-    quantize_(twin, Policy(first=(), last=(), attention=False).rules(Widths(4, 4)), (x[:1],))
-    calibrate_weights_(twin, "minmax")
-    for module in twin.modules():
+    quantize_(quantized, Policy(first=(), last=(), attention=False).rules(Widths(4, 4)), (x[:1],))
+    calibrate_weights_(quantized, "minmax")
+    for module in quantized.modules():
         if isinstance(module, Quantizer) and not module.ready:
             module.scale.fill_(0.9), module.zero_point.fill_(7), module.qmax.fill_(15)  # far too wide
             module.calibrated.fill_(True)
             module.ready = True
-    before = float((twin(x) - full(x)).square().mean())
-    found = optimised(full, twin, x, layers=("0", "1"), step_lr=0.02, drop_prob=0.5, input_prob=0.5)
+    before = float((quantized(x) - full(x)).square().mean())
+    found = optimised(full, quantized, x, layers=("0", "1"), step_lr=0.02, drop_prob=0.5, input_prob=0.5)
     found.apply()
-    assert float((twin(x) - full(x)).square().mean()) < 0.5 * before
-    assert all(float(layer.input_quantizer.scale) < 0.9 for layer in twin.body)
+    assert float((quantized(x) - full(x)).square().mean()) < 0.5 * before
+    assert all(float(layer.input_quantizer.scale) < 0.9 for layer in quantized.body)
     found.revert()
-    assert float((twin(x) - full(x)).square().mean()) == before
+    assert float((quantized(x) - full(x)).square().mean()) == before
 
 
 def test_two_optimisations_are_the_same_and_another_seed_is_not():
     torch.manual_seed(0)
-    full, twin = pair(nn.Linear(4, 4), weight=3)
+    full, quantized = pair(nn.Linear(4, 4), weight=3)
     x = torch.randn(32, 4)
     settings = {"batch_size": 4, "input_prob": 0.5, "iterations": 10}
-    first, second = (optimised(full, twin, x, **settings) for _ in range(2))
+    first, second = (optimised(full, quantized, x, **settings) for _ in range(2))
     assert torch.equal(first.rounding.v, second.rounding.v) and first.loss == second.loss
     calls = Calls.of((x,), {}, full.body(x))
-    other = BlockOptimisation(Block("body", ("0",)), twin, full, BlockData(calls, calls), first.settings, seed=1)
+    other = BlockOptimisation(Block("body", ("0",)), quantized, full, BlockData(calls, calls), first.settings, seed=1)
     for _ in range(10):
         other.step()
     assert not torch.equal(first.rounding.v, other.rounding.v)

@@ -43,7 +43,7 @@ def rules(bins, bits=4):
     return Policy(first=(), last=(), attention=False).rules(Widths(3, bits), bins=bins)
 
 
-def twin(toy, samples, row_of_step, bits=4):
+def quantized(toy, samples, row_of_step, bits=4):
     """Calibrated with a row for each bin of `row_of_step`; activations of `bits`."""
     network, bins = copy.deepcopy(toy), int(row_of_step.max()) + 1
     quantize_(network, rules(bins, bits), EXAMPLE)
@@ -84,7 +84,7 @@ def error_alone(network, toy, samples, row_of_step, block=None):
 
 
 def test_errors_are_those_of_each_held_out_sample_alone_at_its_row(toy, samples, tmp_path):
-    network = twin(toy, samples, ROW_OF_STEP)
+    network = quantized(toy, samples, ROW_OF_STEP)
     made = reconstruction(network, toy, samples, tmp_path)
     expected = error_alone(network, toy, made.held_out, ROW_OF_STEP, "conv_in")
     assert made.block.name != "conv_in"
@@ -97,7 +97,7 @@ def test_errors_are_those_of_each_held_out_sample_alone_at_its_row(toy, samples,
 
 
 def test_inputs_of_a_block_are_those_of_each_sample_alone_at_its_row(toy, samples, tmp_path):
-    network = twin(toy, samples, ROW_OF_STEP)
+    network = quantized(toy, samples, ROW_OF_STEP)
     made = reconstruction(network, toy, samples, tmp_path)
     while made.block.name != "conv_out":
         made.blocks.pop(0)
@@ -126,7 +126,7 @@ def test_both_halves_of_guidance_use_the_row_of_their_sample(samples):
     (4, {}), (8, {"step_lr": 0.0}), (4, {"drop_prob": 0.5, "input_prob": 0.5}),
 ])  # fmt: skip
 def test_the_error_falls_on_held_out_samples_at_their_own_rows(bits, settings, toy, samples, tmp_path):
-    network = twin(toy, samples, ROW_OF_STEP, bits)
+    network = quantized(toy, samples, ROW_OF_STEP, bits)
     made = reconstruction(network, toy, samples, tmp_path, **settings)
     before = error_alone(network, toy, made.held_out, ROW_OF_STEP)
     reports = run(made)
@@ -138,7 +138,7 @@ def test_the_error_falls_on_held_out_samples_at_their_own_rows(bits, settings, t
 
 
 def test_step_factors_of_a_batch_get_gradients_in_its_rows_alone(toy, samples, tmp_path):
-    network = twin(toy, samples, ROW_OF_STEP)
+    network = quantized(toy, samples, ROW_OF_STEP)
     made = reconstruction(network, toy, samples, tmp_path)
     made.begin()
     found = made.current
@@ -154,7 +154,7 @@ def test_step_factors_of_a_batch_get_gradients_in_its_rows_alone(toy, samples, t
 
 def test_a_row_that_no_sample_uses_keeps_its_step_sizes(toy, samples, tmp_path):
     per_step = torch.arange(STEPS)
-    network = twin(toy, samples, per_step)
+    network = quantized(toy, samples, per_step)
     before = {name: q.scale.clone() for name, q in quantizers(network) if q.scale.shape[0] == STEPS and "in" in name}
     made = reconstruction(network, toy, samples, tmp_path, row_of_step=per_step)
     assert made.held_out.step.tolist().count(STEPS - 1) == 1 and STEPS - 1 not in made.optimised_on.step
@@ -172,7 +172,7 @@ def test_one_bin_is_reconstructed_bit_for_bit_as_without_rows(toy, samples, tmp_
     static = torch.zeros(STEPS, dtype=torch.long)
     states = []
     for row_of_step in (None, static):
-        network = twin(toy, samples, static)
+        network = quantized(toy, samples, static)
         run(reconstruction(network, toy, samples, tmp_path, row_of_step=row_of_step, iterations=4))
         states.append(network.state_dict())
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
@@ -181,7 +181,7 @@ def test_one_bin_is_reconstructed_bit_for_bit_as_without_rows(toy, samples, tmp_
 def test_rows_that_differ_only_in_number_give_what_one_row_gives(toy, samples, tmp_path):
     """Three equal rows, weights alone learned: the same roundings as with one row."""
     static = torch.zeros(STEPS, dtype=torch.long)
-    one, many = twin(toy, samples, static), twin(toy, samples, ROW_OF_STEP)
+    one, many = quantized(toy, samples, static), quantized(toy, samples, ROW_OF_STEP)
     for (_, source), (_, target) in zip(quantizers(one), quantizers(many), strict=True):
         for field in ("scale", "zero_point", "qmin", "qmax"):
             getattr(target, field).copy_(getattr(source, field).expand(getattr(target, field).shape))
@@ -192,7 +192,7 @@ def test_rows_that_differ_only_in_number_give_what_one_row_gives(toy, samples, t
 
 
 def test_the_saved_network_is_the_reconstructed_one_bit_for_bit(toy, samples, tmp_path):
-    network = twin(toy, samples, ROW_OF_STEP)
+    network = quantized(toy, samples, ROW_OF_STEP)
     report = quantize_(copy.deepcopy(toy), rules(BINS), EXAMPLE)
     run(reconstruction(network, toy, samples, tmp_path / "rows", iterations=5))
     save_quantized(tmp_path, network, rules(BINS), report, {})

@@ -52,14 +52,14 @@ def samples() -> CalibrationSet:
 @pytest.fixture
 def network(toy, samples):
     """Two bins; the time layers are calibrated on the samples, too."""
-    twin = copy.deepcopy(toy)
-    quantize_(twin, Policy(first=(), last=(), attention=False).rules(Widths(3, 4), bins=2), EXAMPLE)
-    calibrate_weights_(twin, "minmax")
+    quantized = copy.deepcopy(toy)
+    quantize_(quantized, Policy(first=(), last=(), attention=False).rules(Widths(3, 4), bins=2), EXAMPLE)
+    calibrate_weights_(quantized, "minmax")
     for row in (0, 1):
-        select_row(twin, row)
+        select_row(quantized, row)
         chosen = samples.take((ROWS.numpy()[samples.step] == row).nonzero()[0])
-        calibrate_activations_(twin, "minmax", [(x, t) for x, t, _ in chosen.batches(16)])
-    return twin
+        calibrate_activations_(quantized, "minmax", [(x, t) for x, t, _ in chosen.batches(16)])
+    return quantized
 
 
 def reconstruction(network, toy, samples, folder, *, joint=True, iterations=60, step_lr=5e-3, inner_weight=0.0):
@@ -115,10 +115,10 @@ def test_the_part_is_found_with_the_functions_between_its_layers(toy, network):
 def test_of_the_embedded_models_every_projection_hangs_on_the_first_layer(name, n_layers):
     model = load_model(name)
     layers = depending_on_alone(model.denoiser, model.example_inputs(), 1)
-    twin = model.twin()
-    quantize_(twin, Policy().rules(Widths(4, 8)), model.example_inputs())
+    quantized = model.copy_denoiser()
+    quantize_(quantized, Policy().rules(Widths(4, 8)), model.example_inputs())
     whole = [model.example_inputs().expanded(3)._replace(t=TIMES[:3])]
-    (block,) = find_time_blocks(twin, model.denoiser, layers, whole)
+    (block,) = find_time_blocks(quantized, model.denoiser, layers, whole)
     assert len(block.layers) == n_layers and len(block.plan.leaves) == n_layers - 2
     assert [root.rpartition(".")[2] for root in block.plan.roots] == ["linear_1"]
     calls = block.capture(model.denoiser, torch.device("cpu"), output=True)  # compares with the network itself
@@ -182,12 +182,12 @@ def test_residual_blocks_leave_it_alone(toy, network, samples, tmp_path):
 def test_continued_after_it_the_reconstruction_is_the_same(toy, network, samples, tmp_path):
     whole = reconstruction(network, toy, samples, tmp_path, iterations=4)
     first = run_block(whole)
-    twin = copy.deepcopy(network)
+    quantized = copy.deepcopy(network)
     run_block(whole)
-    resumed = reconstruction(twin, toy, samples, tmp_path, iterations=4)
+    resumed = reconstruction(quantized, toy, samples, tmp_path, iterations=4)
     resumed.reports = [first]
     run_block(resumed)
-    assert all(torch.equal(value, network.state_dict()[key]) for key, value in twin.state_dict().items())
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in quantized.state_dict().items())
 
 
 class Odd(nn.Module):
@@ -206,14 +206,14 @@ class Odd(nn.Module):
 def quantized_odd(between):
     torch.manual_seed(0)
     net = Odd(between).eval().requires_grad_(False)
-    twin = copy.deepcopy(net)
-    quantize_(twin, Policy(first=(), last=(), attention=False).rules(Widths(4, 8)), EXAMPLE)
-    return net, twin
+    quantized = copy.deepcopy(net)
+    quantize_(quantized, Policy(first=(), last=(), attention=False).rules(Widths(4, 8)), EXAMPLE)
+    return net, quantized
 
 
 def test_a_layer_behind_anything_else_reads_an_input_of_its_own():
-    net, twin = quantized_odd(lambda net, h: h + net.conv.bias)
-    (block,) = find_time_blocks(twin, net, ["one", "two"], batches(TIMES[:2]))
+    net, quantized = quantized_odd(lambda net, h: h + net.conv.bias)
+    (block,) = find_time_blocks(quantized, net, ["one", "two"], batches(TIMES[:2]))
     assert list(block.plan.roots) == list(block.plan.leaves) == ["one", "two"]
     calls = block.capture(net, torch.device("cpu"), output=True)
     assert [tensor.shape[1] for tensor in calls.tensors] == [2, 4] and calls.output.shape == (2, 8)
@@ -223,16 +223,16 @@ def test_a_layer_behind_anything_else_reads_an_input_of_its_own():
     lambda net, h: h.roll(1, 0), lambda net, h: torch.cat(torch.split(h, [1, len(h) - 1])[::-1]),
 ], ids=["a batch that is mixed", "a batch of another size"])  # fmt: skip
 def test_functions_bound_to_a_batch_are_refused(between):
-    net, twin = quantized_odd(between)
-    (block,) = find_time_blocks(twin, net, ["one", "two"], batches(TIMES))
+    net, quantized = quantized_odd(between)
+    (block,) = find_time_blocks(quantized, net, ["one", "two"], batches(TIMES))
     with pytest.raises(QuantizationError, match=r"one and what follows.*time_layers=calibration_set"):
         block.capture(net, torch.device("cpu"), output=True)
 
 
 def test_a_layer_called_twice_is_refused():
-    net, twin = quantized_odd(lambda net, h: net.two(h))
+    net, quantized = quantized_odd(lambda net, h: net.two(h))
     with pytest.raises(QuantizationError, match="two is called more than once.*time_layers=calibration_set"):
-        find_time_blocks(twin, net, ["one", "two"], batches(TIMES))
+        find_time_blocks(quantized, net, ["one", "two"], batches(TIMES))
 
 
 def test_without_quantized_layers_there_is_no_block(toy):
@@ -262,14 +262,14 @@ AGAIN = ["one", "two", "scale", "last"]
 def quantized_again(second=lambda t: t):
     torch.manual_seed(0)
     net = Again(second).eval().requires_grad_(False)
-    twin = copy.deepcopy(net)
-    quantize_(twin, Policy(first=(), last=(), attention=False).rules(Widths(3, 8)), EXAMPLE)
-    return net, twin
+    quantized = copy.deepcopy(net)
+    quantize_(quantized, Policy(first=(), last=(), attention=False).rules(Widths(3, 8)), EXAMPLE)
+    return net, quantized
 
 
 def test_a_layer_called_again_on_the_same_times_is_one_step():
-    net, twin = quantized_again()
-    (block,) = find_time_blocks(twin, net, AGAIN, batches())
+    net, quantized = quantized_again()
+    (block,) = find_time_blocks(quantized, net, AGAIN, batches())
     assert [step.layer for step in block.plan.steps if step.layer] == AGAIN
     assert [step.function for step in block.plan.steps if step.layer is None] == [torch.tanh]
     assert list(block.plan.roots) == ["one"] and list(block.plan.leaves) == ["scale", "last"]
@@ -277,20 +277,21 @@ def test_a_layer_called_again_on_the_same_times_is_one_step():
     assert calls.tensors[0].shape == (5, 2)
     embedded = net.embedding(TIMES)
     torch.testing.assert_close(calls.output, torch.cat([net.scale(embedded), net.last(embedded)], 1))
-    assert torch.equal(block.capture(twin_off(twin), torch.device("cpu"), output=False).tensors[0], calls.tensors[0])
+    again = block.capture(quantizers_off(quantized), torch.device("cpu"), output=False)
+    assert torch.equal(again.tensors[0], calls.tensors[0])
 
 
-def twin_off(twin):
-    set_mode(twin, "off")
-    return twin
+def quantizers_off(quantized):
+    set_mode(quantized, "off")
+    return quantized
 
 
 @pytest.mark.parametrize("second", [lambda t: t + 1, lambda t: t.clamp(max=800)], ids=["at once", "at some times"])
 def test_a_layer_called_again_on_other_times_is_refused(second):
-    net, twin = quantized_again(second)
+    net, quantized = quantized_again(second)
     with pytest.raises(QuantizationError, match="one is called more than once.*time_layers=calibration_set"):
         # the first batch holds the time 900, the second none above 800
-        (block,) = find_time_blocks(twin, net, AGAIN, batches(TIMES.flip(0)))
+        (block,) = find_time_blocks(quantized, net, AGAIN, batches(TIMES.flip(0)))
         block.capture(net, torch.device("cpu"), output=True)
 
 
@@ -309,19 +310,19 @@ def test_a_dit_is_reconstructed_on_all_times(joint, tmp_path):
         rng.standard_normal((16, 1, 6, 6), dtype=np.float32), step, TIMES.numpy()[step], np.zeros(16, int),
         {"y": step % 3}, {"y": np.array(3)},
     )  # fmt: skip
-    twin = copy.deepcopy(net)
-    quantize_(twin, Policy(first=("*pos_embed.proj",), last=("*proj_out_2",)).rules(Widths(3, 8)), example)
-    calibrate_weights_(twin, "minmax")
-    calibrate_activations_(twin, "minmax", samples.batches(8))
+    quantized = copy.deepcopy(net)
+    quantize_(quantized, Policy(first=("*pos_embed.proj",), last=("*proj_out_2",)).rules(Widths(3, 8)), example)
+    calibrate_weights_(quantized, "minmax")
+    calibrate_activations_(quantized, "minmax", samples.batches(8))
     layers = depending_on_alone(net, example, 1)
     assert len(layers) == 4 and all("timestep_embedder" in name for name in layers)
     times = [(EXAMPLE[0].expand(5, -1, -1, -1), TIMES, torch.zeros(5, dtype=torch.long))]
     blocks = [
-        *find_time_blocks(twin, net, layers, times, joint=joint),
-        *find_blocks(twin, ("*transformer_blocks.*",) if joint else (), example, layers),
+        *find_time_blocks(quantized, net, layers, times, joint=joint),
+        *find_blocks(quantized, ("*transformer_blocks.*",) if joint else (), example, layers),
     ]
     made = Reconstruction(
-        twin, net, blocks, samples, Settings(Annealing(3), batch_size=4), seed=0, batch_size=8, cache_bytes=1e9,
+        quantized, net, blocks, samples, Settings(Annealing(3), batch_size=4), seed=0, batch_size=8, cache_bytes=1e9,
         folder=tmp_path,
     )  # fmt: skip
     reports = [run_block(made) for _ in made.remaining]
@@ -330,10 +331,10 @@ def test_a_dit_is_reconstructed_on_all_times(joint, tmp_path):
 
 
 def test_a_block_called_again_on_the_same_input_is_one_block():
-    net, twin = quantized_again()
-    calibrate_weights_(twin, "minmax")
-    assert [block.name for block in find_blocks(twin, (), EXAMPLE)] == ["conv", "one", "two", "scale", "last"]
-    net, twin = quantized_again(lambda t: t + 1)
-    calibrate_weights_(twin, "minmax")
+    net, quantized = quantized_again()
+    calibrate_weights_(quantized, "minmax")
+    assert [block.name for block in find_blocks(quantized, (), EXAMPLE)] == ["conv", "one", "two", "scale", "last"]
+    net, quantized = quantized_again(lambda t: t + 1)
+    calibrate_weights_(quantized, "minmax")
     with pytest.raises(QuantizationError, match="one is called 2 times on different inputs.*keep_fp"):
-        find_blocks(twin, (), EXAMPLE)
+        find_blocks(quantized, (), EXAMPLE)

@@ -9,9 +9,8 @@ import time
 import pytest
 from small_networks import use_small_networks
 
+from ptq_exp.cli.coordinate_search import Search, Space, Stage
 from ptq_exp.cli.main import main
-from ptq_exp.cli.search.coordinate import Search
-from ptq_exp.cli.search.space import Space, Stage
 from ptq_exp.errors import Interrupted, command_line, interruptible, interruption
 from ptq_exp.experiment import experiment, images, stages
 from ptq_exp.lightning import EvaluationModule
@@ -190,7 +189,7 @@ def test_a_search_stops_its_trials_and_starts_no_more():
                 return {"error": "stopped"}
         raise AssertionError("nobody stopped it")
 
-    stage = Stage("one", tuple((f"x={i}",) for i in range(6)))
+    stage = Stage("one", [f"x={i}" for i in range(6)])
     search = Search(Space("psnr", "maximize", 0.0, (0,), (), (stage,)), trial, stop=lambda: stopped.append(True),
                     on_trial=lambda trial: sent(signal.SIGINT)())  # fmt: skip
     with pytest.raises(Interrupted), interruptible():

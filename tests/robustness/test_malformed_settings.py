@@ -143,12 +143,12 @@ def test_a_malformed_override_ends_in_one_line(override, monkeypatch, tmp_path):
     monkeypatch.setattr(ptq_exp.experiment.experiment, "run_experiment", lambda config, folder: pytest.fail("accepted"))
     monkeypatch.setattr(sys, "argv", ["ptq-exp", f"hydra.run.dir={tmp_path}/run", *QUICK, override])
     monkeypatch.chdir(tmp_path)
-    told = []
-    monkeypatch.setattr("builtins.print", lambda *text, file=None, **_: told.append(str(text[0])))
+    lines = []
+    monkeypatch.setattr("builtins.print", lambda *text, file=None, **_: lines.append(str(text[0])))
     with pytest.raises(SystemExit) as stop:
         main()
-    told = [line for line in [*told, str(stop.value.code)] if line.startswith("error: ")]
-    assert len(told) == 1 and "\n" not in told[0] and 10 < len(told[0]) < 600
+    lines = [line for line in [*lines, str(stop.value.code)] if line.startswith("error: ")]
+    assert len(lines) == 1 and "\n" not in lines[0] and 10 < len(lines[0]) < 600
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ def test_the_command_line_says_it_in_one_line_too(override, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(config_folder().parent)}
     command = [sys.executable, "-m", "ptq_exp", override, "logger=none", "trainer.progress_bar=false"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    told = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
-    assert run.returncode == 1 and len(told) == 1 and "Traceback" not in run.stderr + run.stdout
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert run.returncode == 1 and len(lines) == 1 and "Traceback" not in run.stderr + run.stdout
 
 
 def test_hydra_exceptions_are_not_swallowed_by_mistake():

@@ -1,4 +1,4 @@
-"""What is typed: every text can be typed, what Hydra's parser refuses is told with what to type, `~` is the home."""
+"""What is typed: every text can be typed, what Hydra's parser refuses gets an answer to type, `~` is the home."""
 
 import shlex
 import subprocess

@@ -185,7 +185,7 @@ def test_hits_and_misses_are_counted_by_kind(tmp_path):
     assert switched_off.counts() == {"hits": 0, "misses": 1, "kinds": {"calibration": {"hits": 0, "misses": 1}}}
 
 
-# A process that needs an entry. As the "owner" it says when it computes, and goes on when it is told to.
+# A process that needs an entry. As the "owner" it says when it computes, and goes on when it is asked to.
 PROCESS = """
 import logging, pathlib, sys, time
 import numpy as np

@@ -44,7 +44,7 @@ def test_eight_bit_numbers_and_views_that_are_not_contiguous():
     assert not is_finite(values.numpy().T[::3]) and is_finite(torch.ones(3, requires_grad=True))
 
 
-def test_the_first_by_name_is_told():
+def test_the_first_by_name_is_reported():
     good, bad = np.ones(3), np.array([1, np.nan, np.inf])
     require_finite({"a": good, "b": torch.ones(2)}, "here", "mend it")
     with pytest.raises(DataError, match="^x.npz: b holds NaN or infinity in 2 of 3 values; mend it$"):

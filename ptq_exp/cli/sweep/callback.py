@@ -52,14 +52,14 @@ def interrupted_sweep() -> str | None:
 
     Launchers that hand jobs to a scheduler leave them running: the results of these are their own.
     """
-    told = None
+    line = None
     while _folders:
         from ptq_exp.cli.sweep.end import leave_interrupted  # loads numpy: help does without
 
         folder, local = _folders.pop()
         jobs = leave_interrupted(folder) if local else "what the scheduler was given goes on"
-        told = f"{jobs}; the rest: python -m ptq_exp sweep.resume={shlex.quote(str(folder))}"
-    return told
+        line = f"{jobs}; the rest: python -m ptq_exp sweep.resume={shlex.quote(str(folder))}"
+    return line
 
 
 def _expand(config: DictConfig, setting: str) -> None:

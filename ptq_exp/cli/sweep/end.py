@@ -84,7 +84,7 @@ def cache_line(jobs: dict[str, dict[str, Any]]) -> str:
 
 
 def _changed(values: dict[str, Any], swept: list[str]) -> str:
-    """The swept settings of a job, as far as it says."""
+    """Return the swept settings of a job, as far as it says."""
     overrides = [item for item in values.get("overrides", []) if plain_key(item) in swept]
     return " ".join(overrides) or values.get("name", "no results")
 

@@ -16,7 +16,7 @@ from ptq_exp.cli.sweep.processes import check_devices, only_process
 from ptq_exp.cli.sweep.record import SweepRecord, plain_key
 from ptq_exp.errors import DataError, InfeasibleError, PTQError
 from ptq_exp.reports.tables.identity import decides_numbers
-from ptq_exp.reports.tables.runs import flatten
+from ptq_exp.reports.tables.runs import completed, flatten
 from ptq_exp.settings.compose import validated
 from ptq_exp.settings.composition import check_composition
 from ptq_exp.settings.schema import ExperimentConfig, SweepConfig
@@ -41,7 +41,7 @@ class Job:
 
     @classmethod
     def current(cls) -> Job:
-        """The job that Hydra runs now."""
+        """Return the job that Hydra runs now."""
         hydra = HydraConfig.get()
         sweep_folder = Path(hydra.sweep.dir)
         record = SweepRecord.load(sweep_folder) if hydra.mode == RunMode.MULTIRUN else None
@@ -101,13 +101,13 @@ def _run(composed: DictConfig, job: Job) -> dict[str, Any]:
 
 
 def _experiment(config: ExperimentConfig, job: Job, fresh_since: float | None) -> dict[str, Any]:
-    from ptq_exp.experiment.experiment import run_experiment  # a misspelt setting is told before all that is loaded
+    from ptq_exp.experiment.experiment import run_experiment  # a misspelt setting is reported before all that is loaded
 
     return run_experiment(config, job.folder, fresh_since)
 
 
 def _done(path: Path, config: ExperimentConfig) -> dict[str, Any] | None:
-    """The results of a job that ended well, or proved infeasible, with these settings; None: it has to be run."""
+    """Return the results of a job that ended well, or proved infeasible, with these settings; None: run it."""
     try:
         values = read_json(path)
     except DataError:
@@ -125,8 +125,10 @@ def _done(path: Path, config: ExperimentConfig) -> dict[str, Any] | None:
 
 
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide the numbers, flat, the seed included."""
-    return {key: value for key, value in flatten(settings).items() if decides_numbers(key)}
+    """Return the settings that decide the numbers, flat, the seed included; newer ones have the value of before."""
+    columns = completed(flatten(settings, "config."))
+    flat = {key.removeprefix("config."): value for key, value in columns.items()}
+    return {key: value for key, value in flat.items() if decides_numbers(key)}
 
 
 def _tell(error: Exception, job: Job) -> None:

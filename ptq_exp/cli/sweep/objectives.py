@@ -41,11 +41,11 @@ def _row(name: str, values: dict[str, Any], groups: list[str]) -> dict[str, Any]
     """One line of pareto.csv; groups that were left at the bits of the network say so."""
     bits = values.get("config", {}).get("bits", {})
     widths = {group: bits.get("groups", {}).get(group) or bits.get("name") for group in groups}
-    account = values.get("quantization") or values.get("budget") or {}
-    bops = account.get("bops", {}).get("conv_linear", np.nan)
+    cost = values.get("quantization") or values.get("budget") or {}
+    bops = cost.get("bops", {}).get("conv_linear", np.nan)
     metrics = values.get("metrics", {})
     return {
         "job": name, "status": values["status"], **widths, COST: bops / 1e9,
-        "BOPs ratio": account.get("bops_ratio", np.nan), "FID": metrics.get("fid", np.nan),
+        "BOPs ratio": cost.get("bops_ratio", np.nan), "FID": metrics.get("fid", np.nan),
         "eps error": metrics.get("eps_error", np.nan),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Launchers and sweepers that come as plugins of Hydra: a missing one is told before anything starts."""
+"""Check launchers and sweepers that come as plugins of Hydra: a missing one is reported before anything starts."""
 
 from __future__ import annotations
 

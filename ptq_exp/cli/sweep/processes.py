@@ -45,7 +45,7 @@ def only_process() -> None:
 
 
 def _number(name: str) -> int:
-    """A variable of the environment as a whole number; 0 for anything else."""
+    """Return a variable of the environment as a whole number; 0 for anything else."""
     try:
         return int(os.environ.get(name, "0"))
     except ValueError:

@@ -34,14 +34,14 @@ class SweepRecord:
 
     @classmethod
     def of(cls, config: DictConfig) -> SweepRecord:
-        """The sweep that a composed configuration (with its node `hydra`) starts."""
+        """Return the sweep that a composed configuration (with its node `hydra`) starts."""
         overrides = config.hydra.overrides
         parsed = OverridesParser.create().parse_overrides(list(overrides.task))
         swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
         given = [override.key_or_group for override in parsed]
         params = OmegaConf.select(config, "hydra.sweeper.params") or {}
         swept += [plain_key(key) for key in params if plain_key(key) not in given]
-        ours = ("hydra.mode", "hydra.sweep.dir")  # told by the folder
+        ours = ("hydra.mode", "hydra.sweep.dir")  # the folder says them
         hydra = [override for override in overrides.hydra if plain_key(override) not in ours]
         sources = config.hydra.runtime.config_sources
         own = next((source.path for source in sources if source.provider == "command-line"), None)

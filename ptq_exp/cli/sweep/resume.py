@@ -13,7 +13,7 @@ RESUME = "sweep.resume"
 
 
 def with_resumed_sweep(arguments: list[str]) -> list[str]:
-    """The arguments; where `sweep.resume` is among them, with those of the sweep that it names.
+    """Return the arguments; where `sweep.resume` is among them, with those of the sweep that it names.
 
     Only settings that change no number may be given anew: launcher, trainer, logger, cache and the like.
 

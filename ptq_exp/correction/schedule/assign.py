@@ -33,7 +33,7 @@ def snr_rows(output_snr: Tensor, forward: Tensor) -> Tensor:
 
 
 def budget_rows(damage: Tensor, cost: Sequence[int], budget: float, repeats: Tensor | None = None) -> Tensor:
-    """The widths that minimise the summed damage of all steps at a summed cost of at most `budget`, exactly.
+    """Return the widths that minimise the summed damage of all steps at a summed cost of at most `budget`, exactly.
 
     Dynamic programming over the steps; its states are the sums of costs that can be reached, of which there are few, as
     all steps choose from the same costs. Of equal damages the cheaper choice is kept.

@@ -32,7 +32,7 @@ class BitSchedule:
 
     Raises:
         ConfigError: a width is impossible, the two lists differ in length, or positions of one network time have
-            different widths (they share one network, which is told the time alone).
+            different widths (they share one network, which sees the time alone).
     """
 
     weight: int
@@ -76,7 +76,7 @@ class BitSchedule:
         return torch.tensor([list(candidates).index(bits) for bits in self.activation])
 
     def shares(self, candidates: Sequence[int]) -> list[float]:
-        """The share of network evaluations that run at each of the `candidates`."""
+        """Return the share of network evaluations that run at each of the `candidates`."""
         return [self.activation.count(bits) / len(self) for bits in candidates]
 
     def check(self, grid: TimeGrid) -> None:

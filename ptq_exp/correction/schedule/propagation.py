@@ -18,7 +18,6 @@ from ptq_exp.errors import DataError
 def propagated(
     model: DiffusionModel, denoiser: Denoiser, quantized: Denoiser, grid: TimeGrid, steps: Sequence[int],
     indices: Sequence[int], seed: int, *, device: torch.device | str = "cpu",
-    on_step: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Let the quantized denoiser make the estimate of a single step, and the full-precision one all others.
 
@@ -51,7 +50,6 @@ def propagated(
         changed = run(_Replayed(denoiser, [*records[:step], wrong[step]]))
         cause.append((wrong[step] - records[step]).double().square().flatten(1).mean(1).cpu())
         effect.append((changed - final).double().square().flatten(1).mean(1).cpu())
-        on_step()
     return torch.stack(cause, 1), torch.stack(effect, 1)
 
 

@@ -24,12 +24,12 @@ def conditional_unet(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def unconditional_unet(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The unconditional U-Nets: attention with fused qkv, a head for every 32 channels."""
+    """Return the unconditional U-Nets: attention with fused qkv, a head for every 32 channels."""
     return improved_diffusion.unet(key, tensor, layers=_LAYERS, heads=lambda channels: channels // _CHANNELS_PER_HEAD)
 
 
 def vq_first_stage(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The VQ autoencoder with f = 4: three levels, one codebook."""
+    """Return the VQ autoencoder with f = 4: three levels, one codebook."""
     if key in ("quantize.embedding.weight", *_around_the_codebook()):
         return {key: tensor}
     side, _, inner = key.partition(".")
@@ -44,12 +44,12 @@ def _around_the_codebook() -> list[str]:
 
 
 def class_embedding(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The embedding of class labels, the last one meaning "no class"."""
+    """Return the embedding of class labels, the last one meaning "no class"."""
     return {"weight": tensor} if key == "embedding.weight" else {}
 
 
 def with_ema(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict with the averaged weights in place of those of the last training step.
+    """Return the state dict with the averaged weights in place of those of the last training step.
 
     An average is stored under the weight's name without dots. A weight without average is left out and an average
     without weight stays under its own name, so that both are found as missing and unexpected.

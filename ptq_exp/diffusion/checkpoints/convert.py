@@ -21,7 +21,7 @@ _SHOWN = 3
 
 
 def identity(key: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The `Rename` of a file that is in the layout of `diffusers` already."""
+    """Return the `Rename` of a file that is in the layout of `diffusers` already."""
     return {key: tensor}
 
 
@@ -117,7 +117,7 @@ def _compare(
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A float32 copy that no longer needs the file: it may be deleted or overwritten while the model is in use."""
+    """Return a float32 copy without the file behind it, which may be deleted or overwritten meanwhile."""
     return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 

@@ -21,7 +21,7 @@ _GLOBAL = re.compile(r"GLOBAL ([\w.]+)|function <[\w-]+ ?(?:function |method |cl
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, on the CPU, memory-mapped where the format allows it.
+    """Read the tensors of a checkpoint by name, on the CPU, memory-mapped where the format allows it.
 
     Understood are safetensors, and PyTorch files that hold a dict of tensors, `{"state_dict": ...}` (latent diffusion,
     Lightning) or another single state dict, or the training list of the PyTorch DDIM port (its averaged weights are
@@ -98,13 +98,13 @@ def _read_torch(path: Path, mmap: bool) -> object:
 
 
 def _line(error: Exception) -> str:
-    """The first line of a message, shortened: libraries append advice and addresses."""
+    """Return the first line of a message, shortened: libraries append advice and addresses."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:160]
 
 
 def _flat(path: Path, loaded: object) -> dict[str, Tensor]:
-    """The state dict inside one of the known containers."""
+    """Return the state dict inside one of the known containers."""
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     elif isinstance(loaded, dict) and (nested := _nested(loaded)):
@@ -127,14 +127,14 @@ def _flat(path: Path, loaded: object) -> dict[str, Tensor]:
 
 
 def _nested(loaded: dict) -> list:
-    """The keys of the state dicts inside; none where the weights lie beside them (a counter is no weight)."""
+    """Return the keys of the state dicts inside; none where the weights lie beside them (a counter is no weight)."""
     if any(isinstance(value, Tensor) and value.ndim for value in loaded.values()):
         return []
     return [key for key, value in loaded.items() if _is_state_dict(value)]
 
 
 def _training_list(path: Path, loaded: list | tuple) -> object:
-    """The last dict of tensors of [model, optimizer, epoch, step, averaged model]; optimizer states are nested."""
+    """Return the last dict of tensors of [model, optimizer, epoch, step, averaged model]; optimizers nest theirs."""
     states = [item for item in loaded if _is_state_dict(item)]
     if not states:
         raise _error(path, "no tensors inside the list")

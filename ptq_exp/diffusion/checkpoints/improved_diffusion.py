@@ -56,7 +56,7 @@ def unet(key: str, tensor: Tensor, *, layers: int, heads: Callable[[int], int] |
 
 
 def _place(module: str, layers: int) -> tuple[str | None, str]:
-    """The `diffusers` block that `module` belongs to, and the module's name inside it; (None, "") if there is none."""
+    """Return the `diffusers` block of `module`, and the name inside it; (None, "") if there is none."""
     if middle := _MIDDLE.fullmatch(module):
         return _MIDDLE_PLACES.get(int(middle[1])), middle[2]
     block = _BLOCK.fullmatch(module)
@@ -87,12 +87,12 @@ def _attention(
 
 
 def as_linear(tensor: Tensor) -> Tensor:
-    """The weight of a convolution of width 1, [out, in, 1(, 1)], as that of a linear layer; a bias as it is."""
+    """Return the weight of a convolution of width 1, [out, in, 1(, 1)], as that of a linear layer; a bias as it is."""
     return tensor.flatten(1) if tensor.ndim > 2 else tensor
 
 
 def split_qkv(tensor: Tensor, heads: Callable[[int], int]) -> dict[str, Tensor]:
-    """A fused weight [3 C, C] or bias [3 C] -> {"q", "k", "v"}: its rows run over (head, which of the three, channel).
+    """Split a fused weight [3 C, C] or bias [3 C] into {"q", "k", "v"}: rows run over (head, which one, channel).
 
     A tensor that cannot be divided so belongs to another network; its rows come back in three unequal parts, for the
     comparison of shapes to name it.

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-from ptq_exp.errors import CheckpointError, ConfigError
+from ptq_exp.errors import CheckpointError, ConfigError, one_line
 from ptq_exp.storage.finite import extremes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -25,7 +25,7 @@ class RandomWeightsWarning(UserWarning):
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The number type of a denoiser.
+    """Return the number type of a denoiser.
 
     Raises:
         ConfigError: none of the names in `DTYPES`.
@@ -71,7 +71,7 @@ def random_weights_wanted() -> bool:
 
 
 def of_random_weights(cls: type[nn.Module], settings: Mapping, where: str) -> nn.Module:
-    """A module of `diffusers` of the class `cls` with `settings`, which name no code, and random weights.
+    """Return a module of `diffusers` of the class `cls` with `settings`, which name no code, and random weights.
 
     Raises:
         CheckpointError: the settings are not those of such a module; the message begins with `where`.
@@ -81,17 +81,16 @@ def of_random_weights(cls: type[nn.Module], settings: Mapping, where: str) -> nn
             torch.manual_seed(_SEED)
             return cls.from_config(dict(settings))
     except Exception as error:  # whatever damaged settings make the library stumble over
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{where}: no settings of {cls.__name__} ({reason})") from error
+        raise CheckpointError(f"{where}: no settings of {cls.__name__} ({one_line(error, 300)})") from error
 
 
 def random_digest(name: str) -> str:
-    """The identity of a model with random weights."""
+    """Return the identity of a model with random weights."""
     return f"random-{name}"
 
 
 def frozen(module: nn.Module, dtype: torch.dtype = torch.float32, checkpoint: object | None = None) -> nn.Module:
-    """`module` in evaluation mode, without gradients, in `dtype`.
+    """Return `module` in evaluation mode, without gradients, in `dtype`.
 
     Raises:
         ConfigError: a number of `module` (read from `checkpoint`, which the message names) is too large for `dtype`.

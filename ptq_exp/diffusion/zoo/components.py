@@ -18,13 +18,13 @@ from ptq_exp.diffusion.checkpoints import read_checkpoint
 from ptq_exp.diffusion.zoo.build import of_random_weights, random_weights_wanted
 from ptq_exp.diffusion.zoo.settings import read_json
 from ptq_exp.diffusion.zoo.weights import STEM, damage, find_weights
-from ptq_exp.errors import CheckpointError
+from ptq_exp.errors import CheckpointError, one_line
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.finite import is_finite, require_finite
 
 
 def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Module:
-    """A module of class `cls` in float32 from `root/component` (or `root` itself, for early repositories).
+    """Read a module of class `cls` in float32 from `root/component` (or `root` itself, for early repositories).
 
     Raises:
         CheckpointError: weights are missing, left over, of another shape, or in a file that cannot be read safely.
@@ -38,20 +38,20 @@ def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Modul
         reason = str(error).removeprefix(f"model.checkpoint={folder}: ")
         raise CheckpointError(f"model.checkpoint={folder}: not a complete {cls.__name__}: {reason}") from error
     try:
-        with _quiet():  # what does not fit is told below, in one line
+        with _quiet():  # what does not fit is reported below, in one line
             module, info = cls.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32,
                 low_cpu_mem_usage=False, variant=weights.variant, use_safetensors=weights.safe,
             )  # fmt: skip
     except Exception as error:  # whatever a damaged folder makes the library stumble over
-        reason = damage(weights.files) or " ".join(str(error).split())[:300] or type(error).__name__
+        reason = damage(weights.files) or one_line(error, 300)
         raise CheckpointError(
             f"model.checkpoint={folder}: not a complete {cls.__name__} of its config.json ({reason})"
         ) from error
     found = {what.removesuffix("_keys"): keys for what, keys in info.items() if keys}
     if found and not _filled(module, weights.files):
-        told = "; ".join(f"{len(keys)} {what} ({', '.join(map(str, list(keys)[:3]))})" for what, keys in found.items())
-        raise CheckpointError(f"model.checkpoint={folder}: not the weights of its own config.json: {told}")
+        shown = "; ".join(f"{len(keys)} {what} ({', '.join(map(str, list(keys)[:3]))})" for what, keys in found.items())
+        raise CheckpointError(f"model.checkpoint={folder}: not the weights of its own config.json: {shown}")
     _require_real(module, weights.files)
     _require_finite(module, folder, weights.files)
     return module
@@ -103,7 +103,7 @@ def _require_finite(module: nn.Module, folder: Path, files: Sequence[Path]) -> N
 
 
 def _file_of(folder: Path, files: Sequence[Path], name: str) -> Path:
-    """The one of `files` that holds the bad tensor `name`; `folder` where that cannot be told."""
+    """Return the one of `files` that holds the bad tensor `name`; `folder` where it is not known."""
     if len(files) > 1:
         files = [path for path in files if path.suffix == ".safetensors" and _holds_bad(path, name)]
     return files[0] if len(files) == 1 else folder
@@ -115,7 +115,7 @@ def _holds_bad(path: Path, name: str) -> bool:
 
 
 def settings_files(root: Path) -> dict[str, dict]:
-    """The content of the settings files of a folder, by relative path: all but the weights, as JSON can hold it.
+    """Return the content of the settings files of a folder, by relative path: all but the weights, as JSON can hold it.
 
     Infinite values are left out. The reader has refused those that it follows; what remains belongs to a solver
     (`lambda_min_clipped` of DPM-Solver is minus infinity where it is not set), and an absent setting is its default.

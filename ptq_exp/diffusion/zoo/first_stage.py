@@ -11,8 +11,9 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, Aut
 from ptq_exp.diffusion.denoisers import FirstStage
 from ptq_exp.diffusion.zoo.build import frozen
 from ptq_exp.diffusion.zoo.components import load_component
-from ptq_exp.diffusion.zoo.network import component_settings, hollow, named_class, reason
+from ptq_exp.diffusion.zoo.network import component_settings, hollow, named_class
 from ptq_exp.diffusion.zoo.settings import Settings
+from ptq_exp.errors import one_line
 
 AUTOENCODERS = {cls.__name__: cls for cls in (VQModel, AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL,
                                               AutoencoderDC)}  # fmt: skip
@@ -23,7 +24,7 @@ _ABSENT = ("shift_factor", "latents_mean", "latents_std")
 
 
 def read_first_stage(index: Settings, network: Settings, latent: tuple[int, int, int]) -> tuple[FirstStage, str, tuple]:
-    """The first stage that the pipeline's index names: (first stage, name of the component, (C, H, W) of an image).
+    """Read the first stage of the pipeline's index: (first stage, name of the component, (C, H, W) of an image).
 
     Args:
         index: the pipeline's `model_index.json`.
@@ -55,13 +56,13 @@ def read_first_stage(index: Settings, network: Settings, latent: tuple[int, int,
 def _image_shape(
     settings: Settings, cls: type, config: Mapping, network: Settings, latent: tuple[int, int, int]
 ) -> tuple[int, int, int]:
-    """What comes out when a latent is decoded, by shapes alone."""
+    """Return what comes out when a latent is decoded, by shapes alone."""
     module = hollow(settings, cls, config)
     try:
         decoded = module.decode(torch.empty(1, *latent, device="meta")).sample
     except Exception as error:  # whatever the library stumbles over
         raise settings.error(
             f"cannot decode a latent of {latent} (channels, height, width), which in_channels and sample_size of "
-            f"{network.file} say; latent_channels={config['latent_channels']} ({reason(error)})"
+            f"{network.file} say; latent_channels={config['latent_channels']} ({one_line(error)})"
         ) from error
     return tuple(decoded.shape[1:])

@@ -37,7 +37,7 @@ _STEPS, _DIT_GUIDANCE = 50, 4.0
 def diffusers_folder(
     checkpoint: str | None = None, *, name: str = "diffusers", dtype: str = "float32", conditions: str | None = None
 ) -> DiffusionModel:
-    """A model from a local diffusers folder or a repository id.
+    """Return a model from a local diffusers folder or a repository id.
 
     Known are a folder of `UNet2DModel` or `UNet2DConditionModel`, and pipelines DDPM, DDIM, PNDM (their U-Net), LDM and
     DiT (class-conditional) with an autoencoder as first stage. Schedule, clipping, spacing and what is predicted (the
@@ -97,7 +97,7 @@ def _scheduler(index: Settings) -> Scheduler:
 def _unet(
     index: Settings, name: str, scheduler: Scheduler, table: ConditionTable | None, *, latent: bool
 ) -> DiffusionModel:
-    """A U-Net on pixels, or on the latents of a first stage."""
+    """Return a U-Net on pixels, or on the latents of a first stage."""
     unet = read_unet(index, table)
     first_stage, component, image_shape = None, None, None
     if latent:

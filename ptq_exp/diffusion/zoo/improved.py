@@ -81,7 +81,7 @@ def _build(config: dict, checkpoint: str | None, name: str, dtype: str, wanted: 
 
 
 def _four_heads(unet: nn.Module) -> None:
-    """Four heads at every width, which `UNet2DModel` cannot be told: its one setting is the width of a head."""
+    """Set four heads at every width, for which `UNet2DModel` has no setting: it has the width of a head."""
     for module in unet.modules():
         if isinstance(module, Attention):
             module.heads = module.sliceable_head_dim = _HEADS

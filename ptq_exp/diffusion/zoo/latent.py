@@ -98,10 +98,10 @@ def ldm4_lsun_bedrooms256(
 
 
 def _chosen(state: dict, ema: bool, checkpoint: str) -> tuple[dict, Sequence[str]]:
-    """The state dict with the weights that are asked for under the U-Net's names, and the patterns left unused."""
+    """Return the state dict with the weights asked for under the U-Net's names, and the patterns left unused."""
     if not ema:
         return state, (*compvis.UNUSED, f"{compvis.EMA}*")
-    # another network is told by `fill`; only the right one without averages is a question of the setting
+    # another network is reported by `fill`; only the right one without averages is a question of the setting
     if any(key.startswith(compvis.UNET) for key in state) and not compvis.has_ema(state):
         raise CheckpointError(
             f"model.checkpoint={checkpoint}: holds no averaged (EMA) weights; set model.ema=false for those of the "
@@ -115,7 +115,7 @@ def _first_stage_part(first_stage: nn.Module) -> Part:
 
 
 def conditional_unet() -> UNet2DConditionModel:
-    """The U-Net of `ldm4_imagenet256` with random weights, or with none under ``torch.device("meta")``."""
+    """Return the U-Net of `ldm4_imagenet256` with random weights, or with none under ``torch.device("meta")``."""
     # attention_head_dim is the number of heads here
     return UNet2DConditionModel(
         sample_size=64, in_channels=3, out_channels=3, block_out_channels=(192, 384, 576, 960), layers_per_block=2,

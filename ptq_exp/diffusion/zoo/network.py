@@ -10,6 +10,7 @@ from torch import nn
 
 from ptq_exp.diffusion.zoo.components import component_folder
 from ptq_exp.diffusion.zoo.settings import Settings, whole
+from ptq_exp.errors import one_line
 
 Shape = tuple[int, int, int]
 # DiT was a part of this class once
@@ -43,7 +44,7 @@ def component_settings(index: Settings, component: str, known: Iterable[str]) ->
 
 
 def named_class(index: Settings, component: str) -> str | None:
-    """The class that a pipeline's index names for a component; it has [null, null] for one that is left out."""
+    """Return the class that a pipeline's index names for a component; it has [null, null] for one that is left out."""
     entry = index.values.get(component)
     return _known_as(entry[-1]) if isinstance(entry, list) and entry else None
 
@@ -53,7 +54,7 @@ def _known_as(name: Any) -> Any:
 
 
 def hollow(settings: Settings, cls: type[nn.Module], config: Mapping[str, Any]) -> nn.Module:
-    """A module of `cls` without weights (meta device): computes shapes alone.
+    """Return a module of `cls` without weights (meta device): computes shapes alone.
 
     Raises:
         CheckpointError: the class does not take the settings.
@@ -62,7 +63,7 @@ def hollow(settings: Settings, cls: type[nn.Module], config: Mapping[str, Any]) 
         with torch.device("meta"):
             return cls(**config).to("meta").eval()
     except Exception as error:  # whatever the library stumbles over
-        raise settings.error(f"no {cls.__name__} can be made of it ({reason(error)})") from error
+        raise settings.error(f"no {cls.__name__} can be made of it ({one_line(error)})") from error
 
 
 def state_shape(settings: Settings, config: Mapping[str, Any]) -> Shape:
@@ -94,12 +95,7 @@ def check_estimate(settings: Settings, denoiser: nn.Module, shape: Shape, **cond
     except Exception as error:  # whatever the library stumbles over
         others = "".join(f", and {name} of {tuple(value.shape)}" for name, value in conditions.items())
         raise settings.error(f"the network does not take a state of {shape} (channels, height, width), which "
-                             f"in_channels and sample_size say{others} ({reason(error)})") from error  # fmt: skip
+                             f"in_channels and sample_size say{others} ({one_line(error)})") from error  # fmt: skip
     if found != shape[1:]:
         raise settings.error(f"sample_size={list(shape[1:])}: the network returns {list(found)}; choose a size that "
                              "its levels or patches divide")  # fmt: skip
-
-
-def reason(error: Exception) -> str:
-    """The beginning of a library's message, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

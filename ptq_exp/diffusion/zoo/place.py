@@ -17,7 +17,7 @@ _NETWORKS = ("unet", "transformer")
 
 
 def local_folder(checkpoint: str) -> Path:
-    """The folder `checkpoint`, or the local copy of a repository of that id (downloaded if the hub can be reached).
+    """Return the folder `checkpoint`, or the local copy of a repository of that id, downloaded if need be.
 
     The network of a pipeline stands for the pipeline around it, which knows its scheduler and first stage; a folder of
     the hub's cache (models--owner--name) for the snapshot in it. Only settings and weights are fetched: safetensors,
@@ -59,7 +59,7 @@ def is_local(checkpoint: str) -> bool:
 
 
 def _model_folder(path: Path) -> Path:
-    """The folder that holds the model of the existing folder `path`; see `local_folder`."""
+    """Return the folder that holds the model of the existing folder `path`; see `local_folder`."""
     if (path / INDEX).exists():
         return path
     if (path / "config.json").exists():
@@ -77,7 +77,7 @@ def _model_folder(path: Path) -> Path:
 
 
 def _of_cache(path: Path) -> Path:
-    """The snapshot of a repository's folder in the cache: that of its main branch, or the only one."""
+    """Return the snapshot of a repository's folder in the cache: that of its main branch, or the only one."""
     snapshots = sorted(p for p in (path / "snapshots").iterdir() if p.is_dir())
     main = path / "refs" / "main"
     named = path / "snapshots" / main.read_text(encoding="utf-8").strip() if main.is_file() else None
@@ -90,7 +90,7 @@ def _of_cache(path: Path) -> Path:
 
 
 def _instead(path: Path) -> str:
-    """What to give in place of a file."""
+    """Return what to give in place of a file."""
     if (zipfile.is_zipfile(path) and not _is_torch(path)) or tarfile.is_tarfile(path):
         return ": this is an archive; unpack it and give the folder that was in it"
     folder = path.parent

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ptq_exp.errors import CheckpointError, ConfigError
+from ptq_exp.errors import CheckpointError, ConfigError, nearest
 from ptq_exp.storage.paths import with_homes
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def load_model(name: str, checkpoint: str | None = None, *, dtype: str = "float3
         CheckpointError: the checkpoint cannot be read safely, belongs to another network, or holds NaN or infinity.
     """
     if name not in MODELS:
-        raise ConfigError(f"model.name={name}: {_nearest(name, MODELS)}")
+        raise ConfigError(f"model.name={name}: {nearest(name, MODELS)}")
     module, _, function = MODELS[name].partition(":")
     build = getattr(import_module(module), function)
     # every model of the command has the settings of all; what is not set asks for nothing
@@ -103,11 +102,5 @@ def _check_options(name: str, build: Callable, options: dict) -> None:
     known = set(inspect.signature(build).parameters) - {"name", "checkpoint", "dtype"}
     for option in options:
         if option not in known:
-            which = _nearest(option, known) if known else "there are none"
+            which = nearest(option, known) if known else "there are none"
             raise ConfigError(f"model.{option}: the model {name} has no such option; {which}")
-
-
-def _nearest(found: str, known: Iterable[str]) -> str:
-    """Help for a misspelt word."""
-    close = get_close_matches(found, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(sorted(known))}"

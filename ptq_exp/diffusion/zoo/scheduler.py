@@ -17,6 +17,7 @@ import torch
 from ptq_exp.diffusion.prediction import PREDICTIONS
 from ptq_exp.diffusion.time_grid import NoiseSchedule
 from ptq_exp.diffusion.zoo.settings import Settings, whole
+from ptq_exp.errors import one_line
 
 log = logging.getLogger(__name__)
 # both step as Song et al. 2021, eq. 12, with the network's eps beside a clipped x0
@@ -93,7 +94,7 @@ def read_scheduler(settings: Settings, named: str | None = None, pipeline: str |
 
 
 def _made(settings: Settings, named: str | None, pipeline: str | None) -> tuple[Any, bool]:
-    """The scheduler as diffusers makes it, and whether the pipeline turned it into one of another class."""
+    """Return the scheduler as diffusers makes it, and whether the pipeline turned it into one of another class."""
     own = settings.values.get("_class_name")
     kind = named if own is None else own
     if kind not in KNOWN:
@@ -111,17 +112,17 @@ def _made(settings: Settings, named: str | None, pipeline: str | None) -> tuple[
     except NotImplementedError as error:
         raise settings.error(f"unknown beta_schedule={arguments.get('beta_schedule')}: {kind} has no such") from error
     except Exception as error:  # whatever the class says to settings that it does not take together
-        raise settings.error(f"{kind} cannot be made from it ({' '.join(str(error).split())[:200]})") from error
+        raise settings.error(f"{kind} cannot be made from it ({one_line(error)})") from error
 
 
 def _config(made: Any) -> dict[str, Any]:
-    """The settings that the class of `made` has: diffusers keeps those of other classes beside them, without effect."""
+    """Return the settings that the class of `made` has: diffusers keeps those of others, without effect."""
     known = Settings.parameters(type(made))
     return {key: value for key, value in made.config.items() if key in known}
 
 
 def _check_betas(settings: Settings, arguments: Mapping[str, Any]) -> None:
-    """The line about betas that no schedule can be made of; `arguments` are of the right types."""
+    """Return the line about betas that no schedule can be made of; `arguments` are of the right types."""
     total = settings.require(
         "num_train_timesteps", arguments["num_train_timesteps"], lambda n: whole(n) and n <= _LONGEST,
         f"choose 1..{_LONGEST}",
@@ -188,7 +189,7 @@ def _name_what_is_left(settings: Settings, cls: type, config: Mapping[str, Any])
 
 
 def assumed(settings: Settings) -> Scheduler:
-    """What a network without scheduler settings is taken to be trained with: DDPM's (logged)."""
-    told = "no scheduler settings; assuming linear betas 1e-4..0.02 over 1000 steps, x0 clipped"
-    log.warning("%s: %s", settings.root, told)
+    """Return what a network without scheduler settings is taken to be trained with: DDPM's (logged)."""
+    assumed = "no scheduler settings; assuming linear betas 1e-4..0.02 over 1000 steps, x0 clipped"
+    log.warning("%s: %s", settings.root, assumed)
     return read_scheduler(settings)

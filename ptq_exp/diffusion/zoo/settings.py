@@ -65,7 +65,7 @@ class Settings:
 
     @staticmethod
     def parameters(kind: type) -> dict[str, Any]:
-        """The arguments of a class of `diffusers` and their defaults."""
+        """Return the arguments of a class of `diffusers` and their defaults."""
         return {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items()
                 if key != "self" and p.kind is not p.VAR_KEYWORD}  # fmt: skip
 
@@ -77,7 +77,7 @@ class Settings:
 
 
 def read_json(path: Path) -> dict:
-    """A settings file of a folder.
+    """Read a settings file of a folder.
 
     Raises:
         CheckpointError: it is missing or not a JSON object.
@@ -133,7 +133,7 @@ def _fits(value: Any, kinds: set[str], default: Any) -> bool:
 
 
 def _words(kinds: set[str]) -> str:
-    """`a whole number or null`."""
+    """Return `a whole number or null`."""
     words = [_WORDS[kind] for kind in sorted(kinds) if kind in _WORDS]
     inner = [_WORDS[kind[3:]] for kind in sorted(kinds) if kind.startswith("in ") and kind[3:] in _WORDS]
     if "a list" in words and inner:

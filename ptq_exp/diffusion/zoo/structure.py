@@ -17,7 +17,7 @@ _FILES = ("config.json", "scheduler_config.json", "model_index.json")
 
 @contextmanager
 def folder_of_structure(structure: Mapping[str, Any], where: str) -> Iterator[str]:
-    """A temporary folder with the settings files of `structure`; a model that is read from it has random weights.
+    """Yield a temporary folder with the settings files of `structure`; a model read from it has random weights.
 
     So the reader of folders reads what was saved, too. The settings name no code: only classes that it knows are built.
 

@@ -42,7 +42,7 @@ class UNet(NamedTuple):
     blocks: tuple[str, ...]
 
     def load(self, index: Settings) -> nn.Module:
-        """The denoiser of this U-Net, in float32."""
+        """Read the denoiser of this U-Net, in float32."""
         unet = load_component(self.cls, index.root, "unet")
         if self.classes == 0:
             return UNetDenoiser(unet)

@@ -33,7 +33,7 @@ class Weights(NamedTuple):
 
 
 def find_weights(folder: Path) -> Weights:
-    """The weights to load from `folder`: the plain ones before a variant, safetensors before pickled tensors.
+    """Return the weights to load from `folder`: the plain ones before a variant, safetensors before pickled tensors.
 
     A variant is taken where nothing else is there (logged): float16 and bfloat16 are widened by whoever loads them.
 
@@ -96,12 +96,12 @@ def _check_shard(path: Path, expected: set[str]) -> None:
         raise _error(path.parent, damage([path]) or f"{path.name} is not readable ({error})") from error
     for what, names in ("lacks", expected - found), ("also holds", found - expected):
         if names:
-            told = f"{path.name} {what} {len(names)} tensors ({', '.join(sorted(names)[:3])})"
-            raise _error(path.parent, f"{told}: it is not the shard that its index lists")
+            found = f"{path.name} {what} {len(names)} tensors ({', '.join(sorted(names)[:3])})"
+            raise _error(path.parent, f"{found}: it is not the shard that its index lists")
 
 
 def damage(files: Iterable[Path]) -> str | None:
-    """What is wrong with the first file that cannot be read safely, with its name; None = all can be read."""
+    """Return what is wrong with the first file that cannot be read safely, with its name; None = all can be read."""
     for path in files:
         try:
             read_checkpoint(path)
@@ -111,7 +111,7 @@ def damage(files: Iterable[Path]) -> str | None:
 
 
 def listing(folder: Path, limit: int = 6) -> str:
-    """The first names in a folder, for messages."""
+    """Return the first names in a folder, for messages."""
     names = [path.name + "/" * path.is_dir() for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     return ", ".join(names[:limit]) + ", ..." * (len(names) > limit) if names else "nothing"
 

@@ -1,4 +1,4 @@
-"""The account of a network: its multiplications joined with the quantizers that it has."""
+"""Report a network: its multiplications joined with the quantizers that it has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ptq_exp.quantization.quantizer import WeightQuantizer
 
 
 def describe(model: nn.Module, example_inputs: tuple, reasons: Mapping[str, str] | None = None) -> Report:
-    """Account for the operations of `model`, quantized or not, by one forward with all quantizers off.
+    """Report the operations of `model`, quantized or not, by one forward with all quantizers off.
 
     Args:
         model: any network.
@@ -35,7 +35,7 @@ def describe(model: nn.Module, example_inputs: tuple, reasons: Mapping[str, str]
 
 
 def quantized_operands(model: nn.Module, example_inputs: tuple) -> Operands:
-    """What the multiplications of `model` read, by one forward with all quantizers off; nothing if it has none."""
+    """Return what the multiplications of `model` read, by one forward with quantizers off; nothing if it has none."""
     if next(quantizers(model), None) is None:
         return Operands()
     with disabled(model):

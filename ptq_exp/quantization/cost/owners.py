@@ -35,7 +35,7 @@ class Owners:
         return self._running[-1] if self._running else None
 
     def of(self, operands: Sequence[Any]) -> str | None:
-        """The owner of a multiplication of `operands` (other values among them do not matter)."""
+        """Return the owner of a multiplication of `operands` (other values among them do not matter)."""
         name = self.innermost
         if name in self.layers:
             return name
@@ -43,7 +43,7 @@ class Owners:
         return next((layer for layer in found if layer is not None), name)
 
     def derive(self, layer: str, made: Any) -> None:
-        """The tensor `made` was computed from the weight of `layer`; of another size it is no weight in its place."""
+        """Note that `made` was computed from the weight of `layer`; of another size it is no weight in its place."""
         place = place_of(made)
         if place is not None and made.numel() and made.numel() % _weight(self.layers[layer]).numel() == 0:
             self._by_weight.setdefault(place, layer)
@@ -69,7 +69,7 @@ class Owners:
 
 
 def _weight(layer: nn.Module) -> Tensor | None:
-    """The weight that `layer` holds; one that is computed when it is asked for does not count."""
+    """Return the weight that `layer` holds; one that is computed when it is asked for does not count."""
     held = (layer._parameters, layer._buffers, layer.__dict__)
     return next((values["weight"] for values in held if values.get("weight") is not None), None)
 

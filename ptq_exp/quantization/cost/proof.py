@@ -1,4 +1,4 @@
-"""The proof of an account: one evaluation of the calibrated network, in which every quantized operand is looked at."""
+"""Prove a report: one evaluation of the calibrated network, in which every quantized operand is looked at."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def proven(model: nn.Module, report: Report, inputs: tuple) -> Report:
 
 
 def refuted(report: Report, checked: Report) -> list[Row]:
-    """The rows of `checked`, which `proven` made of `report`, that are no longer covered."""
+    """Return the rows of `checked`, which `proven` made of `report`, that are no longer covered."""
     return [new for old, new in zip(report.rows, checked.rows, strict=True) if old.covered and not new.covered]
 
 
@@ -69,7 +69,7 @@ def _checked(row: Row, seen: Operands) -> Row:
 
 
 def _faults(products: Products, number: int) -> str:
-    """What is wrong with operand `number` of `products`; "" if all of them lie on grids."""
+    """Return what is wrong with operand `number` of `products`; "" if all of them lie on grids."""
     operands: Iterable = [pair[number] for pair in products]
     if any(operand.quantizer is None for operand in operands):
         return "does not come from a quantizer"

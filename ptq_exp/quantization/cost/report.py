@@ -227,7 +227,7 @@ class Report:
         return sum(share * row.at(i).bops for i, share in enumerate(self.shares))
 
     def _mix(self) -> str:
-        """The share of each candidate, called by its widths (rules may have given several)."""
+        """Return the share of each candidate, called by its widths (rules may have given several)."""
         widths = {bits for row in self.rows for bits in row.candidates}
         return ", ".join(
             f"{_shown(tuple(sorted({bits[i] for bits in widths})))} in {share:.2%}"

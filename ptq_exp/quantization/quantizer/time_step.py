@@ -84,7 +84,7 @@ class Step(nn.Module):
             self.row, self.is_set = before
 
     def index(self, x: Tensor, name: str) -> Tensor:
-        """The rows that the tensor `x` uses, int64: [1], or [first dimension of `x`] where each sample has its own.
+        """Return the rows that the tensor `x` uses, int64: [1], or one for each sample, [first dimension of `x`].
 
         Attention merges its heads into the batch, a sample's heads one after the other: then rows repeat likewise.
 
@@ -140,6 +140,6 @@ def select_row(model: nn.Module, row: int | Tensor) -> None:
 
 
 def of_samples(model: nn.Module, rows: Tensor | None) -> AbstractContextManager[None]:
-    """Inside, each sample uses its row of `rows` int64 [N], see `Step.each`; None, or a `model` without: as ever."""
+    """Let each sample use its row of `rows` int64 [N], see `Step.each`; None, or a `model` without: no change."""
     step = None if rows is None else step_of(model)
     return nullcontext() if step is None else step.each(rows)

@@ -64,7 +64,7 @@ class WeightQuantizer(Quantizer):
 
     @torch.no_grad()
     def integers(self, weight: Tensor) -> Tensor:
-        """The integers q - qmin of a frozen `weight`, int32 >= 0 of its shape; `restore` makes the same weight of them.
+        """Return the integers q - qmin of a frozen `weight`, int32 >= 0 of its shape; `restore` inverts it.
 
         Raises:
             QuantizationError: the weight is not frozen, or not exactly on the grid of its ranges.
@@ -96,7 +96,7 @@ class WeightQuantizer(Quantizer):
         self.baked = True
 
     def _values(self, integers: Tensor, like: Tensor) -> Tensor:
-        """What `integers` stand for, in the type of the weight `like` and by the arithmetic of `fake_quantize`."""
+        """Return what `integers` stand for, in the type of the weight `like`, by the arithmetic of `fake_quantize`."""
         scale, lowest, _ = self._levels(like)
         # a 0-d scale leaves the type of the weight alone, as it does there
         kind = torch.promote_types(like.dtype, scale.dtype) if scale.ndim else like.dtype

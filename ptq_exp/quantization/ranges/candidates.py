@@ -56,7 +56,7 @@ class Beam:
         self.offer(t, z)
 
     def offer(self, t: Tensor, z: Tensor) -> None:
-        """Evaluates the candidates t, z [cells, k], and keeps the best of what is held and what is new."""
+        """Evaluate the candidates t, z [cells, k], and keep the best of what is held and what is new."""
         errors = torch.cat((self.errors, self.source.errors(self.space.candidates(t, z))), 1)
         # Stable: of equal candidates the one held longest stays, so the data's own range wins a tie.
         errors, order = errors.sort(dim=1, stable=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import ConfigError, one_line
 from ptq_exp.quantization.affine import QRange
 from ptq_exp.quantization.ranges.metrics import ErrorSource, block_sums
 
@@ -91,10 +91,9 @@ def check_loss(name: str, loss: Loss) -> None:
     try:
         found = loss(e.clone())
     except Exception as error:
-        line = " ".join(str(error).split())[:120]
         raise ConfigError(
             f"METRICS[{name!r}] is no loss of an error: called with a tensor it ends with {type(error).__name__} "
-            f"({line}); give a function of x - q, or HistogramMetric(function of edges, counts, bits)"
+            f"({one_line(error, 120)}); give a function of x - q, or HistogramMetric(function of edges, counts, bits)"
         ) from error
     fits = isinstance(found, Tensor) and found.shape == e.shape
     if not fits or not bool((torch.isfinite(found) & (found >= 0)).all()):

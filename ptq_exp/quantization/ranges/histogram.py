@@ -44,7 +44,7 @@ class Histogram:
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Counts one batch, `x` [cells, n]. Raises QuantizationError on NaN or infinity, naming the layer."""
+        """Count one batch, `x` [cells, n]. Raises QuantizationError on NaN or infinity, naming the layer."""
         if x.ndim != 2 or x.shape[0] != self.cells:
             raise QuantizationError(f"{self.where}: found a batch of shape {list(x.shape)}, "
                                     f"expected [{self.cells}, n]")
@@ -73,7 +73,7 @@ class Histogram:
         return first - self.bins // 2, self.counts[:, first:last + 1]
 
     def coarsened(self, bins: int) -> Histogram:
-        """The same data on fewer bins (`bins` a power of two below the present number)."""
+        """Return the same data on fewer bins (`bins` a power of two below the present number)."""
         coarse = Histogram(self.cells, bins, self.name)
         coarse.min, coarse.max, coarse.exponent = self.min, self.max, self.exponent
         coarse.zeros, coarse.count = self.zeros, self.count
@@ -81,7 +81,7 @@ class Histogram:
         return coarse
 
     def percentile(self, fraction: float) -> tuple[Tensor, Tensor]:
-        """Ends [cells]: at least `fraction` of the values is not above the upper, nor below the lower one.
+        """Find the ends [cells]: at least `fraction` of the values is not above the upper, nor below the lower one.
 
         Exact up to a bin: the outer edge of the bin that holds the value of that rank, or the extreme value.
         """
@@ -109,7 +109,7 @@ class Histogram:
         self.zeros += zeros
 
     def _widen(self, exponent: Tensor) -> None:
-        """Merges bins so that |x| < 2^exponent fits; cells whose range suffices stay as they are."""
+        """Merge bins so that |x| < 2^exponent fits; cells whose range suffices stay as they are."""
         growth = (exponent - self.exponent).clamp_(min=0)
         half = self.bins // 2
         for k in growth.unique().tolist():

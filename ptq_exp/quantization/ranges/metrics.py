@@ -79,7 +79,7 @@ def mean_slopes(metric: str) -> tuple[float, ...]:
 def block_sums(
     points: Tensor, weights: Tensor | None, candidates: QRange, summands: Summands
 ) -> list[Tensor]:
-    """Sums of weight * f(u, d, scale) over `points` [cells, n], one tensor [cells, k] for each f.
+    """Return sums of weight * f(u, d, scale) over `points` [cells, n], one tensor [cells, k] for each f.
 
     `weights` is [cells, n], or None for ones; `candidates` is [cells, k]. f gets u, d [cells, k, n] and the scale
     [cells, k, 1] of a block; it may overwrite d, and must return tensors of its own.

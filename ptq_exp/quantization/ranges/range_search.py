@@ -178,7 +178,7 @@ def _sources(rows: Tensor, metric: str, space: GridSpace) -> tuple[ErrorSource, 
 
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The values [cells, m] of `rows` and how often each occurs, where few values occur often; else None.
+    """Return the values [cells, m] of `rows` and how often each occurs, where few values occur often; else None.
 
     Their error scatters as that of m values does, not as that of n, and its minima are narrow.
     """

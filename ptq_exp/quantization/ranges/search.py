@@ -153,7 +153,7 @@ def _first_pass(space: GridSpace, source: ErrorSource, effort: Effort) -> Promis
 
 
 def _whole_path(space: GridSpace, source: ErrorSource, most: int) -> Path:
-    """The path of up to `most` scales from the largest to the smallest, and on while a cell's best is the lowest."""
+    """Walk down up to `most` scales from the largest to the smallest, and on while a cell's best is the lowest."""
     lowest, least = (math.log(scale) for scale in _smallest(source))
     count = min(math.ceil((math.log(LARGEST) - lowest) / _goal(space)), most)
     spacing = (math.log(LARGEST) - lowest) / count
@@ -168,14 +168,14 @@ def _whole_path(space: GridSpace, source: ErrorSource, most: int) -> Path:
 
 
 def _smallest(source: ErrorSource) -> tuple[float, float]:
-    """The smallest scale of the first pass, and how far it goes on down, as factors of the data's own."""
+    """Return the smallest scale of the first pass, and how far it goes on down, as factors of the data's own."""
     if getattr(source, "metric", None) == "cosine":
         return SMALLEST_OF_COSINE, SMALLEST_OF_COSINE
     return SMALLEST, LEAST
 
 
 def _path(space: GridSpace, source: ErrorSource, t: Tensor, spacing: float) -> Path:
-    """Finds the best zero point of every scale t, [k] or [cells, k], by bisection of the error's slope."""
+    """Find the best zero point of every scale t, [k] or [cells, k], by bisection of the error's slope."""
     t = t.expand(len(space.low), t.shape[-1])
     low, high = space.lowest.expand_as(t), space.highest.expand_as(t)
     for _ in range(space.bits if space.axes == 2 else 0):
@@ -188,7 +188,7 @@ def _path(space: GridSpace, source: ErrorSource, t: Tensor, spacing: float) -> P
 
 
 def _vary_ends(space: GridSpace, source: ErrorSource, width: int) -> Promising:
-    """The `width` best on a geometric grid of both ends, going on where the best is the lowest, and their spacing."""
+    """Return the `width` best on a geometric grid of both ends, on while the best is the lowest, and their spacing."""
     fewest = FEWEST_ENDS if source.convex else MOST_ENDS ** (3 - space.axes)
     count = max(min(int((ENDS_BUDGET / source.cost) ** (1 / space.axes)), fewest), FEWEST_ENDS)
     size, lowest = -math.log(END_SPAN) / (count - 1), 0.0
@@ -221,7 +221,7 @@ def _goal(space: GridSpace) -> float:
 
 
 def _scales(space: GridSpace, spacing: float, move: float) -> int:
-    """Number of scales within `spacing` from each of which to the next the largest level moves by `move` steps."""
+    """Count the scales within `spacing` from each of which to the next the largest level moves by `move` steps."""
     return max(round(spacing * 2 ** (space.bits - 1) / move), 1)
 
 

@@ -113,7 +113,7 @@ def depending_on_alone(model: nn.Module, example_inputs: tuple, argument: int) -
 
 
 def _layer_inputs(model: nn.Module, inputs: tuple) -> dict[str, Tensor]:
-    """What each linear layer and convolution reads (at its last call)."""
+    """Return what each linear layer and convolution reads (at its last call)."""
     found: dict[str, Tensor] = {}
     with watching(model) as watch:
         for name, layer in model.named_modules():

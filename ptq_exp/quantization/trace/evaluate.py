@@ -7,7 +7,7 @@ from typing import Any
 
 
 def evaluate(network: Callable[..., Any], inputs: Sequence[Any]) -> Any:
-    """What `network` makes of `inputs`: positional arguments, and keyword arguments in a mapping at their end.
+    """Return what `network` makes of `inputs`: positional arguments, and keyword arguments in a mapping at their end.
 
     So `torch.onnx.export` takes them, too.
     """

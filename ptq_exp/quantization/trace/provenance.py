@@ -46,7 +46,7 @@ class Notes(TorchFunctionMode):
         return returned
 
     def of(self, tensor: Any) -> Any:
-        """The note on `tensor`, None if there is none."""
+        """Return the note on `tensor`, None if there is none."""
         return self._noted.get(id(tensor), (None, None))[1]
 
     def set(self, tensor: Tensor, note: Any) -> None:

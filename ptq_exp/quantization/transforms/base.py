@@ -73,7 +73,7 @@ class Transform(ABC):
         """
 
     def cost(self, network: nn.Module, sites: Sites, layer_macs: Mapping[str, int]) -> Cost:
-        """Return what `install_` adds; the account of the network counts the same. The default adds nothing.
+        """Return what `install_` adds; the report of the network counts the same. The default adds nothing.
 
         Args:
             layer_macs: multiply-accumulates per sample of each layer, before.

@@ -87,7 +87,7 @@ def smoothable(model: nn.Module, example_inputs: tuple) -> dict[str, tuple[str, 
 
 @contextmanager
 def largest_outputs(model: nn.Module, names: Mapping[str, object]) -> Iterator[dict[str, Tensor]]:
-    """Fills, while `model` runs inside the context, the largest |output| per channel [C] of each module of `names`."""
+    """Fill, while `model` runs inside the context, the largest |output| per channel [C] of each module of `names`."""
     largest: dict[str, Tensor] = {}
 
     def see(name: str, module: nn.Module, y: Tensor) -> None:
@@ -144,7 +144,7 @@ class _Readings:
         self.expected: Tensor | None = None
 
     def read(self, name: str, layer: nn.Module, x: Tensor, note: tuple[str, int] | None) -> None:
-        """The layer `name` is about to read `x`."""
+        """Read the layer `name` is about to read `x`."""
         fits = note is not None and note[1] == _axis(layer) % x.ndim and getattr(layer, "groups", 1) == 1
         if note is not None and not fits:
             self.leaks.add(note[0])
@@ -152,7 +152,7 @@ class _Readings:
         self.expected = x
 
     def carry(self, function: Callable, args: tuple, kwargs: dict, output: Tensor, notes: Notes):
-        """The note of `output`; any use of a noted tensor that is neither a view nor a layer's reading is a leak."""
+        """Return the note of `output`; a use of a noted tensor that is neither view nor a layer's reading is a leak."""
         first = args[0] if args else kwargs.get("input")
         note = notes.of(first)
         if note is not None and (axis := _axis_after(function, args, kwargs, first, output, note[1])) is not None:

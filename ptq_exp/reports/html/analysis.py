@@ -40,7 +40,7 @@ def activation_section(folder: Path) -> Section | None:
 
 
 def sensitivity_section(folder: Path) -> Section | None:
-    """The relative eps error of each layer when it alone is quantized, as bars, the worst first; None without it."""
+    """Draw the relative eps error of each layer when it alone is quantized, as bars, the worst first; or None."""
     arrays = _arrays(folder)
     if "sensitivity" not in arrays:
         return None

@@ -36,7 +36,7 @@ def data_uri(content: bytes, suffix: str) -> str:
 
 
 def file_uri(path: Path) -> str | None:
-    """A picture file as an address that holds it; None where there is no such file."""
+    """Return a picture file as an address that holds it; None where there is no such file."""
     return data_uri(path.read_bytes(), path.suffix) if path.is_file() else None
 
 

@@ -9,8 +9,8 @@ import pandas as pd
 from ptq_exp.reports.html.picture import drawn
 from ptq_exp.reports.html.section import Section
 from ptq_exp.reports.pareto import front_figure
+from ptq_exp.reports.tables.columns import OF_REFERENCE, VALUES
 from ptq_exp.reports.tables.request import ResultTable
-from ptq_exp.reports.tables.settings import ACCOUNT, VALUES
 
 COST = "bops_g"
 LOSSES = {"fid_increase_units": "FID increase over FP32", "eps_error_percent": "relative eps error, %"}
@@ -18,7 +18,7 @@ LOSSES = {"fid_increase_units": "FID increase over FP32", "eps_error_percent": "
 
 
 def pareto_section(table: ResultTable, runs: pd.DataFrame) -> Section | None:
-    """A plot for each model and loss that was measured at two or more points; None where there is none.
+    """Draw a plot for each model and loss that was measured at two or more points; None where there is none.
 
     Args:
         table: means over seeds.
@@ -44,13 +44,13 @@ def pareto_section(table: ResultTable, runs: pd.DataFrame) -> Section | None:
 
 
 def _called(row: dict, keys: list[str]) -> str:
-    """The experiment, and what else tells it apart."""
+    """Return the experiment, and what else tells it apart."""
     return ", ".join([str(row["name"]), *(f"{key}={row[key]}" for key in keys if key not in ("name", "model"))])
 
 
 def _full_precision(runs: pd.DataFrame, model: str) -> float | None:
     """Bit operations of the full-precision model in billions, as any of its quantized runs counted them."""
-    column = ACCOUNT[VALUES[COST].column]
+    column = OF_REFERENCE[VALUES[COST].column]
     if column not in runs:
         return None
     found = runs.loc[runs["config.model.name"] == model, column].dropna()

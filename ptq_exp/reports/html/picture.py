@@ -26,13 +26,13 @@ class Picture:
 
 
 def drawn(draw: Callable[[float], Figure], alt: str, caption: str = "") -> Picture:
-    """The figure that `draw` makes of a width in inches, as a `Picture`."""
+    """Return the figure that `draw` makes of a width in inches, as a `Picture`."""
     narrow, wide = (_svg(draw(width)) for width in (NARROW, WIDE))
     return Picture(narrow, wide, alt, caption)
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as a data URI; the same figure gives the same text."""
+    """Return the figure as a data URI; the same figure gives the same text."""
     stream = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "ptq-exp"}):
         figure.savefig(stream, format="svg", metadata={"Date": None})

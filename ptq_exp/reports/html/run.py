@@ -10,8 +10,8 @@ from typing import Any
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation.scores import SCORES
 from ptq_exp.reports import figures
-from ptq_exp.reports.html.account import account_section
 from ptq_exp.reports.html.analysis import activation_section, sensitivity_section
+from ptq_exp.reports.html.cost import cost_section
 from ptq_exp.reports.html.page import file_uri, write_page
 from ptq_exp.reports.html.picture import drawn
 from ptq_exp.reports.html.section import Image, Section
@@ -32,7 +32,7 @@ def write_run_report(folder: Path) -> Path:
         raise DataError(f"{folder / 'results.json'} is not of a finished run, which alone has a report: run it again")
     found = [
         _summary(results), _images(results, folder), _eps_error(results), _noise(folder),
-        activation_section(folder), sensitivity_section(folder), _schedule(results), account_section(folder),
+        activation_section(folder), sensitivity_section(folder), _schedule(results), cost_section(folder),
         _reproduce(results, folder),
     ]  # fmt: skip
     config = results["config"]
@@ -46,15 +46,15 @@ def write_run_report(folder: Path) -> Path:
 
 
 def _tiles(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The numbers that people look for first."""
-    metrics, account = results["metrics"], results.get("quantization", {})
+    """Return the numbers that people look for first."""
+    metrics, cost = results["metrics"], results.get("quantization", {})
     shown = [(SCORES[key].heading, number(metrics[key]).text) for key in ("fid", "fid_increase_units", "psnr")
              if key in metrics]  # fmt: skip
     if "eps_error" in metrics:
         shown.append(("eps error", f"{metrics['eps_error']:.2%}"))
-    if account:
-        shown.append(("coverage", f"{account['coverage_conv_linear']:.2%}"))
-        shown.append(("BOPs", f"FP32 / {account['bops_ratio']:.1f}"))
+    if cost:
+        shown.append(("coverage", f"{cost['coverage_conv_linear']:.2%}"))
+        shown.append(("BOPs", f"FP32 / {cost['bops_ratio']:.1f}"))
     return shown
 
 

@@ -12,10 +12,10 @@ from ptq_exp.reports.html.page import NAME, write_page
 from ptq_exp.reports.html.pareto import pareto_section
 from ptq_exp.reports.html.section import Section
 from ptq_exp.reports.html.table import Cell, Table, number, text
+from ptq_exp.reports.tables.columns import HEADLINE_VALUES, VALUES
 from ptq_exp.reports.tables.request import BY_RUN, Request, ResultTable
 from ptq_exp.reports.tables.result_table import result_table
 from ptq_exp.reports.tables.runs import collect
-from ptq_exp.reports.tables.settings import HEADLINE_VALUES, VALUES
 from ptq_exp.results.environment import sweep_command
 from ptq_exp.results.missing import is_missing
 from ptq_exp.results.record import INTERRUPTED
@@ -105,7 +105,7 @@ def _failures(runs: pd.DataFrame) -> Section | None:
 
 
 def _reproduce(runs: pd.DataFrame, folder: Path) -> Section | None:
-    """The command of the sweep, and the environment: every value that its runs had."""
+    """Return the command of the sweep, and the environment: every value that its runs had."""
     command, prefix, rows = sweep_command(folder), "environment.", []
     for column in (column for column in runs if str(column).startswith(prefix)):
         found = runs[column].dropna()
@@ -118,7 +118,7 @@ def _reproduce(runs: pd.DataFrame, folder: Path) -> Section | None:
 
 
 def _scaled(row: dict, name: str) -> float | None:
-    """A value of one run in the unit of its column."""
+    """Return a value of one run in the unit of its column."""
     found = row[VALUES[name].column]
     return None if is_missing(found) else float(found) * VALUES[name].factor
 

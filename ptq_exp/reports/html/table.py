@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptq_exp.results.missing import is_missing
+
 MISSING = "—"
 
 
@@ -38,24 +40,19 @@ class Table:
 
 
 def number(value: Any, form: str = "{:.4g}", deviation: Any = None) -> Cell:
-    """A number, with its standard deviation where there is one; a dash where it is missing or NaN."""
-    if missing(value):
+    """Return a number, with its standard deviation where there is one; a dash where it is missing or NaN."""
+    if is_missing(value):
         return Cell(MISSING)
     value = float(value)
     if math.isinf(value):
         return Cell(*("∞", "Infinity") if value > 0 else ("−∞", "-Infinity"))
-    spread = "" if missing(deviation) else f" ± {form.format(float(deviation))}"
+    spread = "" if is_missing(deviation) else f" ± {form.format(float(deviation))}"
     return Cell(form.format(value).replace("-", "−") + spread, value)
 
 
 def text(value: Any) -> Cell:
-    """A word, a list of widths as 4/8; a dash where it is missing."""
-    if missing(value):
+    """Return a word, a list of widths as 4/8; a dash where it is missing."""
+    if is_missing(value):
         return Cell(MISSING)
     shown = "/".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return Cell(shown, shown)
-
-
-def missing(value: Any) -> bool:
-    """None, NaN, or nothing at all."""
-    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -1,25 +1,29 @@
-"""The cells of a table: runs filtered, checked, freed of repetitions and averaged, and notes of what was left out."""
+"""The cells of a table: runs filtered, checked, freed of repetitions, averaged, and compared with each other."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ptq_exp.errors import ConfigError
+from ptq_exp.reports.tables.columns import DERIVED, FULL_PRECISION, SPEC, Value, is_idle
 from ptq_exp.reports.tables.identity import decides_numbers, newest, plain, text_of
-from ptq_exp.reports.tables.settings import DERIVED, FULL_PRECISION, SPEC, Value, is_idle
 
 _ROUNDING = 1e-9  # a relative deviation below this, of bit operations and sizes, is the rounding of equal numbers
 Key = tuple[Any, ...]
+RowKey = tuple[bool, Key, str]
+"""Full precision or not, the choices of the row's keys, and the metric spec; "" for a row without finished runs."""
 
 
 @dataclass
 class Cell:
-    """The runs of one row and column that were scored alike.
+    """Hold the runs of one row and column that were scored alike.
 
     `numbers` holds a series for each value, indexed by what tells the runs apart (their seeds), without missing ones.
     `position` is that of its first run among all.
@@ -34,19 +38,19 @@ class Cell:
     position: int = 0
 
     def mean(self, value: str) -> float:
-        """Mean over the runs; NaN without any."""
+        """Average over the runs; NaN without any."""
         return float(self.numbers[value].mean())
 
-    def deviation(self, value: str, accounted: bool) -> float:
-        """Standard deviation over the runs (ddof=1), NaN for a single one; of what is `accounted`, if it is any."""
+    def deviation(self, value: str, counted: bool) -> float:
+        """Return the standard deviation over the runs (ddof=1), NaN for a single one; of `counted`, if it is any."""
         if not np.isfinite(self.numbers[value]).all():  # of an infinite PSNR, for one
-            return float("nan")
+            return nan
         deviation = float(self.numbers[value].std())
-        return float("nan") if accounted and deviation <= _ROUNDING * abs(self.mean(value)) else deviation
+        return nan if counted and deviation <= _ROUNDING * abs(self.mean(value)) else deviation
 
 
 def chosen(runs: pd.DataFrame, where: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-    """The runs whose column is one of the given values, for each column of `where` (None: a missing one).
+    """Select the runs whose column is one of the given values, for each column of `where` (None: a missing one).
 
     What has no effect in full precision does not exclude the runs of the full-precision model.
     """
@@ -65,13 +69,13 @@ def _among(value: Any, allowed: Sequence[Any]) -> bool:
 def make_cells(
     runs: pd.DataFrame, rows: Sequence[str], columns: Sequence[str], values: Mapping[str, Value], agg: Sequence[str]
 ) -> tuple[list[Cell], list[str]]:
-    """The cells of the finished `runs`, which `prepared` has seen, and notes about repeated ones.
+    """Make the cells of the finished `runs`, which `prepared` has seen, and notes about repeated ones.
 
     Runs are grouped by the settings of `rows` and `columns` and by their metric spec. Of runs that agree in `agg`, too,
-    the newest counts. Twins that quantized runs scored count where there is no run of the full-precision model.
+    the newest counts. Full-precision images that quantized runs scored count where there is no run of that model.
 
     Raises:
-        ConfigError: the runs of a cell differ in a setting that is none of these (twins alone: there is a note).
+        ConfigError: the runs of a cell differ in a setting that is none of these (`DERIVED` ones alone: a note).
     """
     by = [*rows, *columns]
     keys = pd.DataFrame({column: runs[column].map(plain).astype(object) for column in dict.fromkeys([*by, *agg])})
@@ -129,6 +133,71 @@ def _same_settings(group: pd.DataFrame, allowed: Iterable[str]) -> None:
             )
 
 
-def difference(cell: Cell, reference: Cell, value: str) -> float:
-    """Mean difference to the reference over the runs that both have (the same seeds); NaN without any."""
-    return float((cell.numbers[value] - reference.numbers[value]).mean())
+@dataclass
+class Entry:
+    """Hold what is shown of a cell; `n` counts runs, `delta` is the mean difference to full precision.
+
+    A cell that no run fills has no entry.
+    """
+
+    mean: float = nan
+    std: float = nan
+    n: int | None = None
+    delta: float = nan
+    best: bool = False
+
+
+def shares(settings: Sequence[str], reference: Key, key: Key) -> bool:
+    """Return whether full-precision runs with `reference` are those of `key`: all settings but idle ones agree."""
+    return all(is_idle(column) or r == k for column, r, k in zip(settings, reference, key, strict=True))
+
+
+def entries(
+    cells: Sequence[Cell],
+    rows: Sequence[RowKey],
+    columns: Sequence[Key],
+    values: Mapping[str, Value],
+    settings: tuple[Sequence[str], Sequence[str]],
+    block_of: Mapping[RowKey, Key],
+) -> dict[tuple[int, int, str], Entry]:
+    """Compute what is shown, by the number of the row, the number of the column, and the value.
+
+    Full-precision runs fill all columns that share their settings.
+
+    Args:
+        settings: the settings (columns of the runs) that choose rows and those that choose columns.
+        block_of: rows with the same block, and scored alike, compete for the best.
+    """
+    found = {}
+    competing = defaultdict(list)
+    for cell in cells:
+        key = (cell.full_precision, cell.row, cell.spec)
+        for place, column in enumerate(columns):
+            if cell.column != column and not (cell.full_precision and shares(settings[1], cell.column, column)):
+                continue
+            reference = None if cell.full_precision else _reference(cell, cells, column, settings)
+            for name, value in values.items():
+                if n := len(cell.numbers[name]):
+                    deviation = cell.deviation(name, value.column.startswith("quantization."))
+                    # over the runs that both have: the same seeds
+                    delta = float((cell.numbers[name] - reference.numbers[name]).mean()) if reference else nan
+                    entry = found[rows.index(key), place, name] = Entry(cell.mean(name), deviation, n, delta)
+                    if value.better and not cell.full_precision and not isnan(entry.mean):
+                        competing[place, name, cell.spec, repr(block_of[key])].append(entry)
+    for (_, name, *_), several in competing.items():
+        scores = [values[name].better * entry.mean for entry in several]
+        for entry, score in zip(several, scores, strict=True):
+            entry.best = min(scores) < score == max(scores)
+    return found
+
+
+def _reference(
+    cell: Cell, cells: Sequence[Cell], column: Key, settings: tuple[Sequence[str], Sequence[str]]
+) -> Cell | None:
+    """Return the first cell of full-precision runs in `column` that were drawn and scored as those of `cell`."""
+    fitting = (
+        other for other in cells
+        if other.full_precision and other.spec == cell.spec and shares(settings[0], other.row, cell.row)
+        and shares(settings[1], other.column, column)
+    )  # fmt: skip
+    return next(fitting, None)

@@ -36,13 +36,13 @@ def decides_numbers(setting: str) -> bool:
 
 
 def settings_of(columns: Iterable[Any]) -> list[str]:
-    """The columns that hold settings which change numbers, without the seed."""
+    """Return the columns that hold settings which change numbers, without the seed."""
     named = [column for column in map(str, columns) if column.startswith("config.")]
     return [column for column in named if has_effect(column.removeprefix("config."))]
 
 
 def telling_apart(runs: pd.DataFrame, known: Sequence[str]) -> list[str]:
-    """The settings in which `runs` that agree in the columns `known` differ, as few as tell all of them apart.
+    """Return the settings in which `runs` that agree in the columns `known` differ, as few as tell all of them apart.
 
     Of several that would do, the choice of a group (config.model.name) comes before what follows from it.
     """
@@ -58,7 +58,7 @@ def telling_apart(runs: pd.DataFrame, known: Sequence[str]) -> list[str]:
 
 
 def newest(runs: pd.DataFrame, over: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
-    """The newest of the `runs` that agree in the columns `over`, oldest first, and a note that names the others."""
+    """Return the newest of the `runs` that agree in the columns `over`, oldest first, and a note about the others."""
     runs = runs.sort_values("modified", kind="stable")
     repeated = runs[list(over)].map(text_of).agg("\n".join, axis=1).duplicated(keep="last") if over else (
         pd.Series([True] * (len(runs) - 1) + [False], index=runs.index)
@@ -79,7 +79,7 @@ def metric_spec(row: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A setting as it is compared and grouped: None for missing, 8 for 8.0, text for lists."""
+    """Return a setting as it is compared and grouped: None for missing, 8 for 8.0, text for lists."""
     if is_missing(value):
         return None
     if isinstance(value, bool | str):
@@ -90,7 +90,7 @@ def plain(value: Any) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """A setting as text that is equal for equal values alone: 8 and 8.0 agree, 8 and "8", 1 and true do not."""
+    """Return a setting as text that is equal for equal values alone: 8 and 8.0 agree, 8 and "8", 1 and true do not."""
     return json.dumps(plain(value), default=str)
 
 

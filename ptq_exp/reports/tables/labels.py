@@ -8,7 +8,7 @@ from typing import Any
 
 
 def label(value: Any, missing: str = "—") -> str:
-    """A setting as a word: 8, 0.5, true, ndtc."""
+    """Return a setting as a word: 8, 0.5, true, ndtc."""
     if value is None:
         return missing
     if isinstance(value, bool):
@@ -17,17 +17,17 @@ def label(value: Any, missing: str = "—") -> str:
 
 
 def word(value: Any) -> str:
-    """A setting as a word that no other value has: floats with all their digits."""
+    """Return a setting as a word that no other value has: floats with all their digits."""
     return str(value) if isinstance(value, float) else label(value)
 
 
 def letter(specs: Sequence[str], spec: str) -> str:
-    """(a) for the first of `specs`; a dash for what is none of them."""
+    """Return (a) for the first of `specs`; a dash for what is none of them."""
     return f"({chr(ord('a') + specs.index(spec))})" if spec in specs else "—"
 
 
 def condition(item: tuple[str, Sequence[Any]]) -> str:
-    """A filter as it is typed: bits=w8a8,w4a8."""
+    """Return a filter as it is typed: bits=w8a8,w4a8."""
     key, allowed = item
     return f"{key}={','.join(map(str, allowed))}"
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import ConfigError, nearest, one_line
+from ptq_exp.reports.tables.columns import VALUES
 from ptq_exp.reports.tables.published import Published, PublishedRow, idle_key
 from ptq_exp.reports.tables.request import BY_RUN, Request, RowLabel
-from ptq_exp.reports.tables.settings import VALUES
 
 _KEYS = {
     "title": str, "rows": list, "cols": list, "values": list, "agg": list, "where": dict, "delta": bool,
@@ -38,7 +37,7 @@ def layouts(folder: Path) -> list[Layout]:
 
 
 def find_layout(name: str, folder: Path) -> Layout:
-    """The layout called `name` in `folder`, or in the file `name`.
+    """Return the layout called `name` in `folder`, or in the file `name`.
 
     Raises:
         ConfigError: there is none of that name, or it is no valid layout.
@@ -47,13 +46,11 @@ def find_layout(name: str, folder: Path) -> Layout:
     if path.is_file():
         return read_layout(path)
     known = sorted(path.stem for path in folder.glob("*.yaml"))
-    near = difflib.get_close_matches(name, known, n=1)
-    raise ConfigError(f"--layout {name}: no such layout; {f'did you mean {near[0]}? ' if near else ''}"
-                      f"There are {', '.join(known)}, or the path of a .yaml file")  # fmt: skip
+    raise ConfigError(f"--layout {name}: no such layout; {nearest(name, known)} (or give the path of a .yaml file)")
 
 
 def read_layout(path: str | os.PathLike) -> Layout:
-    """The layout in a YAML file; `conf/table/` has examples.
+    """Read the layout in a YAML file; `conf/table/` has examples.
 
     Keys: title, rows, values, command (needed); cols, agg (seed), where, delta, apart, sort, blocks, labels, published
     (see `Request`). A list of one may be written without brackets. Each entry of `labels` has a key of the rows with a
@@ -67,7 +64,7 @@ def read_layout(path: str | os.PathLike) -> Layout:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is no readable YAML file: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} is no readable YAML file: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(content).__name__}")
     values = {key: _checked(path, key, value) for key, value in content.items()}
@@ -83,14 +80,13 @@ def read_layout(path: str | os.PathLike) -> Layout:
         blocks=values.get("blocks", []),
     )  # fmt: skip
     if unknown := [key for key in request.blocks if key not in request.rows]:
-        raise ConfigError(f"{path}: blocks: {unknown[0]} is no key of the rows; {_valid(request.rows)}")
+        raise ConfigError(f"{path}: blocks: {unknown[0]} is no key of the rows; {nearest(unknown[0], request.rows)}")
     return Layout(path.stem, request, tuple(values["command"]))
 
 
 def _checked(path: Path, key: Any, value: Any) -> Any:
     if key not in _KEYS:
-        near = difflib.get_close_matches(str(key), _KEYS, n=1)
-        raise ConfigError(f"{path}: {key}: no such key; {f'did you mean {near[0]}?' if near else _valid(_KEYS)}")
+        raise ConfigError(f"{path}: {key}: no such key; {nearest(str(key), _KEYS)}")
     kind = _KEYS[key]
     if kind is list and isinstance(value, str):
         value = [value]
@@ -101,13 +97,9 @@ def _checked(path: Path, key: Any, value: Any) -> Any:
     return value
 
 
-def _valid(names: Iterable[str]) -> str:
-    return f"valid: {', '.join(names)}"
-
-
 def _sort(path: Path, name: str) -> str:
     if name not in ("", BY_RUN, *VALUES):
-        raise ConfigError(f"{path}: sort={name}: no such value; {_valid([BY_RUN, *VALUES])}")
+        raise ConfigError(f"{path}: sort={name}: no such value; {nearest(name, [BY_RUN, *VALUES])}")
     return name
 
 
@@ -135,7 +127,7 @@ def _row(path: Path, row: Mapping[str, Any], rows: list[str]) -> PublishedRow:
     figures = {key: value for key, value in row.items() if key not in (*needed, "fp32")}
     for key, value in figures.items():
         if key not in VALUES:
-            raise ConfigError(f"{place}: {key} is no key of the rows and no value; {_valid(VALUES)}")
+            raise ConfigError(f"{place}: {key} is no key of the rows and no value; {nearest(key, VALUES)}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{place}: {key}={value}: expected a number")
     settings = {key: row[key] for key in needed}

@@ -125,7 +125,7 @@ def to_latex(
 
 
 def _rules_below(groups: Sequence[str]) -> str:
-    """The rules below headings that stand over several columns."""
+    """Return the rules below headings that stand over several columns."""
     rules, place = [], 1
     for group, members in groupby(groups):
         width = len(list(members))
@@ -135,7 +135,7 @@ def _rules_below(groups: Sequence[str]) -> str:
 
 
 def _chosen(table: pd.DataFrame, titles: Mapping[str, str] | None) -> dict[str, str]:
-    """The columns to print and their headings: `titles`, or all columns but the companions."""
+    """Return the columns to print and their headings: `titles`, or all columns but the companions."""
     companions = {f"{column}{ending}" for column in table for ending in COMPANIONS}
     titles = titles or {column: column for column in table if column not in companions}
     if unknown := [column for column in titles if column not in table]:
@@ -150,7 +150,7 @@ def _is_text(column: pd.Series) -> bool:
 def _written(
     table: pd.DataFrame, columns: Iterable[str], digits: int | Mapping[str, int], notation: _Notation
 ) -> pd.DataFrame:
-    """The cells of `columns` as texts, mean, deviation and what else belongs to one number in one of them."""
+    """Return the cells of `columns` as texts, mean, deviation and what else belongs to one number in one of them."""
     places = digits if isinstance(digits, Mapping) else dict.fromkeys(columns, digits)
     rows = [[_cell(row, column, places.get(column, 3), notation) for column in columns]
             for row in table.to_dict("records")]  # fmt: skip

@@ -24,7 +24,7 @@ def members_of(cells: Iterable[Cell]) -> str:
 def scored(
     cells: Sequence[Cell], specs: Sequence[str], counts: tuple[int, Sequence[int]], request: Request
 ) -> list[str]:
-    """A sentence for each metric spec, and over which runs the numbers were averaged.
+    """Return a sentence for each metric spec, and over which runs the numbers were averaged.
 
     Args:
         counts: the usual number of runs of a cell, and all of them.
@@ -46,7 +46,7 @@ def scored(
 
 
 def fate_of(runs: pd.DataFrame) -> list[str]:
-    """Notes that name the runs which did not finish, a note for each way of not finishing."""
+    """Write notes that name the runs which did not finish, a note for each way of not finishing."""
     lost = runs[runs["status"] != "finished"]
     words = lost["status"].map(lambda status: "unfinished" if is_missing(status) or status == "running" else status)
     return [

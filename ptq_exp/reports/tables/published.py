@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptq_exp.reports.tables.settings import IDLE_GROUPS
+from ptq_exp.reports.tables.columns import IDLE_GROUPS
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Published:
     rows: Sequence[PublishedRow]
 
     def values(self) -> list[str]:
-        """The values that there are figures of, in order of appearance."""
+        """Return the values that there are figures of, in order of appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row.figures))
 
 
 def published_keys(published: Sequence[Published], key: str) -> list[Any]:
-    """The choices of `key` in order of appearance; none where they are numbers, which stand by size."""
+    """Return the choices of `key` in order of appearance; none where they are numbers, which stand by size."""
     rows = [row for entry in published for row in entry.rows]
     choices = list(dict.fromkeys(row.settings[key] for row in rows if key in row.settings))
     return choices if all(isinstance(choice, str) for choice in choices) else []

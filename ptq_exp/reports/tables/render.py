@@ -19,7 +19,7 @@ FORMATS = ("markdown", "latex", "csv")
 
 
 def render(table: ResultTable, form: str = "markdown", label: str = "results") -> str:
-    r"""The table as text, its notes below it (Markdown) or in its caption (LaTeX, with booktabs); CSV has no notes.
+    r"""Write the table as text, notes below it (Markdown) or in its caption (LaTeX, booktabs); CSV has no notes.
 
     Args:
         form: one of `FORMATS`.

@@ -10,14 +10,8 @@ from typing import Any
 import pandas as pd
 
 from ptq_exp.errors import DataError
-from ptq_exp.reports.tables.cells import Cell, Key, chosen, make_cells
-from ptq_exp.reports.tables.identity import plain, telling_apart
-from ptq_exp.reports.tables.labels import condition, label, letter, natural, word
-from ptq_exp.reports.tables.notes import fate_of, members_of, scored
-from ptq_exp.reports.tables.pivot import RowKey, arranged, shares
-from ptq_exp.reports.tables.published import PublishedRow, published_keys
-from ptq_exp.reports.tables.request import BY_RUN, REFERENCE, Request, ResultTable
-from ptq_exp.reports.tables.settings import (
+from ptq_exp.reports.tables.cells import Cell, Entry, Key, RowKey, chosen, entries, make_cells, shares
+from ptq_exp.reports.tables.columns import (
     BITS,
     DERIVED,
     FULL_PRECISION,
@@ -28,14 +22,19 @@ from ptq_exp.reports.tables.settings import (
     key_column,
     prepared,
     value_of,
+    with_references,
 )
-from ptq_exp.reports.tables.twins import with_twins
+from ptq_exp.reports.tables.identity import plain, telling_apart
+from ptq_exp.reports.tables.labels import condition, label, letter, natural, word
+from ptq_exp.reports.tables.notes import fate_of, members_of, scored
+from ptq_exp.reports.tables.published import PublishedRow, published_keys
+from ptq_exp.reports.tables.request import BY_RUN, REFERENCE, Request, ResultTable
 
 _ARROWS = {-1: " ↓", 0: "", 1: " ↑"}
 
 
 def result_table(runs: pd.DataFrame, request: Request, settings: Iterable[str] = ()) -> ResultTable:
-    """The table that `request` describes, made of `runs` (see `gather`).
+    """Return the table that `request` describes, made of `runs` (see `gather`).
 
     Runs of different metric specs, the seed aside, never meet in one cell: each spec has rows of its own. The runs of
     the full-precision model are one row for each choice of model, sampler and evaluation, in all columns that share it.
@@ -80,9 +79,9 @@ class _Builder:
         self.order = self._choices_in_order(where)
 
     def _asked_for(self, runs: pd.DataFrame, where: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-        """The runs that pass the filter, with or without full precision."""
+        """Return the runs that pass the filter, with or without full precision."""
         runs = chosen(runs, where)
-        runs = with_twins(runs) if self.request.fp32 else runs[~runs[FULL_PRECISION]]
+        runs = with_references(runs) if self.request.fp32 else runs[~runs[FULL_PRECISION]]
         if runs.empty:
             filters = ", ".join(map(condition, self.request.where.items()))
             none_left = f"none of the runs passes the filter ({filters})"
@@ -106,7 +105,7 @@ class _Builder:
         return order
 
     def _experiments(self, runs: pd.DataFrame, settings: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
-        """The prepared runs that say what they are, and notes about those that do not."""
+        """Return the prepared runs that say what they are, and notes about those that do not."""
         known = runs[BITS].notna() if BITS in runs else pd.Series(False, index=runs.index)
         notes = fate_of(runs[~known])
         others = runs[~known & (runs["status"] == "finished")]
@@ -139,26 +138,27 @@ class _Builder:
     ) -> dict[str, pd.Series]:
         """Columns of `frame` with what was measured; their headings go into `table`."""
         blocks = {row: self._block(row[1]) for row in rows}
-        wide = arranged(self.cells, rows, columns, self.values, (self.rows, self.cols), blocks)
+        filled = entries(self.cells, rows, columns, self.values, (self.rows, self.cols), blocks)
         numbers = {}
         for i, column in enumerate(columns):
             group = ", ".join(label(value, REFERENCE) for value in column)
             for name, value in self.values.items():
                 place = f"{group}/{name}" if group else name
-                kinds = {kind: wide[kind, i, name] for kind in ("mean", "std", "n", "delta", "best")}
-                numbers[place] = kinds["mean"].astype(float)
-                numbers[f"{place}.std"] = kinds["std"].astype(float)
-                numbers[f"{place}.runs"] = kinds["n"].astype("Int64")
-                numbers[f"{place}.n"] = kinds["n"].astype(float).where(kinds["n"] != usual)
-                numbers[f"{place}.best"] = kinds["best"].map(lambda best: best is True or best == 1).astype(bool)
+                shown = [filled.get((row, i, name), Entry()) for row in range(len(rows))]
+                numbers[place] = pd.Series([entry.mean for entry in shown], dtype=float)
+                numbers[f"{place}.std"] = pd.Series([entry.std for entry in shown], dtype=float)
+                numbers[f"{place}.runs"] = pd.Series([entry.n for entry in shown], dtype="Int64")
+                unusual = [None if entry.n == usual else entry.n for entry in shown]
+                numbers[f"{place}.n"] = pd.Series(unusual, dtype=float)
+                numbers[f"{place}.best"] = pd.Series([entry.best for entry in shown], dtype=bool)
                 if self.request.delta:
-                    numbers[f"{place}.delta"] = kinds["delta"].astype(float)
+                    numbers[f"{place}.delta"] = pd.Series([entry.delta for entry in shown], dtype=float)
                 table.titles[place], table.groups[place] = value.heading + _ARROWS[value.better], group
                 table.digits[place] = value.digits
         return numbers
 
     def _columns(self) -> list[Key]:
-        """The choices of the columns, in order; those of full-precision runs only where no other has them."""
+        """Return the choices of the columns, in order; those of full-precision runs only where no other has them."""
         found = {cell.column for cell in self.cells if not cell.full_precision}
         found |= {self._key(row, self.cols) for row in self.unfinished.to_dict("records") if not row[FULL_PRECISION]}
         for cell in self.cells:
@@ -203,7 +203,7 @@ class _Builder:
         return (*places, not full_precision)
 
     def _texts(self, rows: Sequence[RowKey], specs: Sequence[str]) -> pd.DataFrame:
-        """The choices of every row as text, "FP32" once in a full-precision row, and a letter where specs differ."""
+        """Write the choices of every row as text, "FP32" once in full precision, and a letter where specs differ."""
         texts = []
         for full_precision, key, spec in rows:
             cells = self._choices(key, full_precision)
@@ -218,7 +218,7 @@ class _Builder:
         return pd.DataFrame(texts, columns=heads, dtype=str)
 
     def _choices(self, key: Key, full_precision: bool) -> list[str]:
-        """The choices of a row as texts; those that were added with all their digits, others by their labels."""
+        """Return the choices of a row as texts; those that were added with all their digits, others by their labels."""
         texts = []
         choices = dict(zip(self.keys, key, strict=True))
         for place, (column, (name, value)) in enumerate(zip(self.rows, choices.items(), strict=True)):
@@ -235,7 +235,7 @@ class _Builder:
         return tuple(value for column, value in zip(self.rows, row, strict=True) if not is_idle(column))
 
     def _published(self, table: ResultTable, rows: Sequence[RowKey]) -> dict[str, pd.Series]:
-        """The columns of published figures, to the right of ours; their headings go into `table`."""
+        """Return the columns of published figures, to the right of ours; their headings go into `table`."""
         numbers = {}
         for entry in self.request.published:
             figures = {(row.fp32, self._published_key(row)): row.figures for row in entry.rows}

@@ -14,8 +14,8 @@ import pandas as pd
 from ptq_exp.errors import DataError
 from ptq_exp.storage.plain_json import read_json
 
-_BEFORE = {"config.calibration.labels": "paired"}
-"""What runs did that are older than a setting."""
+_LABELS, _RUNTIME = "config.calibration.labels", "config.runtime.name"
+"""Settings that older runs lack: they paired states and times, and executed the simulation."""
 _WEIGHTS = {"weights.model": "config.model.weights"}
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def collect(runs_dir: str | os.PathLike) -> pd.DataFrame:
 
 
 def gather(folders: Iterable[str | os.PathLike]) -> pd.DataFrame:
-    """The rows of `collect` for everything below several folders; a run that is found twice counts once.
+    """Return the rows of `collect` for everything below several folders; a run that is found twice counts once.
 
     Args:
         folders: run folders, folders of many of them, or the offline W&B folder (offline-run-...) of a run, which
@@ -58,13 +58,13 @@ def gather(folders: Iterable[str | os.PathLike]) -> pd.DataFrame:
 
 
 def _of_run(folder: Path) -> Path:
-    """The folder of the run that an offline W&B folder (RUN/wandb/offline-run-...) belongs to; others as they are."""
+    """Return the run of an offline W&B folder (RUN/wandb/offline-run-...); other folders as they are."""
     run = folder.parent.parent
     return run if folder.parent.name == "wandb" and (run / "results.json").is_file() else folder
 
 
 def _in_order(folder: Path) -> list[Path]:
-    """The results below `folder`, in the order of their names, where job 2 comes before job 10."""
+    """Return the results below `folder`, in the order of their names, where job 2 comes before job 10."""
     return sorted(folder.rglob("results.json"), key=lambda path: re.sub(r"\d+", lambda m: m[0].zfill(20), str(path)))
 
 
@@ -83,17 +83,22 @@ def _row(path: Path, runs_dir: Path) -> dict[str, Any]:
 
 
 def completed(flat: dict[str, Any]) -> dict[str, Any]:
-    """The settings and numbers of a run, with what it did that is older than a setting."""
-    return (_BEFORE if "config.calibration.name" in flat else {}) | with_weights(flat)
+    """Complete the columns of a run by settings that are newer; the simulation, as runtime, has no options."""
+    flat = with_weights(flat)
+    if "config.calibration.name" in flat:
+        flat = {_LABELS: "paired"} | flat
+    if "config.bits.name" in flat and flat.setdefault(_RUNTIME, "simulate") == "simulate":
+        flat = {key: value for key, value in flat.items() if key == _RUNTIME or not key.startswith("config.runtime.")}
+    return flat
 
 
 def with_weights(flat: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a run in which the digest of its weights is a setting: one path may have held several."""
+    """Return the columns of a run in which the digest of its weights is a setting: one path may have held several."""
     return {_WEIGHTS.get(key, key): value for key, value in flat.items()}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; an empty mapping disappears."""
+    """Flatten {"a": {"b": 1}} to {"a.b": 1}; an empty mapping disappears."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -9,42 +9,35 @@ from itertools import compress
 
 import pandas as pd
 
+from ptq_exp.reports.tables.columns import HEADLINE_VALUES, VALUES, value_of
 from ptq_exp.reports.tables.identity import plain
 from ptq_exp.reports.tables.render import render
 from ptq_exp.reports.tables.request import Request, ResultTable
 from ptq_exp.reports.tables.result_table import result_table
 from ptq_exp.reports.tables.runs import gather
-from ptq_exp.reports.tables.settings import HEADLINE_VALUES, VALUES, value_of
 
 
-def sweep_table(
-    folder: str | os.PathLike,
-    keys: Sequence[str],
-    *,
-    values: Sequence[str] | None = None,
-    best: str | None = None,
-    form: str = "markdown",
-) -> str:
-    """The runs below `folder`, mean ± std over seeds: a row per choice of `keys`, the best row marked.
+def sweep_table(folder: str | os.PathLike, keys: Sequence[str], *, best: str | None = None) -> str:
+    """Return the runs below `folder`, mean ± std over seeds: a row per choice of `keys`, the best row marked.
+
+    It shows the scores of the headline and the bit operations, as far as a run has them.
 
     Args:
         folder: of the sweep; it is searched for results.json.
         keys: what was swept, as on the command line ("bits", "calibration.n_samples", "seed", "+experiment"); seed is
-            averaged over, experiments are told apart by their names.
-        values: what to show; None: the scores of the headline and the bit operations, as far as a run has them.
+            averaged over, experiments are distinguished by their names.
         best: the value that chooses the marked row; None: the first one shown that has a better side.
-        form: one of `FORMATS`.
 
     Raises:
         PTQError: there are no results, an unknown key or value, or runs that differ in a setting that is no key.
     """
     runs = gather([folder])
-    values = list(values or _present(runs))
+    values = _present(runs)
     names = [key.lstrip("+~").partition("@")[0] for key in keys]
     names = ["name" if name == "experiment" else name for name in names]
     rows = [name for name in dict.fromkeys(names) if name != "seed"] or ["name"]
     table = result_table(runs, Request(rows=rows, values=values, best_within=()))
-    return render(_marked(table, best or _judge(values, runs)), form, "sweep")
+    return render(_marked(table, best or _judge(values, runs)))
 
 
 def _present(runs: pd.DataFrame) -> list[str]:

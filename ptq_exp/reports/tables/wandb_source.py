@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.errors import ConfigError, DataError, one_line
 from ptq_exp.reports.tables.runs import completed, flatten, with_weights
 from ptq_exp.storage.plain_json import restore
 
@@ -46,9 +46,9 @@ def online_rows(project: str, base_url: str | None = None, api_key: str | None =
     except (AuthenticationError, UsageError) as error:
         raise ConfigError(f"--wandb {project} needs a valid W&B key: run `wandb login` or set WANDB_API_KEY") from error
     except (CommError, requests.RequestException) as error:
-        raise DataError(f"--wandb {project}: the server does not answer ({_line(error)})") from error
+        raise DataError(f"--wandb {project}: the server does not answer ({one_line(error)})") from error
     except ValueError as error:  # what wandb raises for a project that is not there
-        raise ConfigError(f"--wandb {project}: {_line(error)}") from error
+        raise ConfigError(f"--wandb {project}: {one_line(error)}") from error
     if not rows:
         raise DataError(f"--wandb {project} has no runs")
     return rows
@@ -62,7 +62,7 @@ def _online_row(run: Any) -> dict[str, Any]:
 
 
 def recorded(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of results.json out of what an experiment logs to W&B."""
+    """Return the columns of results.json out of what an experiment logs to W&B."""
     config = {key: restore(value) for key, value in config.items() if key not in _SERVICE}
     row = {"name": config.get("name"), "seed": config.get("seed")} | completed(flatten(config, "config."))
     for key, value in summary.items():
@@ -97,7 +97,3 @@ def _scratch_folder() -> Iterator[None]:
 
 def _seconds(time: str | None) -> float:
     return datetime.fromisoformat(time.replace("Z", "+00:00")).timestamp() if time else 0.0
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

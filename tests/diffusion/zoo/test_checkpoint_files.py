@@ -1,4 +1,4 @@
-"""Files are read without running anything in them, and every damaged one is told in one line."""
+"""Files are read without running anything in them, and every damaged one is reported in one line."""
 
 import os
 import sys

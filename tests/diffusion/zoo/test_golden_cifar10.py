@@ -40,13 +40,13 @@ def test_improved_diffusion_in_float32(ddim, golden):
 
 
 def test_improved_diffusion_in_float64(ddim, golden, portable_sines):
-    assert golden.deviation(whole(ddim.twin().double()), "iddpm_cifar10.f64", torch.float64) < FLOAT64
+    assert golden.deviation(whole(ddim.copy_denoiser().double()), "iddpm_cifar10.f64", torch.float64) < FLOAT64
 
 
 def test_improved_diffusion_with_small_weights(ddim, golden, shrink):
-    twin = ddim.twin()
-    shrink(twin, float(golden.file("iddpm_cifar10.small")["weight_scale"]))
-    assert golden.deviation(whole(twin), "iddpm_cifar10.small") < FLOAT32
+    copied = ddim.copy_denoiser()
+    shrink(copied, float(golden.file("iddpm_cifar10.small")["weight_scale"]))
+    assert golden.deviation(whole(copied), "iddpm_cifar10.small") < FLOAT32
 
 
 def test_the_denoiser_returns_the_noise_and_not_the_variance(ddim, golden):
@@ -69,13 +69,13 @@ def test_ddpm_in_float32(ddpm, golden):
 
 
 def test_ddpm_in_float64(ddpm, golden, portable_sines):
-    assert golden.deviation(ddpm.twin().double(), "ddim_cifar10.f64", torch.float64) < FLOAT64
+    assert golden.deviation(ddpm.copy_denoiser().double(), "ddim_cifar10.f64", torch.float64) < FLOAT64
 
 
 def test_ddpm_with_small_weights(ddpm, golden, shrink):
-    twin = ddpm.twin()
-    shrink(twin, float(golden.file("ddim_cifar10.small")["weight_scale"]))
-    assert golden.deviation(twin, "ddim_cifar10.small") < FLOAT32
+    copied = ddpm.copy_denoiser()
+    shrink(copied, float(golden.file("ddim_cifar10.small")["weight_scale"]))
+    assert golden.deviation(copied, "ddim_cifar10.small") < FLOAT32
 
 
 def test_ddpm_as_a_model(ddpm):

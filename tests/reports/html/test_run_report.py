@@ -9,7 +9,7 @@ from ptq_exp.cli.report import main
 from ptq_exp.errors import DataError
 from ptq_exp.reports.html import write_run_report
 
-ALWAYS = ["summary", "images", "eps-error", "account", "reproduce"]
+ALWAYS = ["summary", "images", "eps-error", "cost", "reproduce"]
 
 
 def test_a_plain_run_has_what_it_measured_and_nothing_else(make_run, tmp_path, read_page):
@@ -26,7 +26,7 @@ def test_everything_that_was_measured_has_its_section(make_run, tmp_path, read_p
     (folder / "noise.png").write_bytes((folder / "grid.png").read_bytes())
     page = read_page(write_run_report(folder))
     assert page.sections == ["summary", "images", "eps-error", "noise", "activations", "sensitivity", "bit-schedule",
-                             "account", "reproduce"]  # fmt: skip
+                             "cost", "reproduce"]  # fmt: skip
     assert any("33% of the steps at 4 bits, 67% of the steps at 8 bits; mean 6.67 bits" in text for text in page.texts)
 
 

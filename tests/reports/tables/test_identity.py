@@ -55,6 +55,32 @@ def test_a_setting_without_effect_is_none_for_every_table(tmp_path, key, value):
     assert not _changes_jobs(f"{key}.inner") and not _changes_jobs(key)
 
 
+RUNTIME = {"name": "simulate", "precision": "f32", "weights": "as_saved", "regrid": False}
+
+
+def test_a_run_of_before_there_were_runtimes_is_one_of_the_simulation(tmp_path):
+    write(tmp_path, "old", fid=1.0)
+    write(tmp_path, "new", fid=3.0, seed=1, runtime=RUNTIME)
+    runs = gather([tmp_path])
+    for table in (by_name(runs), compared(runs), *(layout_table(runs, name) for name in LAYOUTS)):
+        assert table.frame["fid"].tolist() == [2.0]
+    by_runtime = make_table(runs, Request(rows=["runtime"], values=["fid"])).frame
+    assert by_runtime["runtime"].tolist() == ["simulate"] and by_runtime["fid"].tolist() == [2.0]
+    settings = {"seed": 0, "bits": {"name": "w8a8"}}
+    assert _deciding(settings) == _deciding(settings | {"runtime": RUNTIME})
+    assert _deciding(settings) != _deciding(settings | {"runtime": RUNTIME | {"name": "openvino"}})
+
+
+@pytest.mark.parametrize(("option", "value"), [("precision", "bf16"), ("weights", "7bit"), ("regrid", True)])
+def test_options_of_a_runtime_tell_runs_apart(tmp_path, option, value):
+    engine = RUNTIME | {"name": "openvino"}
+    for seed, runtime in enumerate((engine, engine | {option: value})):
+        write(tmp_path, f"{seed}", fid=float(seed), seed=seed, runtime=runtime)
+    with pytest.raises(ConfigError, match=f"differ in runtime.{option}"):
+        by_name(gather([tmp_path]))
+    assert _deciding({"runtime": engine}) != _deciding({"runtime": engine | {option: value}})
+
+
 def test_a_name_changes_no_numbers_but_the_folders_of_jobs():
     assert not has_effect("name") and _changes_jobs("name") and not _changes_jobs("hydra/launcher")
 
@@ -118,8 +144,8 @@ def test_what_is_left_out_is_named_below_every_table(tmp_path, capsys):
         for table in (render(layout_table(tmp_path, name), form) for name in LAYOUTS):
             assert [part for part in lost if part not in table] == []
     main([str(tmp_path), "--format", "csv"])
-    told = capsys.readouterr().err
-    assert [part for part in lost if part not in told] == []
+    printed = capsys.readouterr().err
+    assert [part for part in lost if part not in printed] == []
     assert any("not old" in note for note in compared(collect(tmp_path)).notes)
     main([str(tmp_path)])
     assert "several runs of one configuration and seed: the newest counts, not old" in capsys.readouterr().out

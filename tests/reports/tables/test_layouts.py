@@ -37,7 +37,7 @@ def test_a_layout_as_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("title:", "titel:"), "titel: no such key; did you mean title?"),
+        (("title:", "titel:"), "titel: no such key; did you mean 'title'"),
         (("values: [fid]\n", ""), "values is missing"),
         (("rows: [model, metric]", "rows: []"), "rows is missing"),
         (("values: [fid]", "values: 3"), "values=3: expected a list, found a int"),
@@ -47,8 +47,8 @@ def test_a_layout_as_written(tmp_path):
         (("metric: lp, fid: 2.5", "fid: 2.5"), "metric is missing, a key of the rows"),
         (("fid: 2.5", "fdi: 2.5"), "fdi is no key of the rows and no value"),
         (("fid: 2.5", "fid: good"), "fid=good: expected a number"),
-        (("title:", "sort: fdi\ntitle:"), "sort=fdi: no such value; valid: run, fid"),
-        (("title:", "blocks: [bits]\ntitle:"), "blocks: bits is no key of the rows; valid: model, metric"),
+        (("title:", "sort: fdi\ntitle:"), "sort=fdi: no such value; did you mean"),
+        (("title:", "blocks: [bits]\ntitle:"), "blocks: bits is no key of the rows; valid: metric, model"),
         (("title:", "labels: [{bits: w8a8, label: x}]\ntitle:"), "expected label and keys of the rows"),
         (("title:", "labels: [{metric: lp}]\ntitle:"), "expected label and keys of the rows"),
         (("title:", "labels: [lp]\ntitle:"), "expected label and keys of the rows"),
@@ -64,7 +64,7 @@ def test_what_is_wrong_is_named(tmp_path, change, message):
 def test_a_layout_is_found_by_name_or_by_path(tmp_path):
     read(tmp_path, GOOD)
     assert find_layout("t", tmp_path) == find_layout(str(tmp_path / "t.yaml"), tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="--layout tt: no such layout; did you mean t"):
+    with pytest.raises(ConfigError, match="--layout tt: no such layout; did you mean 't'"):
         find_layout("tt", tmp_path)
-    with pytest.raises(ConfigError, match="no such layout; There are t, or the path"):
+    with pytest.raises(ConfigError, match="no such layout; valid: t \(or give the path"):
         find_layout("zzz", tmp_path)

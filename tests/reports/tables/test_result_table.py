@@ -62,7 +62,7 @@ def test_the_difference_to_full_precision_is_that_of_the_same_seeds(two_by_two, 
     write_run(two_by_two / "third", "w8a8", "ndtc", 2, metrics={"fid": 100.0})
     table = table_of(two_by_two, delta=True, where={"bits": ["w8a8"]})
     assert cells(table) == {"FP32": 1.0, "ndtc": pytest.approx(104 / 3), "uniform": 2.25}
-    # (1 - 0.5 + 3 - 1.5) / 2: the third run has no twin
+    # (1 - 0.5 + 3 - 1.5) / 2: the third run has no full-precision one
     assert table.frame["fid.delta"].tolist()[1:] == pytest.approx([1.0, 1.25])
     assert "| ndtc | 34.67 ± 56.59 (n=3) (+1.00) |" in lines(table)
     assert any("in brackets" in note for note in table.notes)
@@ -176,11 +176,11 @@ def test_full_precision_has_the_bit_operations_and_size_that_quantized_runs_repo
 
 
 def test_unknown_names_are_told_with_those_that_are_near(two_by_two):
-    with pytest.raises(ConfigError, match="calibratoin: no such configuration key; did you mean calibration"):
+    with pytest.raises(ConfigError, match="calibratoin: no such configuration key; did you mean 'calibration'"):
         table_of(two_by_two, rows=["calibratoin"])
     with pytest.raises(ConfigError, match="no such configuration key; did you mean .*sampler.eta"):
         table_of(two_by_two, cols=["sampler.etta"])
-    with pytest.raises(ConfigError, match=r"logger: no such configuration key; did you mean logger\.project"):
+    with pytest.raises(ConfigError, match=r"logger: no such configuration key; did you mean 'logger\.project'"):
         table_of(two_by_two, rows=["logger"])
     with pytest.raises(ConfigError, match="fidd: no such value; did you mean .*fid"):
         table_of(two_by_two, values=["fidd"])
@@ -237,7 +237,7 @@ def test_csv_holds_plain_numbers(two_by_two):
 
 @pytest.fixture
 def beside_their_twins(tmp_path, write_run):
-    """NDTC and uniform at seeds 0 and 1, each with the FID of its twin: 1 and 2."""
+    """NDTC and uniform at seeds 0 and 1, each with the FID of full precision: 1 and 2."""
     for calibration, extra in (("ndtc", 1.0), ("uniform", 3.0)):
         for seed in (0, 1):
             write_run(tmp_path / f"{calibration}{seed}", calibration=calibration, seed=seed,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
+import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import ConfigError, nearest
 from ptq_exp.evaluation.scores import HEADLINE, SCORES, shown
-from ptq_exp.reports.tables.identity import SPEC, exact, metric_spec
+from ptq_exp.reports.tables.identity import SPEC, exact, metric_spec, plain, settings_of
 
 BITS = "config.bits.name"
 FULL_PRECISION, DERIVED = "full_precision", "derived"
-"""Columns that are added: whether a run is of the full-precision model, and whether it is no run but the twin that
-quantized runs scored."""
+"""Columns that are added: whether a run is of the full-precision model, and whether it is none, but made of the scores
+of full-precision images that quantized runs report."""
 IDLE_GROUPS = ("bits", "calibration", "metric", "quantization", "reconstruction", "correction")
 """Groups without effect on the full-precision model, though they are part of its run's configuration."""
 _LABELS = ("name", "config.name")  # a run may be called anything; what it did is in the other settings
@@ -33,7 +33,7 @@ class Value:
 
 
 def _of_scores() -> dict[str, Value]:
-    """A value for each score, and one in percent where it is read so."""
+    """Return a value for each score, and one in percent where it is read so."""
     values = {}
     for name, score in SCORES.items():
         values[name] = Value(score.heading, f"metrics.{name}", score.better, score.digits)
@@ -58,7 +58,7 @@ _SECTIONS = ("config.", "metrics.", "quantization.", "")
 
 
 def key_column(key: str, columns: Iterable[str]) -> str:
-    """The column of a configuration key: "bits" is config.bits.name, "sampler.eta" config.sampler.eta, "name" itself.
+    """Return the column of a configuration key: "bits" is config.bits.name, "sampler.eta" config.sampler.eta.
 
     Raises:
         ConfigError: no run has such a setting; the message names those that are near.
@@ -77,7 +77,7 @@ def _short_names(column: str) -> list[str]:
 
 
 def value_of(name: str, columns: Iterable[str]) -> Value:
-    """The value called `name`: one of `VALUES`, or the column metrics.NAME, quantization.NAME or NAME.
+    """Return the value called `name`: one of `VALUES`, or the column metrics.NAME, quantization.NAME or NAME.
 
     Raises:
         ConfigError: no run has such a number; the message names those that are near.
@@ -93,11 +93,8 @@ def value_of(name: str, columns: Iterable[str]) -> Value:
 
 
 def _near(word: str, known: Collection[str]) -> str:
-    parts = [name for name in known if name.startswith(f"{word}.")]
-    near = sorted(parts)[:5] or difflib.get_close_matches(word, known, n=3)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"valid: {', '.join(sorted(name for name in known if name.count('.') < 2))}"
+    parts = sorted(name for name in known if name.startswith(f"{word}."))[:5]
+    return f"did you mean {' or '.join(map(repr, parts))}?" if parts else nearest(word, known, 3)
 
 
 def is_idle(column: str) -> bool:
@@ -106,7 +103,7 @@ def is_idle(column: str) -> bool:
 
 
 def prepared(runs: pd.DataFrame, settings: Iterable[str] = ()) -> pd.DataFrame:
-    """`runs` as `with_effect` makes them, without names and bits of full-precision runs, and with their account.
+    """Return `runs` as `with_effect` makes them, without names and bits of full-precision runs, and with their costs.
 
     Full-precision runs get the bit operations and the size that quantized runs of the same model report for it.
 
@@ -117,11 +114,11 @@ def prepared(runs: pd.DataFrame, settings: Iterable[str] = ()) -> pd.DataFrame:
     runs = with_effect(runs)
     blank = [column for column in (*_LABELS, BITS) if column in runs]
     gone = {column: runs[column].astype(object).where(~runs[FULL_PRECISION], None) for column in blank}
-    return _with_account(runs.assign(**gone))
+    return _with_costs(runs.assign(**gone))
 
 
 def with_effect(runs: pd.DataFrame) -> pd.DataFrame:
-    """`runs` with `FULL_PRECISION`, `SPEC` and `DERIVED`, and without the settings that changed nothing.
+    """Return `runs` with `FULL_PRECISION`, `SPEC` and `DERIVED`, and without the settings that changed nothing.
 
     Missing become: in full precision all of `IDLE_GROUPS` but the name of the bits; without a correction or
     reconstruction, the other settings of these groups. Runs from before there were such groups count as runs without.
@@ -147,22 +144,22 @@ def with_effect(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(**blank)
 
 
-ACCOUNT = {
+OF_REFERENCE = {
     "quantization.bops.conv_linear": "quantization.bops_fp32.conv_linear",
     "quantization.bops.everything": "quantization.bops_fp32.everything",
     "quantization.weight_bytes": "quantization.fp32_bytes",
 }
-"""{number of a network: that of its full-precision twin, as a quantized run reports it}."""
+"""{number of a network: that of the full-precision network, as a quantized run reports it}."""
 RATIOS = ("quantization.bops_ratio", "quantization.bops_ratio_everything", "quantization.size_reduction")
 
 
-def _with_account(runs: pd.DataFrame) -> pd.DataFrame:
+def _with_costs(runs: pd.DataFrame) -> pd.DataFrame:
     """Bit operations and size of full-precision runs, where all quantized runs of the model agree about them."""
     model = "config.model.name"
     if model not in runs:
         return runs
     runs = runs.copy()
-    for column, of_reference in ACCOUNT.items():
+    for column, of_reference in OF_REFERENCE.items():
         if column not in runs or of_reference not in runs:
             continue
         for name, rows in runs.groupby(model):
@@ -174,3 +171,30 @@ def _with_account(runs: pd.DataFrame) -> pd.DataFrame:
                     if ratio in runs:
                         runs.loc[mine, ratio] = 1.0
     return runs
+
+
+def with_references(runs: pd.DataFrame) -> pd.DataFrame:
+    """Add the full-precision images that finished quantized runs have scored, once, as runs marked `DERIVED`.
+
+    A table needs no other runs for its row FP32. `runs` are what `prepared` returns.
+    """
+    columns = [*map(str, runs)]
+    scores = {column: f"metrics.{column.removeprefix('fp32.')}" for column in columns if column.startswith("fp32.")}
+    if not scores:
+        return runs
+    makers = runs[~runs[FULL_PRECISION] & (runs["status"] == "finished") & runs[list(scores)].notna().any(axis=1)]
+    shared = [column for column in settings_of(columns) if not is_idle(column) and column != "config.quantized"]
+    shared += [column for column in columns if column == "config.seed"]
+    references = {}
+    for row in makers.to_dict("records"):
+        kept = (*shared, SPEC, "seed", "run", "modified", "status")
+        reference = {column: row[column] for column in kept if column in row} | dict.fromkeys(RATIOS, 1.0)
+        reference |= {mine: row[its] for its, mine in scores.items()}
+        reference |= {mine: exact(row[its]) for mine, its in OF_REFERENCE.items() if its in row}
+        key = json.dumps([plain(row[column]) for column in (*shared, SPEC)])
+        references.setdefault(key, reference | {FULL_PRECISION: True, DERIVED: True})
+    if not references:
+        return runs
+    added = pd.DataFrame(list(references.values())).astype(object)
+    both = pd.concat([runs.assign(**{DERIVED: False}).astype(object), added], ignore_index=True)
+    return both.where(both.notna(), None).infer_objects()

@@ -13,20 +13,20 @@ from ptq_exp.storage.plain_json import read_json
 FP_BITS = 32
 
 
-def account_section(folder: Path) -> Section | None:
-    """What is quantized, what it saves, and each operation; None without quantization.json."""
+def cost_section(folder: Path) -> Section | None:
+    """Return what is quantized, what it saves, and each operation; None without quantization.json."""
     path = folder / "quantization.json"
     if not path.is_file():
         return None
-    account = read_json(path)
-    totals, layers = account["totals"], account["layers"]
-    shares = account.get("shares") or [1.0]
+    report = read_json(path)
+    totals, layers = report["totals"], report["layers"]
+    shares = report.get("shares") or [1.0]
     size = (f"Weights take {totals['weight_bytes'] / 1e6:.3f} MB of {totals['fp32_bytes'] / 1e6:.3f} MB in FP32 "
             f"(/ {totals['size_reduction']:.2f}).")  # fmt: skip
-    if not_counted := account.get("not_counted"):
+    if not_counted := report.get("not_counted"):
         size += f" Not counted, so that the coverage of everything is unknown: {', '.join(not_counted)}."
     return Section(
-        "account", "Coverage and bit operations", text=[size], tables=[_totals(totals), _kinds(layers, totals)],
+        "cost", "Coverage and bit operations", text=[size], tables=[_totals(totals), _kinds(layers, totals)],
         folded_tables=[(f"All {len(layers)} operations", _operations(layers, shares))],
     )  # fmt: skip
 

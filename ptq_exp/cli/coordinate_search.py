@@ -1,0 +1,229 @@
+"""Search settings coordinate by coordinate: one decision after the other, each with the earlier ones in force."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from ptq_exp.errors import ConfigError, PTQError, one_line
+
+DIRECTIONS = ("maximize", "minimize")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One decision: each candidate is a line of Hydra overrides, the first one what stands without a decision."""
+
+    name: str
+    candidates: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if not self.candidates:
+            raise ValueError(f"stage {self.name} has no candidates")
+        for line in self.candidates:
+            _overrides(shlex.split(line))
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search tries.
+
+    Attributes:
+        objective: name of a score in results.json.
+        direction: one of `DIRECTIONS`.
+        tolerance: how much better a later candidate of a stage must be to replace an earlier one.
+        seeds: of each trial; the objective is their mean.
+        base: overrides of all trials.
+        stages: decided one after the other, each with the earlier decisions in force.
+    """
+
+    objective: str
+    direction: str
+    tolerance: float
+    seeds: Sequence[int]
+    base: Sequence[str]
+    stages: Sequence[Stage]
+
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction={self.direction}: choose one of {', '.join(DIRECTIONS)}")
+        if not self.seeds or not self.stages:
+            raise ValueError("seeds and stages need an entry each")
+
+    @classmethod
+    def load(cls, path: Path) -> Space:
+        """Read a YAML file such as conf/search/best.yaml.
+
+        Raises:
+            ConfigError: the file is missing, or a setting is unknown, missing or of the wrong kind.
+        """
+        try:
+            plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path} is no readable YAML file: {one_line(error)}") from error
+        try:
+            values = _section(cls, plain)
+            return cls(
+                str(values["objective"]), str(values["direction"]), float(values["tolerance"]),
+                [int(seed) for seed in values["seeds"]], _overrides(values["base"]),
+                [Stage(**_section(Stage, stage)) for stage in values["stages"]],
+            )  # fmt: skip
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def until(self, stage: str) -> Space:
+        """Return the same search, ending with the decision of `stage`.
+
+        Raises:
+            ConfigError: there is no such stage.
+        """
+        names = [one.name for one in self.stages]
+        if stage not in names:
+            raise ConfigError(f"no stage {stage} in the search: choose one of {', '.join(names)}")
+        return replace(self, stages=self.stages[: names.index(stage) + 1])
+
+    def better(self, value: float, than: float) -> bool:
+        """Return whether `value` of the objective is better `than` another one by more than the tolerance."""
+        gain = value - than if self.direction == "maximize" else than - value
+        return gain > self.tolerance
+
+
+def _section(kind: type, found: Any) -> dict[str, Any]:
+    """Return `found` if it has the fields of the dataclass `kind`, and no others."""
+    names = [one.name for one in fields(kind)]
+    if isinstance(found, dict) and set(found) == set(names):
+        return found
+    shown = ", ".join(map(str, found)) if isinstance(found, dict) else found
+    raise ValueError(f"expected the settings {', '.join(names)}, found {shown}")
+
+
+def _overrides(found: Any) -> list[str]:
+    if not isinstance(found, list) or any(not isinstance(one, str) or "=" not in one for one in found):
+        raise ValueError(f"expected overrides such as bits=w4a8, found {found}")
+    return found
+
+
+def merged(*overrides: Iterable[str]) -> tuple[str, ...]:
+    """Join `overrides` one after the other; of those for the same key only the last stays, in its place.
+
+    A group that is chosen anew (`reconstruction=qdrop`) takes the settings inside it (`reconstruction.lr=0.1`) along.
+    """
+    kept: dict[str, str] = {}
+    for override in (one for several in overrides for one in several):
+        key = override.partition("=")[0]
+        kept = {k: v for k, v in kept.items() if k != key and not k.startswith(f"{key}.")}
+        kept[key] = override
+    return tuple(kept.values())
+
+
+@dataclass
+class Trial:
+    """A candidate of a stage, and what it measured.
+
+    Attributes:
+        stage, candidate: which; the candidate as one line.
+        overrides: all settings of the trial, without its seeds.
+        metrics: {name: mean over seeds}; empty where it failed.
+        error: why it failed, or "".
+        chosen: whether it stays.
+    """
+
+    stage: str
+    candidate: str
+    overrides: tuple[str, ...]
+    metrics: dict[str, float]
+    error: str = ""
+    chosen: bool = False
+
+
+@dataclass
+class Search:
+    """Decides the stages of `space` one after the other by what `run` measures.
+
+    Args:
+        run: overrides, with a seed -> results.json, or {"error": text}.
+        fixed: overrides of all trials that win over those of the space's base.
+        jobs: trials at a time.
+        on_trial: called after each trial (a progress line).
+        stop: called when the search is interrupted, to end the runs that are under way.
+    """
+
+    space: Space
+    run: Callable[[Sequence[str]], dict[str, Any]]
+    fixed: Sequence[str] = ()
+    jobs: int = 1
+    on_trial: Callable[[Trial], object] = lambda trial: None
+    stop: Callable[[], object] = lambda: None
+    trials: list[Trial] = field(default_factory=list)
+
+    def best(self) -> tuple[str, ...]:
+        """Decide all stages.
+
+        Returns:
+            The overrides that were decided, without `fixed` and the space's base.
+
+        Raises:
+            PTQError: no candidate of a stage gave a number; the message has the first one's reason.
+        """
+        decided: tuple[str, ...] = ()
+        for stage in self.space.stages:
+            decided = self._decide(stage, decided)
+        return decided
+
+    def _decide(self, stage: Stage, decided: tuple[str, ...]) -> tuple[str, ...]:
+        """Return `decided` with the best candidate of `stage`."""
+        objective = self.space.objective
+        options = [merged(decided, shlex.split(line)) for line in stage.candidates]
+        trials = self._measured(stage, options)
+        best = None
+        for n, trial in enumerate(trials):
+            value = trial.metrics.get(objective, math.nan)
+            if not math.isnan(value) and (best is None or self.space.better(value, trials[best].metrics[objective])):
+                best = n
+        if best is None:
+            reason = trials[0].error or "results.json has no such score"
+            raise PTQError(f"stage {stage.name} of the search: no candidate gave {objective}: {reason}")
+        trials[best].chosen = True
+        return options[best]
+
+    def _measured(self, stage: Stage, options: list[tuple[str, ...]]) -> list[Trial]:
+        """Return a trial for each option, all its seeds; `jobs` runs at a time, equal ones once."""
+        settings = [merged(self.space.base, self.fixed, option) for option in options]
+        runs = {one: [(*one, f"seed={seed}") for seed in self.space.seeds] for one in settings}
+        trials = []
+        with ThreadPoolExecutor(self.jobs) as pool, self._stopped_with(pool):
+            futures = {run: pool.submit(self.run, run) for seeds in runs.values() for run in seeds}
+            for one, line in zip(settings, stage.candidates, strict=True):
+                results = [futures[run].result() for run in runs[one]]
+                trials.append(Trial(stage.name, line or "(nothing)", one, *_mean(results)))
+                self.trials.append(trials[-1])
+                self.on_trial(trials[-1])
+        return trials
+
+    @contextmanager
+    def _stopped_with(self, pool: ThreadPoolExecutor) -> Iterator[None]:
+        """End what runs and start nothing more where the block does not end well: the pool would wait for all of it."""
+        try:
+            yield
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            self.stop()
+            raise
+
+
+def _mean(results: list[dict[str, Any]]) -> tuple[dict[str, float], str]:
+    """Average each score over the seeds, and give ""; or {} and why one failed."""
+    failed = [result["error"] for result in results if "metrics" not in result]
+    if failed:
+        return {}, failed[0]
+    names = [name for name in results[0]["metrics"] if all(name in result["metrics"] for result in results)]
+    return {name: fmean(result["metrics"][name] for result in results) for name in names}, ""
