@@ -144,7 +144,7 @@ class _Readings:
         self.expected: Tensor | None = None
 
     def read(self, name: str, layer: nn.Module, x: Tensor, note: tuple[str, int] | None) -> None:
-        """Read the layer `name` is about to read `x`."""
+        """Note that the layer `name` is about to read `x`."""
         fits = note is not None and note[1] == _axis(layer) % x.ndim and getattr(layer, "groups", 1) == 1
         if note is not None and not fits:
             self.leaks.add(note[0])
