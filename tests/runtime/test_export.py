@@ -152,18 +152,23 @@ def test_the_six_lines_of_the_page_run_without_ptq_exp(name, exported):
     assert 0 <= float(done.stdout) < 0.02
 
 
-@pytest.mark.parametrize("name", ["openvino", "onnx"])
-def test_what_is_said_of_an_export(name, exported, folder):
-    out = exported(name)
-    about = json.loads((out / "export.json").read_text())
+@pytest.fixture(scope="module")
+def by_engine(folder):
+    """The saved model executed by OpenVINO, and how."""
     quantized = ptq_exp.load_quantized(folder / "quantized", checkpoint=str(folder / "model"), runtime="openvino")
+    return quantized, {layer.layer: (layer.executed, layer.reason) for layer in quantized.executed}
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnx"])
+def test_what_is_said_of_an_export(name, exported, by_engine):
+    out, (quantized, executed) = exported(name), by_engine
+    about = json.loads((out / "export.json").read_text())
     assert about["format"] == name and about["source"]["model"] == quantized.model.name
     assert [port["name"] for port in about["inputs"]] == ["x", "t"]
     assert about["inputs"][0]["shape"] == about["outputs"][0]["shape"] == [2, *quantized.model.sample_shape]
     assert about["sampler"]["timesteps"] == quantized.grid.timesteps.tolist() and about["sampler"]["rows"] is None
     assert max(about["error_to_simulation"].values()) < 0.02
-    found = {layer["layer"]: (layer["executed"], layer["reason"]) for layer in about["layers"]}
-    assert found == {layer.layer: (layer.executed, layer.reason) for layer in quantized.executed}
+    assert {layer["layer"]: (layer["executed"], layer["reason"]) for layer in about["layers"]} == executed
     example = np.load(out / "example.npz")
     with torch.no_grad():
         answer = quantized.network(torch.from_numpy(example["x"]), torch.from_numpy(example["t"]))

@@ -1,5 +1,8 @@
 """Layers on torch's own 8-bit operators: exact against the simulation on the same input, and said as they are."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -188,3 +191,24 @@ def test_groups_of_input_channels_are_refused_by_the_setting_to_change(calibrate
         runtime_of("torch").compile(network, (x[:1],))
     engine = runtime_of("torch", {"regrid": True}).compile(network, (x[:1],))
     assert error(engine(x), network(x)) < 0.05
+
+
+PROBE = """
+from ptq_exp.runtime.deployable import Row
+from ptq_exp.runtime.probe import check_sums, saturation
+from ptq_exp.runtime.torch_kernels import OneDNNLayer
+made = lambda probe: OneDNNLayer(probe.convolution, probe.plan, Row())
+print(saturation(made), saturation(made, "7bit"))
+check_sums(made, engine="torch")
+"""
+
+
+def test_sums_that_saturate_are_refused():
+    """oneDNN can be told to do without the instructions that sum in 32 bits."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    as_saved, seven_bits = map(float, done.stdout.split())
+    assert 0.4 < as_saved < 0.6 and seven_bits == pytest.approx(1, abs=1e-6)
+    assert "runtime=torch: 8-bit sums saturate on this processor" in done.stderr
