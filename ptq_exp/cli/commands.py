@@ -11,6 +11,7 @@ COMMANDS = {
     "table": "a table of many runs; --list: layouts, one of conf/table each",
     "search": "the best combination of settings at given bits, stage by stage as conf/search says",
     "report": "a report of many runs",
+    "export": "a saved quantized model as a file for OpenVINO or ONNX Runtime",
     "train_embedded": "train an embedded network again",
 }
 """First argument of the command line -> what it does."""

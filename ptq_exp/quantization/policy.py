@@ -37,6 +37,7 @@ class Policy:
             of each output channel.
         group_size: of weight_granularity=group.
         activation_symmetric: activations with zero point 0.
+        qkv_symmetric: the operands q, k and v of attention products with zero point 0, as engines multiply them.
         activation_site: whether a layer's input is quantized, or its output (where PTQ4DM's code has its quantizers:
             norms and sums come between, so that few multiplications read a quantized activation; the report says how
             many). The output of the layers of `last` stays FP.
@@ -71,6 +72,7 @@ class Policy:
     )  # fmt: skip
     group_size: int = _setting(16, "Input channels per group for weight_granularity=group.", bounds=(1, None))
     activation_symmetric: bool = _setting(False, "Activations with zero point 0.")
+    qkv_symmetric: bool = _setting(False, "q, k and v with zero point 0: engines then multiply them as integers.")
     activation_site: str = _setting(
         "input", "Quantize what layers read, or what they make (PTQ4DM's code).", choices=("input", "output")
     )

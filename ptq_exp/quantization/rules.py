@@ -34,7 +34,8 @@ def policy_rules(policy: Policy, widths: Widths, bins: int = 1) -> list[Rule]:
     softmax = TensorSpec(widths.softmax, symmetric=True, bins=bins) if policy.attention else None
     rules = _rules_at_the_ends(policy, widths, weight, operand)
     if policy.attention:
-        rules.append(Rule("*to_[qkv]", QuantSpec(weight, at_input, operand)))
+        made = replace(operand, symmetric=operand.symmetric or policy.qkv_symmetric)
+        rules.append(Rule("*to_[qkv]", QuantSpec(weight, at_input, made)))
     return [*rules, Rule("*", QuantSpec(weight, at_input, at_output, softmax))]
 
 

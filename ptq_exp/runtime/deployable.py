@@ -21,6 +21,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from ptq_exp.runtime.operators import dequantized, on_byte_grid
 from ptq_exp.runtime.plan import BYTE, INT8, Grid, IntegerWeight, LayerPlan, Plan, layers_of
 
 
@@ -43,6 +44,7 @@ class GridQuantizer(nn.Module):
         # a grid of no more than 8 bits whose zero is an integer 0 of a signed byte stays so, others start from 0
         self.signed = grid.symmetric and not grid.one_sided
         self.constant_zero = grid.symmetric or grid.one_sided
+        self.constant = (float(grid.scale[0]), int(grid.lowest[0]), int(grid.highest[0]))  # where there is one row
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the values of `x` on the grid, of its shape."""
@@ -59,18 +61,17 @@ class GridQuantizer(nn.Module):
         scale, lowest, highest = (self._in_force(name) for name in ("scale", "lowest", "highest"))
         if self.signed:
             bounded = torch.minimum(torch.maximum(x / scale, lowest), highest)
-            u = torch.fake_quantize_per_tensor_affine(bounded, 1.0, 0, -(BYTE // 2), BYTE // 2 - 1)
-            return u, scale, torch.zeros_like(scale)
+            return on_byte_grid(bounded, 1.0, 0, -(BYTE // 2)), scale, torch.zeros_like(scale)
         bounded = torch.minimum(torch.maximum(x / scale - lowest, torch.zeros_like(scale)), highest - lowest)
-        return torch.fake_quantize_per_tensor_affine(bounded, 1.0, 0, 0, BYTE - 1), scale, -lowest
+        return on_byte_grid(bounded, 1.0, 0, 0), scale, -lowest
 
     def _constant(self, x: Tensor) -> Tensor:
         """Round on all levels of a byte, the only grid that engines know; fewer levels clip before."""
-        scale, low, high = float(self.scale), int(self.lowest), int(self.highest)
+        scale, low, high = self.constant
         first, zero = (-(BYTE // 2), 0) if self.signed else (0, -low)
         if (low + zero, high + zero) != (first, first + BYTE - 1):
             x = x.clamp(low * scale, high * scale)
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero, first, first + BYTE - 1)
+        return on_byte_grid(x, scale, zero, first)
 
     def _in_force(self, name: str) -> Tensor:
         values = getattr(self, name)
@@ -119,7 +120,10 @@ class Multiplication(nn.Module):
         return self._of_ones[key]
 
     def _product(self, x: Tensor) -> Tensor:
-        y = self.function(x, self.levels.float() * self.scale, **self.settings)
+        return self._unshifted(self.function(x, dequantized(self.levels, self.scale), **self.settings))
+
+    def _unshifted(self, y: Tensor) -> Tensor:
+        """Return the product by the weight itself, made of that by its levels and by the channel of ones."""
         if not self.shifted:
             return y
         # the sum of the inputs under the kernel, times the offset of each channel
@@ -142,12 +146,15 @@ def _with_ones(values: Tensor, groups: int) -> Tensor:
 class IntegerLayer(nn.Module):
     """A convolution or linear layer as the sum over its segments of integer multiplications."""
 
+    multiplication: type[Multiplication] = Multiplication
+
     def __init__(self, layer: nn.Module, plan: LayerPlan, row: Row) -> None:
         super().__init__()
         self.segments = list(plan.segments)
         self.axis = -1 if isinstance(layer, nn.Linear) else 1
         self.parts = nn.ModuleList(
-            Multiplication(layer, weight, grid, row) for weight, grid in zip(plan.weights, plan.inputs, strict=True)
+            self.multiplication(layer, weight, grid, row)
+            for weight, grid in zip(plan.weights, plan.inputs, strict=True)
         )
         bias = layer.bias
         shape = (-1,) if self.axis == -1 else (-1, *[1] * (layer.weight.ndim - 2))
@@ -266,6 +273,10 @@ class Deployable(nn.Module):
         self.network, self.rows, self.condition_names = network, rows, ()
         self._row = [row]
 
+    def set_row(self, row: Tensor) -> None:
+        """Choose the row of ranges, int64 [1]."""
+        self._row[0].value = row
+
     def forward(self, *call: Tensor) -> Tensor:
         """Return the network's output; `row` int64 [1] is the last argument where `rows` > 1."""
         if self.rows > 1:
@@ -274,8 +285,12 @@ class Deployable(nn.Module):
         return self.network(*call[:n], **dict(zip(self.condition_names, call[n:], strict=True)))
 
 
-def deployable(network: nn.Module, plan: Plan) -> Deployable:
-    """Write a calibrated `network` in plain operations, as `integer_plan` has planned; the network stays as it is."""
+def deployable(network: nn.Module, plan: Plan, integer_layer: type[IntegerLayer] = IntegerLayer) -> Deployable:
+    """Write a calibrated `network` in plain operations, as `integer_plan` has planned; the network stays as it is.
+
+    Args:
+        integer_layer: makes what stands for a layer that is executed as integers.
+    """
     made, row = copy.deepcopy(network).float().eval().requires_grad_(False), Row()
     found = [grid for entry in plan.values() for grid in (*entry.inputs, entry.output) if grid is not None]
     rows = max((grid.rows for grid in found), default=1)
@@ -287,11 +302,12 @@ def deployable(network: nn.Module, plan: Plan) -> Deployable:
         ]
         softmax = nn.Identity() if entry.output is None else GridQuantizer(entry.output, row)
         attention.set_processor(IntegerAttnProcessor(tuple(quantizers), softmax))
+        attention.softmax_quantizer = nn.Identity()  # the processor has what stands for it
     for name, layer, entry in list(layers_of(made, plan)):
         if entry.kind == "Attention":
             continue
         if name in inside and entry.output is not None and plan[name.rpartition(".")[0]].inputs:
             entry = LayerPlan(**{**vars(entry), "output": None})  # on the heads instead
-        kind = IntegerLayer if entry.executed == INT8 else FloatLayer
+        kind = integer_layer if entry.executed == INT8 else FloatLayer
         made.set_submodule(name, kind(layer, entry, row))
     return Deployable(made, row, rows)

@@ -12,8 +12,11 @@ from ptq_exp.runtime.plan import INT8, Plan
 
 _BYTES = {"i8", "u8"}
 _MULTIPLYING = {"Convolution", "FullyConnected", "MatMul", "Subgraph", "Deconvolution", "GroupConvolution"}
-_LAYER = re.compile(r"__module\.network\.([\w.]+?)\.(?:parts\.\d+|layer)/aten::(?:_convolution|linear)")
-_PRODUCT = re.compile(r"__module\.network\.([\w.]+)/aten::(?:matmul|softmax)")
+# names of traced networks, and those that exported files have
+_LAYER = re.compile(
+    r"(?:__module\.)?network\.([\w.]+?)\.(?:parts\.\d+|layer)/(?:aten::(?:_convolution|linear)|Conv|MatMul|Gemm)"
+)
+_PRODUCT = re.compile(r"(?:__module\.)?network\.([\w.]+)/(?:aten::(?:matmul|softmax)|MatMul|Softmax)")
 
 
 def executed_layers(compiled: Any, plan: Plan, rows: Sequence[Row]) -> list[ExecutedLayer]:

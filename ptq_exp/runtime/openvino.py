@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,11 @@ from ptq_exp.quantization.cost.account import describe
 from ptq_exp.runtime.base import ExecutedLayer
 from ptq_exp.runtime.deployable import Deployable, deployable
 from ptq_exp.runtime.graph import executed_layers
-from ptq_exp.runtime.plan import integer_plan
+from ptq_exp.runtime.plan import check_weights, integer_plan
 from ptq_exp.runtime.probe import check_sums
 
 PRECISIONS = ("f32", "bf16")
 """Types of what is not executed as integers."""
-WEIGHTS = ("as_saved", "7bit")
-"""What weights are executed: the saved ones, or re-gridded to 7 bits for CPUs whose 8-bit sums saturate."""
 _TRIAL = """
 import sys, json, openvino
 core = openvino.Core()
@@ -40,7 +38,7 @@ class OpenVINO:
 
     Args:
         precision: of what is not executed as integers, one of `PRECISIONS`; bf16 adds errors of its own.
-        weights: one of `WEIGHTS`.
+        weights: one of `ptq_exp.runtime.plan.WEIGHTS`.
         regrid: quantize weights with several scales per output channel anew, 8 bits per channel.
         threads: of one evaluation; None = those of torch.
 
@@ -53,9 +51,9 @@ class OpenVINO:
     def __init__(
         self, precision: str = "f32", weights: str = "as_saved", regrid: bool = False, threads: int | None = None
     ) -> None:
-        for setting, value, valid in (("precision", precision, PRECISIONS), ("weights", weights, WEIGHTS)):
-            if value not in valid:
-                raise ConfigError(f"runtime.{setting}={value}: choose one of {', '.join(valid)}")
+        if precision not in PRECISIONS:
+            raise ConfigError(f"runtime.precision={precision}: choose one of {', '.join(PRECISIONS)}")
+        check_weights(weights)
         _import_openvino()
         self.precision, self.weights, self.regrid, self.threads = precision, weights, regrid, threads
         self._made: tuple[nn.Module, tuple[Any, ...], dict, CompiledNetwork] | None = None
@@ -142,25 +140,41 @@ class CompiledNetwork(nn.Module):
         return self._models[key]
 
     def _traced(self, call: list[Tensor], names: tuple[str, ...]) -> Any:
-        """Trace the network for inputs like `call`, of which the last are the conditions `names`."""
-        source = self._source[0]
-        if isinstance(source, Deployable):
-            source.condition_names = names
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer: shapes are constants on purpose
-            if self._rows > 1:
-                source(*call)  # makes what the trace is to have as constants
-            shapes = [tuple(part.shape) for part in call]
-            return _import_openvino().convert_model(source, example_input=tuple(call), input=shapes)
+        return traced(self._source[0], call, names, self._rows)
 
     def _compile(self, model: Any) -> Any:
+        return _import_openvino().Core().compile_model(model, "CPU", self.safe_settings(model))
+
+    def safe_settings(self, model: Any) -> dict[str, Any]:
+        """Return the settings that OpenVINO compiles `model` with, tried in a process of its own."""
         settings = dict(self._settings)
         if self._try_first and not _survives(model, settings):
             # OpenVINO 2026.4 crashes on a GroupNormalization whose result is multiplied by [N, C, 1, 1], in f32
             settings["SNIPPETS_MODE"] = "DISABLE"
             if not _survives(model, settings):
                 raise PTQError("runtime=openvino: OpenVINO crashes when it compiles this network: use runtime=simulate")
-        return _import_openvino().Core().compile_model(model, "CPU", settings)
+        return settings
+
+
+def traced(
+    source: nn.Module, call: Sequence[Tensor], names: tuple[str, ...], rows: int = 1, *, any_batch: bool = False
+) -> Any:
+    """Trace a network for inputs like `call`, of which the last are the conditions `names`, as OpenVINO's model.
+
+    Args:
+        any_batch: leave the first dimension open, but that of the row.
+    """
+    if isinstance(source, Deployable):
+        source.condition_names = names
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer: shapes are constants on purpose
+        if rows > 1:
+            source(*call)  # makes what the trace is to have as constants
+        shapes = [tuple(part.shape) for part in call]
+        if any_batch:
+            samples = len(call) - (rows > 1)
+            shapes = [(-1, *shape[1:]) for shape in shapes[:samples]] + shapes[samples:]
+        return _import_openvino().convert_model(source, example_input=tuple(call), input=shapes)
 
 
 def _survives(model: Any, settings: Mapping[str, Any]) -> bool:

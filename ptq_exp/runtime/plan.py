@@ -19,6 +19,16 @@ SEVEN_BITS = 64
 """Largest weight level whose products with two 8-bit activations fit into 16 bits (CPUs without VNNI add pairs)."""
 
 
+WEIGHTS = ("as_saved", "7bit")
+"""What weights are executed: the saved ones, or re-gridded to 7 bits for CPUs whose 8-bit sums saturate."""
+
+
+def check_weights(weights: str) -> None:
+    """Raise ConfigError unless `weights` is one of `WEIGHTS`."""
+    if weights not in WEIGHTS:
+        raise ConfigError(f"runtime.weights={weights}: choose one of {', '.join(WEIGHTS)}")
+
+
 @dataclass(frozen=True)
 class Grid:
     """Integer grid of an activation: the values scale * level, levels from `lowest` to `highest`.
@@ -96,12 +106,15 @@ class LayerPlan:
 Plan = dict[str, LayerPlan]
 
 
-def integer_plan(network: nn.Module, *, regrid: bool = False, seven_bits: bool = False) -> Plan:
+def integer_plan(
+    network: nn.Module, *, regrid: bool = False, seven_bits: bool = False, asked: str = "runtime=openvino"
+) -> Plan:
     """Plan the execution of every quantized layer of a calibrated `network`, by module name.
 
     Args:
         regrid: quantize weights with several scales per output channel anew, symmetric, 8 bits per channel.
         seven_bits: the same for weights with levels beyond +-64, for CPUs whose 8-bit sums saturate.
+        asked: the setting that asks for it; the message of an error begins with it.
 
     Raises:
         ConfigError: a layer has a scale for each group of input channels, and `regrid` is off.
@@ -109,7 +122,7 @@ def integer_plan(network: nn.Module, *, regrid: bool = False, seven_bits: bool =
     plan: Plan = {}
     for name, layer in network.named_modules():
         if isinstance(layer, QuantConv1d | QuantConv2d | QuantLinear):
-            plan[name] = _layer(name, layer, regrid, seven_bits)
+            plan[name] = _layer(name, layer, regrid, seven_bits, asked)
         elif isinstance(layer, QuantAttention):
             plan[name] = _attention(name, layer)
     return plan
@@ -124,13 +137,16 @@ def grids(quantizer: nn.Module) -> tuple[Grid, ...]:
     return tuple(Grid(*(part.detach().clone() for part in column)) for column in columns)
 
 
-def _layer(name: str, layer: nn.Module, regrid: bool, seven_bits: bool) -> LayerPlan:
+def _layer(name: str, layer: nn.Module, regrid: bool, seven_bits: bool, asked: str) -> LayerPlan:
     inputs = grids(layer.input_quantizer)
     outputs = grids(layer.output_quantizer)
     made = LayerPlan(name, type(layer).__name__.removeprefix("Quant"), FLOAT, inputs=inputs,
                      output=outputs[0] if len(outputs) == 1 else None)
     if len(outputs) > 1:
-        raise ConfigError(f"{name}: its output has {len(outputs)} ranges, which no engine executes")
+        raise ConfigError(
+            f"{asked}: {name} has {len(outputs)} ranges of its output, which no engine executes: choose "
+            "quantization.time_embedding=shared or none"
+        )
     weight_quantizer = layer.weight_quantizer
     segments = layer.input_quantizer.segments if inputs else None
     made = replace(made, segments=tuple(segments or ()))
@@ -142,12 +158,12 @@ def _layer(name: str, layer: nn.Module, regrid: bool, seven_bits: bool) -> Layer
         return replace(made, reason="its input is not quantized")
     if any(grid.levels > BYTE for grid in inputs):
         return replace(made, reason=f"{layer.input_quantizer.bits}-bit input")
-    weights, reason = _weights(name, layer, made.segments, regrid, seven_bits)
+    weights, reason = _weights(name, layer, made.segments, regrid, seven_bits, asked)
     return replace(made, executed=INT8, reason=reason, weights=weights)
 
 
 def _weights(
-    name: str, layer: nn.Module, segments: tuple[int, ...], regrid: bool, seven_bits: bool
+    name: str, layer: nn.Module, segments: tuple[int, ...], regrid: bool, seven_bits: bool, asked: str
 ) -> tuple[tuple[IntegerWeight, ...], str]:
     """Return the weight of each segment, and what was changed."""
     quantizer, weight = layer.weight_quantizer, layer.weight.detach()
@@ -157,7 +173,7 @@ def _weights(
         if not regrid:
             size = max(own)
             raise ConfigError(
-                f"runtime=openvino: {name} has a scale for every {size} input channels, which it cannot run: choose "
+                f"{asked}: {name} has a scale for every {size} input channels, which it cannot run: choose "
                 "quantization.weight_granularity=channel, or runtime.regrid=true"
             )
         return tuple(map(_regrid, parts)), f"re-gridded: it had {len(own)} scales per channel"

@@ -19,11 +19,12 @@ class Probe(nn.Module):
         super().__init__()
         from ptq_exp.runtime.deployable import IntegerLayer, Row
 
-        layer = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
-        levels = torch.full(layer.weight.shape, largest, dtype=torch.int8)
+        self.convolution = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
+        levels = torch.full(self.convolution.weight.shape, largest, dtype=torch.int8)
         weight = IntegerWeight(levels, torch.ones(CHANNELS), torch.zeros(CHANNELS, dtype=torch.int32))
         grid = Grid(torch.ones(1), torch.zeros(1), torch.full((1,), 255.0))
-        self.layer = IntegerLayer(layer, LayerPlan("probe", "Conv2d", "int8", weights=(weight,), inputs=(grid,)), Row())
+        self.plan = LayerPlan("probe", "Conv2d", "int8", weights=(weight,), inputs=(grid,))
+        self.layer = IntegerLayer(self.convolution, self.plan, Row())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)

@@ -81,3 +81,15 @@ def test_rules_in_one_call_are_those_of_the_policy():
     policy = Policy(first=("a",), last=(), weight_granularity="group", group_size=8, attention=False)
     assert made == policy.rules(Widths(4, (4, 8), 16, 6, 8))
     assert default_rules(8, 8, group_size=None) == default_rules(8, 8)
+
+
+def test_symmetric_operands_of_attention_leave_all_other_activations_as_they_are():
+    plain, symmetric = (Policy(qkv_symmetric=on).rules(Widths(8, 8)) for on in (False, True))
+    changed = [(a, b) for a, b in zip(plain, symmetric, strict=True) if a != b]
+    assert [a.pattern for a, _ in changed] == ["*to_[qkv]"]
+    (before, after), = changed
+    assert after.spec == dataclasses.replace(
+        before.spec, output=dataclasses.replace(before.spec.output, symmetric=True)
+    )
+    everywhere = Policy(qkv_symmetric=True, attention=False)
+    assert everywhere.rules(Widths(8, 8)) == Policy(attention=False).rules(Widths(8, 8))
