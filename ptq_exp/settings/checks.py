@@ -185,10 +185,20 @@ def _check_reconstruction(config: ExperimentConfig) -> None:
 def _check_runtime(config: ExperimentConfig) -> None:
     runtime = config.runtime
     check_section("runtime", runtime)
-    if runtime != RuntimeConfig() and runtime.name == "simulate" and not runtime.options:
+    if runtime != RuntimeConfig() and runtime.engine is None:
         changed = next(key for key, value in vars(runtime).items() if value != getattr(RuntimeConfig(), key))
         raise ConfigError(f"runtime.{changed} is an option of engines: choose runtime=openvino, or leave it out")
-    runtime_of(runtime.name, runtime.options)  # an engine that is not installed is told before hours are spent
+    if runtime.compare is not None and runtime.compare in ("simulate", runtime.name):
+        raise ConfigError(
+            f"runtime.compare={runtime.compare}: name an engine for the simulation to be compared with; "
+            f"runtime={runtime.name} is compared without it"
+            if runtime.name != "simulate"
+            else f"runtime.compare={runtime.compare}: name an engine, such as openvino"
+        )
+    # an engine that is not installed is told before hours are spent
+    runtime_of(runtime.name, runtime.options)
+    if runtime.engine is not None:
+        runtime_of(runtime.engine, runtime.engine_options)
 
 
 def _check_correction(config: ExperimentConfig) -> None:
