@@ -18,10 +18,10 @@ EVALUATIONS = 3
 _PROGRAM = """
 import json, sys
 import numpy as np, openvino
-path, settings, n = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+path, inputs, settings, n = *sys.argv[1:3], json.loads(sys.argv[3]), int(sys.argv[4])
 core = openvino.Core()
 compiled = core.compile_model(core.read_model(path), "CPU", settings)
-with np.load(path + ".npz") as given:
+with np.load(inputs) as given:
     inputs = {i: given[f"arr_{i}"] for i in range(len(given.files))}
 for _ in range(n):
     compiled(inputs)
@@ -36,12 +36,12 @@ def peak_bytes(network: CompiledNetwork, call: tuple[Any, ...]) -> int:
     Raises:
         PTQError: the process does not end well, or the system does not say (it needs /proc of Linux).
     """
+    path, flat = network.files(call)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.xml"
-        flat = network.save(path, call)
-        np.savez(f"{path}.npz", *(part.numpy() for part in flat))
+        inputs = Path(folder) / "inputs.npz"
+        np.savez(inputs, *(part.numpy() for part in flat))
         settings = json.dumps(network.safe_settings(path))
-        command = [sys.executable, "-P", "-c", _PROGRAM, str(path), settings, str(EVALUATIONS)]
+        command = [sys.executable, "-P", "-c", _PROGRAM, str(path), str(inputs), settings, str(EVALUATIONS)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]

@@ -14,7 +14,7 @@ from ptq_exp.errors import ConfigError, QuantizationError
 from ptq_exp.quantization import step_of
 from ptq_exp.quantization.cost.account import describe
 from ptq_exp.runtime.base import Execution
-from ptq_exp.runtime.compilation import Compiled, compiled, import_openvino, safe_settings, save_ir, traced
+from ptq_exp.runtime.compilation import Compiled, Files, compiled, import_openvino, positional, safe_settings, traced
 from ptq_exp.runtime.deployable import deployable
 from ptq_exp.runtime.fingerprint import fingerprint
 from ptq_exp.runtime.graph import executed_layers
@@ -57,6 +57,7 @@ class OpenVINO:
         self.version = import_openvino().__version__
         self.precision, self.weights, self.regrid, self.threads = precision, weights, regrid, threads
         self.cache, self.saturation = cache, None
+        self._files: dict[int, Files] = {}
         self._made: tuple[nn.Module, tuple[Any, ...], dict, CompiledNetwork] | None = None
 
     def compile(self, network: nn.Module, example_call: tuple[Any, ...]) -> CompiledNetwork:
@@ -84,7 +85,8 @@ class OpenVINO:
         Args:
             precision: one of `PRECISIONS`.
         """
-        return CompiledNetwork(network, precision=precision, threads=self.threads, cache=self.cache)
+        files = self._files.setdefault(id(network), Files())  # one trace for all precisions
+        return CompiledNetwork(network, precision=precision, threads=self.threads, cache=self.cache, files=files)
 
     def account(self) -> Execution:
         """Say how each operation of the network that was compiled last is executed, by the engine's own graph."""
@@ -113,11 +115,12 @@ class CompiledNetwork(nn.Module):
         rows: of ranges; with several the row in force, `step`, is the network's last input.
         try_first: compile in a process of its own before, as OpenVINO can crash the process that compiles.
         cache: where compiled models are kept; None = nowhere.
+        files: of the same network that were traced before; None = there are none.
     """
 
     def __init__(
         self, network: nn.Module, *, precision: str = "f32", threads: int | None = None, rows: int = 1,
-        try_first: bool = True, cache: ArtifactCache | None = None,
+        try_first: bool = True, cache: ArtifactCache | None = None, files: Files | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self._source = [network]  # a list: its weights are not moved by `to`
@@ -125,7 +128,7 @@ class CompiledNetwork(nn.Module):
             "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
         }  # fmt: skip
-        self._rows, self._try_first, self._cache = rows, try_first, cache
+        self._rows, self._try_first, self._cache, self._files = rows, try_first, cache, files or Files()
         # before a trace leaves anything in it
         self._fingerprint = "" if cache is None or cache.mode == "off" else fingerprint(network)
         self.step: nn.Module | None = None
@@ -135,9 +138,8 @@ class CompiledNetwork(nn.Module):
     def forward(self, *tensors: Tensor, **conditions: Tensor) -> Tensor:
         """Return the network's output, on the device of its first input."""
         call = self._flat(tensors, conditions)
-        model = self._model(call, tuple(conditions)).model
-        result = model.infer_new_request({i: np.ascontiguousarray(part.numpy()) for i, part in enumerate(call)})
-        return torch.from_numpy(np.array(result[0])).to(tensors[0].device, tensors[0].dtype)
+        result = _evaluated(self._model(call, tuple(conditions)).model, call)
+        return result.to(tensors[0].device, tensors[0].dtype if tensors[0].is_floating_point() else result.dtype)
 
     def any_model(self, example_call: tuple[Any, ...]) -> Compiled:
         """Return a compiled model: one that was used, or that of `example_call`."""
@@ -146,12 +148,11 @@ class CompiledNetwork(nn.Module):
             self._model(self._flat(tensors, conditions, row=0), tuple(conditions))
         return next(iter(self._models.values()))
 
-    def save(self, path: Path, call: tuple[Any, ...]) -> list[Tensor]:
-        """Write OpenVINO's files of the network for inputs like `call`; returns the inputs in their order."""
+    def files(self, call: tuple[Any, ...]) -> tuple[Path, list[Tensor]]:
+        """Return the path (.xml) of OpenVINO's files of the network for inputs like `call`, and these in order."""
         tensors, conditions = _split(call)
         flat = self._flat(tensors, conditions, row=0)
-        save_ir(traced(self._source[0], flat, tuple(conditions), self._rows), path)
-        return flat
+        return self._path(flat, tuple(conditions)), flat
 
     def safe_settings(self, path: Path) -> dict[str, Any]:
         """Return the settings that OpenVINO compiles the files at `path` with, tried in a process of its own."""
@@ -168,13 +169,34 @@ class CompiledNetwork(nn.Module):
 
     def _model(self, call: Sequence[Tensor], names: tuple[str, ...]) -> Compiled:
         """Return the compiled model for inputs of the shapes and types of `call`."""
-        key = (names, *((tuple(part.shape), part.dtype) for part in call))
+        key = _key(call, names)
         if key not in self._models:
             self._models[key] = compiled(
-                lambda: traced(self._source[0], call, names, self._rows), self.safe_settings, self._settings,
-                cache=self._cache, key={"network": self._fingerprint, "inputs": [str(part) for part in key]},
+                lambda: self._path(call, names), self.safe_settings, self._settings,
+                lambda model: self._error(model, call, names), cache=self._cache,
+                key={"network": self._fingerprint, "inputs": [str(part) for part in key]},
             )  # fmt: skip
         return self._models[key]
+
+    @torch.no_grad()
+    def _error(self, model: Any, call: Sequence[Tensor], names: tuple[str, ...]) -> float:
+        """Relative error of what a compiled model computes of `call`."""
+        wanted = positional(self._source[0], names)(*call).double()
+        return float((_evaluated(model, call).double() - wanted).norm() / wanted.norm().clamp(min=1e-12))
+
+    def _path(self, call: Sequence[Tensor], names: tuple[str, ...]) -> Path:
+        return self._files.of(_key(call, names), lambda: traced(self._source[0], call, names, self._rows))
+
+
+def _evaluated(model: Any, call: Sequence[Tensor]) -> Tensor:
+    """Return what OpenVINO's compiled model computes of inputs on the CPU."""
+    result = model.infer_new_request({i: np.ascontiguousarray(part.numpy()) for i, part in enumerate(call)})
+    return torch.from_numpy(np.array(result[0]))
+
+
+def _key(call: Sequence[Tensor], names: tuple[str, ...]) -> tuple:
+    """Names of the conditions, shapes and types of inputs."""
+    return (names, *((tuple(part.shape), part.dtype) for part in call))
 
 
 def _split(call: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Mapping[str, Tensor]]:

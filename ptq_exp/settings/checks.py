@@ -188,12 +188,10 @@ def _check_runtime(config: ExperimentConfig) -> None:
     if runtime != RuntimeConfig() and runtime.engine is None:
         changed = next(key for key, value in vars(runtime).items() if value != getattr(RuntimeConfig(), key))
         raise ConfigError(f"runtime.{changed} is an option of engines: choose runtime=openvino, or leave it out")
-    if runtime.compare is not None and runtime.compare in ("simulate", runtime.name):
+    if runtime.compare not in (None, runtime.engine) or runtime.compare == "simulate":
         raise ConfigError(
-            f"runtime.compare={runtime.compare}: name an engine for the simulation to be compared with; "
-            f"runtime={runtime.name} is compared without it"
-            if runtime.name != "simulate"
-            else f"runtime.compare={runtime.compare}: name an engine, such as openvino"
+            f"runtime.compare={runtime.compare}: choose an engine, such as openvino, that runtime=simulate is compared "
+            "with; an engine that draws the images is compared anyway"
         )
     # an engine that is not installed is told before hours are spent
     runtime_of(runtime.name, runtime.options)

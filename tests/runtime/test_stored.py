@@ -1,6 +1,7 @@
 """What is stored: 16-bit tables and weights, compiled models in the cache, and the name that they are found by."""
 
 import copy
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,10 @@ from torch import nn
 
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 from ptq_exp.runtime import runtime_of
-from ptq_exp.runtime.compilation import KIND
+from ptq_exp.runtime.compilation import KIND, traced
 from ptq_exp.runtime.deployable import deployable
 from ptq_exp.runtime.fingerprint import fingerprint
+from ptq_exp.runtime.openvino import CompiledNetwork
 from ptq_exp.runtime.plan import integer_plan
 from ptq_exp.runtime.sixteen_bits import SixteenBits, StoredLayer, Table, stored
 from ptq_exp.storage.cache import ArtifactCache
@@ -73,7 +75,7 @@ def with_classes():
     return network, call
 
 
-def test_what_is_not_quantized_takes_16_bits_in_the_engines_files(with_classes, tmp_path):
+def test_what_is_not_quantized_takes_16_bits_in_the_engines_files(with_classes):
     network, call = with_classes
     plain = deployable(network, integer_plan(network))
     assert isinstance(plain.network.table, Table) and isinstance(plain.network.whole, StoredLayer)
@@ -82,9 +84,21 @@ def test_what_is_not_quantized_takes_16_bits_in_the_engines_files(with_classes, 
     made._try_first = False
     wanted = network(*call)
     assert float((made(*call) - wanted).norm() / wanted.norm()) < 1e-3
-    made.save(tmp_path / "model.xml", call)
+    path, _ = made.files(call)
     # two bytes for each value of table and layer, 1 for each quantized one, 4 at the ends; 4 kB of others
-    assert (tmp_path / "model.bin").stat().st_size < 2 * (11 * 64 + 64 * 64) + 64 * 64 + 4 * (64 * 64 + 64 * 8) + 4096
+    assert path.with_suffix(".bin").stat().st_size < 2 * (11 * 64 + 64 * 64) + 64 * 64 + 4 * (64 * 64 + 64 * 8) + 4096
+
+
+def test_a_chain_of_linear_layers_that_openvino_fuses_wrongly_is_compiled_without_that(with_classes, monkeypatch):
+    network, call = with_classes
+    found = {}
+    for suspicious in (0.05, float("inf")):
+        monkeypatch.setattr("ptq_exp.runtime.compilation.SUSPICIOUS", suspicious)
+        made = CompiledNetwork(deployable(network, integer_plan(network)), threads=1, try_first=False)
+        found[suspicious] = float((made(*call) - network(*call)).norm() / network(*call).norm())
+    assert found[0.05] < 1e-3
+    # 0.15 by OpenVINO 2026.4; where a later one is right, nothing has to be done
+    assert found[float("inf")] >= found[0.05]
 
 
 def test_a_compiled_model_is_found_again(with_classes, tmp_path, caplog, monkeypatch):
@@ -134,3 +148,12 @@ def test_the_fingerprint_says_what_a_network_computes(with_classes):
         change(made)
         assert fingerprint(made) not in found, what
         found.add(fingerprint(made))
+
+
+def test_openvino_sends_nothing_to_its_makers(monkeypatch):
+    sent = []
+    telemetry = pytest.importorskip("openvino_telemetry.main")
+    monkeypatch.setattr(telemetry.TelemetrySender, "send", lambda *args: sent.append(args))
+    monkeypatch.delenv("CI", raising=False)
+    traced(nn.Linear(2, 2), [torch.zeros(1, 2)], ())
+    assert not sent and "CI" not in os.environ

@@ -75,7 +75,7 @@ def _kernels(layers: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _operations(layers: Iterable[Mapping[str, Any]]) -> Table:
-    columns = [("operation", False), ("kind", False), ("executed", False), ("kernel", False), ("MACs", True),
+    columns = [("layer", False), ("kind", False), ("executed", False), ("kernel", False), ("MACs", True),
                ("reason", False)]  # fmt: skip
     rows = [
         [text(layer["layer"]), text(layer["kind"]), text(layer["executed"]), text(layer["kernel"] or None),
