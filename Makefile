@@ -21,7 +21,10 @@ help:
 	@echo 'PYTHON=python3.12 chooses the interpreter that .venv is made with; the first call installs about 6 GB.'
 
 demo: $(VENV)/.installed
-	$(RUN) -m ptq_exp +experiment=ndtc_w8a8 model=$(MODEL) $(ARGS)
+	@if $(RUN) -c 'import openvino' 2> /dev/null; then beside=runtime.compare=openvino; else beside=; fi; set -x; \
+	    $(RUN) -m ptq_exp +experiment=ndtc_w8a8 model=$(MODEL) $$beside $(ARGS)
+	@$(RUN) -c 'import openvino' 2> /dev/null || \
+	    echo "The same model as integers on this CPU: $(VENV)/bin/pip install -e '.[openvino]' and make demo again"
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check .

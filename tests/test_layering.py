@@ -20,7 +20,7 @@ FLOORS = [
         "results": "errors storage",
     },
     {
-        "runtime": "errors quantization",
+        "runtime": "errors storage quantization",
         "calibration": "errors storage diffusion",
         "correction": "errors storage quantization diffusion",
         "reports": "errors storage evaluation results",
@@ -36,10 +36,12 @@ FLOORS = [
     },
     {
         "experiment": "errors storage quantization diffusion evaluation results calibration correction reports "
-        "reconstruction deploy lightning settings",
+        "reconstruction runtime deploy lightning settings",
         "api": "errors diffusion evaluation deploy",
     },
-    {"cli": "errors storage diffusion evaluation results reports deploy embedded settings experiment api"},
+    {
+        "cli": "errors storage diffusion evaluation results reports runtime deploy embedded settings experiment api"
+    },
     {"__main__": "cli", "__init__": ""},
 ]
 ALLOWED = {room: set(names.split()) for floor in FLOORS for room, names in floor.items()}

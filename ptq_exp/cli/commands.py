@@ -9,6 +9,7 @@ COMMANDS = {
     "doctor": "checks Python, packages, devices, disk space, weights",
     "cache": "cache ls | prune: what runs share on disk",
     "table": "a table of many runs; --list: layouts, one of conf/table each",
+    "bench": "times of a saved model on engines, beside full precision and the simulation",
     "search": "the best combination of settings at given bits, stage by stage as conf/search says",
     "report": "a report of many runs",
     "export": "a saved quantized model as a file for OpenVINO or ONNX Runtime",

@@ -35,7 +35,7 @@ integers, ranges, all other parameters), `quantization.json` (rules, ranges, bit
 {metrics}
 
 {spec}
-
+{executed}
 ## How it was made
 
 ```bash
@@ -93,11 +93,26 @@ def card(description: dict[str, Any], results: dict[str, Any], command: str) -> 
         metrics="\n".join(["| metric | value |", "| --- | ---: |", *scored]),
         spec=f"{spec['n_samples']} images, seed {spec['seed']}, extractor {spec['extractor']} "
         f"({spec['preprocessing']}), reference {spec['reference']}.",
-        command=command, calibration=settings["calibration"]["name"], metric=settings["metric"]["name"],
+        executed=_executed(results.get("runtime")), command=command,
+        calibration=settings["calibration"]["name"], metric=settings["metric"]["name"],
         sampler=f"{sampler['solver']} with {sampler['steps']} steps, eta {sampler['eta']:g}, guidance scale "
         f"{description['grid']['guidance_scale']:g}",
         version=description["ptq_exp"], checkpoint=checkpoint,
     )  # fmt: skip
+
+
+def _executed(entry: dict[str, Any] | None) -> str:
+    """Lay out how an engine executes the model; nothing where none was measured."""
+    if not entry or "ms_per_evaluation" not in entry:
+        return ""
+    engine, ms = entry["engine"], entry["ms_per_evaluation"]
+    lines = [f"| {name.replace('_', ' ')} | {ms[name]:.1f} | {entry['ms_per_image'][name]:.1f} |" for name in ms]
+    psnr = f", images {entry['psnr']:.1f} dB from the simulation's" if "psnr" in entry else ""
+    return "\n".join([
+        "", f"Executed by {engine} {entry['version']} with {entry['threads']} threads, {entry['batch_size']} images "
+        f"per evaluation: {entry['int8_share']:.2%} of the MACs of its layers as 8-bit integers{psnr}.", "",
+        "| | ms per evaluation | ms per image |", "| --- | ---: | ---: |", *lines, "",
+    ])  # fmt: skip
 
 
 def _both(values: dict[str, float | None], form: str) -> str:

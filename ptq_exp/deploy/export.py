@@ -137,7 +137,7 @@ def rows_of_steps(quantized: QuantizedModel) -> list[int] | None:
 
 
 def _first_step(quantized: QuantizedModel, n: int) -> Call:
-    """The call of `n` samples of the first sampling step: standard normal noise of seed 0."""
+    """Make the call of `n` samples of the first sampling step: standard normal noise of seed 0."""
     model = quantized.model
     x = torch.randn(n, *model.sample_shape, generator=torch.Generator().manual_seed(0))
     conditions = {name: value.contiguous() for name, value in model.draw_conditions(range(n), 0).items()}

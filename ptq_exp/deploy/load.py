@@ -68,7 +68,7 @@ def load_quantized(
     scale = model.sampler.guidance_scale if scale is None else float(scale)
     artifact.check_grid(grid, scale)
     quantized = restored(artifact, model, grid, scale, torch.device(device), full_precision=full_precision)
-    return replace(quantized, runtime=runtime, runtime_options=runtime_options or {})
+    return quantized.on(runtime, runtime_options)
 
 
 def restored(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import Applied, Report, Rule
 from ptq_exp.quantization.save import save_quantized
-from ptq_exp.runtime import ExecutedLayer, Runtime, runtime_of
+from ptq_exp.runtime import Runtime, runtime_of
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.plain_json import to_plain
 
@@ -42,7 +42,8 @@ class QuantizedModel:
         variance: whether the sampler's own noise makes room for that of the quantization.
         convention: "paper" or "code", of the variance correction.
         transforms: that the full-precision network went through before it was quantized, in order.
-        runtime: how the network is executed, see `ptq_exp.runtime`.
+        runtime_name: of what executes the network, see `ptq_exp.runtime`; `runtime` is the object.
+        runtime_options: of its constructor, such as {"precision": "bf16"} of openvino.
         full_precision: whether the full-precision weights are there, too.
         compile: whether networks are compiled.
         recipe: what it was made from and with, as plain values for quantization.json.
@@ -61,7 +62,7 @@ class QuantizedModel:
     variance: bool = False
     convention: str = "paper"
     transforms: tuple[Applied, ...] = ()
-    runtime: str = "simulate"
+    runtime_name: str = "simulate"
     runtime_options: Mapping[str, Any] = field(default_factory=dict)
     full_precision: bool = True
     compile: bool = False
@@ -88,17 +89,26 @@ class QuantizedModel:
     @cached_property
     def _execution(self) -> tuple[Runtime, nn.Module]:
         """The runtime, and the network that it made."""
-        runtime = runtime_of(self.runtime, self.runtime_options)
+        runtime = runtime_of(self.runtime_name, self.runtime_options)
         device = next(self.network.parameters()).device
         return runtime, runtime.compile(self.network, self.model.example_inputs().to(device))
 
     @property
-    def executed(self) -> list[ExecutedLayer]:
-        """How the runtime executes each operation of the network."""
-        return self._execution[0].account()
+    def runtime(self) -> Runtime:
+        """What executes the network; its `account()` says how each operation is executed, and `int8_share`."""
+        return self._execution[0]
+
+    @property
+    def executed_network(self) -> nn.Module:
+        """The network as the runtime executes it, called as `network` is."""
+        return self._execution[1]
+
+    def on(self, runtime_name: str, runtime_options: Mapping[str, Any] | None = None) -> QuantizedModel:
+        """Make the same model, executed by another runtime."""
+        return replace(self, runtime_name=runtime_name, runtime_options=runtime_options or {})
 
     def _guided(self, rows: Tensor | None) -> nn.Module:
-        network = self._execution[1]
+        network = self.executed_network
         denoiser = network if rows is None else Scheduled(network, rows, self.grid)
         if self.compile:
             denoiser.compile()

@@ -15,6 +15,7 @@ from ptq_exp.evaluation.images import mean_psnr
 from ptq_exp.experiment.analyse import analyse
 from ptq_exp.experiment.budget import check_budget, check_feasible
 from ptq_exp.experiment.correction import check_statistics, fit_correction
+from ptq_exp.experiment.execution import executed_by, measure_execution
 from ptq_exp.experiment.features import reference_features
 from ptq_exp.experiment.images import full_precision_images, quantized_images
 from ptq_exp.experiment.inputs import checked_images
@@ -34,6 +35,7 @@ from ptq_exp.experiment.stages import make_calibration_set, quantize_model
 from ptq_exp.experiment.writer import SAMPLES, RunWriter
 from ptq_exp.results.environment import environment, run_command
 from ptq_exp.results.record import Results
+from ptq_exp.results.sinks import spoils_nothing
 from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.storage.atomic import file_digest
 
@@ -80,7 +82,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         if plan is not None:
             quantized = _made(run, plan, config, keys, stage, images)
         elif quantized is not None:
-            quantized = replace(quantized, runtime=config.runtime.name, runtime_options=config.runtime.options)
+            quantized = executed_by(quantized, config.runtime, run)
             writer.write("load_quantized", schedule_record(quantized, config.bits.name))
         if quantized is None:
             labels = run.model.labels(range(len(fp_images)), run.seed)
@@ -89,6 +91,10 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         else:
             outcome = _evaluated(run, config, keys, stage, writer, quantized, scorer, fp_images, fp_scores)
         results.finish(metrics=outcome.metrics)
+        if quantized is not None and config.runtime.engine is not None and config.runtime.measure:
+            with spoils_nothing("the section runtime of results.json", "images and scores are there"):
+                stage("runtime", measure_execution, run, config, quantized)
+            results.finish()
         look_at(outcome, results.values, config, folder, writer.pictures, wandb_sink)
     say(outcome, results.values, folder)
     return results.values
@@ -122,8 +128,7 @@ def _made(
     model = stage("proof", prove, run, model, states)
     model = stage("bit_schedule", schedule_bits, run, plan, config.correction, key, model)
     model = stage("noise_statistics", fit_correction, run, plan, config.correction, keys, model)
-    executed_by = {"runtime": config.runtime.name, "runtime_options": config.runtime.options}
-    return replace(model, recipe=recipe(config, run.model, evaluations), **executed_by)
+    return executed_by(replace(model, recipe=recipe(config, run.model, evaluations)), config.runtime, run)
 
 
 def _evaluated(

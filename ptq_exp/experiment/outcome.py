@@ -15,6 +15,7 @@ import numpy as np
 
 from ptq_exp.deploy.artifact import SUBFOLDER
 from ptq_exp.deploy.card import write_card
+from ptq_exp.experiment.execution import line
 from ptq_exp.quantization import Report
 from ptq_exp.reports.grid import save_grid
 from ptq_exp.reports.html import write_run_report
@@ -70,6 +71,9 @@ def say(outcome: Outcome, values: dict[str, Any], folder: Path) -> None:
     """Log the table of a finished run, and where it is."""
     with spoils_nothing("the table above", "results.json has its numbers"):
         log.info("\n%s", summary(values, outcome.report and outcome.report.summary()))
+    if "runtime" in values:
+        with spoils_nothing("the line on the engine", "results.json has its numbers"):
+            log.info("%s", line(values["runtime"]))
     with spoils_nothing("the list of files", f"they are in {folder}"):
         log.info("\n%s in %s", ", ".join(_left_in(folder)), folder)
 
@@ -118,7 +122,8 @@ def _for_wandb(
     if report is not None:
         entry = quantization_entry(report)
         numbers |= {key: entry[key] for key in ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")}
-    sections = ("metric_spec", "quantization", "real", "weights")  # a table can be made from the W&B run alone
+    # a table can be made from the W&B run alone
+    sections = ("metric_spec", "quantization", "real", "weights", "runtime")
     summed = {key: values[key] for key in sections if key in values}
     items = {
         "the errors per step": errors_per_step,

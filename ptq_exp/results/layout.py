@@ -10,6 +10,7 @@ from typing import Any
 QUANTIZED = "quantized runs"
 SCORED = "runs that score images (`evaluation.extractor`)"
 CORRECTED = "runs with a correction"
+EXECUTED = "runs with an engine (`runtime=openvino`, `runtime.compare`)"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ _REPORT, _QUANTIZATION = "quantization.Report", "experiment.outcome.quantization
 _SCORE, _ERRORS = "evaluation.score", "experiment.noise_record.eps_errors"
 _NOISE = "experiment.noise_record.noise_record"
 _SPEC = "experiment.scores.Scorer.metric_spec"
+_MEASURED, _TIMES = "deploy.measure.execution_entry", "deploy.measure.times_entry"
+_FAITHFUL = "deploy.measure.faithfulness"
 _BOTH = "`conv_linear`: convolutions and linear layers, `everything`: attention products, too"
 
 LAYOUT = (
@@ -149,6 +152,36 @@ LAYOUT = (
           "runs with `analysis.active`"),
     Entry("analysis.most_sensitive.*", "layers that make the largest relative eps error when quantized alone", "1",
           "experiment.analyse.analyse", "runs with `analysis.active` and `analysis.sensitivity`"),
+    Entry("runtime.engine", "what executed the quantized network, or was compared with the simulation", "word",
+          _MEASURED, EXECUTED),
+    Entry("runtime.version", "of the engine", "text", _MEASURED, EXECUTED),
+    Entry("runtime.threads", "of one evaluation", "count", _MEASURED, EXECUTED),
+    Entry("runtime.batch_size", "images of one evaluation; twice as many samples with guidance", "count", _MEASURED,
+          EXECUTED),
+    Entry("runtime.repeats", "turns that times are medians of", "count", _MEASURED, EXECUTED),
+    Entry("runtime.ms_per_evaluation.*", "wall time of one evaluation of the network: `torch_fp32`, `simulation`, "
+          "`<engine>_int8`, and the full-precision network on the engine, `<engine>_f32` and `<engine>_bf16`; taken in "
+          "turns", "ms", _TIMES, EXECUTED),
+    Entry("runtime.ms_per_image.*", "the same times the sampling steps, over the images of a batch", "ms", _TIMES,
+          EXECUTED),
+    Entry("runtime.faster_than.*", "time of that over the time of `<engine>_int8`, median over turns", "factor",
+          _TIMES, EXECUTED),
+    Entry("runtime.peak_bytes.*", "peak memory of a process that only evaluates the network on the engine", "bytes",
+          "runtime.memory.peak_bytes", "runs with `runtime.measure_memory`"),
+    Entry("runtime.file_bytes", "size of the engine's files of the quantized network; null where it has none", "bytes",
+          _MEASURED, EXECUTED),
+    Entry("runtime.int8_share", "share of the MACs of convolutions and linear layers that the engine's own graph "
+          "executes as 8-bit integers", "0 to 1", "runtime.Execution", EXECUTED),
+    Entry("runtime.attention_int8_share", "the same of the products of attention; null without", "0 to 1",
+          "runtime.Execution", EXECUTED),
+    Entry("runtime.saturation", "what 8-bit sums are of the right ones on this processor; null where it is not probed",
+          "1", "runtime.probe.saturation", EXECUTED),
+    Entry("runtime.eps_error", "relative error of the noise estimate to the simulation's, on states that this reached",
+          "1", _FAITHFUL, EXECUTED),
+    Entry("runtime.states", "states that it is the mean of", "count", _FAITHFUL, EXECUTED),
+    Entry("runtime.psnr", "PSNR to the simulation's images of the same seeds, mean over images; missing where these "
+          "take longer than `runtime.measure_seconds`", "dB", _FAITHFUL, EXECUTED),
+    Entry("runtime.images", "images that it is the mean of", "count", _FAITHFUL, EXECUTED),
     Entry("metric_spec.extractor", "network of the features", "name", _SPEC),
     Entry("metric_spec.preprocessing", "what it does to images", "text", _SPEC),
     Entry("metric_spec.reference", "what images are compared with", "text", _SPEC),
@@ -210,6 +243,7 @@ _HEAD = """# What a run leaves
 | `quantized/` | the saved model, see [saving and loading](saved_models.md) |
 | `bit_schedule.json`, `noise_statistics.npz` | bits of each step, statistics of the noise; where there are any |
 | `reconstruction.json` | every block of a reconstruction: errors before and after |
+| `runtime.json` | what executes each operation: `int8` or `float`, kernel, MACs, reason; where an engine was measured |
 | `analysis.npz` | activation ranges per step and sensitivity of layers, with `analysis.active` |
 | `grid.png`, `eps_error.png`, `bit_schedule.png`, `noise.png`, `report.html` | to look at |
 | `<name>.log`, `.hydra/`, `wandb/` | log, settings as Hydra composed them, W&B run |

@@ -2,10 +2,10 @@
 
 runtime = runtime_of("simulate")
 network = runtime.compile(quantized.network, example_call)  # called as the quantized network is
-runtime.account()                                           # what ran as integers, layer by layer
+runtime.account()                                           # what ran as integers, layer by layer, and `int8_share`
 """
 
-from ptq_exp.runtime.base import RUNTIMES, ExecutedLayer, Runtime, runtime_of
+from ptq_exp.runtime.base import RUNTIMES, ExecutedLayer, Execution, Runtime, runtime_of
 from ptq_exp.runtime.simulate import Simulate
 
-__all__ = ["RUNTIMES", "ExecutedLayer", "Runtime", "Simulate", "runtime_of"]
+__all__ = ["RUNTIMES", "ExecutedLayer", "Execution", "Runtime", "Simulate", "runtime_of"]

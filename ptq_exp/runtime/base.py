@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pkgutil import resolve_name
@@ -26,7 +26,7 @@ class ExecutedLayer:
     Attributes:
         layer: module name; `<attention>.qk` and `<attention>.av` for the products of attention.
         kind: class of the full-precision module, or of the product.
-        executed: `integer`, or `float`: in floating point, quantized values or not.
+        executed: `int8`, or `float`: in floating point, quantized values or not.
         kernel: what computes it.
         macs: multiply-accumulates per sample.
         reason: why it is not executed as integers; "" where it is.
@@ -38,6 +38,31 @@ class ExecutedLayer:
     kernel: str
     macs: int
     reason: str
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a product of attention, q k^T or softmax(.) v."""
+        return self.kind.startswith("Attention.")
+
+
+class Execution(tuple[ExecutedLayer, ...]):
+    """How the operations of a network are executed, in the order of its report."""
+
+    @property
+    def int8_share(self) -> float:
+        """Share of the MACs of convolutions and linear layers that are executed as 8-bit integers, 0 to 1."""
+        return _share(row for row in self if not row.is_product) or 0.0
+
+    @property
+    def attention_int8_share(self) -> float | None:
+        """The same of the products of attention; None without attention."""
+        return _share(row for row in self if row.is_product)
+
+
+def _share(rows: Iterable[ExecutedLayer]) -> float | None:
+    rows = list(rows)
+    total = sum(row.macs for row in rows)
+    return sum(row.macs for row in rows if row.executed == "int8") / total if total else None
 
 
 class Runtime(Protocol):
@@ -60,8 +85,8 @@ class Runtime(Protocol):
         """
         ...
 
-    def account(self) -> list[ExecutedLayer]:
-        """List how each operation of the network that was compiled last is executed."""
+    def account(self) -> Execution:
+        """Say how each operation of the network that was compiled last is executed."""
         ...
 
 
@@ -79,6 +104,11 @@ def runtime_of(name: str, options: Mapping[str, Any] | None = None) -> Runtime:
     if unknown := set(options) - set(signature(runtime).parameters):
         raise ConfigError(f"runtime={name} has no option {min(unknown)}")
     return runtime(**options)
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether the constructor of the runtime `name` has the `option`."""
+    return option in signature(resolve_name(RUNTIMES[name])).parameters
 
 
 def check_runtime(name: Any, setting: str = "runtime") -> None:

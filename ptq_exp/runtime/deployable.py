@@ -21,8 +21,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from ptq_exp.quantization.quantizer import Quantizer
 from ptq_exp.runtime.operators import dequantized, on_byte_grid
 from ptq_exp.runtime.plan import BYTE, INT8, Grid, IntegerWeight, LayerPlan, Plan, layers_of
+from ptq_exp.runtime.sixteen_bits import multiplication_of, store_, stored
 
 
 class Row(nn.Module):
@@ -89,14 +91,8 @@ class Multiplication(nn.Module):
         super().__init__()
         self.quantizer = GridQuantizer(grid, row)
         self.groups, self.shifted = getattr(layer, "groups", 1), weight.shifted
-        self.settings: dict = {}
+        self.function, self.settings = multiplication_of(layer)
         self._of_ones: dict[tuple[int, ...], Tensor] = {}
-        if not isinstance(layer, nn.Linear):
-            self.settings = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation,
-                             "groups": self.groups}
-            self.function = nn.functional.conv1d if isinstance(layer, nn.Conv1d) else nn.functional.conv2d
-        else:
-            self.function = nn.functional.linear
         levels, scale, offset = weight.levels, weight.scale, weight.offset.float() * weight.scale
         if self.shifted:  # one more output channel, of ones, in each group
             levels, scale = _with_ones(levels, self.groups), _with_ones(scale, self.groups)
@@ -178,7 +174,8 @@ class FloatLayer(nn.Module):
         self.segments, self.axis = list(plan.segments), -1 if isinstance(layer, nn.Linear) else 1
         self.inputs = nn.ModuleList(GridQuantizer(grid, row) for grid in plan.inputs)
         self.output = nn.Identity() if plan.output is None else GridQuantizer(plan.output, row)
-        self.layer = _plain(layer)
+        quantized = isinstance(layer.weight_quantizer, Quantizer)
+        self.layer = _plain(layer) if quantized else stored(_plain(layer))
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer that it stands for."""
@@ -292,6 +289,7 @@ def deployable(network: nn.Module, plan: Plan, integer_layer: type[IntegerLayer]
         integer_layer: makes what stands for a layer that is executed as integers.
     """
     made, row = copy.deepcopy(network).float().eval().requires_grad_(False), Row()
+    store_(made)  # what has no quantizers; quantized layers are of other types
     found = [grid for entry in plan.values() for grid in (*entry.inputs, entry.output) if grid is not None]
     rows = max((grid.rows for grid in found), default=1)
     attentions = [(name, layer, entry) for name, layer, entry in layers_of(made, plan) if entry.kind == "Attention"]

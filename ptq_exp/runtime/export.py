@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import step_of
 from ptq_exp.quantization.cost.account import describe
-from ptq_exp.runtime import openvino as engine
-from ptq_exp.runtime.base import ExecutedLayer
+from ptq_exp.runtime.base import ExecutedLayer, Execution
+from ptq_exp.runtime.compilation import import_openvino, save_ir, traced
 from ptq_exp.runtime.deployable import Deployable, deployable
 from ptq_exp.runtime.export_onnx import SESSION, check_installed, onnx_model, write_onnx
-from ptq_exp.runtime.graph import executed_layers
-from ptq_exp.runtime.plan import INT8, Plan, check_weights, integer_plan
+from ptq_exp.runtime.graph import executed_layers, kernels_of
+from ptq_exp.runtime.openvino import CompiledNetwork
+from ptq_exp.runtime.plan import FLOAT, INT8, Plan, check_weights, integer_plan
 from ptq_exp.runtime.probe import saturation
 
 FORMATS = {"openvino": "model.xml", "onnx": "model.onnx"}
@@ -51,7 +52,7 @@ class Exported:
     outputs: dict[str, Tensor]
     shapes: dict[str, tuple[int | str, ...]]
     settings: dict[str, Any]
-    layers: list[ExecutedLayer]
+    layers: Execution
     engine: str
     errors: dict[str, float]
     saturation: float | None
@@ -81,7 +82,7 @@ def export_network(
             rows of ranges the one in force is an input, int64 [1].
         example: the same of one sample.
         any_batch: let the file take any number of samples, in place of those of `call`.
-        regrid, weights: see `ptq_exp.runtime.openvino.OpenVINO`.
+        regrid, weights: see `OpenVINO`.
 
     Raises:
         ConfigError: a layer cannot be executed; the message says what to set.
@@ -105,8 +106,9 @@ def export_network(
         compiled, own = _compiled(plain, path)
         settings = own if name == "openvino" else settings
         errors["openvino"] = _distance(compiled(values)[0], outputs[OUTPUT])
-        layers, by = executed_layers(compiled, plan, describe(network, example).rows), f"openvino {version('openvino')}"
-        ratio = saturation(lambda probe: engine.CompiledNetwork(probe, try_first=False), weights)
+        layers = executed_layers(kernels_of(compiled), plan, describe(network, example).rows)
+        by = f"openvino {version('openvino')}"
+        ratio = saturation(lambda probe: CompiledNetwork(probe, try_first=False), weights)
     samples = len(inputs) - (plain.rows > 1)
     shapes: dict[str, tuple[int | str, ...]] = {
         key: (_ANY, *value.shape[1:]) if any_batch and n < samples else tuple(value.shape)
@@ -125,14 +127,12 @@ def _named(plain: Deployable, network: nn.Module, call: tuple[Any, ...]) -> dict
 
 
 def _write_openvino(plain: Deployable, inputs: Mapping[str, Tensor], path: Path, any_batch: bool) -> None:
-    import openvino
-
-    model = engine.traced(plain, list(inputs.values()), plain.condition_names, plain.rows, any_batch=any_batch)
+    model = traced(plain, list(inputs.values()), plain.condition_names, plain.rows, any_batch=any_batch)
     for port, name in zip(model.inputs, inputs, strict=True):
         port.get_tensor().set_names({name})
         port.get_node().set_friendly_name(name)
     model.outputs[0].get_tensor().set_names({OUTPUT})
-    openvino.save_model(model, path, compress_to_fp16=False)
+    save_ir(model, path)
 
 
 def _write_onnx(plain: Deployable, inputs: Mapping[str, Tensor], path: Path, any_batch: bool) -> None:
@@ -141,13 +141,10 @@ def _write_onnx(plain: Deployable, inputs: Mapping[str, Tensor], path: Path, any
 
 def _compiled(plain: Deployable, path: Path) -> tuple[Any, dict[str, Any]]:
     """OpenVINO's compiled model of a written file, and the settings that it was compiled with."""
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(path)
-    settings = engine.CompiledNetwork(plain, rows=plain.rows).safe_settings(model)
+    core = import_openvino().Core()
+    settings = CompiledNetwork(plain, rows=plain.rows).safe_settings(path)
     kept = {key: value for key, value in settings.items() if key not in _OF_MACHINE}
-    return core.compile_model(model, "CPU", settings), kept
+    return core.compile_model(core.read_model(path), "CPU", settings), kept
 
 
 def _run_onnx(path: Path, values: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -161,15 +158,15 @@ def _run_onnx(path: Path, values: Mapping[str, np.ndarray]) -> np.ndarray:
     return session.run([OUTPUT], dict(values))[0]
 
 
-def _planned(plan: Plan, network: nn.Module, example: Sequence[Any]) -> list[ExecutedLayer]:
+def _planned(plan: Plan, network: nn.Module, example: Sequence[Any]) -> Execution:
     """List the operations as they are planned, for engines that are not here."""
     made = []
     for row in describe(network, tuple(example)).rows:
         entry = plan.get(row.name) or plan.get(row.name.rpartition(".")[0])
         integer = entry is not None and entry.executed == INT8
         reason = (row.reason or "not quantized") if entry is None else entry.reason
-        made.append(ExecutedLayer(row.name, row.type, "integer" if integer else "float", "", row.macs, reason))
-    return made
+        made.append(ExecutedLayer(row.name, row.type, INT8 if integer else FLOAT, "", row.macs, reason))
+    return Execution(made)
 
 
 def _distance(found: np.ndarray, wanted: Tensor) -> float:

@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ptq_exp.quantization import Row
-from ptq_exp.runtime.base import ExecutedLayer
-from ptq_exp.runtime.plan import INT8, Plan
+from ptq_exp.runtime.base import ExecutedLayer, Execution
+from ptq_exp.runtime.plan import FLOAT, INT8, Plan
+
+Kernels = Mapping[str, Sequence[tuple[str, bool]]]
+"""Module name -> (kernel, whether its operands are 8-bit integers) of each node that multiplies there."""
 
 _BYTES = {"i8", "u8"}
 _MULTIPLYING = {"Convolution", "FullyConnected", "MatMul", "Subgraph", "Deconvolution", "GroupConvolution"}
@@ -19,36 +22,29 @@ _LAYER = re.compile(
 _PRODUCT = re.compile(r"(?:__module\.)?network\.([\w.]+)/(?:aten::(?:matmul|softmax)|MatMul|Softmax)")
 
 
-def executed_layers(compiled: Any, plan: Plan, rows: Sequence[Row]) -> list[ExecutedLayer]:
-    """List how each operation of a report is executed.
+def executed_layers(kernels: Kernels, plan: Plan, rows: Sequence[Row]) -> Execution:
+    """Say how each operation of a report is executed.
 
     Args:
-        compiled: OpenVINO's compiled model of a `Deployable`.
+        kernels: of OpenVINO's compiled model of a `Deployable`, see `kernels_of`.
         rows: operations of the quantized network; the products of an attention end in .qk and .av.
     """
-    found = _kernels(compiled)
     made = []
     for row in rows:
         name = row.name if row.name in plan else row.name.rpartition(".")[0]
         if name not in plan:
-            made.append(ExecutedLayer(row.name, row.type, "float", "", row.macs, row.reason or "not quantized"))
+            made.append(ExecutedLayer(row.name, row.type, FLOAT, "", row.macs, row.reason or "not quantized"))
             continue
-        entry, kernels = plan[name], found.get(name, [])
-        integer = bool(kernels) and all(is_integer for _, is_integer in kernels)
-        names = ", ".join(sorted({kernel for kernel, _ in kernels})) or "not found in the runtime graph"
+        entry, found = plan[name], kernels.get(name, [])
+        integer = bool(found) and all(is_integer for _, is_integer in found)
+        names = ", ".join(sorted({kernel for kernel, _ in found})) or "not found in the runtime graph"
         reason = "the engine chose a float kernel" if not integer and entry.executed == INT8 else entry.reason
-        made.append(ExecutedLayer(row.name, row.type, "integer" if integer else "float", names, row.macs, reason))
-    return made
+        made.append(ExecutedLayer(row.name, row.type, INT8 if integer else FLOAT, names, row.macs, reason))
+    return Execution(made)
 
 
-def integer_share(rows: Sequence[ExecutedLayer]) -> float:
-    """Compute the share of the multiplications that are executed as integers, 0 to 1."""
-    total = sum(row.macs for row in rows)
-    return sum(row.macs for row in rows if row.executed == "integer") / total if total else 0.0
-
-
-def _kernels(compiled: Any) -> dict[str, list[tuple[str, bool]]]:
-    """Map module names to (kernel, whether its operands are 8-bit integers) of the nodes that multiply."""
+def kernels_of(compiled: Any) -> Kernels:
+    """Find in OpenVINO's runtime graph what multiplies, by the name of the module that it stands for."""
     found: dict[str, list[tuple[str, bool]]] = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ptq_exp.quantization.cost.account import describe
-from ptq_exp.runtime.base import ExecutedLayer
+from ptq_exp.runtime.base import ExecutedLayer, Execution
 
 _ROUNDED = "simulated: rounded to the integer grid, multiplied in floating point"
 
@@ -25,7 +25,9 @@ class Simulate:
         self._compiled = network, example_call
         return network
 
-    def account(self) -> list[ExecutedLayer]:
+    def account(self) -> Execution:
         """List the operations of the network that was compiled last: all of them run in floating point."""
         rows = () if self._compiled is None else describe(*self._compiled).rows
-        return [ExecutedLayer(row.name, row.type, "float", "torch", row.macs, row.reason or _ROUNDED) for row in rows]
+        return Execution(
+            ExecutedLayer(row.name, row.type, "float", "torch", row.macs, row.reason or _ROUNDED) for row in rows
+        )

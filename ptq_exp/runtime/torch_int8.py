@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ptq_exp.errors import ConfigError, QuantizationError
 from ptq_exp.quantization import step_of
 from ptq_exp.quantization.cost.account import describe
-from ptq_exp.runtime.base import ExecutedLayer
+from ptq_exp.runtime.base import ExecutedLayer, Execution
 from ptq_exp.runtime.deployable import Deployable, IntegerLayer, Row, deployable
 from ptq_exp.runtime.plan import FLOAT, INT8, Plan, check_weights, integer_plan, layers_of
 from ptq_exp.runtime.probe import check_sums
@@ -61,12 +61,12 @@ class TorchInt8:
         self._made = network, tuple(example_call), plan, made
         return made
 
-    def account(self) -> list[ExecutedLayer]:
-        """List how each operation of the network that was compiled last is executed."""
+    def account(self) -> Execution:
+        """Say how each operation of the network that was compiled last is executed."""
         if self._made is None:
-            return []
+            return Execution()
         network, example, plan, made = self._made
-        return [_executed(row, plan, made.plain.network) for row in describe(network, example).rows]
+        return Execution(_executed(row, plan, made.plain.network) for row in describe(network, example).rows)
 
 
 class IntegerNetwork(nn.Module):
@@ -118,7 +118,7 @@ def _executed(row: Any, plan: Plan, network: nn.Module) -> ExecutedLayer:
         reason = row.reason or "not quantized"
         if attention is not None and attention.kind == "Attention" and row.name not in plan:
             reason = _PRODUCT if attention.executed == INT8 else attention.reason
-        return ExecutedLayer(row.name, row.type, "float", "torch", row.macs, reason)
+        return ExecutedLayer(row.name, row.type, FLOAT, "torch", row.macs, reason)
     entry, layer = plan[row.name], network.get_submodule(row.name)
-    executed = "integer" if isinstance(layer, IntegerLayer) else "float"
+    executed = INT8 if isinstance(layer, IntegerLayer) else FLOAT
     return ExecutedLayer(row.name, row.type, executed, kernel_of(layer), row.macs, entry.reason)

@@ -185,10 +185,18 @@ def _check_reconstruction(config: ExperimentConfig) -> None:
 def _check_runtime(config: ExperimentConfig) -> None:
     runtime = config.runtime
     check_section("runtime", runtime)
-    if runtime != RuntimeConfig() and runtime.name == "simulate" and not runtime.options:
+    if runtime != RuntimeConfig() and runtime.engine is None:
         changed = next(key for key, value in vars(runtime).items() if value != getattr(RuntimeConfig(), key))
         raise ConfigError(f"runtime.{changed} is an option of engines: choose runtime=openvino, or leave it out")
-    runtime_of(runtime.name, runtime.options)  # an engine that is not installed is reported before hours are spent
+    if runtime.compare not in (None, runtime.engine) or runtime.compare == "simulate":
+        raise ConfigError(
+            f"runtime.compare={runtime.compare}: choose an engine, such as openvino, that runtime=simulate is compared "
+            "with; an engine that draws the images is compared anyway"
+        )
+    # an engine that is not installed is reported before hours are spent
+    runtime_of(runtime.name, runtime.options)
+    if runtime.engine is not None:
+        runtime_of(runtime.engine, runtime.engine_options)
 
 
 def _check_correction(config: ExperimentConfig) -> None:

@@ -160,12 +160,35 @@ class RuntimeConfig:
         choices=("as_saved", "7bit"),
     )  # fmt: skip
     regrid: bool = setting(False, "Quantize weights with several scales per output channel anew, 8 bits per channel.")
+    compare: str | None = setting(
+        None, "Engine that the simulation is compared with after the scores; null: none. An engine that draws the "
+        "images is compared always.", choices="ptq_exp.runtime.base.RUNTIMES",
+    )  # fmt: skip
+    measure: int = setting(
+        5, "Turns in which an engine is timed after the scores, beside full precision and the simulation; 0: nothing "
+        "is measured.", low=0, high=1000,
+    )  # fmt: skip
+    measure_seconds: float = setting(
+        8.0, "No turn begins after this time, and the simulation draws no longer to be compared.", low=0
+    )
+    measure_memory: bool = setting(
+        False, "Also measure the peak memory of processes that evaluate the network and do nothing else."
+    )
 
     @property
     def options(self) -> dict[str, Any]:
         """The options of the runtime; the simulation has none."""
-        given = {"precision": self.precision, "weights": self.weights, "regrid": self.regrid}
-        return {} if self.name == "simulate" else given
+        return {} if self.name == "simulate" else self.engine_options
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that is measured; None = none is."""
+        return self.compare if self.name == "simulate" else self.name
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """The options of the engine, whether it draws the images or is compared with what does."""
+        return {"precision": self.precision, "weights": self.weights, "regrid": self.regrid}
 
 
 @dataclass

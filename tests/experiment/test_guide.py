@@ -12,6 +12,7 @@ from guide_text import ALL, DOCS, OF_CIFAR, PAGES, RUNS, blocks, commands, conf,
 from omegaconf import OmegaConf
 
 from ptq_exp.cli import table
+from ptq_exp.cli.bench import settings_of
 from ptq_exp.cli.search import _parser as search_parser
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import ConfigError
@@ -24,7 +25,7 @@ from ptq_exp.settings.schema import ExperimentConfig
 
 def test_every_command_is_of_a_kind_that_is_checked():
     assert {" ".join(words[:3]) for _, words in ALL} == {"python -m ptq_exp"}
-    assert {tool(words) for _, words in ALL} == {"", "table", "train_embedded"} and len(RUNS) > 30
+    assert {tool(words) for _, words in ALL} == {"", "table", "bench", "train_embedded"} and len(RUNS) > 30
 
 
 @pytest.mark.parametrize("page, arguments", RUNS, ids=[f"{page}{i}" for i, (page, _) in enumerate(RUNS)])
@@ -59,6 +60,11 @@ def test_runs_for_imagenet_compose_for_cifar(arguments):
     assert conf(*jobs(arguments)[-1]).model.name == "ddim_cifar10"
 
 
+@pytest.mark.parametrize("words", [words for _, words in ALL if tool(words) == "bench"])
+def test_every_bench_has_settings_that_there_are(words):
+    assert settings_of(words[4:])["quantized"]
+
+
 @pytest.mark.parametrize("words", [words for _, words in ALL if tool(words) == "table"])
 def test_every_table_command_is_one(words, monkeypatch):
     asked = []
@@ -90,7 +96,7 @@ def known_settings() -> set[str]:
 FILES = (".ckpt", ".safetensors", ".json", ".npz", ".html", ".png", ".md")
 COMPANIONS = {"bits.bops_ratio": ["bits=step_budget"], "bits.schedule": ["bits=step_list"],
               "model.ema": ["model=ldm4_lsun_bedrooms256"], "model.conditions": ["model=diffusers"],
-              "runtime.regrid": ["runtime=openvino"]}  # fmt: skip
+              "runtime.regrid": ["runtime=openvino"], "runtime.measure": ["runtime=openvino"]}  # fmt: skip
 
 
 def test_every_setting_in_the_text_exists_and_takes_that_value(here):

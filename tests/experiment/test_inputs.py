@@ -63,7 +63,8 @@ def test_the_file_is_named_however_it_is_stored(saved, file, tmp_path):
 def test_weights_beyond_float16(tmp_path, refused):
     folder = pixel_folder(tmp_path / "m", ddim(), network=spoiled(unet(), "conv_in.weight", -3e5))
     line = refused(*FOLDER, f"model.checkpoint={folder}", "model.dtype=float16")
-    in_order(line, "model.dtype=float16: unet.conv_in.weight", str(folder), "-300000", "model.dtype=bfloat16 or float32")
+    remedy = "model.dtype=bfloat16 or float32"
+    in_order(line, "model.dtype=float16: unet.conv_in.weight", str(folder), "-300000", remedy)
     narrow = ptq_exp.load_model("diffusers", folder, dtype="bfloat16").denoiser.unet
     assert narrow.conv_in.weight.dtype == torch.bfloat16
     border = pixel_folder(tmp_path / "border", ddim(), network=spoiled(unet(), "conv_in.weight", 65519.0))

@@ -22,7 +22,8 @@ EVERYTHING = [
 ]  # fmt: skip
 ANALYSED = [
     "bits=w8a8", "evaluation=paired", "analysis.active=true", "analysis.n_samples=2", "analysis.sensitivity_samples=1",
-    "analysis.layers=['*mid_block*conv1']", "analysis.sensitivity_steps=1",
+    "analysis.layers=['*mid_block*conv1']", "analysis.sensitivity_steps=1", "runtime.compare=openvino",
+    "runtime.measure=1", "runtime.measure_memory=true",
 ]  # fmt: skip
 INFEASIBLE = ["bits=w8a8", "bits.min_bops_ratio=1000"]
 ELSEWHERE = {"weights.model", "environment.gpu", "environment.commit", "quantization.not_counted"}

@@ -13,9 +13,8 @@ import torch
 import ptq_exp
 from ptq_exp.errors import ConfigError, PTQError, QuantizationError
 from ptq_exp.quantization import calibrate_, select_row
-from ptq_exp.runtime import ExecutedLayer, runtime_of
+from ptq_exp.runtime import ExecutedLayer, Execution, runtime_of
 from ptq_exp.runtime.deployable import deployable
-from ptq_exp.runtime.graph import integer_share
 from ptq_exp.runtime.openvino import CompiledNetwork, OpenVINO
 from ptq_exp.runtime.plan import integer_plan
 
@@ -50,7 +49,7 @@ def test_all_but_the_16_bit_ends_run_as_integers(weight, activation, symmetric, 
     assert [name for name, row in rows.items() if row.executed == "float"] == ["first", "last"]
     assert rows["first"].reason == "16-bit input" and not rows["second"].reason
     assert {"attention.qk", "attention.av", "attention.to_q", "grouped", "sequence"} <= set(rows)
-    assert integer_share(list(rows.values())) > 0.7
+    assert runtime.account().int8_share > 0.7 and runtime.account().attention_int8_share == 1
 
 
 def test_asymmetric_operands_of_attention_stay_in_float_and_say_so(calibrated):
@@ -77,7 +76,7 @@ def test_a_split_shortcut_is_a_sum_of_integer_convolutions(split):
     assert len(integer_plan(network)["shortcut"].weights) == 2
     runtime, made = compiled(network, x)
     assert error(made(x), network(x)) < 0.01
-    assert kinds(runtime)["Conv2d", "integer"] == 1
+    assert kinds(runtime)["Conv2d", "int8"] == 1
 
 
 def test_rows_of_ranges_are_an_input_of_one_model(made):
@@ -97,7 +96,7 @@ def test_rows_of_ranges_are_an_input_of_one_model(made):
         select_row(engine, row)  # the step that it shares with the network
         assert error(engine(x), network(x)) < 0.02
     assert len(engine._models) == 1
-    assert kinds(runtime)["Conv2d", "integer"] == 2 and kinds(runtime)["Linear", "integer"] == 5
+    assert kinds(runtime)["Conv2d", "int8"] == 2 and kinds(runtime)["Linear", "int8"] == 5
 
 
 def test_each_shape_is_compiled_once(calibrated):
@@ -131,7 +130,7 @@ def test_a_network_that_crashes_the_compiler_is_an_error_in_a_line(calibrated, m
     network, x = calibrated()
     _, made = compiled(network, x)
     made._try_first = True
-    monkeypatch.setattr("ptq_exp.runtime.openvino._TRIAL", "import os; os.abort()")
+    monkeypatch.setattr("ptq_exp.runtime.compilation._TRIAL", "import os; os.abort()")
     with pytest.raises(PTQError, match="OpenVINO crashes when it compiles this network: use runtime=simulate"):
         made(x)
 
@@ -173,10 +172,15 @@ def test_a_saved_model_is_drawn_by_the_engine(tmp_path):
     t = simulated.grid.network_time(torch.tensor([0, 0]))
     with torch.no_grad():
         assert error(engine.denoiser(x, t), simulated.denoiser(x, t)) < 0.02
-    left = {row.layer: row.reason for row in engine.executed if row.executed == "float"}
-    assert set(left.values()) == {"16-bit input", "q, k or v is asymmetric"} and integer_share(engine.executed) > 0.85
+    left = {row.layer: row.reason for row in engine.runtime.account() if row.executed == "float"}
+    assert set(left.values()) == {"16-bit input", "q, k or v is asymmetric"}
+    assert engine.runtime.account().int8_share > 0.85 and engine.runtime.account().attention_int8_share == 0
 
 
 def test_share_of_the_multiplications():
-    rows = [ExecutedLayer("a", "Conv2d", "integer", "", 90, ""), ExecutedLayer("b", "Conv2d", "float", "", 10, "")]
-    assert integer_share(rows) == 0.9 and integer_share([]) == 0.0
+    rows = [ExecutedLayer("a", "Conv2d", "int8", "", 90, ""), ExecutedLayer("b", "Conv2d", "float", "", 10, "")]
+    assert Execution(rows).int8_share == 0.9 and Execution(rows).attention_int8_share is None
+    rows.append(ExecutedLayer("a.qk", "Attention.qk", "float", "", 50, ""))
+    assert Execution(rows).int8_share == 0.9 and Execution(rows).attention_int8_share == 0
+    assert Execution().int8_share == 0
+

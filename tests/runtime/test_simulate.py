@@ -11,7 +11,7 @@ from torch import nn
 import ptq_exp
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
-from ptq_exp.runtime import RUNTIMES, ExecutedLayer, runtime_of
+from ptq_exp.runtime import RUNTIMES, ExecutedLayer, Execution, runtime_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "saved_model_1.zip"
 
@@ -71,7 +71,7 @@ class Doubling:
         return Twice()
 
     def account(self):
-        return [ExecutedLayer("all", "network", "float", "twice", 0, "it doubles")]
+        return Execution([ExecutedLayer("all", "network", "float", "twice", 0, "it doubles")])
 
 
 def test_a_runtime_of_ones_own_executes_what_is_loaded(tmp_path, monkeypatch):
@@ -86,5 +86,5 @@ def test_a_runtime_of_ones_own_executes_what_is_loaded(tmp_path, monkeypatch):
     with torch.no_grad():
         assert torch.equal(doubled.denoiser(*call), 2 * plain.denoiser(*call))
         assert torch.equal(doubled.network(*call), plain.network(*call))  # what is saved stays the simulation
-    assert [row.kernel for row in doubled.executed] == ["twice"]
-    assert {row.executed for row in plain.executed} == {"float"}
+    assert [row.kernel for row in doubled.runtime.account()] == ["twice"]
+    assert {row.executed for row in plain.runtime.account()} == {"float"}

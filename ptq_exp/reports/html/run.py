@@ -12,6 +12,7 @@ from ptq_exp.evaluation.scores import SCORES
 from ptq_exp.reports import figures
 from ptq_exp.reports.html.analysis import activation_section, sensitivity_section
 from ptq_exp.reports.html.cost import cost_section
+from ptq_exp.reports.html.execution import execution_section
 from ptq_exp.reports.html.page import file_uri, write_page
 from ptq_exp.reports.html.picture import drawn
 from ptq_exp.reports.html.section import Image, Section
@@ -32,8 +33,8 @@ def write_run_report(folder: Path) -> Path:
         raise DataError(f"{folder / 'results.json'} is not of a finished run, which alone has a report: run it again")
     found = [
         _summary(results), _images(results, folder), _eps_error(results), _noise(folder),
-        activation_section(folder), sensitivity_section(folder), _schedule(results), cost_section(folder),
-        _reproduce(results, folder),
+        activation_section(folder), sensitivity_section(folder), _schedule(results), execution_section(results, folder),
+        cost_section(folder), _reproduce(results, folder),
     ]  # fmt: skip
     config = results["config"]
     sampler = config["sampler"]

@@ -50,6 +50,10 @@ VALUES = _of_scores() | {
     "size_mb": Value("size MB", "quantization.weight_bytes", -1, factor=1e-6),
     "calibration_seconds": Value("calibration s", "calibration_seconds.total", -1, 0),
     "size_reduction": Value("size ratio", "quantization.size_reduction", 1),
+    "int8_percent": Value("int8 %", "runtime.int8_share", 1, factor=100),
+    "int8_speedup": Value("FP32 ms / int8 ms", "runtime.faster_than.torch_fp32", 1),
+    "engine_psnr": Value("PSNR to simulation", "runtime.psnr", 1, 1),
+    "engine_error_percent": Value("error to simulation %", "runtime.eps_error", -1, factor=100),
 }
 """Short names of the numbers that tables usually hold; any other number of results.json can be named in full."""
 HEADLINE_VALUES = [f"{name}_percent" if score.percent else name for name, score in shown(HEADLINE).items()]

@@ -1,6 +1,7 @@
 """report.html of a run: what stands in it, what does not, and that it needs nothing but itself."""
 
 import base64
+import json
 import re
 
 import pytest
@@ -136,3 +137,33 @@ def test_the_command_rebuilds_reports_of_a_run_and_of_a_sweep(make_run, tmp_path
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(SystemExit, match="error: "):
             main([str(missing)])
+
+
+def test_an_engine_has_a_section_with_times_and_layers_by_kernel(make_run, read_page, tmp_path):
+    names = ("torch_fp32", "simulation", "openvino_f32", "openvino_int8")
+    entry = {
+        "engine": "openvino", "version": "2026.4", "threads": 1, "batch_size": 64, "repeats": 5, "int8_share": 0.998,
+        "attention_int8_share": 1.0, "file_bytes": 1_700_000, "saturation": 1.0, "eps_error": 0.007, "states": 5,
+        "psnr": 53.1, "images": 64, "ms_per_evaluation": dict(zip(names, (90.0, 120.0, 86.0, 40.0), strict=True)),
+        "ms_per_image": dict(zip(names, (28.0, 37.5, 26.9, 12.5), strict=True)),
+        "faster_than": {"torch_fp32": 2.25, "simulation": 3.0, "openvino_f32": 2.15},
+        "peak_bytes": {"openvino_f32": 5e8, "openvino_int8": 2e8},
+    }  # fmt: skip
+    layers = [
+        {"layer": "conv_in", "kind": "Conv2d", "executed": "float", "kernel": "jit_f32", "macs": 10,
+         "reason": "16-bit input"},
+        *({"layer": name, "kind": "Conv2d", "executed": "int8", "kernel": "jit_i8", "macs": 495, "reason": ""}
+          for name in ("a", "b")),
+    ]  # fmt: skip
+    folder = make_run(tmp_path / "run", runtime=entry)
+    (folder / "runtime.json").write_text(json.dumps({"layers": layers}))
+    page = read_page(write_run_report(folder))
+    (found,) = [rows for rows in page.tables if rows[0][1:2] == ["ms per evaluation"]]
+    times = {row[0]: dict(zip(found[0], row, strict=True)) for row in found[1:]}
+    assert times["openvino int8"]["ms per evaluation"] == "40" and times["torch fp32"]["time / int8"] == "2.25"
+    assert times["openvino int8"]["peak MB"] == "200" and times["simulation"]["peak MB"] == "—"
+    kernels = [(row["kernel"], row["operations"], row["MACs %"], row["reason"]) for row in page.table("executed")]
+    assert kernels == [("jit_i8", "2", "99.00", ""), ("jit_f32", "1", "1.00", "16-bit input")]
+    assert [row["layer"] for row in page.table("layer")] == ["conv_in", "a", "b"]
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "99.80% of the MACs" in text and "53.1 dB from the simulation" in text

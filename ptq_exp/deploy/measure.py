@@ -1,0 +1,157 @@
+"""A quantized model measured as it is executed: times beside other ways, and how near it is to the simulation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.deploy.draw import draw
+from ptq_exp.deploy.quantized_model import QuantizedModel
+from ptq_exp.diffusion import Call
+from ptq_exp.errors import ConfigError
+from ptq_exp.evaluation.images import mean_psnr
+from ptq_exp.quantization import select_row, step_of
+from ptq_exp.runtime import RUNTIMES
+from ptq_exp.runtime.timing import Times, interleaved, ratio
+
+TORCH, SIMULATION = "torch_fp32", "simulation"
+STATES = 5
+"""States of a trajectory that noise estimates are compared on."""
+
+
+def engines(name: str) -> list[str]:
+    """Return the runtimes that "all" or the name of one stands for: those that execute integers.
+
+    Raises:
+        ConfigError: there is no such runtime.
+    """
+    found = [runtime for runtime in RUNTIMES if runtime != "simulate"]
+    if name == "all":
+        return found
+    if name not in found:
+        raise ConfigError(f"runtime={name}: choose one of all, {', '.join(found)}")
+    return [name]
+
+
+def networks(quantized: QuantizedModel, mixed: bool = False) -> dict[str, nn.Module]:
+    """Make every way to compute the network of a model that an engine executes, by name.
+
+    `torch_fp32` is the full-precision network, `simulation` the quantized one, `<engine>_int8` what executes it,
+    `<engine>_f32` and `_bf16` the full-precision network on the same engine, where it has those.
+
+    Args:
+        mixed: also `<engine>_int8_bf16`, with bf16 for what is not executed as integers.
+    """
+    runtime, found = quantized.runtime, {}
+    full = quantized.model.denoiser if quantized.full_precision else None
+    if full is not None:
+        found[TORCH] = full
+    found[SIMULATION] = quantized.network
+    if full is not None and hasattr(runtime, "in_float"):
+        found |= {f"{runtime.name}_{precision}": runtime.in_float(full, precision) for precision in ("f32", "bf16")}
+    found[f"{runtime.name}_int8"] = quantized.executed_network
+    if mixed and hasattr(runtime, "in_float"):
+        other = quantized.on(quantized.runtime_name, {**quantized.runtime_options, "precision": "bf16"})
+        found[f"{runtime.name}_int8_bf16"] = other.executed_network
+    return found
+
+
+def call_of(quantized: QuantizedModel, images: int) -> Call:
+    """Make the call of one evaluation for so many images: twice as many samples where they are guided."""
+    samples = images * (2 if quantized.guidance_scale != 1 else 1)
+    example = quantized.model.example_inputs().expanded(samples)
+    conditions = {name: value.contiguous() for name, value in example.conditions.items()}
+    return Call(example.x.contiguous(), example.t.contiguous(), conditions)
+
+
+@torch.no_grad()
+def timed(
+    found: Mapping[str, nn.Module], call: Call, repeats: int, budget: float | None = None
+) -> dict[str, Times]:
+    """Time one evaluation of each network, in turns; see `interleaved`."""
+    for network in found.values():
+        if (step := step_of(network)) is not None and not step.is_set:
+            select_row(network, 0)
+    return interleaved({name: partial(call.evaluate, network) for name, network in found.items()}, repeats,
+                       budget=budget)  # fmt: skip
+
+
+def times_entry(times: Mapping[str, Times], engine: str, images: int, steps: int) -> dict[str, Any]:
+    """Lay out medians for results.json: ms per evaluation and per image, and by how much the engine is faster."""
+    mine, medians = f"{engine}_int8", {name: found.median for name, found in times.items()}
+    return {
+        "ms_per_evaluation": medians,
+        "ms_per_image": {name: median * steps / images for name, median in medians.items()},
+        "faster_than": {name: ratio(times, name, mine) for name in times if name != mine},
+        "repeats": len(times[mine].ms),
+    }  # fmt: skip
+
+
+def execution_entry(quantized: QuantizedModel) -> dict[str, Any]:
+    """Say what executes a model, and what of it as integers, for results.json."""
+    runtime, rows = quantized.runtime, quantized.runtime.account()
+    optional = {"file_bytes": getattr(runtime, "file_bytes", None), "saturation": getattr(runtime, "saturation", None)}
+    return {
+        "engine": runtime.name, "version": getattr(runtime, "version", torch.__version__),
+        "threads": torch.get_num_threads(), "int8_share": rows.int8_share,
+        "attention_int8_share": rows.attention_int8_share, **optional,
+    }  # fmt: skip
+
+
+class _Enough(Exception):
+    """The time for a trajectory is over."""
+
+
+class _Recorder(nn.Module):
+    """A denoiser that keeps what it is called with and what it answers, at chosen evaluations, until a time is over."""
+
+    def __init__(self, denoiser: nn.Module, keep: set[int], seconds: float, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self.denoiser, self.keep, self.clock = denoiser, keep, clock
+        self.until, self.n = clock() + seconds, 0
+        self.kept: list[tuple[Call, Tensor]] = []
+
+    def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        if self.n and self.clock() > self.until:
+            raise _Enough
+        eps = self.denoiser(x, t, **conditions)
+        if self.n in self.keep:
+            self.kept.append((Call(x, t, conditions), eps))
+        self.n += 1
+        return eps
+
+
+@torch.no_grad()
+def faithfulness(
+    quantized: QuantizedModel, images: int, seed: int, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
+    """Compare what an engine computes with the simulation: noise estimates on its states, then images of one seed.
+
+    Args:
+        images: of one batch.
+        seconds: that the simulation may draw; it always gives at least one state. Where they are over before the
+            images are drawn, there is no PSNR.
+
+    Returns:
+        {"eps_error": mean relative error over "states" states, "psnr": mean over "images" images, in dB}.
+    """
+    simulated, steps = quantized.on("simulate"), len(quantized.grid)
+    keep = {round(i * (steps - 1) / (STATES - 1)) for i in range(STATES)}
+    recorder = _Recorder(simulated.denoiser, keep, seconds, clock)
+    device = next(quantized.network.parameters()).device
+    how = {"batch_size": images, "device": device, "progress": False, **quantized.noise_in_eps}
+    try:
+        wanted = draw(quantized.model, recorder, quantized.grid, images, seed, **how)
+    except _Enough:
+        wanted = None
+    errors = [float((call.evaluate(quantized.denoiser) - eps).norm() / eps.norm()) for call, eps in recorder.kept]
+    found: dict[str, Any] = {"eps_error": sum(errors) / len(errors), "states": len(errors)}
+    if wanted is not None:
+        drawn = draw(quantized.model, quantized.denoiser, quantized.grid, images, seed, **how)
+        found |= {"psnr": mean_psnr(wanted, drawn), "images": images}
+    return found
