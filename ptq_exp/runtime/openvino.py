@@ -54,7 +54,7 @@ class OpenVINO:
         for setting, value, valid in (("precision", precision, PRECISIONS), ("weights", weights, WEIGHTS)):
             if value not in valid:
                 raise ConfigError(f"runtime.{setting}={value}: choose one of {', '.join(valid)}")
-        self.version = import_openvino().__version__
+        self.version = import_openvino().__version__.partition("-")[0]
         self.precision, self.weights, self.regrid, self.threads = precision, weights, regrid, threads
         self.cache, self.saturation = cache, None
         self._files: dict[int, Files] = {}
