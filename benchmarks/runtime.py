@@ -1,20 +1,25 @@
 """Whole networks at W8A8 on an engine, beside torch in full precision, the simulation, and the engine in f32 and bf16.
 
     python benchmarks/runtime.py [--networks digits ddim_cifar10 ldm4_imagenet256 dit] [--engine openvino]
-                                 [--threads 1 2] [--repeats 5] [--quick] [--no-memory] [--json FILE]
+                                 [--threads 1 2] [--repeats 5] [--quick] [--no-memory] [--cpu-time]
+                                 [--json FILE]
 
 Prints milliseconds per evaluation (medians of turns in one process), their ratios, the peak memory of a process that
 reads, compiles and evaluates the network with numpy alone, and what the engine's own graph executes as integers.
 Random weights, but for digits; weights and q, k, v are symmetric, so that all products of attention are integers.
---quick: digits and one turn.
+--quick: digits, one thread, one turn. --cpu-time: of the process (with one thread, about the wall time of a machine
+without other work).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ from torch import Tensor, nn
 from ptq_exp import load_model
 from ptq_exp.deploy.measure import SIMULATION, TORCH, timed, times_entry
 from ptq_exp.diffusion import Call
-from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
+from ptq_exp.quantization import Policy, Rule, Widths, calibrate_, quantize_
 from ptq_exp.reports.runtime import table
 from ptq_exp.runtime import runtime_of
 from ptq_exp.runtime.memory import peak_bytes
@@ -76,8 +81,6 @@ NETWORKS: dict[str, tuple[Callable, int]] = {
 
 def quantized(network: nn.Module, call: Callable[[int], Call], policy: Policy) -> nn.Module:
     """Quantize a copy to 8 bits, with the ranges of one noise batch: speed does not depend on their values."""
-    import copy
-
     made = copy.deepcopy(network).requires_grad_(False)
     rules = [rule if rule.pattern != "*to_[qkv]" else _symmetric(rule) for rule in policy.rules(Widths(8, 8))]
     quantize_(made, rules, call(1))
@@ -85,10 +88,8 @@ def quantized(network: nn.Module, call: Callable[[int], Call], policy: Policy) -
     return made
 
 
-def _symmetric(rule):
+def _symmetric(rule: Rule) -> Rule:
     """Return the rule with zero point 0 of q, k and v."""
-    from dataclasses import replace
-
     return replace(rule, spec=replace(rule.spec, output=replace(rule.spec.output, symmetric=True)))
 
 
@@ -118,7 +119,7 @@ def bench(name: str, args: argparse.Namespace) -> dict[str, Any]:
             "int8_share": rows_of.int8_share, "attention_int8_share": rows_of.attention_int8_share,
             "file_bytes": getattr(runtime, "file_bytes", None), "eps_error": error,
             "eps_error_fp32": _error(call.evaluate(simulated), call.evaluate(network)),
-            **times_entry(timed(ways, call, args.repeats), args.engine, batch, 1),
+            **times_entry(timed(ways, call, args.repeats, clock=args.clock), args.engine, batch, 1),
         }  # fmt: skip
         if args.memory and threads == args.threads[0] and hasattr(runtime, "in_float"):
             row["peak_bytes"] = {
@@ -143,6 +144,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="digits, one thread, one turn")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out the peak memory")
+    parser.add_argument("--cpu-time", dest="clock", action="store_const", const=time.process_time,
+                        default=time.perf_counter, help="of the process, where other work shares the machine")
     parser.add_argument("--json", type=Path, help="write all numbers there, too")
     args = parser.parse_args()
     if args.quick:

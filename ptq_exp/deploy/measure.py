@@ -71,14 +71,15 @@ def call_of(quantized: QuantizedModel, images: int) -> Call:
 
 @torch.no_grad()
 def timed(
-    found: Mapping[str, nn.Module], call: Call, repeats: int, budget: float | None = None
-) -> dict[str, Times]:
+    found: Mapping[str, nn.Module], call: Call, repeats: int, budget: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Times]:  # fmt: skip
     """Time one evaluation of each network, in turns; see `interleaved`."""
     for network in found.values():
         if (step := step_of(network)) is not None and not step.is_set:
             select_row(network, 0)
     return interleaved({name: partial(call.evaluate, network) for name, network in found.items()}, repeats,
-                       budget=budget)  # fmt: skip
+                       budget=budget, clock=clock)  # fmt: skip
 
 
 def times_entry(times: Mapping[str, Times], engine: str, images: int, steps: int) -> dict[str, Any]:

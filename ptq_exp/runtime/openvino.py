@@ -52,7 +52,7 @@ class OpenVINO:
         if precision not in PRECISIONS:
             raise ConfigError(f"runtime.precision={precision}: choose one of {', '.join(PRECISIONS)}")
         check_weights(weights)
-        self.version = import_openvino().__version__
+        self.version = import_openvino().__version__.partition("-")[0]
         self.precision, self.weights, self.regrid, self.threads = precision, weights, regrid, threads
         self.cache, self.saturation = cache, None
         self._files: dict[int, Files] = {}

@@ -42,7 +42,13 @@ class Table(nn.Module):
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
+        _keep_settings(self, embedding)
         self.table = SixteenBits(embedding.weight.detach().float())
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole table, float32."""
+        return self.table()
 
     def forward(self, index: Tensor) -> Tensor:
         """Return the rows of the table, float32 [*index.shape, features]."""
@@ -54,13 +60,25 @@ class StoredLayer(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        _keep_settings(self, layer)
         self.stored = SixteenBits(layer.weight.detach().float())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
         self.function, self.settings = multiplication_of(layer)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight, float32."""
+        return self.stored()
+
     def forward(self, x: Tensor) -> Tensor:
         """As the layer that it stands for."""
         return self.function(x, self.stored(), self.bias, **self.settings)
+
+
+def _keep_settings(made: nn.Module, layer: nn.Module) -> None:
+    """Give a module the settings of the layer that it stands for, such as num_embeddings: networks read them."""
+    for name in layer.__constants__:
+        setattr(made, name, getattr(layer, name))
 
 
 def multiplication_of(layer: nn.Module):

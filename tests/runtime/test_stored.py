@@ -42,12 +42,16 @@ def test_a_float_layer_is_stored_in_16_bits(layer):
     with torch.no_grad():
         assert float((made(x) - layer(x)).norm() / layer(x).norm()) < 1e-4
     assert not list(made.parameters())
+    assert all(getattr(made, name) == getattr(layer, name) for name in layer.__constants__)
+    assert made.weight.shape == layer.weight.shape
 
 
 def test_small_layers_and_those_of_other_kinds_stay_as_they_are():
     for layer in (nn.Linear(8, 8), nn.Conv2d(64, 64, 3, padding=1, padding_mode="circular"), nn.GroupNorm(4, 64)):
         assert stored(layer) is layer
-    assert isinstance(stored(nn.Embedding(3, 4)), Table)
+    table = stored(nn.Embedding(3, 4))
+    assert isinstance(table, Table) and (table.num_embeddings, table.embedding_dim) == (3, 4)
+    assert table.weight.shape == (3, 4)
 
 
 class WithClasses(nn.Module):
