@@ -1,4 +1,4 @@
-"""Post-training quantization of PyTorch networks: quantizers, range search, placement by rules, accounting.
+"""Post-training quantization of PyTorch networks: quantizers, range search, placement by rules, reports.
 
 report = quantize_(model, Policy().rules(Widths(8, 8)), example_inputs)
 calibrate_(model, "lp", batches)

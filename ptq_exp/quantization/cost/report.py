@@ -1,6 +1,6 @@
 """What of a network is quantized: every multiplication with its bits, or with the reason why it stays FP.
 
-Accounting, per sample and network evaluation:
+What is counted, per sample and network evaluation:
 
 * coverage: share of multiply-accumulates (MACs) whose two operands are both quantized;
 * BOPs: sum of MACs * bits of one operand * bits of the other, an FP operand counting 32 (Wang et al. 2020,
