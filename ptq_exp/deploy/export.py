@@ -22,7 +22,6 @@ from ptq_exp.diffusion import Call
 from ptq_exp.errors import ConfigError, PTQError
 from ptq_exp.quantization import select_row
 from ptq_exp.runtime.export import FORMATS, Exported, check_format, export_network
-from ptq_exp.runtime.graph import integer_share
 from ptq_exp.runtime.plan import check_weights
 from ptq_exp.storage.atomic import file_digest, write_npz
 from ptq_exp.storage.plain_json import to_plain, write_json
@@ -122,7 +121,7 @@ class Export:
                 "corrected": quantized.statistics is not None,
             },
             "error_to_simulation": made.errors, "probe": saturation,
-            "int8_share": integer_share(made.layers), "executed_by": made.engine,
+            "int8_share": made.layers.int8_share, "executed_by": made.engine,
             "layers": [asdict(layer) for layer in made.layers],
         }  # fmt: skip
 

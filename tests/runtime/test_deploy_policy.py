@@ -10,7 +10,6 @@ from small_networks import use_few_candidate_ranges
 
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 from ptq_exp.runtime import runtime_of
-from ptq_exp.runtime.graph import integer_share
 from ptq_exp.runtime.plan import FLOAT, INT8, integer_plan
 
 CONF = Path(__file__).parents[2] / "conf" / "quantization"
@@ -64,8 +63,7 @@ def test_the_engine_executes_all_but_the_ends_as_integers(calibrated_unet):
     made._try_first = False
     assert made(*call).shape == call[0].shape
     rows = runtime.account()
-    layers = [row for row in rows if not row.layer.endswith((".qk", ".av"))]
-    products = [row for row in rows if row.layer.endswith((".qk", ".av"))]
+    products = [row for row in rows if row.is_product]
     assert {row.layer for row in rows if row.executed == "float"} == {"conv_in", "conv_out"}
-    assert len(products) == 8 and integer_share(products) == 1
-    assert 0.995 <= integer_share(layers) < 1
+    assert len(products) == 8 and rows.attention_int8_share == 1
+    assert 0.995 <= rows.int8_share < 1

@@ -23,7 +23,6 @@ from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_, select_row
 from ptq_exp.runtime.export import export_network
 from ptq_exp.runtime.export_onnx import SESSION
-from ptq_exp.runtime.graph import integer_share
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WITHOUT = """
@@ -98,7 +97,7 @@ def test_any_number_of_samples_and_the_row_of_ranges_are_inputs(file, engines, s
     assert made.shapes == {"x": ("batch", 3, 8, 8), "t": ("batch",), "y": ("batch",), "row": (1,),
                            "eps": ("batch", 3, 8, 8)}  # fmt: skip
     assert [layer.layer for layer in made.layers if layer.executed == "float" and layer.macs] == ["conv_in", "conv_out"]
-    assert 0.8 < integer_share(made.layers) < 0.9 and made.engine.startswith("openvino")
+    assert 0.8 < made.layers.int8_share < 0.9 and made.engine.startswith("openvino")
     run = [engine(tmp_path / file) for engine in engines]
     for n in (1, 4):
         for row in (0, 1):
@@ -156,7 +155,7 @@ def test_the_six_lines_of_the_page_run_without_ptq_exp(name, exported):
 def by_engine(folder):
     """The saved model executed by OpenVINO, and how."""
     quantized = ptq_exp.load_quantized(folder / "quantized", checkpoint=str(folder / "model"), runtime="openvino")
-    return quantized, {layer.layer: (layer.executed, layer.reason) for layer in quantized.executed}
+    return quantized, {layer.layer: (layer.executed, layer.reason) for layer in quantized.runtime.account()}
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnx"])
