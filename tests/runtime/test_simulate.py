@@ -46,10 +46,10 @@ def test_the_simulation_is_the_network_and_lists_every_operation():
 
 
 def test_an_unknown_runtime_is_refused_with_the_valid_ones(tmp_path):
-    with pytest.raises(ConfigError, match="^runtime=abacus: choose one of simulate, openvino$"):
+    with pytest.raises(ConfigError, match="^runtime=abacus: choose one of simulate, openvino, torch$"):
         runtime_of("abacus")
     # before any file is read
-    with pytest.raises(ConfigError, match="^runtime=abacus: choose one of simulate, openvino$"):
+    with pytest.raises(ConfigError, match="^runtime=abacus: choose one of simulate, openvino, torch$"):
         ptq_exp.load_quantized(tmp_path / "nowhere", runtime="abacus")
 
 
