@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from small_networks import use_few_candidate_ranges
 
 from ptq_exp.embedded import digits_model
 from ptq_exp.errors import ConfigError, QuantizationError
@@ -171,7 +172,8 @@ def test_the_softmax_map_can_have_candidates(unet, example, batch):
     assert not torch.equal(*outputs)
 
 
-def test_digits_at_each_row_is_the_network_of_that_width():
+def test_digits_at_each_row_is_the_network_of_that_width(monkeypatch):
+    use_few_candidate_ranges(monkeypatch)
     model = digits_model()
     x = torch.randn(4, *model.sample_shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([900.0, 600.0, 300.0, 10.0])

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_networks import use_small_networks
 
 from ptq_exp.results.layout import LAYOUT, Entry, as_markdown, entry_of, leaves
 from ptq_exp.storage.plain_json import read_json
@@ -33,17 +34,17 @@ def runs(tmp_path_factory):
     """The content of results.json of a run with nearly everything, one that is analysed, and one that is infeasible."""
     from ptq_exp.cli.main import main
 
-    folder, argv = tmp_path_factory.mktemp("layout"), sys.argv
-    try:
+    folder = tmp_path_factory.mktemp("layout")
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_networks(patch)
         for name, overrides in [("all", EVERYTHING), ("analysed", ANALYSED), ("no", INFEASIBLE)]:
-            sys.argv = ["ptq_exp", *SMALL, f"cache_dir={folder}/cache", f"hydra.run.dir={folder}/{name}", *overrides]
+            given = [f"cache_dir={folder}/cache", f"hydra.run.dir={folder}/{name}", *overrides]
+            patch.setattr(sys, "argv", ["ptq_exp", *SMALL, *given])
             if name != "no":
                 main()
             else:
                 with pytest.raises(SystemExit):
                     main()
-    finally:
-        sys.argv = argv
     return [read_json(folder / name / "results.json") for name in ("all", "analysed", "no")]
 
 

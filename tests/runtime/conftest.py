@@ -1,5 +1,7 @@
 """Small calibrated networks, one for each thing that an engine has to execute."""
 
+import copy
+
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
@@ -64,12 +66,16 @@ def made():
 
 @pytest.fixture(scope="session")
 def calibrated(made):
-    """`made`, with its ranges found."""
+    """`made`, with its ranges found: once for each network, of which the tests get copies."""
+    found = {}
 
     def build(*args, **settings):
-        network, x = made(*args, **settings)
-        calibrate_(network, "mse", [(x,)])
-        return network, x
+        key = args, tuple(sorted(settings.items()))
+        if key not in found:
+            found[key] = made(*args, **settings)
+            calibrate_(found[key][0], "mse", [(found[key][1],)])
+        network, x = found[key]
+        return copy.deepcopy(network), x
 
     return build
 

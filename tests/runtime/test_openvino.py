@@ -137,6 +137,8 @@ def test_a_network_that_crashes_the_compiler_is_an_error_in_a_line(calibrated, m
 
 
 PROBE = """
+import sys
+sys.modules["openvino_telemetry"] = None
 from ptq_exp.runtime.openvino import CompiledNetwork
 from ptq_exp.runtime.probe import check_sums, saturation
 made = lambda network: CompiledNetwork(network, threads=1, try_first=False)
