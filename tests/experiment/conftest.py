@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 from guide_text import PAGES, blocks
-from small_networks import use_few_candidate_ranges, use_small_networks
+from small_networks import (
+    use_blank_pictures,
+    use_few_candidate_ranges,
+    use_one_composition,
+    use_small_networks,
+)
 
 from ptq_exp import MODELS
 from ptq_exp.calibration import SOURCES
@@ -29,9 +34,11 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_networks(monkeypatch):
-    """Small networks of random weights and a short search of ranges, where neither matters."""
+    """Small networks of random weights, a short search of ranges, empty pictures: where none of them matters."""
     use_small_networks(monkeypatch)
     use_few_candidate_ranges(monkeypatch)
+    use_blank_pictures(monkeypatch)
+    use_one_composition(monkeypatch)
 
 
 @pytest.fixture

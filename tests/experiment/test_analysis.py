@@ -10,6 +10,7 @@ from ptq_exp.storage.plain_json import read_json
 
 QUICK = ("metric=minmax", "logger=none", "analysis.n_samples=4", "analysis.sensitivity_samples=2")
 FEW = "analysis.layers=['*conv_in','*conv_out','*up_blocks.0.attentions.0*']"
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 @pytest.fixture

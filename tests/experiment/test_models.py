@@ -16,6 +16,7 @@ from ptq_exp.settings.compose import config_folder, validated
 from ptq_exp.storage.plain_json import read_json
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_the_latent_model_runs_through_first_stage_guidance_and_decoder(command, cache):
     folder = command("+experiment=ndtc_w8a8", "model=digits_ldm", "metric=minmax", "logger=none")
     results = read_json(folder / "results.json")
@@ -31,6 +32,7 @@ def test_the_latent_model_runs_through_first_stage_guidance_and_decoder(command,
     assert sum(len(x) for x, *_ in made.batches(4)) == 12
 
 
+@pytest.mark.usefixtures("small_networks")
 @pytest.mark.parametrize("source", ["raw", "training_mimic"])
 def test_real_images_are_encoded_for_calibration(command, source):
     folder = command(
@@ -40,17 +42,17 @@ def test_real_images_are_encoded_for_calibration(command, source):
     assert read_json(folder / "results.json")["status"] == "finished"
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_without_extractor_images_are_compared_with_their_twins_alone(command, caplog):
     folder = command("+experiment=ndtc_w8a8", "metric=minmax", "logger=none", "evaluation=paired")
     results = read_json(folder / "results.json")
-    assert set(results["metrics"]) == {
-        "psnr", "eps_error", "eps_error_without_last", "fixed_pattern_share"
-    }
+    assert set(results["metrics"]) == {"psnr", "eps_error", "eps_error_without_last", "fixed_pattern_share"}
     assert results["fp32"] == results["real"] == {}
     assert results["metric_spec"]["extractor"] == "none"
     assert "no IS, FID, sFID: evaluation=paired" in (folder / "ndtc_w8a8.log").read_text()
 
 
+@pytest.mark.usefixtures("small_networks")
 @pytest.mark.parametrize("evaluation", ["adm", "clean"])
 def test_published_evaluation_against_an_npz_of_images(command, inception_weights, tmp_path, evaluation):
     np.savez(tmp_path / "reference.npz", arr_0=digits_reference()[:6].repeat(3, axis=3))
@@ -65,6 +67,7 @@ def test_published_evaluation_against_an_npz_of_images(command, inception_weight
     assert again["metrics"] == results["metrics"]
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_reference_of_stored_moments_has_no_unit_of_the_increase(command, inception_weights, tmp_path):
     rng = np.random.default_rng(0)
     features = rng.standard_normal((20, 2048))

@@ -50,6 +50,7 @@ def test_time_layers_see_every_time_once_and_each_step_has_its_row(command):
     assert smooth["sites"][f"{attention}.group_norm"] == [f"{attention}.to_{name}" for name in "qkv"]
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_static_range_of_time_layers_covers_all_times_exactly(command):
     # two states have two times at most; there are three
     found = quantizers_of(command(*QUICK, "quantization.time_layers=all_steps", "calibration.n_samples=2"))
@@ -63,6 +64,7 @@ def test_a_static_range_of_time_layers_covers_all_times_exactly(command):
     assert first["scale"][0][0] == pytest.approx(float(read.max() - read.min()) / 255)
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_second_round_calibrates_on_the_quantized_model_and_shares_the_first(command):
     plain = command(*QUICK, "bits=w4a4", "seed=5")
     twice = command(*QUICK, "bits=w4a4", "seed=5", "calibration.rounds=2")
@@ -85,6 +87,7 @@ def test_a_step_without_states_is_one_line_that_says_what_to_do(command, capsys)
     assert "bins of sampling steps have no calibration state" in said and "choose calibration=uniform" in said
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_binned_ranges_work_with_guidance_on_the_latent_model(command):
     folder = command(
         *QUICK, "model=digits_ldm", "quantization.temporal=binned", "quantization.temporal_bins=2",
@@ -96,6 +99,7 @@ def test_binned_ranges_work_with_guidance_on_the_latent_model(command):
     assert "changes nothing here" in next(folder.glob("*.log")).read_text()  # its embeddings are not cut
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_the_operation_study_runs_at_both_sites(command):
     study = ("quantization.quantize_state=true", "quantization.quantize_output=true")
     for site in ("input", "output"):

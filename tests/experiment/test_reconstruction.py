@@ -8,6 +8,9 @@ from ptq_exp.experiment import reconstruct as reconstruction_stage
 from ptq_exp.storage.plain_json import read_json
 
 FAST = ("metric=minmax", "logger=none", "bits=w4a8")
+LAYERS, BLOCKS, ATTENTIONS, SMOOTHED, OF_THE_TIME = 51, 18, 4, 3, 10
+"""Of the small network."""
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 @pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop"])
@@ -22,7 +25,7 @@ def test_a_second_run_reuses_the_reconstruction_and_repeats_every_number(method,
     assert second["calibration_seconds"] == took and min(took.values()) > 0
     assert took["total"] == pytest.approx(took["calibration_set"] + took["ranges"] + took["reconstruction"], abs=0.02)
     blocks = read_json(folders[0] / "reconstruction.json")["blocks"]
-    assert len(blocks) == first["reconstruction"]["blocks"] == {"adaround": 114}.get(method, 36)
+    assert len(blocks) == first["reconstruction"]["blocks"] == {"adaround": LAYERS}.get(method, BLOCKS)
     assert {"before_fp", "after_fp", "before_quantized", "after_quantized", "kept"} <= set(blocks[0])
 
 
@@ -42,7 +45,7 @@ def test_with_a_correction_and_a_schedule_of_widths(command):
     folder = command("+experiment=ptqd_mp", "metric=minmax", "logger=none", "bits=step_snr", "reconstruction=brecq")
     results = read_json(folder / "results.json")
     assert results["name"] == "ptqd_brecq_step_snr" and {"correction", "bit_schedule", "reconstruction"} <= set(results)
-    assert results["reconstruction"]["blocks"] == 36
+    assert results["reconstruction"]["blocks"] == BLOCKS
 
 
 def test_a_latent_model_with_classes_and_guidance(command):
@@ -62,10 +65,10 @@ def test_with_ranges_per_step_each_sample_uses_its_own_and_time_layers_see_all_t
                if "weight" not in name} for folder in (learned, again, nearest)]  # fmt: skip
     assert scales[0] == scales[1] != scales[2] and all(len(scale) == 3 for scale in scales[0].values())
     first, *others = read_json(learned / "reconstruction.json")["blocks"]
-    assert first["name"] == "layers of the time" and first["layers"] == 19
+    assert first["name"] == "layers of the time" and first["layers"] == OF_THE_TIME
     # residual blocks without their projections, and no blocks for the two layers of the embedding
-    assert len(others) == 36 - 2 and sum(block["layers"] for block in others) == 114 - 19
-    assert "19 layers depend on the time alone and are reconstructed on all 3 times, together" in (
+    assert len(others) == BLOCKS - 2 and sum(block["layers"] for block in others) == LAYERS - OF_THE_TIME
+    assert f"{OF_THE_TIME} layers depend on the time alone and are reconstructed on all 3 times, together" in (
         next(learned.glob("*.log")).read_text()
     )
 
@@ -97,12 +100,12 @@ def test_a_smoothed_network_is_reconstructed_from_its_smoothed_weights(command, 
                 nearest += 1
             if name.endswith("to_q.weight"):
                 found.append(not torch.equal(weight, model.denoiser.get_parameter(name)))
-        assert nearest == 114
+        assert nearest == LAYERS
         return original(network, reference, *args, **kwargs)
 
     model, original = load_model("digits"), reconstruction_stage.Reconstruction
     monkeypatch.setattr(reconstruction_stage, "Reconstruction", recorded)
     folder = command(*FAST, "quantization.smooth=true", "reconstruction=brecq", "seed=3")
-    assert len(found) == 11 and all(found)
+    assert len(found) == ATTENTIONS and sum(found) == SMOOTHED
     results = read_json(folder / "results.json")
-    assert results["reconstruction"]["kept"] > 0 and len(results["transforms"][0]["sites"]) == 11
+    assert results["reconstruction"]["kept"] > 0 and len(results["transforms"][0]["sites"]) == SMOOTHED

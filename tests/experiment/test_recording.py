@@ -49,6 +49,7 @@ def said(folder):
     return path.read_text().splitlines()
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_run_is_finished_whatever_fails_after_its_results(command, monkeypatch):
     for place, name in [(outcome, "_picture"), (outcome, "write_card"), (outcome, "write_run_report"),
                         (outcome, "summary"), (outcome, "_left_in"), (figures, "noise"),
@@ -65,6 +66,7 @@ def test_a_run_is_finished_whatever_fails_after_its_results(command, monkeypatch
     assert wandb.run is None and (folder / "eps_error.png").exists()
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_model_of_several_widths_is_recorded_and_so_is_its_evaluation(command):
     first = command("+experiment=ptqd_mp", *QUICK, "bits=step_list", "bits.schedule=[8,8,4]")
     second = command("+experiment=evaluate", f"quantized={first}", *QUICK[:3])

@@ -22,6 +22,7 @@ def test_every_metric_gives_a_working_model(metric, command, monkeypatch):
     assert results["metrics"]["eps_error"] < 0.1
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_a_second_run_reuses_artefacts_and_repeats_every_number(command):
     overrides = ("+experiment=ndtc_w8a8", "metric=minmax", "logger=none", "seed=7")
     folders = [command(*overrides) for _ in range(2)]
@@ -34,6 +35,7 @@ def test_a_second_run_reuses_artefacts_and_repeats_every_number(command):
     assert first["eps_error_per_step"] == second["eps_error_per_step"]
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_keep_fp_leaves_operations_alone_and_says_so(command):
     folder = command("metric=minmax", "logger=none", "quantization.keep_fp=['*time_embedding*']")
     layers = json.loads((folder / "quantization.json").read_text())["layers"]
@@ -41,6 +43,7 @@ def test_keep_fp_leaves_operations_alone_and_says_so(command):
     assert rows and all(row["weight_bits"] is None and row["reason"] == "quantization.keep_fp" for row in rows)
 
 
+@pytest.mark.usefixtures("small_networks")
 def test_wandb_offline_run_holds_config_metrics_and_tags(command):
     folder = command("+experiment=ndtc_w8a8", "metric=minmax", "logger.tags=[mine]", "logger.group=g1")
     (run,) = (folder / "wandb").glob("offline-run-*")

@@ -2,6 +2,9 @@
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from hydra._internal.hydra import Hydra
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 
 from ptq_exp.diffusion import ClassConditionalUNet
@@ -21,8 +24,8 @@ def small_pixel_unet() -> UNet2DModel:
 def small_latent_unet() -> ClassConditionalUNet:
     """A U-Net on latents of 8x8, conditioned on the class as the embedded one is."""
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=3, out_channels=3, down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2, block_out_channels=(16, 32), layers_per_block=1,
+        sample_size=8, in_channels=3, out_channels=3, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(16, 32), layers_per_block=1,
         norm_num_groups=8, cross_attention_dim=32, attention_head_dim=2,
     )  # fmt: skip
     return ClassConditionalUNet(unet, nn.Embedding(11, 32))
@@ -50,3 +53,21 @@ def use_few_candidate_ranges(monkeypatch) -> None:
     """Let the search of ranges try as few candidates as it can, whatever the metric."""
     for name in ("BUDGET", "COARSE_BUDGET", "ENDS_BUDGET"):
         monkeypatch.setattr(search, name, 1)
+
+
+def use_blank_pictures(monkeypatch) -> None:
+    """Write figures as empty pictures of their size: what is drawn is tested in tests/reports and experiment files."""
+
+    def savefig(figure, target, *, format, **metadata):
+        width, height = (round(inches * figure.dpi) for inches in figure.get_size_inches())
+        if format == "svg":
+            target.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"/>'.encode())
+        else:
+            Image.new("L", (width, height)).save(target, format)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+
+
+def use_one_composition(monkeypatch) -> None:
+    """Keep Hydra from composing all settings twice, the first time for `hydra.mode` alone, which none of ours sets."""
+    monkeypatch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_networks import use_small_networks
 
 from ptq_exp.cli.sweep.end import cache_line, read_jobs
 from ptq_exp.experiment import experiment
@@ -39,8 +40,10 @@ def modified(folder: Path) -> dict[str, float]:
 
 def test_a_sweep_with_a_failing_job_and_its_resume(sweep, command, jobs, monkeypatch, tmp_path, capsys):
     folder = tmp_path / "my_sweep"
-    break_the_last(monkeypatch)
-    assert sweep(folder, "+experiment=ndtc_w8a8", "bits=w8a8,w4a8", "seed=0,1") == 1
+    use_small_networks(monkeypatch)
+    with pytest.MonkeyPatch.context() as broken:
+        break_the_last(broken)
+        assert sweep(folder, "+experiment=ndtc_w8a8", "bits=w8a8,w4a8", "seed=0,1") == 1
 
     found = jobs(folder)
     combinations = [("w8a8", 8, 0), ("w8a8", 8, 1), ("w4a8", 4, 0), ("w4a8", 4, 1)]
@@ -78,7 +81,6 @@ def test_a_sweep_with_a_failing_job_and_its_resume(sweep, command, jobs, monkeyp
     killed = folder / "0_ndtc_w8a8" / "results.json"
     write_json(killed, read_json(killed) | {"status": "running"})
     before = modified(folder)
-    monkeypatch.undo()
     assert command(f"sweep.resume={folder}", "logger=none") is None
     after, found = modified(folder), jobs(folder)
     assert {name for name in before if after[name] != before[name]} == {"0_ndtc_w8a8", FAILING}
