@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from ptq_exp import __version__
@@ -20,6 +19,8 @@ _PACKAGES = ("torch", "diffusers", "numpy", "scipy", "pytorch-lightning")
 
 def environment() -> dict[str, Any]:
     """Versions, platform, processor, threads and, in a git checkout, the commit, as plain values for results.json."""
+    import torch  # not needed by reports, which only read what is written here
+
     found: dict[str, Any] = {"ptq_exp": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
