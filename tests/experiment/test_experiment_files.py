@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from guide_runs import assert_recorded
 from PIL import Image
-from small_networks import use_few_candidate_ranges, use_small_networks
+from small_networks import use_few_candidate_ranges, use_one_composition, use_small_networks
 
 from ptq_exp.results.record import read_samples
 from ptq_exp.settings.compose import config_folder
@@ -29,6 +29,7 @@ def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
     if name not in AS_PUBLISHED:
         use_small_networks(monkeypatch)
     use_few_candidate_ranges(monkeypatch)
+    use_one_composition(monkeypatch)
     folder = command(f"+experiment={name}")
     results = read_json(folder / "results.json")
     assert_recorded(folder)

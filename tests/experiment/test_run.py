@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from small_networks import use_small_networks
+from small_networks import use_blank_pictures, use_one_composition, use_small_networks
 from wandb_log import read_log
 
 from ptq_exp.reports.tables.runs import gather
@@ -17,7 +17,8 @@ from ptq_exp.storage.plain_json import read_json
 
 @pytest.mark.parametrize("metric", ["mse", "l1", "cosine", "kl", "lp", "minmax", "percentile"])
 def test_every_metric_gives_a_working_model(metric, command, monkeypatch):
-    use_small_networks(monkeypatch)
+    for use in (use_small_networks, use_blank_pictures, use_one_composition):
+        use(monkeypatch)
     results = read_json(command("+experiment=ndtc_w8a8", f"metric={metric}", "logger=none") / "results.json")
     assert results["metrics"]["eps_error"] < 0.1
 
