@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_folders import ddim, dit_folder, latent_folder, pixel_folder
+from small_folders import ddim, dit_folder, latent_folder, pixel_folder, unet
 
 import ptq_exp
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
@@ -93,7 +93,9 @@ def test_the_structure_says_all_of_a_network(settings, dtype, tmp_path):
     """From the settings files alone comes a network with the same tensors, which computes the same from them."""
     from ptq_exp.diffusion.zoo import folder_of_structure
 
-    path = pixel_folder(tmp_path, ddim(beta_schedule="squaredcos_cap_v2", steps_offset=1), **settings)
+    scheduler = ddim(beta_schedule="squaredcos_cap_v2", steps_offset=1)
+    # other weights than the random ones of a network without a checkpoint
+    path = pixel_folder(tmp_path, scheduler, network=unet(seed=17, **settings))
     model = ptq_exp.load_model("diffusers", path, dtype=dtype)
     structure = json.loads(json.dumps(model.structure))  # as it is saved
     with folder_of_structure(structure, "here") as folder:

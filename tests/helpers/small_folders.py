@@ -41,8 +41,8 @@ AUTOENCODERS = {
 }  # fmt: skip
 
 
-def unet(**settings):
-    torch.manual_seed(0)
+def unet(seed=0, **settings):
+    torch.manual_seed(seed)
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     return UNet2DModel(**{"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
                           "attention_head_dim": 8, **blocks, **settings}).eval()  # fmt: skip
