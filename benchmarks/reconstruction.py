@@ -58,7 +58,7 @@ def networks() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
         "transformer block 64, 64 tokens": (
             Around(transformer), (torch.randn(ROWS, 64, 64), None, torch.randn(ROWS, 4, 32)),
         ),
-    }  # fmt: skip
+    }
 
 
 def optimisation(network: nn.Module, inputs: tuple, method: str, iterations: int) -> BlockOptimisation:
@@ -126,7 +126,7 @@ def main() -> None:
                 (milliseconds(found.step, args.iterations, args.device),
                  milliseconds(floor, args.iterations, args.device))
                 for _ in range(args.turns)
-            ]  # fmt: skip
+            ]
             ours, plain = (statistics.median(side) for side in zip(*turns, strict=True))
             ratio = statistics.median(a / b for a, b in turns)
             print(f"{title:<34}{method:<10}{ours:>16.2f}{plain:>10.2f}{ratio:>7.2f}", flush=True)

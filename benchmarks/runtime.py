@@ -46,7 +46,7 @@ class DiT(nn.Module):
         self.transformer = DiTTransformer2DModel(
             num_attention_heads=12, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12, sample_size=32,
             patch_size=2, num_embeds_ada_norm=CLASSES,
-        )  # fmt: skip
+        )
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the estimate for states [N, 4, 32, 32]."""
@@ -75,7 +75,7 @@ def dit(_: str) -> tuple[nn.Module, Callable[[int], Call], Policy]:
 
 NETWORKS: dict[str, tuple[Callable, int]] = {
     "digits": (of_zoo, 64), "ddim_cifar10": (of_zoo, 4), "ldm4_imagenet256": (of_zoo, 2), "dit": (dit, 2),
-}  # fmt: skip
+}
 """Name -> what makes it, and samples of one evaluation."""
 
 
@@ -120,11 +120,11 @@ def bench(name: str, args: argparse.Namespace) -> dict[str, Any]:
             "file_bytes": getattr(runtime, "file_bytes", None), "eps_error": error,
             "eps_error_fp32": _error(call.evaluate(simulated), call.evaluate(network)),
             **times_entry(timed(ways, call, args.repeats, clock=args.clock), args.engine, batch, 1),
-        }  # fmt: skip
+        }
         if args.memory and threads == args.threads[0] and hasattr(runtime, "in_float"):
             row["peak_bytes"] = {
                 way: peak_bytes(ways[way], tuple(call)) for way in ways if way not in (TORCH, SIMULATION)
-            }  # fmt: skip
+            }
         rows.append(row)
         print(f"{name}, {threads} threads: {row['int8_share']:.2%} of conv + linear MACs and "
               f"{row['attention_int8_share'] or 0:.0%} of attention as int8; to the simulation {error:.2%}", flush=True)

@@ -81,7 +81,7 @@ def bench(name: str, args: argparse.Namespace) -> None:
             quantized.compile()
         ms_full, ms_quantized, ratio = compare(model.denoiser, quantized, inputs, args.repeats, args.device)
         print(f"{name:<22} {mode:<9} {args.batch:>5} {halves:>6} {ms_full:>10.1f} {ms_quantized:>10.1f} {ratio:>7.2f} "
-              f"{peak_memory(args.device):>8.2f}", flush=True)  # fmt: skip
+              f"{peak_memory(args.device):>8.2f}", flush=True)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ def sample(
     model: DiffusionModel | QuantizedModel, n: int, seed: int = 0, *,
     steps: int | None = None, spacing: str | None = None, eta: float | None = None, guidance_scale: float | None = None,
     denoiser: nn.Module | None = None, batch_size: int = 8, device: torch.device | str = "cpu", progress: bool = False,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Draw images 0..n-1 of `seed`, uint8 [n, H, W, C]; the published sampler where nothing else is said.
 
     Image i depends on (seed, i) and the sampler alone: batches are padded to `batch_size`. Class-conditional models

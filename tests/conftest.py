@@ -35,7 +35,7 @@ SLOW = (
     "embedded/test_load.py", "embedded/test_latent.py", "test_packaging.py", "test_layering.py", "test_api.py",
     "deploy/test_light.py", "storage/test_atomic.py", "correction/test_on_digits.py", "quantization/test_save.py",
     "evaluation/test_inception.py", "runtime/test_export.py", "runtime/test_deploy_policy.py",
-)  # fmt: skip
+)
 TESTS = Path(__file__).parent
 
 

@@ -13,6 +13,6 @@ def test_the_example_gives_its_numbers(tmp_path):
     run = subprocess.run(
         [sys.executable, ROOT / "examples" / "quantize_digits.py", picture],
         capture_output=True, text=True, cwd=tmp_path, check=False,
-    )  # fmt: skip
+    )
     assert run.returncode == 0, run.stderr
     assert re.findall(r"^(W\dA\d): \d", run.stdout, re.MULTILINE) == ["W8A8", "W4A8", "W4A4"] and picture.exists()

@@ -11,7 +11,7 @@ ROOT = Path(ptq_exp.__file__).parent
 EXPORTING = sorted(
     ".".join(("ptq_exp", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
     for path in ROOT.rglob("*.py") if "\n__all__" in path.read_text()
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("module", EXPORTING)

@@ -10,4 +10,4 @@ __all__ = [
     "LABELS", "SOURCES", "TEMPORAL", "WITHOUT_IMAGES", "CalibrationSet", "Constant", "Labelled", "Normal", "SkewNormal",
     "StateRequest", "Uniform", "check_bins", "chosen_images", "condition_arrays", "labelled", "positions", "source",
     "time_bins",
-]  # fmt: skip
+]

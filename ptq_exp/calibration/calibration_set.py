@@ -102,7 +102,7 @@ class CalibrationSet:
             raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}")
         try:
             return cls(**{key: arrays[key] for key in _OWN}, conditions=_below(_CONDITION, arrays),
-                       unconditional=_below(_WITHOUT, arrays))  # fmt: skip
+                       unconditional=_below(_WITHOUT, arrays))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
 

@@ -122,7 +122,7 @@ def _denoise_together(model: DiffusionModel, request: StateRequest) -> tuple[Ten
     end = sample(
         denoiser, request.grid, request.noise(model.sample_shape),
         conditions=on_device(conditions, request.device), device=request.device, steps=last, on_step=record,
-    )  # fmt: skip
+    )
     states[steps == last] = end.cpu()[steps == last]
     return states, torch.full_like(steps, last * (2 if isinstance(denoiser, Guided) else 1))
 

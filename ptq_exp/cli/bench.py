@@ -44,7 +44,7 @@ examples:
 _DEFAULTS = {
     "quantized": None, "runtime": "all", "threads": None, "batch": "8", "repeats": "5", "memory": "false",
     "checkpoint": None, "json": None, "cache_dir": None,
-}  # fmt: skip
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ptq_exp bench", description=__doc__, epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     with command_line():
         given = settings_of(parser.parse_args(argv).settings)
@@ -92,7 +92,7 @@ def settings_of(words: Sequence[str]) -> dict[str, Any]:
         "threads": [torch.get_num_threads()] if threads is None else
                    [_count("threads", text) for text in str(threads).strip("[]").split(",")],
         "runtime": engines(given["runtime"]),
-    }  # fmt: skip
+    }
 
 
 def _count(key: str, text: str) -> int:
@@ -123,7 +123,7 @@ def bench(given: dict[str, Any]) -> dict[str, Any]:
     return {
         "network": simulated.model.name, "parameters": sum(p.numel() for p in simulated.network.parameters()),
         "batch": given["batch"], "rows": rows,
-    }  # fmt: skip
+    }
 
 
 def _row(quantized: QuantizedModel, threads: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -137,5 +137,5 @@ def _row(quantized: QuantizedModel, threads: int, given: dict[str, Any]) -> dict
         row["peak_bytes"] = {
             name: peak_bytes(network, tuple(call)) for name, network in found.items()
             if isinstance(network, CompiledNetwork)
-        }  # fmt: skip
+        }
     return row

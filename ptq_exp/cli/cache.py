@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ptq_exp cache", description=__doc__, epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls | prune")
     show = actions.add_parser("ls", help="list entries and totals")
     show.add_argument("--totals", action="store_true", help="a line per kind alone")

@@ -76,7 +76,7 @@ class Space:
                 str(values["objective"]), str(values["direction"]), float(values["tolerance"]),
                 [int(seed) for seed in values["seeds"]], _overrides(values["base"]),
                 [Stage(**_section(Stage, stage)) for stage in values["stages"]],
-            )  # fmt: skip
+            )
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path}: {error}") from error
 

@@ -33,7 +33,7 @@ def examination(cache_dir: Path, runs: Path) -> list[Callable[[], Iterable[Findi
     return [
         checkups.python, checkups.packages, checkups.extras, checkups.devices,
         lambda: checkups.disk("runs", runs), lambda: checkups.disk("cache_dir", cache_dir), checkups.weights,
-    ]  # fmt: skip
+    ]
 
 
 def report(checks: Iterable[Callable[[], Iterable[Finding]]]) -> int:

@@ -17,7 +17,7 @@ SETTINGS = {
     "checkpoint": "PATH: of the full-precision model, for a latent model whose first stage is elsewhere",
     "runtime.weights": "as_saved | 7bit: for CPUs without VNNI instructions, whose 8-bit sums saturate",
     "runtime.regrid": "false | true: quantize weights with a scale per group of input channels anew, 8 bits each",
-}  # fmt: skip
+}
 """Setting -> what it is."""
 _PATHS = ("quantized", "out", "checkpoint")
 _HELP = f"""
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ptq_exp export", description=__doc__, epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="see below")
     with command_line():
         given = settings(parser.parse_args(argv).settings)

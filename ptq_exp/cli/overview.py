@@ -58,7 +58,7 @@ def overview(commands: Sequence[str] = tuple(COMMANDS)) -> str:
         "Examples", EXAMPLES, "Commands (python -m ptq_exp COMMAND --help)",
         *(f"  {name:<15} {COMMANDS[name]}" for name in commands), "",
         "--help says what every option is, and lists the settings.",
-    ])  # fmt: skip
+    ])
 
 
 def full_help(

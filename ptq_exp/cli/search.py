@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ptq_exp search", description=__doc__, epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("overrides", nargs="+", help="settings of all trials, bits= among them")
     parser.add_argument("--space", default="best", help="name in conf/search, or a YAML file (best)")
     parser.add_argument("--until", help="the last stage to decide (all)")

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--wandb-url", metavar="URL", help="of a W&B server of one's own")
     add("--to-wandb", metavar="ENTITY/PROJECT", help="write the table into W&B, too; offline: into --wandb-dir")
     add("--wandb-dir", metavar="DIR", default="runs/tables", action=PathArgument,
-        help="for the files of --to-wandb (runs/tables)")  # fmt: skip
+        help="for the files of --to-wandb (runs/tables)")
     return parser
 
 

@@ -55,7 +55,7 @@ FILES = {"autoencoder": "digits_vq"}
 DATA = {
     "unet": "16x16, all 1,797", "classifier": "16x16, four fifths", "autoencoder": "32x32, four fifths",
     "latent_unet": "latents of the autoencoder at 32x32, all 1,797",
-}  # fmt: skip
+}
 
 
 def loader(data: TensorDataset, batch_size: int, seed: int) -> DataLoader:
@@ -169,7 +169,7 @@ def train(args: argparse.Namespace) -> None:
         accelerator="auto", devices=1, max_epochs=max_epochs, default_root_dir=folder, logger=False,
         callbacks=[checkpoint, TQDMProgressBar(refresh_rate=20)], gradient_clip_val=1.0,
         check_val_every_n_epoch=10, num_sanity_val_steps=0,
-    )  # fmt: skip
+    )
     last = folder / "last.ckpt"
     started = time.time()
     trainer.fit(module, train_batches, held_out, ckpt_path=last if last.exists() else None, weights_only=False)

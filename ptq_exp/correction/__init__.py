@@ -33,4 +33,4 @@ __all__ = [
     "gains",
     "mean_square_error", "measured_steps", "parse_widths", "propagated", "relative_error", "residual_histogram",
     "sample_moments", "share_of_noise", "snr_rows", "standardised_residual", "step_correlation", "step_products",
-]  # fmt: skip
+]

@@ -101,7 +101,7 @@ class VarianceFit:
         return line if not bool(over.any()) else (
             f"{line}; in the steps {torch.nonzero(over).flatten().tolist()} the quantization noise is larger than the "
             f"sampler's own: all of that is replaced, and {share:.1%} of the quantization variance is left over"
-        )  # fmt: skip
+        )
 
     def to_dict(self) -> dict:
         """Plain lists and counts (JSON)."""

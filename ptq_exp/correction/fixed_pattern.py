@@ -14,7 +14,7 @@ from ptq_exp.correction.statistics import NoiseStatistics, mean_square_error
 def fixed_pattern_share(
     error_sum: Tensor, n: int, chunks: Iterable[Chunk], n_steps: int, statistics: NoiseStatistics | None = None,
     eps_sum: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Norm of the mean error over the root mean squared norm of the error, of each step, float64 [S], 0 to 1.
 
     ||mean_i e_i|| / sqrt(mean_i ||e_i||^2) over the n samples i: 1 where all samples have the same error, 0 where there

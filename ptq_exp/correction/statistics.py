@@ -167,7 +167,7 @@ def fit_statistics(
 def fit_moments(
     chunks: Iterable[Chunk], n_steps: int, pixels: int, convention: str = "paper", *,
     correlation: bool = True, bias: bool = True, shrink: bool = False, repeats: Tensor | None = None,
-) -> NoiseStatistics:  # fmt: skip
+) -> NoiseStatistics:
     """Fit the statistics from moments, which are read several times, a chunk in memory at a time.
 
     Args:

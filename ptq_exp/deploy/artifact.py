@@ -28,7 +28,7 @@ _EXPECTED = {
     "settings.sampler": dict, "settings.bits": dict, "settings.bits.name": str, "settings.correction": dict,
     "grid": dict, "activation_widths": list, "evaluations": int, "bit_schedule": dict | None,
     "noise_statistics": dict | None,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def grid_entry(grid: TimeGrid, guidance_scale: float) -> dict[str, Any]:
         "timesteps": grid.timesteps.tolist(), "alphas_cumprod": grid.alphas_cumprod.tolist(),
         "alphas_cumprod_prev": grid.alphas_cumprod_prev.tolist(), "eta": grid.eta, "solver": grid.solver,
         "guidance_scale": guidance_scale,
-    }  # fmt: skip
+    }
 
 
 def _same(found: Any, wanted: Any) -> bool:

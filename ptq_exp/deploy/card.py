@@ -75,7 +75,7 @@ def card(description: dict[str, Any], results: dict[str, Any], command: str) -> 
     bits, sampler, model = settings["bits"], settings["sampler"], description["model"]
     measured = results["metrics"]
     scored = [f"| {score.description or score.heading} | {measured[key]:.4g} |" for key, score in SCORES.items()
-              if key in measured]  # fmt: skip
+              if key in measured]
     spec = results["metric_spec"]
     beside = [entry["file"] for key in ("bit_schedule", "noise_statistics") if (entry := description[key])]
     activation = "/".join(map(str, description["activation_widths"]))
@@ -98,7 +98,7 @@ def card(description: dict[str, Any], results: dict[str, Any], command: str) -> 
         sampler=f"{sampler['solver']} with {sampler['steps']} steps, eta {sampler['eta']:g}, guidance scale "
         f"{description['grid']['guidance_scale']:g}",
         version=description["ptq_exp"], checkpoint=checkpoint,
-    )  # fmt: skip
+    )
 
 
 def _executed(entry: dict[str, Any] | None) -> str:
@@ -112,7 +112,7 @@ def _executed(entry: dict[str, Any] | None) -> str:
         "", f"Executed by {engine} {entry['version']} with {entry['threads']} threads, {entry['batch_size']} images "
         f"per evaluation: {entry['int8_share']:.2%} of the MACs of its layers as 8-bit integers{psnr}.", "",
         "| | ms per evaluation | ms per image |", "| --- | ---: | ---: |", *lines, "",
-    ])  # fmt: skip
+    ])
 
 
 def _both(values: dict[str, float | None], form: str) -> str:

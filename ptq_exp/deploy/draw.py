@@ -16,7 +16,7 @@ from ptq_exp.evaluation.images import to_uint8
 def draw(
     model: DiffusionModel, denoiser: nn.Module, grid: TimeGrid, n: int, seed: int, *, batch_size: int,
     device: torch.device | str, progress: bool, **noise_in_eps: Any,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Draw images 0..n-1 of `seed` with a guided `denoiser`, uint8 [n, H, W, C].
 
     Batches are padded to `batch_size`: image i depends on (seed, i) alone.

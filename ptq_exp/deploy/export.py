@@ -97,7 +97,7 @@ class Export:
         made = export_network(
             quantized.network, _first_step(quantized, 2 if any_batch else int(self.batch)), example,
             folder / FORMATS[self.format], any_batch=any_batch, regrid=self.regrid, weights=self.weights,
-        )  # fmt: skip
+        )
         values = {name: value.numpy() for name, value in (made.inputs | made.outputs).items()}
         write_npz(folder / EXAMPLE, **values)
         digests = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
@@ -123,7 +123,7 @@ class Export:
             "error_to_simulation": made.errors, "probe": saturation,
             "int8_share": made.layers.int8_share, "executed_by": made.engine,
             "layers": [asdict(layer) for layer in made.layers],
-        }  # fmt: skip
+        }
 
 
 def rows_of_steps(quantized: QuantizedModel) -> list[int] | None:

@@ -51,7 +51,7 @@ _SETTINGS = {
     "onnx": "The session's options belong to the\nfile: without the first ONNX Runtime refuses signed 8-bit "
     "activations, without the second it rounds biases. On CPUs its\nprovider is slower with integers than in float32; "
     "OpenVINO reads the file, too, and executes it as its own format.",
-}  # fmt: skip
+}
 
 
 def page(about: Mapping[str, Any]) -> str:
@@ -73,7 +73,7 @@ def page(about: Mapping[str, Any]) -> str:
         errors=", ".join(f"{value:.2g} by {engine}" for engine, value in about["error_to_simulation"].items()),
         rows=", and the input `row` of each step in `rows`" if sampler["rows"] else "", beside=left,
         probe=_probe(about["probe"]),
-    )  # fmt: skip
+    )
 
 
 def _ports(ports: list[dict[str, Any]]) -> str:

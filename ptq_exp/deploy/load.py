@@ -31,7 +31,7 @@ _RECIPE = ("ptq_exp", "model", "evaluations", "settings")
 def load_quantized(
     path: str | Path, checkpoint: str | None = None, device: torch.device | str = "cpu", *,
     model: DiffusionModel | None = None, runtime: str = "simulate", runtime_options: Mapping[str, Any] | None = None,
-) -> QuantizedModel:  # fmt: skip
+) -> QuantizedModel:
     """Load a saved quantized model, without calibration data; its network gives the saved one's outputs bit for bit.
 
     Args:
@@ -74,7 +74,7 @@ def load_quantized(
 def restored(
     artifact: Artifact, model: DiffusionModel, grid: TimeGrid, guidance_scale: float, device: torch.device, *,
     full_precision: bool = True, compiled: bool = False,
-) -> QuantizedModel:  # fmt: skip
+) -> QuantizedModel:
     """Restore the quantized model in the files of `artifact`, to be sampled on `grid`.
 
     Args:
@@ -96,7 +96,7 @@ def restored(
     bins = time_bins(
         grid, artifact.setting("quantization.temporal", str, "static"),
         artifact.setting("quantization.temporal_bins", int, 1),
-    )  # fmt: skip
+    )
     description = artifact.description
     return QuantizedModel(
         model, network, report, grid, guidance_scale,
@@ -106,7 +106,7 @@ def restored(
         convention=artifact.setting("correction.convention", str, "paper"),
         transforms=transforms, full_precision=full_precision, compile=compiled,
         recipe={key: description[key] for key in _RECIPE if key in description},
-    )  # fmt: skip
+    )
 
 
 def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, bool]:

@@ -73,13 +73,13 @@ def call_of(quantized: QuantizedModel, images: int) -> Call:
 def timed(
     found: Mapping[str, nn.Module], call: Call, repeats: int, budget: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Times]:  # fmt: skip
+) -> dict[str, Times]:
     """Time one evaluation of each network, in turns; see `interleaved`."""
     for network in found.values():
         if (step := step_of(network)) is not None and not step.is_set:
             select_row(network, 0)
     return interleaved({name: partial(call.evaluate, network) for name, network in found.items()}, repeats,
-                       budget=budget, clock=clock)  # fmt: skip
+                       budget=budget, clock=clock)
 
 
 def times_entry(times: Mapping[str, Times], engine: str, images: int, steps: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def times_entry(times: Mapping[str, Times], engine: str, images: int, steps: int
         "ms_per_image": {name: median * steps / images for name, median in medians.items()},
         "faster_than": {name: ratio(times, name, mine) for name in times if name != mine},
         "repeats": len(times[mine].ms),
-    }  # fmt: skip
+    }
 
 
 def execution_entry(quantized: QuantizedModel) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def execution_entry(quantized: QuantizedModel) -> dict[str, Any]:
         "engine": runtime.name, "version": getattr(runtime, "version", torch.__version__),
         "threads": torch.get_num_threads(), "int8_share": rows.int8_share,
         "attention_int8_share": rows.attention_int8_share, **optional,
-    }  # fmt: skip
+    }
 
 
 class _Enough(Exception):

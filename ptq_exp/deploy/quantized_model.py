@@ -149,7 +149,7 @@ class QuantizedModel:
         return draw(
             self.model, self.denoiser, self.grid, n, seed, batch_size=batch_size, device=device, progress=progress,
             **self.noise_in_eps,
-        )  # fmt: skip
+        )
 
     def save(self, folder: str | Path) -> dict[str, Any]:
         """Write the folder that `ptq_exp.load_quantized` reads; returns the content of its quantization.json.
@@ -163,7 +163,7 @@ class QuantizedModel:
         folder, beside = Path(folder), {}
         for key, name, part in (
             ("bit_schedule", SCHEDULE_FILE, self.schedule), ("noise_statistics", STATISTICS_FILE, self.statistics)
-        ):  # fmt: skip
+        ):
             beside[key] = None
             if part is not None:
                 part.save(folder / name)
@@ -171,5 +171,5 @@ class QuantizedModel:
         about = {
             **self.recipe, "grid": grid_entry(self.grid, self.guidance_scale), "activation_widths": list(self.widths),
             **beside, "transforms": [done.to_dict() for done in self.transforms],
-        }  # fmt: skip
+        }
         return save_quantized(folder, self.network, self.rules, self.report, to_plain(about))

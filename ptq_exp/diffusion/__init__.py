@@ -49,4 +49,4 @@ __all__ = [
     "solver_grid",
     "step_coefficients",
     "wider",
-]  # fmt: skip
+]

@@ -59,7 +59,7 @@ def wider(dtype: torch.dtype) -> str:
     """Return what to set where numbers of `dtype` do not do; nothing for float32 and float64."""
     return {
         torch.float16: "set model.dtype=bfloat16 or float32", torch.bfloat16: "set model.dtype=float32",
-    }.get(dtype, "")  # fmt: skip
+    }.get(dtype, "")
 
 
 def first_not_finite(network: nn.Module, call: Call) -> str:

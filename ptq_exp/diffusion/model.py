@@ -91,7 +91,7 @@ class DiffusionModel:
         return solver_grid(
             self.schedule, published.steps if steps is None else steps, spacing or published.spacing, eta=eta,
             solver=solver,
-        )  # fmt: skip
+        )
 
     def copy_denoiser(self) -> nn.Module:
         """Return an independent copy of the denoiser, to be quantized while the original stays full precision."""
@@ -145,13 +145,13 @@ class DiffusionModel:
     def run(
         self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, *,
         device: torch.device | str = "cpu", **kwargs,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Draw final states [N, *sample_shape] of sample `indices` of `seed`, drawn with `denoiser`; see `sample`."""
         conditions = on_device(self.draw_conditions(indices, seed), device)
         return sample(
             denoiser, grid, SampleNoise(seed, indices, self.sample_shape), conditions=conditions,
             clip_sample=self.clip_sample, device=device, **kwargs,
-        )  # fmt: skip
+        )
 
     def sample(self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, **kwargs) -> Tensor:
         """Images float [N, C, H, W] of sample `indices` of `seed`: `run`, then `decode`."""

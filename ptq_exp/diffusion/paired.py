@@ -24,7 +24,7 @@ OnPair = Callable[[int, Tensor, list[Tensor]], None]
 def paired_estimates(
     model: DiffusionModel, denoiser: Denoiser, quantized: Sequence[Denoiser], grid: TimeGrid, indices: Sequence[int],
     seed: int, on_pair: OnPair, *, stream: int = EVALUATION, follow: str = "fp32", device: torch.device | str = "cpu",
-) -> None:  # fmt: skip
+) -> None:
     """Call `on_pair` at each step of the trajectories of sample `indices`, with all estimates of the same states.
 
     Args:
@@ -51,13 +51,13 @@ def paired_estimates(
     sample(
         denoiser if follow == "fp32" else quantized[0], grid, SampleNoise(seed, indices, model.sample_shape, stream),
         conditions=conditions, clip_sample=model.clip_sample, device=device, on_step=record,
-    )  # fmt: skip
+    )
 
 
 def relative_eps_error(
     model: DiffusionModel, denoiser: Denoiser, quantized: Denoiser, grid: TimeGrid, indices: Sequence[int],
     seed: int, *, device: torch.device | str = "cpu", on_step: Callable[[], object] = lambda: None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """||eps_q - eps|| / ||eps|| for each step, float64 [S], over all `indices`, on the full-precision trajectories.
 
     `denoiser` (full precision) and `quantized` are guided alike. `on_step` is called after each step (a progress bar).

@@ -63,7 +63,7 @@ def _positive(value: float | Tensor) -> float | Tensor:
 def ddim_step(
     x: Tensor, eps: Tensor, alpha_bar: float, alpha_bar_prev: float, eta: float = 0.0, noise: Tensor | None = None,
     eps_noise_std: float = 0.0, convention: str = "exact", *, clip_sample: bool = False, rederive_eps: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """One DDIM step from noise level `alpha_bar` to `alpha_bar_prev`.
 
     `x` is x_t, `eps` is epsilon_theta(x_t, t), `noise` z ~ N(0, 1) where eta > 0; the formulas are those of
@@ -120,7 +120,7 @@ def sample(
     clip_sample: bool = False, device: torch.device | str = "cpu", steps: int | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     eps_noise_std: Tensor | None = None, convention: str = "exact",
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Run `denoiser` from pure noise through the first `steps` steps of `grid` (all by default).
 
     Args:
@@ -157,7 +157,7 @@ def sample(
         x_prev, x0 = ddim_step(
             x, eps, float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step]), grid.eta, z,
             stds[step], convention, clip_sample=clip_sample, rederive_eps=grid.rederive_eps,
-        )  # fmt: skip
+        )
         if on_step is not None:
             on_step(StepRecord(step, x, eps, x0, x_prev))
         x = x_prev
@@ -167,7 +167,7 @@ def sample(
 def _solve(
     denoiser: Denoiser, grid: TimeGrid, noise: Tensor, conditions: Mapping[str, Tensor], clip_sample: bool, steps: int,
     on_step: Callable[[StepRecord], None] | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Run the first `steps` evaluations of a scheduler of diffusers, see `sample`; its state may have another scale."""
     # a multistep scheduler keeps the estimates of its batch: a used one would carry those of another
     scheduler = grid.make_scheduler()

@@ -34,7 +34,7 @@ def _dpm_solver(final_zero: bool, **settings: Any) -> DPMSolverMultistepSchedule
     return DPMSolverMultistepScheduler(
         solver_order=2, algorithm_type="dpmsolver++", lambda_min_clipped=_LOWEST_LOG_SNR,
         final_sigmas_type="zero" if final_zero else "sigma_min", **settings,
-    )  # fmt: skip
+    )
 
 
 def _pndm(final_zero: bool, **settings: Any) -> PNDMScheduler:
@@ -81,7 +81,7 @@ def solver_grid(
     make_scheduler = partial(
         _scheduler, solver, steps, final_zero=schedule.final_alpha_cumprod == 1, trained_betas=_betas(schedule),
         num_train_timesteps=total, timestep_spacing=spacing, steps_offset=_offset(schedule, steps, solver),
-    )  # fmt: skip
+    )
     scheduler = make_scheduler()
     _check_times(scheduler, solver, steps, spacing)
     levels = _levels(scheduler)
@@ -89,11 +89,11 @@ def solver_grid(
         log.warning(
             "sampler=%s with sampler.spacing=%s starts at alpha_bar=%.1g and does not clamp x0: images may diverge; "
             "sampler.spacing=leading starts later", solver, spacing, levels[0],
-        )  # fmt: skip
+        )
     return TimeGrid(
         scheduler.timesteps.double() * schedule.time_scale, levels[:-1], levels[1:], solver=solver,
         make_scheduler=make_scheduler,
-    )  # fmt: skip
+    )
 
 
 def _scheduler(solver: str, steps: int, **settings: Any) -> Any:

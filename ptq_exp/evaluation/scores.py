@@ -132,7 +132,7 @@ SCORES: dict[str, Score] = {
         "fixed pattern", -1, level=DETAIL,
         description="share of this error that is the same for all samples, mean over steps",
     ),
-}  # fmt: skip
+}
 """Key in results.json -> score, in the order in which scores are shown."""
 
 

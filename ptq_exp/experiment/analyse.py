@@ -97,12 +97,12 @@ def _activations(
     sites = [
         name for name, quantizer in quantizers(probe)
         if isinstance(quantizer, ActivationQuantizer) and name.rpartition(".")[0] in wanted
-    ]  # fmt: skip
+    ]
     steps = measured_steps(len(run.grid), settings.steps)
     module = ActivationModule(
         run.model, denoiser, probe, run.grid, sites, steps, seed=run.seed, values=settings.values,
         copies=1 if run.guidance_scale == 1 else 2,
-    )  # fmt: skip
+    )
     n, batch_size = settings.n_samples, min(settings.batch_size, settings.n_samples)
     key = {**key, "sites": sites, "steps": steps, "samples": [n, batch_size, settings.values]}
 

@@ -59,7 +59,7 @@ def measure_execution(run: Run, config: ExperimentConfig, quantized: QuantizedMo
             entry["peak_bytes"] = {
                 name: peak_bytes(network, tuple(call)) for name, network in found.items()
                 if isinstance(network, CompiledNetwork)
-            }  # fmt: skip
+            }
     entry |= execution_entry(engine)
     rows = [asdict(row) for row in engine.runtime.account()]
     return Made(entry, Record({"runtime": entry}, files={FILE: partial(_write_rows, rows)}))

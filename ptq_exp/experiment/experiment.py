@@ -119,7 +119,7 @@ def _made(
     for n in range(1, calibration.rounds + 1):
         suffix, which = ("", "") if n == 1 else (f"_{n}", f" of the quantized model, round {n}")
         states = stage(f"calibration_set{suffix}", make_calibration_set, run, calibration, keys.calibration(n), images,
-                       previous, which)  # fmt: skip
+                       previous, which)
         quantized = stage(f"quantize{suffix}", quantize_model, run, plan, keys, states, n)
         previous = quantized
         evaluations += int(states.evaluations.sum())
@@ -134,7 +134,7 @@ def _made(
 def _evaluated(
     run: Run, config: ExperimentConfig, keys: Keys, stage: Stages, writer: RunWriter, quantized: QuantizedModel,
     scorer: Scorer, fp_images: np.ndarray, fp_scores: dict[str, float],
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Measure the eps errors of the quantized model, save it, draw and score its images."""
     name, title = config.bits.name, title_of(quantized, config.bits.name)
     key = keys.estimates(quantized.schedule, quantized.statistics is not None)
@@ -152,7 +152,7 @@ def _evaluated(
         stage("analysis", analyse, run, config.analysis, keys, quantized)
     path = writer.folder / SAMPLES
     images = stage("quantized_images", quantized_images, run, config.evaluation, joined(keys.images(), key), quantized,
-                   f"{name.upper()} images", path)  # fmt: skip
+                   f"{name.upper()} images", path)
     metrics = stage("scores", scorer, images, f"{name.upper()} features", {"images": file_digest(path)})
     metrics |= scorer.paired(metrics, fp_scores) | {"psnr": mean_psnr(fp_images, images)} | eps_errors(error)
     return Outcome(images, fp_images, metrics, quantized.report, saved)

@@ -54,7 +54,7 @@ def full_precision_features(run: Run, images: np.ndarray, key: Key) -> FeatureSt
         run.cache, "features", versioned("features", joined(key, {"extractor": run.extractor.name})),
         lambda folder: image_features(run, images, "FP32 features", key), "FP32 features",
         save=lambda value, path: value.save(path), load=FeatureStatistics.load,
-    )  # fmt: skip
+    )
 
 
 def reference_features(run: Run, config: EvaluationConfig) -> Reference | None:
@@ -83,7 +83,7 @@ def reference_features(run: Run, config: EvaluationConfig) -> Reference | None:
     return cached(
         run.cache, "reference", key, make, "reference features", save=lambda value, path: value.save(path),
         load=load_statistics, detail=lambda reference: f", {reference.name}",
-    )  # fmt: skip
+    )
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def full_precision_images(run: Run, config: EvaluationConfig, key: Key) -> np.nd
     return cached(
         run.cache, "images", key, make, "FP32 images", save=lambda images, path: write_samples(path, images),
         load=lambda path: read_samples(path)[0], detail=lambda images: f", {len(images)}",
-    )  # fmt: skip
+    )
 
 
 def quantized_images(

@@ -19,7 +19,7 @@ from ptq_exp.storage.atomic import file_digest
 VERSIONS = {
     "sampling": 1, "calibration": 2, "transform": 1, "ranges": 1, "reconstruction": 1, "noise": 1, "propagation": 1,
     "schedule": 1, "correction": 1, "images": 1, "features": 1, "reference": 1, "activations": 1, "sensitivity": 1,
-}  # fmt: skip
+}
 """Raise a kind's number when its values change while the settings stay: what was stored is computed anew then.
 
 A key holds the numbers of all kinds that its artefact is made of: other ranges mean another quantized network.
@@ -63,14 +63,14 @@ class Keys:
             "grid": [self.grid.timesteps.tolist(), self.grid.alphas_cumprod.tolist(), self.grid.eta],
             "guidance_scale": self.guidance_scale,
             "seed": self.config.seed,
-        })  # fmt: skip
+        })
 
     def images(self) -> Key:
         """All that decides the full-precision images."""
         evaluation = self.config.evaluation
         return versioned("images", self.sampling()) | {
             "n_samples": evaluation.n_samples, "batch_size": evaluation.batch_size
-        }  # fmt: skip
+        }
 
     def calibration(self, calibration_round: int) -> Key:
         """All that decides the calibration set of a round, from 1; later ones also depend on the quantized network."""

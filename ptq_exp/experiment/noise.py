@@ -68,7 +68,7 @@ def eps_error(run: Run, config: EvaluationConfig, key: Key, quantized: Quantized
     module = NoiseModule(
         run.model, run.full_precision, [quantized.uncorrected], run.grid, seed=run.seed, stream=EVALUATION,
         statistics=quantized.statistics, summed=n,
-    )  # fmt: skip
+    )
     found = measured(run, "eps error", module, n, batch_size, {**key, "stream": EVALUATION})
     chunks = MomentChunks(found["moments"])
     sums = [torch.from_numpy(np.array(found[name])) for name in module.totals]
@@ -88,12 +88,12 @@ def _say(change: Tensor, correlation: Tensor) -> None:
         logging.WARNING if float(change[worst]) > 0.01 else logging.INFO,
         "the correction changes the eps error of other trajectories by %+.1f %% on average, by %+.1f %% in step %d",
         100 * float(change.mean()), 100 * float(change[worst]), worst,
-    )  # fmt: skip
+    )
     if len(correlation):
         log.info(
             "residuals of consecutive steps correlate by %.2f to %.2f (variance correction takes them for independent)",
             float(correlation.min()), float(correlation.max()),
-        )  # fmt: skip
+        )
 
 
 def noise_of_widths(run: Run, config: CorrectionConfig, key: Key, quantized: QuantizedModel) -> list[MomentChunks]:
@@ -125,7 +125,7 @@ def fit(run: Run, config: CorrectionConfig, chunks: MomentChunks | Merged) -> No
         chunks, len(run.grid), int(np.prod(run.model.sample_shape[1:])), config.convention,
         correlation=config.correlation, bias=config.bias, shrink=config.shrink and config.convention == "paper",
         repeats=run.grid.first_with_time,
-    )  # fmt: skip
+    )
 
 
 def measured(

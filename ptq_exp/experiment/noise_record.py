@@ -74,10 +74,10 @@ def _pictures(quantized: QuantizedModel, error: EpsError, title: str) -> dict[st
     found = {"eps_error.png": lambda path: write_figure(path, figures.eps_error(
         error.before.tolist() if error.corrected else None, error.after.tolist(), title=title,
         share=error.share_after.tolist(), share_of_noise=share_of_noise(error.samples),
-    ))}  # fmt: skip
+    ))}
     if statistics is not None:
         found["noise.png"] = lambda path: write_figure(path, figures.noise(
             k=statistics.k.tolist(), r=statistics.r.tolist(), title=title,
             kurtosis=statistics.kurtosis.tolist(), histogram=error.histogram, edges=EDGES.tolist(),
-        ))  # fmt: skip
+        ))
     return found

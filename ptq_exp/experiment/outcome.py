@@ -49,7 +49,7 @@ class Outcome:
 def look_at(
     outcome: Outcome, values: dict[str, Any], config: ExperimentConfig, folder: Path, pictures: list[str],
     wandb_sink: Tracked,
-) -> None:  # fmt: skip
+) -> None:
     """Leave picture, model card and report in the run folder, and what W&B records; troubles are warnings.
 
     Args:
@@ -85,7 +85,7 @@ def tracked_run(config: ExperimentConfig, folder: Path) -> AbstractContextManage
     return tracked(
         settings.mode, folder, project=settings.project, entity=settings.entity, name=f"{config.name}-s{config.seed}",
         group=settings.group or config.name, tags=list(dict.fromkeys(tags)), config=asdict(config),
-    )  # fmt: skip
+    )
 
 
 def quantization_entry(report: Report) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _for_wandb(
         "the summary": lambda logger: wandb_run.log_summary(logger, summed),
         "grid.png": lambda logger: wandb_run.log_image(
             logger, "grid", folder / "grid.png", caption="full precision over quantized, same seeds"),
-    }  # fmt: skip
+    }
     if report is not None:
         items["the table of layers"] = lambda logger: wandb_run.log_table(logger, "layers", report.table())
     for name in pictures:

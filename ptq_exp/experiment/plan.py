@@ -48,7 +48,7 @@ class Plan:
         return cls(
             quantization, bits, config.metric.name, config.calibration.batch_size, activation_widths(bits, grid),
             time_bins(grid, quantization.temporal, quantization.temporal_bins), bit_groups(bits, config.model.groups),
-        )  # fmt: skip
+        )
 
     @property
     def n_bins(self) -> int:

@@ -100,7 +100,7 @@ def _time_quantizers(run: Run, plan: Plan, network: nn.Module) -> tuple[set[str]
     log.info(
         "quantization.time_layers: %d quantizers depend on the time alone and see all %d times",
         len(of_time), len(run.grid.timesteps.unique()),
-    )  # fmt: skip
+    )
     return of_time, names - of_time
 
 

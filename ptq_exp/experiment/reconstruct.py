@@ -44,7 +44,7 @@ _REPORTS = "reports"
 def reconstruct(
     run: Run, plan: Plan, config: ReconstructionConfig, key: Key, quantized: QuantizedModel,
     calibration_set: CalibrationSet,
-) -> Made:  # fmt: skip
+) -> Made:
     """Learn (or reuse) roundings and step sizes of the quantized network, where `config` asks for that; in place.
 
     With candidate widths of activations the network is at the widest: its weights are those of all widths. With ranges
@@ -68,13 +68,13 @@ def reconstruct(
     arrays = cached(
         run.cache, "reconstruction", key, make, f"reconstruction {config.name}",
         when_reused=lambda arrays: _restore(network, {k: v for k, v in arrays.items() if k != _REPORTS}),
-    )  # fmt: skip
+    )
     reports = [BlockReport.from_dict(plain) for plain in json.loads(str(arrays[_REPORTS]))]
     found = summary(reports)
     log.info(
         "%d blocks, %d of them better than nearest rounding; relative error %.4f -> %.4f on held-out samples",
         found["blocks"], found["kept"], found["error_before"], found["error"],
-    )  # fmt: skip
+    )
     numbers = {"calibration_seconds": calibration_seconds(run.cache, reports), "reconstruction": found}
     plain = {"summary": found, "blocks": [report.to_dict() for report in reports]}
     return Made(quantized, Record(numbers, {"reconstruction.json": lambda path: write_json(path, plain)}))
@@ -102,13 +102,13 @@ def settings_of(config: ReconstructionConfig) -> Settings:
         Annealing(config.iterations, config.weight, config.warmup, config.b_start, config.b_end),
         batch_size=config.batch_size, lr=config.lr, step_lr=config.step_lr, power=config.power,
         input_prob=config.input_prob, drop_prob=config.drop_prob, inner_weight=config.inner_weight,
-    )  # fmt: skip
+    )
 
 
 def _reconstructed(
     run: Run, plan: Plan, config: ReconstructionConfig, quantized: QuantizedModel, calibration_set: CalibrationSet,
     folder: Path,
-) -> list[BlockReport]:  # fmt: skip
+) -> list[BlockReport]:
     """Reconstruct the network in place; a killed run with the same settings is continued."""
     network = quantized.network
     reference = transformed(run, quantized.transforms)  # whose weights were rounded
@@ -118,7 +118,7 @@ def _reconstructed(
         network, reference, blocks, calibration_set, settings_of(config), seed=run.seed, batch_size=plan.batch_size,
         cache_bytes=1e9 * config.cache_gb, folder=folder / "rows",
         row_of_step=plan.time_bins if plan.n_bins > 1 else None,
-    )  # fmt: skip
+    )
     trainer = run.trainer_settings
     return reconstruct_network(
         reconstruction, folder / "blocks.ckpt", accelerator=trainer["accelerator"], progress_bar=trainer["progress_bar"]
@@ -151,7 +151,7 @@ def _time_blocks(
     log.info(
         "quantization.time_layers: %d layers depend on the time alone and are reconstructed on all %d times, %s",
         len(layers), sum(len(batch[1]) for _, batch in batches), "together" if joint else "each by itself",
-    )  # fmt: skip
+    )
     return blocks
 
 

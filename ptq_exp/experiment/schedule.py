@@ -80,7 +80,7 @@ def schedule_record(
     draw = {"bit_schedule.png": lambda path: write_figure(path, figures.bit_schedule(
         schedule.activation, output_snr=output_snr or {}, forward_snr=forward_snr(grid).tolist(),
         title=title_of(quantized, bits_name),
-    ))}  # fmt: skip
+    ))}
     return Record({"bit_schedule": numbers}, {SCHEDULE_FILE: schedule.save}, draw)
 
 

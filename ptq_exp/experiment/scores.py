@@ -23,7 +23,7 @@ class Scorer:
         self.run, self.config, self.reference = run, config, reference
         if reference is None:
             log.info("no IS, FID, sFID: evaluation=%s compares images with those of full precision alone; add "
-                     "evaluation=adm evaluation.reference=PATH for scores", config.name)  # fmt: skip
+                     "evaluation=adm evaluation.reference=PATH for scores", config.name)
 
     def __call__(self, images: np.ndarray, title: str, key: Key) -> dict[str, float]:
         """Score `images`; `key` says which they are."""

@@ -76,7 +76,7 @@ def cached(
     save: Callable[[T, Path], Any] = lambda arrays, path: write_npz(path, **arrays),
     load: Callable[[Path], T] = npz_arrays, when_reused: Callable[[T], object] = lambda value: None,
     detail: Callable[[T], str] = lambda value: "",
-) -> T:  # fmt: skip
+) -> T:
     """Find the artefact of (kind, key) in the cache, or compute it, and say which of the two.
 
     Args:

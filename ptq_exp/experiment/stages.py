@@ -29,7 +29,7 @@ log = logging.getLogger("ptq_exp")
 def make_calibration_set(
     run: Run, config: CalibrationConfig, key: Key, images: Any = None, previous: QuantizedModel | None = None,
     which: str = "",
-) -> CalibrationSet:  # fmt: skip
+) -> CalibrationSet:
     """Collect (or reuse) the calibration set that the settings describe.
 
     Args:
@@ -46,7 +46,7 @@ def make_calibration_set(
         module = CalibrationModule(
             run.model, run.grid, config.source, seed=run.seed, images=images,
             denoiser=run.full_precision if previous is None else previous.uncorrected,
-        )  # fmt: skip
+        )
         joined = folder / "joined.npz"
         collect_calibration_set(
             module, run.trainer("calibration set"), states, config.batch_size, folder, joined,
@@ -58,7 +58,7 @@ def make_calibration_set(
         run.cache, "calibration", key, make, f"calibration set {config.name}{which}", save=CalibrationSet.save,
         load=CalibrationSet.load,
         detail=lambda s: f", {len(s)} states, {int(s.evaluations.sum())} network evaluations",
-    )  # fmt: skip
+    )
 
 
 def quantize_model(
@@ -81,10 +81,10 @@ def quantize_model(
     cached(
         run.cache, "ranges", keys.ranges(calibration_round), make, "ranges",
         when_reused=lambda arrays: restore_ranges_(network, arrays),
-    )  # fmt: skip
+    )
     correction = keys.config.correction
     return QuantizedModel(
         run.model, network, report, run.grid, run.guidance_scale, tuple(rules), tuple(plan.widths),
         plan.time_bins if plan.n_bins > 1 else None, variance=correction.variance, convention=correction.convention,
         transforms=transforms, compile=run.compile,
-    )  # fmt: skip
+    )

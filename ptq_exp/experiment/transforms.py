@@ -24,7 +24,7 @@ log = logging.getLogger("ptq_exp")
 def transform_(
     run: Run, plan: Plan, keys: Keys, network: nn.Module, calibration_set: CalibrationSet, calibration_round: int,
     rules: list[Rule],
-) -> tuple[Applied, ...]:  # fmt: skip
+) -> tuple[Applied, ...]:
     """Transform the full-precision `network` in place, and return what was done.
 
     Only what was fitted is kept for later runs: it is applied to the full-precision weights anew.

@@ -60,7 +60,7 @@ class RunWriter:
         log.info(
             "%s: %.3f MB, %+.1f %% of the theoretical %.3f MB", TENSORS_FILE, size["bytes"] / 1e6,
             100 * (size["bytes"] / size["theoretical_bytes"] - 1), size["theoretical_bytes"] / 1e6,
-        )  # fmt: skip
+        )
         return description
 
     def layers(self, quantized: QuantizedModel) -> None:

@@ -16,4 +16,4 @@ __all__ = [
     "ActivationModule", "CalibrationModule", "EvaluationModule", "NoiseModule", "PropagationModule",
     "SensitivityModule", "collect_calibration_set", "draw_images", "make_trainer", "measure", "measure_sensitivity",
     "reconstruct_network", "record_activations",
-]  # fmt: skip
+]

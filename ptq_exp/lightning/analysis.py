@@ -37,7 +37,7 @@ class ActivationModule(pl.LightningModule):
     def __init__(
         self, model: DiffusionModel, denoiser: nn.Module, probe: nn.Module, grid: TimeGrid, sites: Sequence[str],
         steps: Sequence[int], *, seed: int, values: int, copies: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.denoiser, self.probe = denoiser, probe
         self.model, self.grid, self.sample_seed = model, grid, seed
@@ -63,7 +63,7 @@ class ActivationModule(pl.LightningModule):
         finally:
             tap.remove()
         return {name: torch.stack(part, 2).numpy() for name, part in zip(self.names, zip(*found, strict=True),
-                                                                          strict=True)}  # fmt: skip
+                                                                          strict=True)}
 
 
 class _State(NamedTuple):
@@ -91,7 +91,7 @@ class SensitivityModule(pl.LightningModule):
     def __init__(
         self, model: DiffusionModel, denoiser: nn.Module, probe: nn.Module, quantized: nn.Module, grid: TimeGrid,
         layers: Sequence[str], steps: Sequence[int], samples: Sequence[int], *, seed: int, batch_size: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.denoiser, self.probe, self.quantized = denoiser, probe, quantized
         self.model, self.grid, self.sample_seed = model, grid, seed
@@ -126,7 +126,7 @@ class SensitivityModule(pl.LightningModule):
             self.model.run(
                 self.denoiser, self.grid, samples, self.sample_seed, device=self.device, on_step=record,
                 steps=self.steps[-1] + 1,
-            )  # fmt: skip
+            )
 
 
 def record_activations(

@@ -25,7 +25,7 @@ class CalibrationModule(pl.LightningModule):
     def __init__(
         self, model: DiffusionModel, grid: TimeGrid, source_name: str, *, seed: int, denoiser: nn.Module | None = None,
         images: ImageSource | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.denoiser, self.first_stage = denoiser or model.denoiser, model.first_stage
         self.model, self.grid, self.source = model, grid, source(source_name)
@@ -36,7 +36,7 @@ class CalibrationModule(pl.LightningModule):
         request = StateRequest(
             self.grid, index.tolist(), step, self.sample_seed, denoiser=self.denoiser, images=self.images,
             device=self.device,
-        )  # fmt: skip
+        )
         x, evaluations = self.source(self.model, request)
         return {"x": x.numpy(), "evaluations": evaluations.numpy()}
 
@@ -44,7 +44,7 @@ class CalibrationModule(pl.LightningModule):
 def collect_calibration_set(
     module: CalibrationModule, trainer: pl.Trainer, states: Labelled | Tensor, batch_size: int, folder: Path,
     path: Path, *, guided: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Write the calibration set of samples 0..N-1, sample i as `states` has it, to `path`.
 
     Batches already in `folder` are not computed again. `states` may be the positions [N] that the samples enter, each

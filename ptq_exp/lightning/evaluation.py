@@ -26,7 +26,7 @@ class EvaluationModule(pl.LightningModule):
     def __init__(
         self, model: DiffusionModel, denoiser: nn.Module, grid: TimeGrid, *, seed: int,
         eps_noise_std: torch.Tensor | None = None, convention: str = "exact",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.denoiser, self.first_stage = denoiser, model.first_stage
         self.model, self.grid, self.sample_seed = model, grid, seed

@@ -38,7 +38,7 @@ class NoiseModule(pl.LightningModule):
     def __init__(
         self, model: DiffusionModel, denoiser: nn.Module, quantized: Sequence[nn.Module], grid: TimeGrid, *, seed: int,
         stream: int, follow: str = "fp32", statistics: NoiseStatistics | None = None, summed: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.denoiser, self.quantized, self.summed = denoiser, nn.ModuleList(quantized), summed
         self.model, self.grid, self.sample_seed = model, grid, seed
@@ -78,7 +78,7 @@ class NoiseModule(pl.LightningModule):
         paired_estimates(
             self.model, self.denoiser, list(self.quantized), self.grid, indices.tolist(), self.sample_seed, add,
             stream=self.stream, follow=self.follow, device=self.device,
-        )  # fmt: skip
+        )
         found = {"moments": torch.stack(moments, 2).numpy()}
         if self.statistics is not None:
             found |= {"histogram": torch.stack(histograms, 1).numpy(), "products": torch.stack(products, 1).numpy()}
@@ -93,7 +93,7 @@ class PropagationModule(pl.LightningModule):
     def __init__(
         self, model: DiffusionModel, denoiser: nn.Module, quantized: nn.Module, grid: TimeGrid, steps: Sequence[int], *,
         seed: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.denoiser, self.quantized, self.steps = denoiser, quantized, list(steps)
         self.model, self.grid, self.sample_seed = model, grid, seed
@@ -102,7 +102,7 @@ class PropagationModule(pl.LightningModule):
         cause, effect = propagated(
             self.model, self.denoiser, self.quantized, self.grid, self.steps, indices.tolist(), self.sample_seed,
             device=self.device,
-        )  # fmt: skip
+        )
         return {"cause": cause.numpy(), "effect": effect.numpy()}
 
 

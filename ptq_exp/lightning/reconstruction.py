@@ -95,7 +95,7 @@ def reconstruct_network(
     trainer = make_trainer(
         "reconstruction", accelerator=accelerator, devices=1, progress_bar=progress_bar, callbacks=callbacks,
         max_epochs=len(reconstruction.blocks), enable_checkpointing=True,
-    )  # fmt: skip
+    )
     trainer.fit(
         ReconstructionModule(reconstruction), ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True
     )

@@ -38,7 +38,7 @@ class StageProgressBar(TQDMProgressBar):
 def make_trainer(
     title: str, *, accelerator: str = "auto", devices: int = 1, strategy: str = "auto", progress_bar: bool = True,
     callbacks: Sequence[pl.Callback] | None = None, **settings: Any,
-) -> pl.Trainer:  # fmt: skip
+) -> pl.Trainer:
     """Build a Trainer for one stage; `title` names its progress bar.
 
     `callbacks` (with a bar of their own, if any) and further `settings` of the Trainer are for `fit`. Its processes are
@@ -58,7 +58,7 @@ def make_trainer(
             accelerator=accelerator, devices=devices, strategy=strategy, logger=False,
             enable_model_summary=False, enable_progress_bar=progress_bar, inference_mode=False,
             callbacks=list(callbacks), plugins=[LightningEnvironment()], **{"enable_checkpointing": False} | settings,
-        )  # fmt: skip
+        )
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         given = f"trainer.accelerator={accelerator}, trainer.devices={devices}, trainer.strategy={strategy}"
         raise ConfigError(f"{given}: {one_line(error, 2000)}") from error

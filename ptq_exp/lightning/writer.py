@@ -30,7 +30,7 @@ class PartWriter(BasePredictionWriter):
 def predict_to_file(
     module: pl.LightningModule, trainer: pl.Trainer, parts: Parts, batch_of: Callable[[int], object], path: Path,
     **extra,
-) -> None:  # fmt: skip
+) -> None:
     """Run `module` on the batches of `parts` that are missing, and join all to the `.npz` file `path`.
 
     Args:

@@ -53,7 +53,7 @@ def with_groups(
         if not matched:
             near = difflib.get_close_matches(pattern.strip("*"), free, n=3, cutoff=0.3) or free[:3]
             raise ConfigError(f"{setting}: {pattern!r} matches no layer between the first and the last ones; names "
-                              f"near it: {', '.join(near)}")  # fmt: skip
+                              f"near it: {', '.join(near)}")
         left = [name for name in matched if name not in made]
         if not left:
             raise ConfigError(f"{setting}: all layers that {pattern!r} matches are in groups before it: leave it out")

@@ -69,7 +69,7 @@ class Policy:
     weight_granularity: str = _setting(
         "channel", "One weight range per output channel, per tensor, or per group of input channels.",
         choices=("channel", "tensor", "group"),
-    )  # fmt: skip
+    )
     group_size: int = _setting(16, "Input channels per group for weight_granularity=group.", bounds=(1, None))
     activation_symmetric: bool = _setting(False, "Activations with zero point 0.")
     qkv_symmetric: bool = _setting(False, "q, k and v with zero point 0: engines then multiply them as integers.")
@@ -79,30 +79,30 @@ class Policy:
     shortcut: str = _setting(
         "joint", "Ranges of concatenated features: one, or one for each part in 1x1 shortcuts (split), or there and in "
         "the first 3x3 convolutions (split_all), as in Q-Diffusion.", choices=("joint", "split", "split_all"),
-    )  # fmt: skip
+    )
     time_embedding: str = _setting(
         "none", "Output of the time embedding's projections: full precision, one range, or one for scale and one for "
         "shift (DI2N).", choices=("none", "shared", "split"),
-    )  # fmt: skip
+    )
     temporal: str = _setting(
         "static", "Activation ranges along the sampling steps: the same, one set per bin of steps, or one per step "
         "(TFMQ-DM).", choices=("static", "binned", "per_step"),
-    )  # fmt: skip
+    )
     temporal_bins: int = _setting(
         4, "Bins of consecutive steps for temporal=binned, at most sampler.steps.", bounds=(1, None)
     )
     time_layers: str = _setting(
         "calibration_set", "Times that layers which depend on the time alone are calibrated on: those in the "
         "calibration set, or all sampling steps (TFMQ-DM).", choices=("calibration_set", "all_steps"),
-    )  # fmt: skip
+    )
     quantize_state: bool = _setting(False, "Quantize x_t to the width of the other activations, not to bits.boundary.")
     quantize_output: bool = _setting(False, "Quantize the network's output as well.")
     transforms: tuple[Any, ...] = _setting(
         (), "Exact changes of the full-precision network before it is quantized, in order: names such as smooth, or "
         "mappings such as {name: smooth, alpha: 0.3}.",
-    )  # fmt: skip
+    )
     smooth: bool = _setting(False, "Short for transforms=[smooth]: move outliers of activation channels into the "
-                            "weights that read them (SmoothQuant).")  # fmt: skip
+                            "weights that read them (SmoothQuant).")
     smooth_alpha: float = _setting(0.5, "Share of the outliers that moves: 1 = all, 0 = none.", bounds=(0, 1))
     first: tuple[str, ...] | None = _setting(
         None, "Globs of the layers that read x_t; null: those that the model names."

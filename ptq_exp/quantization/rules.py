@@ -22,7 +22,7 @@ KEPT_SETS = {
         "*time_embedding.linear_1", "*conv_in", "*conv_out", "*conv_shortcut", "*downsamplers.*.conv",
         "*attentions.?", "*attentions.?.to_*",
     ),
-}  # fmt: skip
+}
 """Name -> globs of what published code leaves in full precision; `kept` takes them."""
 
 
@@ -42,7 +42,7 @@ def policy_rules(policy: Policy, widths: Widths, bins: int = 1) -> list[Rule]:
 def default_rules(
     weight_bits: int, activation_bits: int | Sequence[int], *, softmax_bits: int = 8, first_last_bits: int = 8,
     boundary_bits: int = 16, bins: int = 1, **policy: Any,
-) -> list[Rule]:  # fmt: skip
+) -> list[Rule]:
     """Return the ordered rules of a `Policy` at some `Widths`, in one call.
 
     Args:

@@ -57,7 +57,7 @@ def save_quantized(
     description = {
         "format": FORMAT, "version": VERSION, **about, **report.to_dict(), "rules": [rule_to_dict(r) for r in rules],
         "quantizers": range_table(network), "tensors": layout,
-    }  # fmt: skip
+    }
     path = Path(folder) / TENSORS_FILE
     metadata = {"format": FORMAT, "version": str(VERSION), _HASH: _description_hash(description)}
     with atomic_path(path) as temporary:
@@ -65,7 +65,7 @@ def save_quantized(
     description["file"] = {
         "name": TENSORS_FILE, "sha256": file_digest(path), "bytes": path.stat().st_size,
         "header_bytes": _header_bytes(path), "theoretical_bytes": report.totals["weight_bytes"],
-    }  # fmt: skip
+    }
     with atomic_path(path.with_name(DESCRIPTION_FILE)) as temporary:
         temporary.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return description

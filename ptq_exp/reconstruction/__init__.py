@@ -23,4 +23,4 @@ __all__ = [
     "Reconstruction", "Rounding", "Settings", "StepSizes", "TimeBlock", "block_error", "capture", "dropping",
     "find_blocks", "find_time_blocks", "reconstruction_loss", "rectified_sigmoid", "regulariser", "split", "summary",
     "table",
-]  # fmt: skip
+]

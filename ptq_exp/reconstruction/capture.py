@@ -122,7 +122,7 @@ class _Ended(Exception):
 def capture(
     network: nn.Module, name: str, batches: Iterable[Batch], rows: int, arena: Arena, *, output: bool,
     device: torch.device, step_rows: Tensor | None = None,
-) -> Calls:  # fmt: skip
+) -> Calls:
     """Run `network` on all `batches` as far as its module `name`, and keep what enters it (and leaves it: `output`).
 
     Args:

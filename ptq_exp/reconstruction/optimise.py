@@ -84,7 +84,7 @@ class BlockOptimisation:
 
     def __init__(
         self, block: Block, network: nn.Module, reference: nn.Module, data: BlockData, settings: Settings, *, seed: int
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.block, self.data, self.settings = block, data, settings
         self.module, self.reference = block.module(network), block.module(reference)
         self.layers = block.modules(network)

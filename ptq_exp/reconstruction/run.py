@@ -64,7 +64,7 @@ class Reconstruction:
         self, network: nn.Module, reference: nn.Module, blocks: Sequence[Block], calibration_set: CalibrationSet,
         settings: Settings, *, seed: int, batch_size: int, cache_bytes: float, folder: Path,
         row_of_step: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.network, self.reference, self.blocks = network, reference, list(blocks)
         self.optimised_on, self.held_out = split(calibration_set)
         self.settings, self.seed, self.batch_size = settings, seed, batch_size
@@ -114,7 +114,7 @@ class Reconstruction:
             weights=done.rounding.v.numel(), changed=done.changed(), kept=kept,
             before_fp=self._before[0], after_fp=after[0], before_quantized=self._before[1], after_quantized=after[1],
             loss=done.loss, iterations=done.t, seconds=round(time.perf_counter() - self._started, 2),
-        )  # fmt: skip
+        )
         self.reports.append(report)
         self.current = self._judged_by = None
         self.arena.clear()
@@ -136,7 +136,7 @@ class Reconstruction:
             return capture(
                 network, self.block.name, batches, len(steps), self.arena, output=output, device=device,
                 step_rows=step_rows,
-            )  # fmt: skip
+            )
 
         return BlockData(calls(self.reference, True), calls(self.network, False))
 

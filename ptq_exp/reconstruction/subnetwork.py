@@ -103,7 +103,7 @@ def plan_part(network: nn.Module, names: Sequence[str], inputs: tuple) -> Plan:
             watch(
                 network.get_submodule(name),
                 before=lambda x, name=name: recorder.enter(name, x), after=recorder.leave,
-            )  # fmt: skip
+            )
         evaluate(network.forward, inputs)
     wanted = set(recorder.read.values())
     steps: list[Operation] = []

@@ -105,7 +105,7 @@ class TimeBlock(Block):
 def find_time_blocks(
     network: nn.Module, reference: nn.Module, layers: Sequence[str], batches: Sequence[Batch],
     step_rows: Tensor | None = None, *, joint: bool = True,
-) -> list[TimeBlock]:  # fmt: skip
+) -> list[TimeBlock]:
     """Return the `layers` of the time alone as one block (`joint`), or each as one; [] if none is quantized.
 
     Args:

@@ -38,7 +38,7 @@ _LOG_RANGE = 20  # a curve that spans more than this factor is hard to read on a
 def eps_error(
     before: Sequence[float] | None, after: Sequence[float], *, share: Sequence[float] | None = None,
     share_of_noise: float = 0.0, title: str = "", width: float = WIDTH,
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Draw the relative eps error of each step, its change by a correction in percent, and its fixed pattern.
 
     Args:
@@ -91,7 +91,7 @@ def _draw_change(axes: Axes, before: np.ndarray, after: np.ndarray) -> None:
     if not np.isnan(change).all():
         worst = int(np.nanargmax(change))
         axes.plot([worst], [change[worst]], "o", color=ORANGE, markersize=9, fillstyle="none", markeredgewidth=2,
-                  label=f"worst: step {worst}, {change[worst]:+.1f} %".replace("-", "−"))  # fmt: skip
+                  label=f"worst: step {worst}, {change[worst]:+.1f} %".replace("-", "−"))
         axes.legend()
         axes.margins(y=0.2)  # room for the legend
     axes.set_ylabel("change by\ncorrection, %")
@@ -100,7 +100,7 @@ def _draw_change(axes: Axes, before: np.ndarray, after: np.ndarray) -> None:
 def noise(
     *, k: Sequence[float], r: Sequence[float], kurtosis: Sequence[float], histogram: np.ndarray,
     edges: Sequence[float], title: str = "",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Draw slope, correlation and excess kurtosis of the noise per step, and its standardised residual against N(0, 1).
 
     Args:
@@ -149,7 +149,7 @@ def _draw_density(axes: Axes, histogram: np.ndarray, edges: np.ndarray) -> None:
         which = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]}–{steps[-1]}"
         # an empty bin is a gap: a logarithmic axis has no 0
         axes.stairs(np.where(density > 0, density, np.nan), edges, baseline=None, color=color, linewidth=1.5,
-                    label=f"{name} ({which})")  # fmt: skip
+                    label=f"{name} ({which})")
     z = np.linspace(edges[0], edges[-1], 401)
     normal = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     axes.plot(z, normal, "--", color="black", linewidth=1.2, label="N(0, 1)")
@@ -163,7 +163,7 @@ def _draw_density(axes: Axes, histogram: np.ndarray, edges: np.ndarray) -> None:
 def bit_schedule(
     bits: Sequence[int], *, output_snr: Mapping[int, Sequence[float]] | None = None,
     forward_snr: Sequence[float] | None = None, title: str = "", width: float = WIDTH,
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Draw the activation width of each step, under the signal-to-noise ratios that it may have been chosen by.
 
     Args:
@@ -225,7 +225,7 @@ def box_plots(sites: dict[str, np.ndarray], steps: Sequence[int], width: float) 
         axes.bxp([_box(row) for row in quantiles], positions=range(len(steps)), widths=0.6, patch_artist=True,
                  boxprops={"facecolor": "#9ecae1", "edgecolor": BLUE}, medianprops={"color": ORANGE, "linewidth": 1.5},
                  whiskerprops={"color": BLUE}, capprops={"color": BLUE},
-                 flierprops={"marker": ".", "markersize": 3, "markeredgecolor": GREY})  # fmt: skip
+                 flierprops={"marker": ".", "markersize": 3, "markeredgecolor": GREY})
         extreme, box = np.abs(quantiles[:, [0, -1]]).max(), np.median(quantiles[:, 4] - quantiles[:, 2])
         if 0 < _LOG_RANGE * box < extreme:
             axes.set_yscale("symlog", linthresh=box)

@@ -37,7 +37,7 @@ def front(values: np.ndarray) -> np.ndarray:
 def front_figure(
     points: pd.DataFrame, cost: str, loss: str, width: float = WIDTH, *, names: tuple[str, str],
     full_precision: float | None = None, title: str = "",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Draw points by cost (x, logarithmic) and loss (y), and the front as a line; the front comes first in the legend.
 
     Args:
@@ -88,4 +88,4 @@ def _draw_points(axes: Axes, points: pd.DataFrame, places: tuple[str, str], name
             color=_COLORS[style % len(_COLORS)] if known else GREY,
             # a label that begins with "_" would be no label
             label=labels[i].lstrip("_").replace("$", r"\$") if known else None,
-        )  # fmt: skip
+        )

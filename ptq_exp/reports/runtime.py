@@ -20,7 +20,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 def table(networks: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of the table of several networks, ms per evaluation."""
     head = ["network", "params", "batch", "engine", "thr.", "torch FP32", "torch simulation", "engine f32",
-            "engine bf16", "**int8**", "int8, rest bf16", "torch / int8", "f32 / int8", "bf16 / int8"]  # fmt: skip
+            "engine bf16", "**int8**", "int8, rest bf16", "torch / int8", "f32 / int8", "bf16 / int8"]
     if with_memory := any("peak_bytes" in row for network in networks for row in network["rows"]):
         head += ["peak MB f32 / bf16 / int8", "int8 / f32"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * 2 + " --- |" + " ---: |" * (len(head) - 4)]

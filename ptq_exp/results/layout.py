@@ -206,7 +206,7 @@ LAYOUT = (
           "correction", "0 to 1", _ERRORS, QUANTIZED),
     Entry("metrics.*", "scores of the images: `fid`, `sfid` (less is better), `is`, `precision`, `recall` (more is "
           "better)", "1", _SCORE, SCORED),
-)  # fmt: skip
+)
 """In the order of the page; of several entries that match a key the first one counts."""
 
 

@@ -62,7 +62,7 @@ class Tracked:
             wandb_run.abandon(self.logger)
         if self.lost:
             _log.warning("W&B lacks %s (%s); results.json and the other files of the run hold all of it",
-                         ", ".join(self.lost), reason(self.why))  # fmt: skip
+                         ", ".join(self.lost), reason(self.why))
 
     def _lose(self, what: str, error: BaseException) -> None:
         self.lost.append(what)

@@ -15,7 +15,7 @@ from ptq_exp.errors import ConfigError
 RUNTIMES: dict[str, str] = {
     "simulate": "ptq_exp.runtime.simulate:Simulate", "openvino": "ptq_exp.runtime.openvino:OpenVINO",
     "torch": "ptq_exp.runtime.torch_int8:TorchInt8",
-}  # fmt: skip
+}
 """Name -> `module:class` of a runtime, imported when it is asked for: an engine may need libraries of its own."""
 
 

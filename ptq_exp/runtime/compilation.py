@@ -69,7 +69,7 @@ class Files:
 def compiled(
     files: Callable[[], Path], settle: Callable[[Path], Mapping[str, Any]], settings: Mapping[str, Any],
     error: Callable[[Any], float], *, cache: ArtifactCache | None, key: Mapping[str, Any],
-) -> Compiled:  # fmt: skip
+) -> Compiled:
     """Compile a network, or find what was compiled before.
 
     Args:
@@ -197,7 +197,7 @@ def _machine() -> dict[str, Any]:
         "openvino": openvino.__version__, "processor": str(core.get_property("CPU", "FULL_DEVICE_NAME")),
         "can": sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
         "isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
-    }  # fmt: skip
+    }
 
 
 def _write(made: Compiled, path: Path) -> None:

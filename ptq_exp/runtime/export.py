@@ -74,7 +74,7 @@ def check_format(name: Any) -> None:
 def export_network(
     network: nn.Module, call: tuple[Any, ...], example: tuple[Any, ...], path: Path, *, any_batch: bool = False,
     regrid: bool = False, weights: str = "as_saved",
-) -> Exported:  # fmt: skip
+) -> Exported:
     """Write a calibrated `network` into `path`, whose name is one of `FORMATS`.
 
     Args:

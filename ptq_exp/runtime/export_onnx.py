@@ -20,7 +20,7 @@ from ptq_exp.runtime.operators import OPSET, spelt_for_onnx
 
 SESSION = {
     "session.qdqisint8allowed": "1", "optimization.disable_specified_optimizers": "WeightBiasQuantization"
-}  # fmt: skip
+}
 """Entries of the options of ONNX Runtime's session.
 
 Without the first it refuses signed 8-bit activations. Without the second it rounds biases to the products of the two
@@ -58,7 +58,7 @@ def onnx_model(plain: Deployable, call: Sequence[Tensor], names: Sequence[str], 
             program = torch.onnx.export(
                 plain, tuple(call), dynamo=True, opset_version=OPSET, input_names=list(names), output_names=["eps"],
                 dynamic_shapes=shapes, verbose=False, external_data=False,
-            )  # fmt: skip
+            )
     model = program.model_proto
     for node in model.graph.node:
         node.name = _name(node)

@@ -48,7 +48,7 @@ class OpenVINO:
     def __init__(
         self, precision: str = "f32", weights: str = "as_saved", regrid: bool = False, threads: int | None = None,
         cache: ArtifactCache | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if precision not in PRECISIONS:
             raise ConfigError(f"runtime.precision={precision}: choose one of {', '.join(PRECISIONS)}")
         check_weights(weights)
@@ -67,7 +67,7 @@ class OpenVINO:
         self.saturation = check_sums(
             lambda probe: CompiledNetwork(probe, threads=self.threads, try_first=False, cache=self.cache),
             self.weights, self.name,
-        )  # fmt: skip
+        )
         plan = integer_plan(network, regrid=self.regrid, seven_bits=self.weights == "7bit")
         plain = deployable(network, plan)
         made = CompiledNetwork(
@@ -119,13 +119,13 @@ class CompiledNetwork(nn.Module):
     def __init__(
         self, network: nn.Module, *, precision: str = "f32", threads: int | None = None, rows: int = 1,
         try_first: bool = True, cache: ArtifactCache | None = None, files: Files | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self._source = [network]  # a list: its weights are not moved by `to`
         self._settings = {
             "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
-        }  # fmt: skip
+        }
         self._rows, self._try_first, self._cache, self._files = rows, try_first, cache, files or Files()
         # before a trace leaves anything in it
         self._fingerprint = "" if cache is None or cache.mode == "off" else fingerprint(network)
@@ -173,7 +173,7 @@ class CompiledNetwork(nn.Module):
                 lambda: self._path(call, names), self.safe_settings, self._settings,
                 lambda model: self._error(model, call, names), cache=self._cache,
                 key={"network": self._fingerprint, "inputs": [str(part) for part in key]},
-            )  # fmt: skip
+            )
         return self._models[key]
 
     @torch.no_grad()

@@ -87,7 +87,7 @@ def multiplication_of(layer: nn.Module):
         return nn.functional.linear, {}
     function = nn.functional.conv1d if isinstance(layer, nn.Conv1d) else nn.functional.conv2d
     return function, {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation,
-                      "groups": layer.groups}  # fmt: skip
+                      "groups": layer.groups}
 
 
 def stored(layer: nn.Module) -> nn.Module:

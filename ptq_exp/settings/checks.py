@@ -78,7 +78,7 @@ def _check_quantization(config: ExperimentConfig) -> None:
     _check_placement(config)
     if calibration.source is None:
         raise ConfigError(f"calibration={calibration.name} has no samples, but bits={bits.name} needs some to choose "
-                          "activation ranges: choose calibration=ndtc or another")  # fmt: skip
+                          "activation ranges: choose calibration=ndtc or another")
     check_section("calibration", calibration)
     if calibration.rounds > 1 and calibration.source != "denoise":
         raise ConfigError(

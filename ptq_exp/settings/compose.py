@@ -26,7 +26,7 @@ from ptq_exp.storage.paths import with_homes
 def run_name(
     calibration: str, bits: str, correction: str = "none", reconstruction: str = "none", labels: str = "paired",
     groups: Mapping[str, Any] | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Return `<calibration>[_<labels>][_<reconstruction>]_<bits>[_groups]`, `fp32` for the full-precision model.
 
     Where noise is corrected, the correction stands in place of the calibration. Paired labels are not mentioned, bits

@@ -79,7 +79,7 @@ def _file(default: ResultDefault, repository: ConfigRepository) -> ConfigFile:
     chosen = [
         entry.value for entry in ((loaded and loaded.defaults_list) or ())
         if isinstance(entry, GroupDefault) and (entry.group or "").lstrip("/") == BITS and isinstance(entry.value, str)
-    ]  # fmt: skip
+    ]
     return ConfigFile(path, bits, chosen[-1] if chosen else None)
 
 

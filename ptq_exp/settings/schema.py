@@ -31,14 +31,14 @@ class SamplerConfig:
     solver: str = setting(
         "ddim", "Solver: `ddim` is ours, the others are those of diffusers.",
         choices="ptq_exp.diffusion.solvers.SOLVERS",
-    )  # fmt: skip
+    )
     steps: int = setting(0, "Sampling steps.", low=1)
     spacing: str | None = setting(
         None, "Which of the training times are visited; null: as the model's scheduler says.",
         choices="ptq_exp.diffusion.time_grid.SPACINGS",
-    )  # fmt: skip
+    )
     eta: float = setting(0.0, "Noise that a DDIM step adds: 0 = deterministic, 1 = as much as ancestral sampling.",
-                         low=0, high=1)  # fmt: skip
+                         low=0, high=1)
     guidance_scale: float | None = setting(
         None, "Scale of classifier-free guidance; 1 = none, null: as the model says.", low=0
     )
@@ -89,12 +89,12 @@ class EvaluationConfig:
     extractor: dict[str, Any] | None = setting(
         None, "Feature extractor and its arguments; null: images are only compared with the full-precision ones.",
         path=True,
-    )  # fmt: skip
+    )
     weights: str | None = setting(None, "File of the extractor's weights; null: shipped or downloaded.", path=True)
     reference: Any = setting(
         None, "Real images: a path (ADM .npz, folder, CIFAR-10, saved statistics), or a function and its arguments.",
         path=True,
-    )  # fmt: skip
+    )
     eps_error_samples: int = setting(0, "Trajectories on which the relative eps error per step is measured.", low=1)
     grid_images: int = setting(0, "Pairs of images in grid.png.", low=1)
 
@@ -119,7 +119,7 @@ class LoggerConfig:
     """Weights & Biases."""
 
     mode: str = setting("", "`offline`: files only; `online`: the service; `none`: no W&B run.",
-                        choices="ptq_exp.results.wandb.MODES")  # fmt: skip
+                        choices="ptq_exp.results.wandb.MODES")
     project: str = setting("", "W&B project.")
     entity: str | None = setting(None, "W&B user or team; null: the default one.")
     group: str | None = setting(None, "W&B group of the run.")
@@ -137,7 +137,7 @@ class TrainerConfig:
     threads: int | None = setting(
         None, "CPU threads; null: as many as torch takes, or the share of one job where several run at once.",
         low=1, high=4096,
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -158,16 +158,16 @@ class RuntimeConfig:
     weights: str = setting(
         "as_saved", "Execute the saved weights, or re-grid them to 7 bits for CPUs whose 8-bit sums saturate.",
         choices=("as_saved", "7bit"),
-    )  # fmt: skip
+    )
     regrid: bool = setting(False, "Quantize weights with several scales per output channel anew, 8 bits per channel.")
     compare: str | None = setting(
         None, "Engine that the simulation is compared with after the scores; null: none. An engine that draws the "
         "images is compared always.", choices="ptq_exp.runtime.base.RUNTIMES",
-    )  # fmt: skip
+    )
     measure: int = setting(
         5, "Turns in which an engine is timed after the scores, beside full precision and the simulation; 0: nothing "
         "is measured.", low=0, high=1000,
-    )  # fmt: skip
+    )
     measure_seconds: float = setting(
         8.0, "No turn begins after this time, and the simulation draws no longer to be compared.", low=0
     )
@@ -203,7 +203,7 @@ class ExperimentConfig:
     cache: str = setting(
         "on", "Share calibration sets, images and features between runs, do without, or compute them anew.",
         choices="ptq_exp.storage.cache.MODES",
-    )  # fmt: skip
+    )
     cache_dir: str = setting("", "Folder of what runs share.", path=True)
     save_quantized: bool = setting(True, "Leave the quantized model in the sub-folder quantized/ of the run folder.")
     quantized: str | None = setting(

@@ -18,7 +18,7 @@ class CalibrationConfig:
     source: str | None = setting(
         None, "Where states come from: denoising runs, diffused real images, raw images, or noise.",
         choices="ptq_exp.calibration.SOURCES",
-    )  # fmt: skip
+    )
     distribution: dict[str, Any] | None = setting(
         None, "Distribution of the states over the sampling steps: a class with `draw`, and its arguments."
     )
@@ -30,7 +30,7 @@ class CalibrationConfig:
     labels: str = setting(
         "paired", "Time each state is shown with: its own, or the mismatch of PTQ4DM's published code.",
         choices="ptq_exp.calibration.LABELS",
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -38,7 +38,7 @@ class MetricConfig:
     """Error measure of the range search."""
 
     name: str = setting("", "Range metric: the error that the range search minimises.",
-                        choices="ptq_exp.quantization.METRICS")  # fmt: skip
+                        choices="ptq_exp.quantization.METRICS")
 
 
 @dataclass
@@ -63,7 +63,7 @@ class BitsConfig:
     schedule: Any = setting(
         None, "Activation width per sampling step: `snr` or `budget` (rules), a list of one width per step, noisiest "
         "first, or a `bit_schedule.json`.", path=True,
-    )  # fmt: skip
+    )
     candidates: list[int] | None = setting(
         None, "Widths that the schedule chooses from; null: those that a given schedule holds."
     )
@@ -90,14 +90,14 @@ class ReconstructionConfig:
     granularity: str = setting(
         "none", "Learn the blocks that the model names as one piece each, every layer by itself, or nothing.",
         choices=("block", "layer", "none"),
-    )  # fmt: skip
+    )
     iterations: int = setting(0, "Optimiser steps per block; the papers take 20000.", low=1)
     batch_size: int = setting(0, "Samples per iteration.", low=1)
     lr: float = setting(0.0, "Adam's learning rate of the rounding variables.", low=0)
     step_lr: float = setting(
         0.0, "Learning rate of activation step sizes, relative to the calibrated ones, falling as a cosine; 0: fixed.",
         low=0,
-    )  # fmt: skip
+    )
     weight: float = setting(0.0, "Weight of the regulariser that makes roundings binary.", low=0)
     warmup: float = setting(0.0, "Share of the iterations without the regulariser.", low=0, high=0.99)
     b_start: float = setting(0.0, "Exponent of the regulariser when it sets in; it falls linearly to b_end.", low=0)
@@ -106,7 +106,7 @@ class ReconstructionConfig:
     input_prob: float = setting(
         1.0, "Probability that an input element comes from the quantized predecessors, not from full precision.",
         low=0, high=1,
-    )  # fmt: skip
+    )
     drop_prob: float = setting(
         0.0, "Probability that a quantized activation element stays in full precision (QDrop).", low=0, high=1
     )
@@ -136,12 +136,12 @@ class CorrectionConfig:
     convention: str = setting(
         "paper", "Statistics and step as PTQD derives them, or as its published code computes them.",
         choices="ptq_exp.correction.statistics.CONVENTIONS",
-    )  # fmt: skip
+    )
     shrink: bool = setting(True, "Pull slopes and biases towards 0 as far as they are not significant (paper alone).")
     follow: str = setting(
         "fp32", "Trajectories on which the noise is measured: those of the fp32 or of the quantized model.",
         choices="ptq_exp.diffusion.paired.FOLLOW",
-    )  # fmt: skip
+    )
     n_samples: int = setting(0, "Trajectories that the statistics are fitted on, apart from those scored.", low=2)
     batch_size: int = setting(0, "Trajectories side by side.", low=1)
     statistics: str | None = setting(

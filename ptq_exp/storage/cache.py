@@ -169,7 +169,7 @@ class ArtifactCache:
             save(value, artefact)
             record = {
                 "artefact": artefact.name, "sha256": file_digest(artefact), "made_at": time.time(), **about
-            }  # fmt: skip
+            }
             write_json(folder / "entry.json", record)
             _discard(entry)  # damaged, or to be replaced
             _rename_unless_present(folder, entry)

@@ -43,7 +43,7 @@ def is_finite(values: Any, *, or_infinite: bool = False) -> bool:
 def require_finite(
     arrays: Mapping[str, Any] | Iterable[tuple[str, Any]], where: object, remedy: str,
     error: type[PTQError] = DataError,
-) -> None:  # fmt: skip
+) -> None:
     """Raise unless all arrays or tensors by name hold finite numbers (or whole ones).
 
     Args:

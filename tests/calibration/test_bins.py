@@ -17,7 +17,7 @@ def grid(steps, spacing="leading"):
     ("temporal", "n", "expected"),
     [("static", 9, [0] * 7), ("per_step", 1, [*range(7)]), ("binned", 3, [0, 0, 0, 1, 1, 2, 2]),
      ("binned", 1, [0] * 7), ("binned", 7, [*range(7)])],
-)  # fmt: skip
+)
 def test_bins_are_consecutive_and_as_equal_as_can_be(temporal, n, expected):
     assert time_bins(grid(7), temporal, n).tolist() == expected
 

@@ -67,7 +67,7 @@ def test_a_column_that_was_not_measured_is_a_dash():
     row = {
         "engine": "torch", "version": "2", "threads": 1, "int8_share": 0.5, "attention_int8_share": None, "repeats": 3,
         "ms_per_evaluation": {"simulation": 30.0, "torch_int8": 10.0}, "faster_than": {"simulation": 3.0},
-    }  # fmt: skip
+    }
     text = markdown({"network": "small", "parameters": 1_600_000, "batch": 8, "rows": [row]}).splitlines()
     assert text[2] == "| small | 1.6 M | 8 | torch | 1 | - | 30.0 | - | - | **10.0** | - | - | - | - |"
     assert text[-1] == "torch 2; 50.00% of the MACs of its layers as int8."

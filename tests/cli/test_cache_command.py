@@ -85,7 +85,7 @@ def test_ls_shows_kind_size_age_entries_and_totals(cache, root):
     totals = {line.split()[0]: line.split() for line in lines[lines.index("") + 2 :]}
     assert {kind: row[1] for kind, row in totals.items()} == {
         "calibration": "1", "images": "2", "parts": "1", "total": "4",
-    }  # fmt: skip
+    }
     files = [path for path in root.rglob("*") if path.is_file() and ".locks" not in path.parts]
     whole = sum(path.stat().st_size for path in files)
     assert " ".join(totals["total"][2:4]) == size_text(whole)
@@ -209,7 +209,7 @@ def test_what_a_live_process_holds_the_lock_of_stays_until_it_is_gone(cache, roo
         "entry": root / "images" / digest / "entry.json", "pieces": root / "parts" / digest / "00000000.npz",
         "half-written": root / "images" / f".{digest[:16]}.{dead_pid()}-0123abcd.tmp" / "artefact.npz",
         "half-written piece": root / "parts" / digest / f".00000001.{dead_pid()}-0123abcd.tmp.npz",
-    }[place]  # fmt: skip
+    }[place]
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half")
     other = leftover(root, dead_pid())  # its lock is another one

@@ -26,7 +26,7 @@ def test_the_report_has_a_line_for_every_subject_and_fixes_for_what_is_not_ok(mo
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == any(line.startswith("problem") for line in lines)
     for subject in ("Python 3", "torch ", "extra test", "CPU:", "CUDA", "MPS", "runs:", "cache_dir:",
-                    "embedded weights"):  # fmt: skip
+                    "embedded weights"):
         assert any(subject in line for line in lines), subject
     assert all(re.match(r"(ok|warning|problem) +\w", line) for line in lines[:-1])
     assert all("; " in line for line in lines[:-1] if line.startswith(("warning", "problem")))
@@ -42,7 +42,7 @@ def test_a_problem_and_a_check_that_breaks_end_in_status_1(capsys):
     assert lines[-3:] == [
         "problem  the check failed: RuntimeError: two lines; install ptq-exp again", "ok       still there",
         "1 ok, 1 problem",
-    ]  # fmt: skip
+    ]
 
 
 def test_old_python(monkeypatch):

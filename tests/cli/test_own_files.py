@@ -135,7 +135,7 @@ def test_a_home_folder_is_written_out_in_every_path(command, folder, tmp_path):
     ((config, run),), _ = command("evaluation=adm", *paths)
     assert (config.cache_dir, config.model.checkpoint, config.evaluation.reference, run) == (
         f"{home}/c", f"{home}/a=1", str(home), home / "r"
-    )  # fmt: skip
+    )
     assert config.model.build["checkpoint"] == f"{home}/a=1"
     ((config, run),), _ = command("--config-dir", str(folder), "+experiment=at_home")
     assert (config.cache_dir, run) == (f"{home}/cache", home / "run")

@@ -39,7 +39,7 @@ def test_each_stage_keeps_its_best_and_passes_it_on():
     assert [(t.stage, t.candidate, t.chosen) for t in search.trials] == [
         ("one", "(nothing)", False), ("one", "a=1", True), ("one", "a=2", False),
         ("two", "b=1", False), ("two", "b=2 a=1", True),
-    ]  # fmt: skip
+    ]
     assert search.trials[1].metrics == {"score": pytest.approx(3.75)}
     assert search.trials[0].overrides == ("base=1",)
 
@@ -76,7 +76,7 @@ def test_later_overrides_replace_earlier_ones_and_a_group_takes_its_settings_alo
     first = ("reconstruction=brecq", "reconstruction.lr=0.1", "metric=mse", "reconstructions=1")
     assert merged(first, ("metric=lp",)) == (
         "reconstruction=brecq", "reconstruction.lr=0.1", "reconstructions=1", "metric=lp",
-    )  # fmt: skip
+    )
     assert merged(first, ("reconstruction=none",)) == ("metric=mse", "reconstructions=1", "reconstruction=none")
 
 
@@ -99,7 +99,7 @@ def test_experiment_file_by_hand():
 
 
 GOOD = {"objective": "psnr", "direction": "maximize", "tolerance": 0, "seeds": [1], "base": [],
-        "stages": [{"name": "s", "candidates": ["", "a=1 b=2"]}]}  # fmt: skip
+        "stages": [{"name": "s", "candidates": ["", "a=1 b=2"]}]}
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_a_real_search_in_small(tmp_path, capsys):
     path = tmp_path / "tiny.yaml"
     base = ["calibration=uniform", "sampler.steps=2", "calibration.n_samples=4", "evaluation.n_samples=4",
             "evaluation.eps_error_samples=2", "evaluation.grid_images=2", f"cache_dir={tmp_path / 'cache'}",
-            "logger=none", "save_quantized=false"]  # fmt: skip
+            "logger=none", "save_quantized=false"]
     stages = [{"name": "metric", "candidates": ["metric=minmax", "metric=mse"]},
-              {"name": "eta", "candidates": ["", "sampler.eta=7"]}]  # fmt: skip
+              {"name": "eta", "candidates": ["", "sampler.eta=7"]}]
     path.write_text(yaml.safe_dump(GOOD | {"base": base, "seeds": [3], "stages": stages}))
     arguments = ["bits=w4a4", "--space", str(path), "--folder", str(tmp_path / "out")]
     main(arguments)
@@ -164,7 +164,7 @@ def test_a_real_search_in_small(tmp_path, capsys):
     ("arguments", "message"),
     [(["metric=mse"], "no bits among"), (["bits=w4a8", "--jobs", "0"], "--jobs=0"),
      (["bits=w4a8", "--space", "nothing"], "nothing.yaml is no readable")],
-)  # fmt: skip
+)
 def test_the_command_refuses(arguments, message):
     with pytest.raises(SystemExit, match=message):
         main(arguments)

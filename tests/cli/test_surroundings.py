@@ -38,5 +38,5 @@ def test_names_of_files_are_utf8_in_every_locale(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "ptq_exp", "cache", "ls", "cache_dir='\u00fc'"], cwd=tmp_path, capture_output=True,
         timeout=120, env={**os.environ, **locale, "PYTHONPATH": root}, check=False,
-    )  # fmt: skip
+    )
     assert (run.returncode, run.stdout) == (0, b"? is empty\n"), run.stderr

@@ -18,7 +18,7 @@ TIMES = tuple(GRID.timesteps.tolist())
 @pytest.mark.parametrize(
     ("text", "widths"),
     [("[8]*2+[4]*3", [8, 8, 4, 4, 4]), (" 2*[8, 4] ", [8, 4, 8, 4]), ("[6]", [6]), ([8, 4], [8, 4])],
-)  # fmt: skip
+)
 def test_widths_are_read_from_lists_and_expressions(text, widths):
     assert parse_widths(text) == widths
 

@@ -30,7 +30,7 @@ def moments(model, quantized, grid, n, stream, **kwargs):
     paired_estimates(
         model, model.denoiser, [quantized], grid, range(n), SEED, stream=stream, **kwargs,
         on_pair=lambda step, eps, others: found.append(sample_moments(eps, others[0])),
-    )  # fmt: skip
+    )
     return torch.stack(found, 1).unsqueeze(1).numpy()
 
 
@@ -105,7 +105,7 @@ def test_following_the_quantized_trajectory_sees_its_states(model, quantized):
     paired_estimates(
         model, model.denoiser, [quantized], grid, range(2), SEED, follow="quantized",
         on_pair=lambda step, eps, others: seen.append((eps, others[0])),
-    )  # fmt: skip
+    )
     records = []
     model.run(quantized, grid, range(2), SEED, on_step=records.append)
     for (eps, eps_q), record in zip(seen, records, strict=True):
@@ -125,7 +125,7 @@ def test_residuals_are_counted_in_units_of_their_deviation(model, quantized):
         on_pair=lambda s, eps, others: counts.append(
             residual_histogram(standardised_residual(eps, others[0], statistics, s))
         ),
-    )  # fmt: skip
+    )
     counts = torch.stack(counts, 1)
     assert counts.shape == (6, STEPS, 60) and bool((counts.sum(2) == 256).all())
     share_within_one = counts[..., 25:35].sum() / counts.sum()

@@ -22,7 +22,7 @@ def test_conditions_are_balanced_and_of_seed_and_index_alone():
     assert torch.equal(table.draw([31, 2], 0)["y"], drawn["y"][[31, 2]])
     assert len({tuple(table.draw(range(4), seed)["y"].tolist()) for seed in range(8)}) > 1
     assert any(not torch.equal(table.draw(range(4), s, CALIBRATION)["y"], table.draw(range(4), s)["y"])
-               for s in range(8))  # fmt: skip
+               for s in range(8))
 
 
 def test_a_model_draws_with_its_conditions(toy):
@@ -74,7 +74,7 @@ def test_a_file_gives_the_table(tmp_path):
     ({"y": np.array([1, np.nan])}, "y holds NaN"),
     ({"y": np.zeros((2, 3)), "unconditional.y": np.zeros(4)}, r"has the shape \(4,\), but a row of y has \(3,\)"),
     ({"y": np.zeros(2), "unconditional.z": np.zeros(1)}, "there is no such condition"),
-])  # fmt: skip
+])
 def test_files_that_are_none(tmp_path, arrays, expected):
     np.savez(tmp_path / "c.npz", **arrays)
     with pytest.raises(DataError, match=rf"model\.conditions=.*c\.npz: .*{expected}"):

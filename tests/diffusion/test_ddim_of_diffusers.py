@@ -51,7 +51,7 @@ def test_noise_in_a_kept_eps_takes_the_place_of_the_steps_own():
 @pytest.mark.parametrize(("spacing", "steps", "same"), [
     ("leading", 10, True), ("leading", 7, True), ("trailing", 10, True), ("trailing", 7, False),
     ("linspace", 10, False), ("quad", 10, True),
-])  # fmt: skip
+])
 def test_strides(spacing, steps, same):
     following = TimeGrid.from_schedule(schedule(), steps, spacing)
     constant = TimeGrid.from_schedule(schedule(constant_stride=True), steps, spacing)
@@ -75,5 +75,5 @@ def test_states_of_calibration_are_those_of_sampling(settings):
     states, _ = source("denoise")(model, StateRequest(grid, range(3), torch.tensor([5, 5, 2]), seed=1))
     seen = {}
     sample(model.denoiser, grid, SampleNoise(1, range(3), (1, 4, 4), CALIBRATION), clip_sample=True,
-           on_step=lambda record: seen.update({record.step: record.x}))  # fmt: skip
+           on_step=lambda record: seen.update({record.step: record.x}))
     torch.testing.assert_close(states, torch.stack([seen[5][0], seen[5][1], seen[2][2]]))

@@ -88,7 +88,7 @@ def test_trajectories_of_the_original_samplers(case, toy):
     last = sample(
         denoiser, grid, Rows(rows), conditions=conditions, clip_sample=schedule is COSINE,
         on_step=lambda r: states.append(r.x_prev),
-    )  # fmt: skip
+    )
     assert torch.equal(last, states[-1]) and len(states) == steps + 1
     for index, expected in zip(golden["traj_index"], golden["traj"], strict=True):
         np.testing.assert_allclose(states[index], expected, atol=5e-5, rtol=0, err_msg=f"step {index}")

@@ -234,7 +234,7 @@ def test_a_start_without_signal_is_logged(digits, caplog):
         ({"steps": 1, "spacing": "linspace", "solver": "euler"}, "sampler.steps=1: .* choose another number of steps"),
         ({"spacing": "linspace", "solver": "pndm"}, r"moves in strides of 40 // 8 = 5 and would miss these times"),
     ],
-)  # fmt: skip
+)
 def test_impossible_settings_are_named(toy, settings, message):
     with pytest.raises(ConfigError, match=message):
         toy.time_grid(**{"steps": 8, "spacing": "leading"} | settings)

@@ -52,7 +52,7 @@ def test_ema_follows_the_weights_by_its_decay():
     trainer = pl.Trainer(
         max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[Record()],
-    )  # fmt: skip
+    )
     trainer.fit(module, DataLoader(TensorDataset(torch.ones(8, 1)), batch_size=1))
     assert len(seen) == 4 and seen[0] > 0 and seen == sorted(seen)
     average = seen[0]

@@ -78,7 +78,7 @@ def test_precision_and_recall_are_those_of_the_pooled_features():
 
 def test_three_images_have_no_third_neighbour_and_one_no_pair():
     few, one = (FeatureStatistics(*(x[:n] for x in (statistics().pooled, statistics().spatial,
-                                                    statistics().probabilities))) for n in (3, 1))  # fmt: skip
+                                                    statistics().probabilities))) for n in (3, 1))
     assert set(score(few, statistics())) == set(score(statistics(), few)) == {"fid", "sfid", "is", "kid"}
     gaussian = GaussianStatistics(np.zeros(6), np.eye(6), features=one)
     assert set(score(statistics(), gaussian)) == {"fid", "is"}
@@ -132,7 +132,7 @@ def test_gaussians_score_as_the_features_they_were_fitted_to(tmp_path):
     gaussians = GaussianStatistics(
         real.pooled.mean(0), np.cov(real.pooled, rowvar=False),
         real.spatial.mean(0), np.cov(real.spatial, rowvar=False), name="both", extractor="e", features=real,
-    )  # fmt: skip
+    )
     assert score(generated, gaussians) == pytest.approx(score(generated, real), rel=1e-4)
     gaussians.save(tmp_path / "g.npz")
     loaded = load_statistics(tmp_path / "g.npz")
@@ -164,7 +164,7 @@ def test_features_do_not_depend_on_batches_and_progress_counts_images(toy, colou
     done = []
     whole, parts = extract_features(toy, colour_images), extract_features(
         toy, colour_images, name="n", batch_size=20, progress=done.append
-    )  # fmt: skip
+    )
     assert done == [20, 20, 10] and (parts.name, parts.extractor) == ("n", "toy")
     for field in ("pooled", "spatial", "probabilities"):
         assert np.array_equal(getattr(whole, field), getattr(parts, field))

@@ -25,7 +25,7 @@ SMALL = [
     "evaluation.grid_images=4", "calibration.n_samples=6", "calibration.batch_size=4", "trainer.progress_bar=false",
     "trainer.accelerator=cpu", "correction.n_samples=4", "correction.batch_size=4",
     "reconstruction.iterations=2",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

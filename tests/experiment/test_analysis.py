@@ -27,7 +27,7 @@ def analysed(command):
 def test_analyze_measures_every_quantized_layer_and_reports_it(analysed):
     folder, results, found = analysed()
     layers = {row["name"] for row in json.loads((folder / "quantization.json").read_text())["layers"]
-              if row["scope"] == "conv_linear"}  # fmt: skip
+              if row["scope"] == "conv_linear"}
     assert results["name"] == "analyze_w8a8" and set(found["layers"]) > layers
     attention = set(found["layers"]) - layers
     assert attention and all(f"{name}.to_q" in layers for name in attention)

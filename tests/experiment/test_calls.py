@@ -33,7 +33,7 @@ CASES = {
     "sample": (prediction("sample"), ("bits=step_budget", "correction=ptqd", "bits.gain_samples=2")),
     "classes": (classes, ("bits=w8a8", "analysis.active=true", "correction=ptqd")),
     "text": (text, (*BRECQ, "sampler.guidance_scale=2", "correction=ptqd", "quantization.smooth=true")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -33,7 +33,7 @@ def test_the_folder_can_be_uploaded_as_it_is(run_of, tmp_path):
     folder = run_of("+experiment=ptqd_w3a8", *SCHEDULED, "bits.weight=3")
     names = {path.name for path in (folder / "quantized").iterdir()}
     assert names == {"quantized.safetensors", "quantization.json", "README.md", "bit_schedule.json",
-                     "noise_statistics.npz"}  # fmt: skip
+                     "noise_statistics.npz"}
     assert (folder / "quantization.json").read_bytes() == (folder / "quantized" / "quantization.json").read_bytes()
     shutil.copytree(folder / "quantized", tmp_path / "elsewhere")
     model = ptq_exp.load_quantized(str(tmp_path / "elsewhere"))
@@ -55,7 +55,7 @@ def test_the_card_says_what_how_good_how_made_and_how_to_load(run_of):
     expected = [
         "| 3 / 4/8, chosen for each sampling step |", f"| FID | {metrics['fid']:.4g} |", "100.00% / 100.00%",
         "python -m ptq_exp", "+experiment=ptqd_w3a8", "ptq_exp.load_quantized(", "`bit_schedule.json`",
-    ]  # fmt: skip
+    ]
     assert [text for text in expected if text not in card] == []
     assert "{" not in card and "None" not in card
 
@@ -63,7 +63,7 @@ def test_the_card_says_what_how_good_how_made_and_how_to_load(run_of):
 def test_sampler_seed_and_evaluation_may_differ(run_of, command):
     folder = run_of("bits=w8a8")
     again = command("logger=none", "+experiment=evaluate", f"quantized={folder}", "sampler.steps=4", "seed=5",
-                    "sampler.eta=1", "evaluation.n_samples=5")  # fmt: skip
+                    "sampler.eta=1", "evaluation.n_samples=5")
     results = read_json(again / "results.json")
     assert len(results["eps_error_per_step"]) == 4 and len(images(again)) == 5
     assert results["config"]["seed"] == 5 and results["config"]["calibration"]["name"] == "ndtc"
@@ -90,7 +90,7 @@ def test_what_contradicts_the_saved_model_is_refused(given, said, run_of, comman
 def test_what_repeats_the_saved_settings_is_let_pass(run_of, command):
     folder = run_of("bits=w8a8")
     command("logger=none", "+experiment=evaluate", f"quantized={folder}", "bits=w8a8", "calibration=ndtc",
-            "model=digits", "evaluation.n_samples=5")  # fmt: skip
+            "model=digits", "evaluation.n_samples=5")
 
 
 def test_schedules_and_statistics_demand_their_grid(run_of, command, capsys):
@@ -174,7 +174,7 @@ def test_damaged_files_beside_are_reported(name, damage, run_of, tmp_path):
     [({"imports": ["antigravity"]}, "imports"),
      ({"evaluation": {"extractor": {"_target_": "os.system"}}}, "evaluation"),
      ({"model": {"name": "digits", "build": {"_target_": "os.system"}}}, "model.build")],
-)  # fmt: skip
+)
 def test_nothing_in_a_saved_model_names_code_to_run(added, named, run_of, monkeypatch):
     """Whoever writes such a file can also write the right checksums."""
     from ptq_exp.deploy import artifact

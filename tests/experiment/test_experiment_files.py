@@ -18,7 +18,7 @@ RECONSTRUCTED = ("best_w4", "best_w6", "brecq", "qdiffusion", "qdrop", "tfmq")
 # coverage of convolutions and linear layers, and (weight, activation) bits of the first and the last convolution
 AS_PUBLISHED = {
     "ptq4dm_release": (0.002, [(8, None), (8, None)]), "tfmq_release": (0.8715, [(None, None), (None, None)]),
-}  # fmt: skip
+}
 OF_LDM4 = [name for name in EXPERIMENTS if "_ldm4_" in name]  # run in test_noise
 
 

@@ -17,16 +17,16 @@ def folders(tmp_path_factory):
         sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, attention_head_dim=8,
         add_attention=False,
-    )  # fmt: skip
+    )
     DDPMPipeline(unet, DDIMScheduler(100)).save_pretrained(root / "unet")
     transformer = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=4,
         num_embeds_ada_norm=3,
-    )  # fmt: skip
+    )
     autoencoder = AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, sample_size=8, latent_channels=4,
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8,
-    )  # fmt: skip
+    )
     DiTPipeline(transformer, autoencoder, DDIMScheduler(100)).save_pretrained(root / "dit")
     np.savez(root / "images.npz", arr_0=np.zeros((2, 6, 6, 3), np.uint8))
     return root
@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
     ("unet", ["evaluation=digits"], "set model.images.path, or choose evaluation=paired"),
     ("unet", ["bits.groups.attention=w8a8"], "bits.groups.attention"),
     ("unet", ["quantization.temporal=per_step", "calibration=naive_last"], "have no calibration state"),
-], ids=["no images", "none to diffuse", "other size", "layers", "keep_fp", "reference", "groups", "bins"])  # fmt: skip
+], ids=["no images", "none to diffuse", "other size", "layers", "keep_fp", "reference", "groups", "bins"])
 def test_it_is_refused_in_a_line(kind, overrides, message, refused, folders, tmp_path):
     given = [text.format(root=folders) for text in overrides]
     line = refused(*given, "model=diffusers", f"model.checkpoint={folders / kind}", "logger=none")
@@ -54,7 +54,7 @@ def test_it_is_refused_in_a_line(kind, overrides, message, refused, folders, tmp
 @pytest.mark.parametrize("overrides", [
     ["+experiment=best_w4a4"], ["+experiment=tfmq_w4a8"], ["+experiment=tfmq_w4a8", "reconstruction=adaround"],
     ["+experiment=brecq_w4a8", "reconstruction=adaround"],
-], ids=["best", "tfmq", "tfmq by layers", "layers"])  # fmt: skip
+], ids=["best", "tfmq", "tfmq by layers", "layers"])
 def test_a_dit_is_reconstructed(overrides, command, folders):
     folder = command(*overrides, "model=diffusers", f"model.checkpoint={folders / 'dit'}", "logger=none")
     results = read_json(folder / "results.json")

@@ -41,7 +41,7 @@ def _by_key(config: ExperimentConfig) -> tuple:
     calibration, sampler = config.calibration, config.sampler
     return (
         calibration.labels, json.dumps(calibration.distribution), sampler.solver, sampler.eta, config.correction.name
-    )  # fmt: skip
+    )
 
 
 def test_the_tables_are_filled_by_the_sweeps_of_their_layouts():
@@ -96,7 +96,7 @@ def known_settings() -> set[str]:
 FILES = (".ckpt", ".safetensors", ".json", ".npz", ".html", ".png", ".md")
 COMPANIONS = {"bits.bops_ratio": ["bits=step_budget"], "bits.schedule": ["bits=step_list"],
               "model.ema": ["model=ldm4_lsun_bedrooms256"], "model.conditions": ["model=diffusers"],
-              "runtime.regrid": ["runtime=openvino"], "runtime.measure": ["runtime=openvino"]}  # fmt: skip
+              "runtime.regrid": ["runtime=openvino"], "runtime.measure": ["runtime=openvino"]}
 
 
 def test_every_setting_in_the_text_exists_and_takes_that_value(here):

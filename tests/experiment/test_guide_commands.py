@@ -24,7 +24,7 @@ def files(guide_folder):
         sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=4, attention_head_dim=8,
-    )  # fmt: skip
+    )
     DDPMPipeline(unet, DDIMScheduler(100)).save_pretrained(guide_folder / "my_folder")
     return guide_folder
 

@@ -29,7 +29,7 @@ def test_a_diffusers_folder(command, here):
         sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=4, attention_head_dim=8,
-    )  # fmt: skip
+    )
     DDPMPipeline(unet, DDIMScheduler(100)).save_pretrained(here / "my_folder")
     results = read_json(command(*run_of("own_model", "ndtc_w8a8 model=diffusers"), *QUICK) / "results.json")
     assert results["status"] == "finished" and results["quantization"]["coverage_conv_linear"] == 1

@@ -38,7 +38,7 @@ def test_nan_in_a_network(tmp_path, refused):
     folder = pixel_folder(tmp_path / "m", ddim(), network=spoiled(unet(), "mid_block.resnets.0.conv1.weight"))
     line = refused(*FOLDER, f"model.checkpoint={folder}")
     in_order(line, f"model.checkpoint={folder}/unet/diffusion_pytorch_model.safetensors:",
-             "mid_block.resnets.0.conv1.weight", "NaN or infinity in 1 of 2304 values")  # fmt: skip
+             "mid_block.resnets.0.conv1.weight", "NaN or infinity in 1 of 2304 values")
 
 
 def test_nan_in_a_first_stage(tmp_path):
@@ -53,7 +53,7 @@ def test_nan_in_a_first_stage(tmp_path):
 @pytest.mark.parametrize(("saved", "file"), [
     ({"safe_serialization": False}, r"diffusion_pytorch_model\.bin"),
     ({"max_shard_size": "60KB"}, r"diffusion_pytorch_model-0000\d-of-0000\d\.safetensors"),
-])  # fmt: skip
+])
 def test_the_file_is_named_however_it_is_stored(saved, file, tmp_path):
     spoiled(unet(), "conv_in.bias").save_pretrained(tmp_path, **saved)
     with pytest.raises(CheckpointError, match=rf"model\.checkpoint={tmp_path}/{file}: conv_"):
@@ -93,7 +93,7 @@ def test_activations_beyond_float16(tmp_path, refused):
     folder = pixel_folder(tmp_path / "m", ddim(), network=network)
     line = refused(*FOLDER, f"model.checkpoint={folder}", "model.dtype=float16")
     in_order(line, "model.dtype=float16: the network gives NaN or infinity at time 666,",
-             "first in the output of unet.conv_in", "set model.dtype=bfloat16 or float32")  # fmt: skip
+             "first in the output of unet.conv_in", "set model.dtype=bfloat16 or float32")
 
 
 def test_a_network_that_overflows_in_float32(tmp_path, refused):
@@ -103,14 +103,14 @@ def test_a_network_that_overflows_in_float32(tmp_path, refused):
     folder = pixel_folder(tmp_path / "m", ddim(), network=network)
     line = refused(*FOLDER, f"model.checkpoint={folder}")
     in_order(line, f"model.checkpoint={folder}: the network gives NaN or infinity at time 666, first in",
-             "unet.conv_out")  # fmt: skip
+             "unet.conv_out")
 
 
 @pytest.mark.parametrize(("betas", "said"), [
     ({"beta_end": float("nan")}, "scheduler_config.json: beta_end=NaN"),
     ({"num_train_timesteps": 30, "trained_betas": [0.1, -0.5, 0.2] * 10}, "trained_betas"),
     ({"beta_end": 2.0}, "beta_end"), ({"beta_start": -1.0}, "beta_start"),
-])  # fmt: skip
+])
 def test_a_schedule_that_is_none(betas, said, tmp_path):
     folder = pixel_folder(tmp_path / "m", ddim(**betas))
     with pytest.raises(PTQError, match=rf"model.checkpoint={folder}.*{said}"):
@@ -202,11 +202,11 @@ def cut(path):
 
 REFERENCE, CALIBRATION = ("evaluation.reference={}",), (
     "calibration.source=raw", "model.images._target_=ptq_exp.evaluation.open_images", "+model.images.path={}",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(("settings", "setting"), [(REFERENCE, "evaluation.reference"),
-                                                     (CALIBRATION, "model.images.path")])  # fmt: skip
+                                                     (CALIBRATION, "model.images.path")])
 @pytest.mark.parametrize("damage", ["cut", "empty", "sizes", "none"])
 def test_folders_of_images(settings, setting, damage, tmp_path, refused):
     folder = folder_of_images(tmp_path / "real")
@@ -252,7 +252,7 @@ def statistics_file(path, steps=3, channels=1, **changes):
     ({"residual_std": -0.5}, "residual_std holds -0.5, which is never negative"),
     ({"k_stderr": float("nan")}, "k_stderr"),
     ({}, "was made for another"),
-])  # fmt: skip
+])
 def test_noise_statistics(changes, said, tmp_path, refused):
     statistics_file(tmp_path / "noise.npz", **changes)
     line = refused(*DIGITS, "correction=ptqd", f"correction.statistics={tmp_path}/noise.npz")
@@ -324,7 +324,7 @@ def test_a_network_is_left_as_it_was():
 @pytest.mark.parametrize(("dtype", "said"), [
     ("float16", r"^model.dtype=float16: .* at time [0-9.]+, first in the input of unet.conv_norm_out"),
     ("float32", r"^model.checkpoint=None: .* at time [0-9.]+, first in the input of unet.conv_norm_out"),
-])  # fmt: skip
+])
 def test_what_happens_between_layers_is_found(dtype, said):
     """Overflow in a function, not in a module; `sample` says it, too."""
     model = ptq_exp.load_model("digits", dtype=dtype)

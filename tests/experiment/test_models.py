@@ -38,7 +38,7 @@ def test_real_images_are_encoded_for_calibration(command, source):
     folder = command(
         "model=digits_ldm", f"calibration={source}", "metric=minmax", "logger=none", "evaluation=paired",
         "evaluation.n_samples=2", "evaluation.batch_size=2",
-    )  # fmt: skip
+    )
     assert read_json(folder / "results.json")["status"] == "finished"
 
 
@@ -59,7 +59,7 @@ def test_published_evaluation_against_an_npz_of_images(command, inception_weight
     overrides = [
         "metric=minmax", "logger=none", f"evaluation={evaluation}", f"evaluation.weights={inception_weights}",
         f"evaluation.reference={tmp_path / 'reference.npz'}", "evaluation.n_samples=5",
-    ]  # fmt: skip
+    ]
     results = read_json(command(*overrides) / "results.json")
     assert results["status"] == "finished" and results["metric_spec"]["extractor"].endswith(evaluation)
     assert set(results["metrics"]) >= {"is", "fid", "sfid", "kid", "precision", "recall", "fid_increase_units"}
@@ -75,7 +75,7 @@ def test_a_reference_of_stored_moments_has_no_unit_of_the_increase(command, ince
     folder = command(
         "+experiment=fp32", "logger=none", "evaluation=adm", f"evaluation.weights={inception_weights}",
         f"evaluation.reference={tmp_path / 'moments.npz'}", "evaluation.n_samples=5",
-    )  # fmt: skip
+    )
     results = read_json(folder / "results.json")
     assert set(results["metrics"]) == {"fid", "is"} and results["real"] == {}
 
@@ -89,7 +89,7 @@ def pipeline_folder(tmp_path_factory):
         sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=4, attention_head_dim=8,
-    )  # fmt: skip
+    )
     DDPMPipeline(unet, DDIMScheduler(100)).save_pretrained(folder)
     return folder
 
@@ -103,7 +103,7 @@ def test_any_diffusers_folder_is_a_model_and_any_image_folder_its_data(command, 
     folder = command(
         "model=diffusers", f"model.checkpoint={pipeline_folder}", "calibration=training_mimic", "metric=minmax",
         "logger=none", f"model.images.path={tmp_path / 'photos'}", "model.images.size=8",
-    )  # fmt: skip
+    )
     results = read_json(folder / "results.json")
     assert results["status"] == "finished" and results["quantization"]["coverage_conv_linear"] == 1
     assert len(results["weights"]["model"]) == 12
@@ -117,7 +117,7 @@ def test_other_images_under_the_same_path_make_another_calibration_set(command, 
         command(
             "model=diffusers", f"model.checkpoint={pipeline_folder}", "calibration=raw", "metric=minmax",
             "logger=none", f"model.images.path={tmp_path / 'images.npz'}", "model.images.size=8",
-        )  # fmt: skip
+        )
         return len(list((cache / "calibration").iterdir()))
 
     np.savez(tmp_path / "images.npz", arr_0=np.full((2, 8, 8, 3), 50, np.uint8))
@@ -133,7 +133,7 @@ def test_calibration_on_images_that_are_not_there_is_one_clear_line(command, pip
         command(
             "model=diffusers", f"model.checkpoint={pipeline_folder}", "calibration=raw", "metric=minmax",
             "logger=none", f"model.images.path={path}",
-        )  # fmt: skip
+        )
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1 and message in lines[0]
 

@@ -21,7 +21,7 @@ def test_time_layers_see_every_time_once_and_each_step_has_its_row(command):
     folder = command(
         *QUICK, "+experiment=tfmq_w4a4", "quantization.shortcut=split_all", "quantization.time_embedding=split",
         "quantization.smooth=true",
-    )  # fmt: skip
+    )
     assert read_json(folder / "results.json")["status"] == "finished"
     found = quantizers_of(folder)
     assert all(len(q["scale"]) == 3 for name, q in found.items() if "weight_quantizer" not in name)
@@ -60,7 +60,7 @@ def test_a_static_range_of_time_layers_covers_all_times_exactly(command):
     read = get_timestep_embedding(
         model.time_grid(3).timesteps.float(), projection.num_channels, projection.flip_sin_to_cos,
         projection.downscale_freq_shift,
-    )  # fmt: skip
+    )
     (first,) = [q for name, q in found.items() if name.endswith("time_embedding.linear_1.input_quantizer")]
     assert first["scale"][0][0] == pytest.approx(float(read.max() - read.min()) / 255)
 
@@ -94,7 +94,7 @@ def test_binned_ranges_work_with_guidance_on_the_latent_model(command):
         *QUICK, "model=digits_ldm", "quantization.temporal=binned", "quantization.temporal_bins=2",
         "quantization.weight_granularity=group", "quantization.time_embedding=split", "evaluation.n_samples=4",
         "evaluation=paired",
-    )  # fmt: skip
+    )
     found = quantizers_of(folder)
     assert all(len(q["scale"]) == 2 for name, q in found.items() if "weight_quantizer" not in name)
     assert "changes nothing here" in next(folder.glob("*.log")).read_text()  # its embeddings are not cut

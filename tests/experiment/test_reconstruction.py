@@ -34,7 +34,7 @@ def test_reconstructions_share_ranges_and_nothing_else(command):
     learned = command(*FAST, "reconstruction=brecq", "reconstruction.iterations=3", "reconstruction.lr=0.5")
     other = command(*FAST, "reconstruction=brecq", "reconstruction.iterations=3", "reconstruction.lr=0.4")
     texts = [(folder / f"{folder_name}.log").read_text() for folder, folder_name in (
-        (plain, "ndtc_w4a8"), (learned, "ndtc_brecq_w4a8"), (other, "ndtc_brecq_w4a8"))]  # fmt: skip
+        (plain, "ndtc_w4a8"), (learned, "ndtc_brecq_w4a8"), (other, "ndtc_brecq_w4a8"))]
     assert all("ranges: reused from the cache" in text for text in texts[1:])
     assert all("reconstruction brecq: computed" in text for text in texts[1:])
     errors = [read_json(folder / "results.json")["metrics"]["eps_error"] for folder in (plain, learned, other)]
@@ -62,7 +62,7 @@ def test_with_ranges_per_step_each_sample_uses_its_own_and_time_layers_see_all_t
     assert "reconstruction brecq: reused" in next(again.glob("*.log")).read_text()
     assert results[0]["metrics"] == results[1]["metrics"] and results[0]["reconstruction"]["kept"] > 0
     scales = [{name: q["scale"] for name, q in read_json(folder / "quantization.json")["quantizers"].items()
-               if "weight" not in name} for folder in (learned, again, nearest)]  # fmt: skip
+               if "weight" not in name} for folder in (learned, again, nearest)]
     assert scales[0] == scales[1] != scales[2] and all(len(scale) == 3 for scale in scales[0].values())
     first, *others = read_json(learned / "reconstruction.json")["blocks"]
     assert first["name"] == "layers of the time" and first["layers"] == OF_THE_TIME
@@ -78,7 +78,7 @@ def test_bins_are_reconstructed_with_guidance(command):
         *FAST, "model=digits_ldm", "calibration=uniform", "quantization.temporal=binned",
         "quantization.temporal_bins=2", "quantization.time_layers=all_steps", "reconstruction=qdrop",
         "evaluation.n_samples=4", "evaluation=paired",
-    )  # fmt: skip
+    )
     assert read_json(folder / "results.json")["reconstruction"]["kept"] > 0
     assert read_json(folder / "reconstruction.json")["blocks"][0]["layers"] == 10
 

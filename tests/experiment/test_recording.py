@@ -30,7 +30,7 @@ def broken(*arguments, **named):
 def warned(caplog):
     """The warnings so far, as text."""
     return lambda: [record.getMessage() for record in caplog.records
-                    if record.levelno >= logging.WARNING and record.name.startswith("ptq_exp")]  # fmt: skip
+                    if record.levelno >= logging.WARNING and record.name.startswith("ptq_exp")]
 
 
 def logged(folder):
@@ -53,7 +53,7 @@ def said(folder):
 def test_a_run_is_finished_whatever_fails_after_its_results(command, monkeypatch):
     for place, name in [(outcome, "_picture"), (outcome, "write_card"), (outcome, "write_run_report"),
                         (outcome, "summary"), (outcome, "_left_in"), (figures, "noise"),
-                        (wandb_run, "log_table"), (wandb_run, "finish")]:  # fmt: skip
+                        (wandb_run, "log_table"), (wandb_run, "finish")]:
         monkeypatch.setattr(place, name, broken)
     folder = command("+experiment=ptqd_w4a8", *QUICK)
     assert read_json(folder / "results.json")["status"] == "finished"
@@ -145,11 +145,11 @@ def test_columns_of_a_wandb_table_are_of_one_type():
         "bits": [8, (8, 4), None], "lists": [[1], [2, 3], None], "mixed": [1, "a", True], "numbers": [1, 2.5, None],
         "inf": [float("inf"), 1.0, float("nan")], "text": ["a", None, ""], "bool": [True, None, False],
         "none": [None] * 3,
-    })  # fmt: skip
+    })
     found = {name: column.tolist() for name, column in of_one_type(frame).items()}
     assert found == {
         "bits": ["8", "8/4", None], "lists": ["1", "2/3", None], "mixed": ["1", "a", "True"],
         "numbers": [1, 2.5, None], "inf": [float("inf"), 1.0, None], "text": ["a", None, ""],
         "bool": [True, None, False], "none": [None] * 3,
-    }  # fmt: skip
+    }
     wandb.Table(dataframe=of_one_type(frame))

@@ -61,7 +61,7 @@ def test_wandb_offline_run_holds_config_metrics_and_tags(command):
     (started,) = (record for record in records if record["type"] == "run")
     assert "g1" in json.dumps(started) and "mine" in json.dumps(started)
     for key in ("fid", "sfid", "psnr", "fp32/fid", "eps_error_of_step", "fixed_pattern_share_of_step", "bops_ratio",
-                "media/images/grid", "media/images/pictures/eps_error", "layers"):  # fmt: skip
+                "media/images/grid", "media/images/pictures/eps_error", "layers"):
         assert key in text, key
 
 
@@ -80,7 +80,7 @@ def test_wandb_offline_run_holds_config_metrics_and_tags(command):
         (["model.checkpoint=no.safetensors"], "error: model.checkpoint=no.safetensors: no such file"),
         (["quantization.keep_fp=['*nothing*']"], "error: rule '*nothing*' (quantization.keep_fp) matches no"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_end_in_one_line_and_exit_code_1(overrides, message, command, capsys):
     with pytest.raises(SystemExit) as stop:
         command("metric=minmax", "logger=none", *overrides)
@@ -101,7 +101,7 @@ def test_the_command_from_any_folder_without_traceback(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "ptq_exp", "bits.weight=1"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(config_folder().parent)},
-    )  # fmt: skip
+    )
     assert run.returncode == 1
     assert run.stderr.strip().splitlines()[-1] == "error: bits.weight=1: choose 2..8"
     assert "Traceback" not in run.stderr

@@ -17,7 +17,7 @@ from ptq_exp.results.record import read_samples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 QUICK = ("metric=minmax", "logger=none", "bits=w4a8", "model=diffusers", "sampler.guidance_scale=1",
-         "evaluation=paired")  # fmt: skip
+         "evaluation=paired")
 MAKERS = {"pixel": pixel_folder, "latent": latent_folder, "dit": dit_folder}
 
 
@@ -79,7 +79,7 @@ def test_a_pixel_model_is_complete_without_its_folder(made_of, tmp_path, monkeyp
         assert np.array_equal(ptq_exp.sample(model, 5, batch_size=5), images(run))
     one, other = alone.model, whole.model
     same = ("name", "sample_shape", "image_shape", "clip_sample", "n_classes", "null_label", "first_layers", "blocks",
-            "sampler", "last_layers")  # fmt: skip
+            "sampler", "last_layers")
     assert [getattr(one, key) for key in same] == [getattr(other, key) for key in same]
     assert torch.equal(one.schedule.alphas_cumprod, other.schedule.alphas_cumprod)
 
@@ -87,7 +87,7 @@ def test_a_pixel_model_is_complete_without_its_folder(made_of, tmp_path, monkeyp
 @pytest.mark.parametrize("settings", [
     {"out_channels": 6}, {"sample_size": (8, 4)}, {"block_out_channels": (4, 12), "center_input_sample": True},
     {"attention_head_dim": None, "add_attention": False, "resnet_time_scale_shift": "scale_shift"},
-])  # fmt: skip
+])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_structure_says_all_of_a_network(settings, dtype, tmp_path):
     """From the settings files alone comes a network with the same tensors, which computes the same from them."""
@@ -165,7 +165,7 @@ def test_read_only_folders_and_links(made_of, tmp_path):
 def test_evaluate_needs_full_precision(made_of, command, refused):
     run, original = made_of("pixel")
     evaluate = ("logger=none", "+experiment=evaluate", f"quantized={run}", "evaluation=paired",
-                "evaluation.n_samples=5")  # fmt: skip
+                "evaluation.n_samples=5")
     said = refused(*evaluate)
     assert f"quantized={run} is compared with images of full precision" in said and "set model.checkpoint to" in said
     again = command(*evaluate, f"model.checkpoint={original}")
@@ -180,7 +180,7 @@ def test_evaluate_reads_the_saved_model_before_it_draws(made_of, refused, tmp_pa
     forged(tmp_path / "copy", lambda d: None, lambda t: t["unet.conv_in.input_quantizer.scale"].fill_(float("nan")))
     monkeypatch.setattr(experiment, "full_precision_images", lambda *given: pytest.fail("images were drawn"))
     line = refused("logger=none", "+experiment=evaluate", f"quantized={tmp_path}/copy", "evaluation=paired",
-                   f"model.checkpoint={original}")  # fmt: skip
+                   f"model.checkpoint={original}")
     assert f"quantized={tmp_path}/copy: {tmp_path}/copy/quantized.safetensors: " in line
     assert "_quantizer: scale holds NaN or infinity in 1 of" in line
 
@@ -192,7 +192,7 @@ def test_evaluate_reads_the_saved_model_before_it_draws(made_of, refused, tmp_pa
     lambda s: s["unet/config.json"].update(down_block_types=["os.system"] * 2),
     lambda s: s["scheduler/scheduler_config.json"].update(beta_schedule="odd"), lambda s: s.clear(),
     lambda s: s.update({"unet/config.json": "text"}), lambda s: s["unet/config.json"].update(norm_num_groups=0),
-])  # fmt: skip
+])
 def test_a_structure_that_is_none_is_one_line(edit, made_of, tmp_path):
     shutil.copytree(made_of("pixel")[0] / "quantized", tmp_path / "copy")
     path = tmp_path / "copy" / "quantization.json"

@@ -23,7 +23,7 @@ REQUIRED = {
     "ptqd_ldm4_w8a8", "ptqd_ldm4_w4a8", "ptqd_ldm4_mp", "di2n_w8a8", "qdiffusion_w8a8", "qdiffusion_w4a8",
     "qdiffusion_w4a4", "tfmq_w4a8", "tfmq_w4a4", "tfmq_release", "ptq4dm_release", "brecq_w4a8", "qdrop_w4a4",
     "best_w8a8", "best_w6a6", "best_w4a8", "best_w4a4", "deploy_w8a8", "deploy_w4a8",
-}  # fmt: skip
+}
 METHODS = sorted(n for n in REQUIRED if n.startswith(("di2n", "qdiff", "tfmq", "brecq", "qdrop", "ptq4dm", "best")))
 PUBLISHED = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if not path.stem.startswith("digits"))
 
@@ -59,7 +59,7 @@ def test_every_group_choice_composes(group, choice):
         ("bits", "fp32"): ["calibration=none"], ("calibration", "none"): ["bits=fp32"],
         ("evaluation", "adm"): ["evaluation.reference=r.npz"], ("evaluation", "clean"): ["evaluation.reference=r.npz"],
         ("bits", "step_list"): ["bits.schedule='[8]*12+[4]*8'"],
-    }  # fmt: skip
+    }
     config = composed(f"{group}={choice}", *extra.get((group, choice), []))
     assert getattr(getattr(config, group), "name", choice) == choice
 
@@ -114,7 +114,7 @@ def test_every_experiment_file_says_what_it_follows():
         ("calibration=none", "calibration=none has no samples"),
         ("reconstruction.granularity=net", "reconstruction.granularity=net: choose one of block, layer, none"),
     ],
-)  # fmt: skip
+)
 def test_impossible_settings_name_the_setting_and_the_fix(override, message):
     with pytest.raises(ConfigError) as error:
         composed(override)
@@ -183,7 +183,7 @@ def test_a_group_on_the_command_line_wins_over_the_experiment_and_renames_the_ru
         (["reconstruction=brecq", "reconstruction.warmup=1"], "reconstruction.warmup=1.0: choose 0..0.99"),
         (["reconstruction=brecq", "calibration.n_samples=1"], "calibration.n_samples=1: choose 2 or more"),
     ],
-)  # fmt: skip
+)
 def test_contradictions_of_schedule_and_correction_name_the_setting_and_the_fix(overrides, message):
     with pytest.raises(ConfigError) as error:
         composed(*overrides)
@@ -192,7 +192,7 @@ def test_contradictions_of_schedule_and_correction_name_the_setting_and_the_fix(
 
 def test_the_corrections_add_up():
     parts = {"none": set(), "bias": {"bias"}, "correlation": {"correlation"}, "mean": {"correlation", "bias"},
-             "ptqd": {"correlation", "bias", "variance"}}  # fmt: skip
+             "ptqd": {"correlation", "bias", "variance"}}
     for name, toggles in parts.items():
         correction = composed(f"correction={name}").correction
         assert {t for t in ("correlation", "bias", "variance") if getattr(correction, t)} == toggles
@@ -214,7 +214,7 @@ def test_globs_of_layers_come_before_the_groups_of_the_model():
     assert config.name == "ndtc_w8a8_groups"
     assert list(bit_groups(config.bits, config.model.groups).values()) == [
         ("*up_blocks.0.*", 6, 6), ("*up_blocks.*", 4, 4)
-    ]  # fmt: skip
+    ]
 
 
 def test_build_names_the_wrong_argument_and_the_nearest():

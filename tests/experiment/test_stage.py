@@ -27,7 +27,7 @@ def test_it_is_computed_once_and_says_which(tmp_path, caplog):
 
     for _ in range(2):
         found = cached(ArtifactCache(tmp_path), "ranges", KEY, make, "ranges", when_reused=changed.append,
-                       detail=lambda arrays: f", {len(arrays['x'])} numbers")  # fmt: skip
+                       detail=lambda arrays: f", {len(arrays['x'])} numbers")
         assert found["x"].tolist() == [0, 1, 2]
     said = [record.getMessage() for record in caplog.records if record.name == "ptq_exp"]
     assert said == ["ranges: computed, 3 numbers", "ranges: reused from the cache, 3 numbers"]
@@ -87,7 +87,7 @@ def keys():
 def test_another_version_of_a_kind_changes_what_is_made_of_it_and_nothing_else(keys, monkeypatch):
     def all_keys():
         return {"images": keys.images(), "calibration": keys.calibration(1), "ranges": keys.ranges(),
-                "quantization": keys.quantization(), "estimates": keys.estimates(None, True)}  # fmt: skip
+                "quantization": keys.quantization(), "estimates": keys.estimates(None, True)}
 
     before = all_keys()
     changes = {
@@ -95,7 +95,7 @@ def test_another_version_of_a_kind_changes_what_is_made_of_it_and_nothing_else(k
         "calibration": {"calibration", "ranges", "quantization", "estimates"},
         "ranges": {"ranges", "quantization", "estimates"}, "reconstruction": {"quantization", "estimates"},
         "correction": {"estimates"}, "reference": set(),
-    }  # fmt: skip
+    }
     for kind, names in changes.items():
         monkeypatch.setitem(keys_module.VERSIONS, kind, VERSIONS[kind] + 1)
         after = all_keys()

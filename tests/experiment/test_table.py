@@ -14,7 +14,7 @@ def results(name, bits, seed, increase, **metrics):
         "name": name, "status": "finished", "seed": seed, "metric_spec": spec,
         "config": {"seed": seed, "metric": {"name": "lp"}, "bits": {"name": bits}},
         "metrics": {"fid": 1.0 + seed, "sfid": 2.0, "is": 9.0, **metrics},
-    }  # fmt: skip
+    }
     if increase is not None:
         values["metrics"] |= {"fid_increase_units": increase, "psnr": 40.0, "eps_error": 0.0125}
         values["quantization"] = {"coverage_conv_linear": 1.0, "bops_ratio": 16.0}
@@ -40,7 +40,7 @@ def test_rows_stand_in_order_of_their_damage_with_mean_and_deviation(runs):
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| FP32", "| ndtc_w8a8", "| ndtc_w4a4"]
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
     assert cells == ["ndtc_w8a8", "lp", "2.00 ± 1.41", "2.00 ± 0.00", "9.00 ± 0.00", "**0.10 ± 0.00**", "40.00 ± 0.00",
-                     "1.25 ± 0.00", "100.00", "16.00"]  # fmt: skip
+                     "1.25 ± 0.00", "100.00", "16.00"]
     assert lines[2].count("—") == 5  # what full precision has no value for is shown as missing
     assert lines[6] == "- extractor e, n_samples 4, preprocessing p, reference r; seed 0, 2"
 
@@ -87,7 +87,7 @@ def corrected(tmp_path):
             values["config"] |= {
                 "model": {"name": "digits"}, "sampler": {"name": "ddim", "eta": 1.0}, "calibration": {"name": "ndtc"},
                 "correction": {"name": correction},
-            }  # fmt: skip
+            }
             write_json(tmp_path / f"{bits}_{correction}_{seed}" / "results.json", values)
     return tmp_path
 
@@ -107,7 +107,7 @@ def test_the_ablation_in_markdown(corrected, capsys):
         "",
         "- extractor e, n_samples 4, preprocessing p, reference r; seed 0, 2",
         "- mean ± std of n=2 runs",
-    ]  # fmt: skip
+    ]
 
 
 def test_the_ablation_in_latex_has_a_rule_between_blocks(corrected, capsys):

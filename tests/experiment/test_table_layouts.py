@@ -19,7 +19,7 @@ def test_the_tables_of_the_papers_are_there():
     assert set(LAYOUTS) >= {
         "ptq4dm_operations", "ptq4dm_calibration", "ptq4dm_timesteps", "ptq4dm_metric", "di2n_main", "ptqd_main",
         "ptqd_correction", "experiments", "ablation",
-    }  # fmt: skip
+    }
     text = layout_list()
     for layout in LAYOUTS.values():
         assert layout.name in text and layout.request.title in text and layout.command[0] in text
@@ -51,7 +51,7 @@ def test_the_command_of_a_layout_fills_it(name, tmp_path):
         values = {
             "name": config["name"], "status": "finished", "seed": config["seed"], "config": config,
             "metrics": {"fid": float(number), "is": 9.0}, "metric_spec": {"extractor": "e"},
-        }  # fmt: skip
+        }
         write_json(tmp_path / str(number) / "results.json", values)
     # every job passes the filter and has a cell of its own: none is averaged with another, left out or repeated
     table = layout_table(str(tmp_path), name)

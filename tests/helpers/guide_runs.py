@@ -10,7 +10,7 @@ from ptq_exp.storage.plain_json import read_json
 
 TEXTS = {"top": (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), **PAGES}
 SIZES = ("sampler.steps", "evaluation.n_samples", "evaluation.batch_size", "evaluation.eps_error_samples", "seed",
-         "calibration.n_samples", "reconstruction.iterations", "reconstruction.batch_size")  # fmt: skip
+         "calibration.n_samples", "reconstruction.iterations", "reconstruction.batch_size")
 """Settings of a command that are sizes; of the seeds one will do."""
 PUBLISHED = ("evaluation", "evaluation.reference", "model.images.path", "model.ema", "quantization.keep_fp")
 """Settings of commands for a published model that belong to its files and layers."""

@@ -13,7 +13,7 @@ from ptq_exp.settings.compose import config_folder, validated
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAMES = ("README", "reproduce", "tables", "own_model", "extend", "differences", "sweeps", "saved_models",
-         "published_models", "embedded_models", "results/digits", "results/low_bits", "results/noise")  # fmt: skip
+         "published_models", "embedded_models", "results/digits", "results/low_bits", "results/noise")
 PAGES = {name: (DOCS / f"{name}.md").read_text() for name in NAMES}
 
 
@@ -44,7 +44,7 @@ def tool(words: list[str]) -> str:
 
 # a command that names a folder <time> reads what another left: such are run elsewhere (sweeps, saved models)
 RUNS = [(page, words[3:]) for page, words in ALL
-        if words[:3] == ["python", "-m", "ptq_exp"] and not tool(words) and "<" not in " ".join(words)]  # fmt: skip
+        if words[:3] == ["python", "-m", "ptq_exp"] and not tool(words) and "<" not in " ".join(words)]
 OF_CIFAR = commands(PAGES["reproduce"].replace("$IN64", "$CIFAR"), {})
 OF_CIFAR = [words[3:] for words in OF_CIFAR if "model=ddim_cifar10" in words and "-m" in words[3:]]
 

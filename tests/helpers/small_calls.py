@@ -11,11 +11,11 @@ def conditional_unet(**settings) -> UNet2DConditionModel:
     """With cross-attention to tokens of WIDTH channels."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-              "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}  # fmt: skip
+              "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
     return UNet2DConditionModel(**{
         "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1,
         "norm_num_groups": 4, "attention_head_dim": 8, "cross_attention_dim": WIDTH, **blocks, **settings,
-    }).eval()  # fmt: skip
+    }).eval()
 
 
 def labelled_conditional_unet(**settings) -> UNet2DConditionModel:
@@ -23,7 +23,7 @@ def labelled_conditional_unet(**settings) -> UNet2DConditionModel:
     return conditional_unet(
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         mid_block_type="UNetMidBlock2D", num_class_embeds=4, **settings,
-    )  # fmt: skip
+    )
 
 
 def bare_folder(path, network, scheduler=None):

@@ -38,14 +38,14 @@ AUTOENCODERS = {
         "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),
         "encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ()),
         "encoder_out_shortcut": False, "decoder_in_shortcut": False}),
-}  # fmt: skip
+}
 
 
 def unet(seed=0, **settings):
     torch.manual_seed(seed)
     blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
     return UNet2DModel(**{"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
-                          "attention_head_dim": 8, **blocks, **settings}).eval()  # fmt: skip
+                          "attention_head_dim": 8, **blocks, **settings}).eval()
 
 
 def autoencoder(which="VQModel", **settings):
@@ -57,7 +57,7 @@ def autoencoder(which="VQModel", **settings):
 def transformer(**settings):
     torch.manual_seed(2)
     network = DiTTransformer2DModel(**{"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 3,
-                                       "out_channels": 6, "num_layers": 2, "sample_size": 8, **settings})  # fmt: skip
+                                       "out_channels": 6, "num_layers": 2, "sample_size": 8, **settings})
     with torch.no_grad():  # its last layers are zero
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -18,7 +18,7 @@ def small_pixel_unet() -> UNet2DModel:
         sample_size=16, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=16, norm_num_groups=8, resnet_time_scale_shift="scale_shift",
-    )  # fmt: skip
+    )
 
 
 def small_latent_unet() -> ClassConditionalUNet:
@@ -27,7 +27,7 @@ def small_latent_unet() -> ClassConditionalUNet:
         sample_size=8, in_channels=3, out_channels=3, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(16, 32), layers_per_block=1,
         norm_num_groups=8, cross_attention_dim=32, attention_head_dim=2,
-    )  # fmt: skip
+    )
     return ClassConditionalUNet(unet, nn.Embedding(11, 32))
 
 
@@ -35,7 +35,7 @@ def use_small_networks(monkeypatch) -> None:
     """Give the embedded models small networks of random weights; first stage and classifier stay as they are."""
     for module, name, build in [
         (load, "build_unet", small_pixel_unet), (latent, "build_latent_unet", small_latent_unet)
-    ]:  # fmt: skip
+    ]:
         kind, read = type(build()), module.load_weights
 
         def small(network, path, kind=kind, read=read):

@@ -70,7 +70,7 @@ def recorded(model, quantized, trainer, folder, *, n=5, batch=2, values=1000, sc
     module = ActivationModule(
         model, model.guided(probe, scale), probe, model.time_grid(STEPS, eta=0.5), SITES, steps, seed=SEED,
         values=values, copies=1 if scale == 1 else 2,
-    )  # fmt: skip
+    )
     record_activations(module, trainer, n, batch, folder / "parts", folder / "joined.npz")
     return npz_arrays(folder / "joined.npz")
 
@@ -134,7 +134,7 @@ def brute_force(model, quantized, name, grid, n):
     network = copy.deepcopy(model.denoiser)
     layer, source = network.get_submodule(name), quantized.get_submodule(name)
     ranges = [{f: getattr(q, f) for f in ("scale", "zero_point", "qmin", "qmax")}
-              for q in (source.weight_quantizer, source.input_quantizer)]  # fmt: skip
+              for q in (source.weight_quantizer, source.input_quantizer)]
     shape = (-1, *[1] * (layer.weight.ndim - 1))
     with torch.no_grad():
         layer.weight.copy_(fake_quantize(layer.weight, **{k: v.view(shape) for k, v in ranges[0].items()}))

@@ -42,7 +42,7 @@ def pairs(toy, grid):
     paired_estimates(
         toy, toy.denoiser, [Off(toy.denoiser)], grid, range(N), SEED,
         lambda step, eps, others: found.append((eps, *others)),
-    )  # fmt: skip
+    )
     return [torch.stack(kind, 1).double() for kind in zip(*found, strict=True)]
 
 

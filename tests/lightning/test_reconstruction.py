@@ -154,7 +154,7 @@ def test_the_progress_bar_names_block_and_loss(toy, tmp_path, capsys):
     made = toy.Reconstruction(
         quantized, full, blocks, calibration_set, toy.Settings(toy.Annealing(2)), seed=0, batch_size=8, cache_bytes=1e6,
         folder=tmp_path, row_of_step=torch.tensor([0, 1]),
-    )  # fmt: skip
+    )
     reports = toy.reconstruct_network(made, tmp_path / "blocks.ckpt", accelerator="cpu")
     said = capsys.readouterr()
     assert len(reports) == 3

@@ -46,7 +46,7 @@ def quantized(bins, batches_of_rows, metric="mse", finish_each=True):
     model = network()
     spec = TensorSpec(4, bins=bins)
     rules = [Rule("0", QuantSpec(TensorSpec(4), TensorSpec(4, granularity=Segments((1, 3)), bins=bins))),
-             Rule("*", QuantSpec(TensorSpec(4), spec, spec))]  # fmt: skip
+             Rule("*", QuantSpec(TensorSpec(4), spec, spec))]
     quantize_(model, rules, (torch.zeros(1, 4),))
     calibrate_weights_(model, metric)
     for row, batch in batches_of_rows:
@@ -109,7 +109,7 @@ def test_rows_travel_with_the_state_dict_and_with_copies(batches):
     fresh = network()
     spec = TensorSpec(4, bins=BINS)
     rules = [Rule("0", QuantSpec(TensorSpec(4), TensorSpec(4, granularity=Segments((1, 3)), bins=BINS))),
-             Rule("*", QuantSpec(TensorSpec(4), spec, spec))]  # fmt: skip
+             Rule("*", QuantSpec(TensorSpec(4), spec, spec))]
     quantize_(fresh, rules, (torch.zeros(1, 4),))
     fresh.load_state_dict(model.state_dict(), strict=True)
     copied = copy.deepcopy(model)

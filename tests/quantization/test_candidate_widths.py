@@ -202,7 +202,7 @@ def two_layers():
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
     rules = [
         Rule("0", QuantSpec(TensorSpec(8), TensorSpec((4, 8)))), Rule("1", QuantSpec(TensorSpec(8), TensorSpec(8))),
-    ]  # fmt: skip
+    ]
     return model, quantize_(model, rules, (torch.zeros(1, 4),))
 
 
@@ -235,7 +235,7 @@ def test_a_mixture_is_written_and_shown():
 @pytest.mark.parametrize("ask", [
     lambda report: report.totals, lambda report: report.summary(), lambda report: report.to_dict(),
     lambda report: report.table(), lambda report: report.rows[0].bops,
-])  # fmt: skip
+])
 def test_without_shares_there_are_no_totals(ask):
     with pytest.raises(QuantizationError, match=r"report\.mixed\(shares\) or report\.at\(row\)"):
         ask(two_layers()[1])

@@ -31,7 +31,7 @@ SHORTCUTS_OF_DIGITS = {
     "0.resnets.0": (72, 72), "0.resnets.1": (72, 72), "0.resnets.2": (72, 48),
     "1.resnets.0": (72, 48), "1.resnets.1": (48, 48), "1.resnets.2": (48, 24),
     "2.resnets.0": (48, 24), "2.resnets.1": (24, 24), "2.resnets.2": (24, 24),
-}  # fmt: skip
+}
 
 
 class Net(nn.Module):
@@ -116,14 +116,14 @@ def test_a_transformer_has_none_but_cuts_its_embeddings():
     transformer = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
         num_embeds_ada_norm=10,
-    )  # fmt: skip
+    )
     denoiser = DiTDenoiser(transformer, 10).eval()
     example = torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     assert find_concats(denoiser, example) == find_concats(denoiser, example, through_maps=True) == {}
     chunks = find_chunks(denoiser, example)
     assert [(name.rpartition("transformer_blocks.")[2], parts) for name, parts in chunks.items()] == [
         ("0.norm1.linear", (16,) * 6), ("1.norm1.linear", (16,) * 6), ("transformer.proj_out_1", (16, 16)),
-    ]  # fmt: skip
+    ]
     of_time = depending_on_alone(denoiser, example, 1)
     assert of_time and all("timestep_embedder" in name for name in of_time)  # the label is in all that follows
 

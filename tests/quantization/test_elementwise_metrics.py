@@ -91,7 +91,7 @@ def test_bins_as_wide_as_steps_do_not_hide_the_rounding_error():
         (torch.square, True), (huber, True), (lambda e: torch.where(e > 0, 3 * e, -e), True), (torch.log1p, False),
         (lambda e: e.abs().clamp(max=0.2), False), (lambda e: e.abs() > 0.1, False), (lambda e: e.abs().sqrt(), False),
     ],
-)  # fmt: skip
+)
 def test_a_loss_is_known_to_be_convex_or_not(loss, convex):
     points = torch.linspace(0.0, 3, 50)[None]
     assert is_convex(lambda e: loss(e.abs() if loss is torch.log1p else e), points) == convex
@@ -158,7 +158,7 @@ def test_a_metric_of_the_histogram_finds_the_range_of_the_same_loss(registered):
     registered("huber", huber)
     registered("of_histogram", HistogramMetric(
         lambda edges, counts, bits: Weighed((edges[:, 1:] + edges[:, :-1]) / 2, counts / counts.sum(1, keepdim=True))
-    ))  # fmt: skip
+    ))
     x = heavy_tails(5000, 1)
     one, other = (mean_loss(huber, x, search_range(x, 4, symmetric=False, metric=m)) for m in ("huber", "of_histogram"))
     assert one == pytest.approx(other, rel=0.01)
@@ -168,7 +168,7 @@ def test_a_metric_of_the_histogram_finds_the_range_of_the_same_loss(registered):
     "metric",
     [lambda edges, counts, bits: edges, lambda e: e, lambda e: e.mean(), lambda e: 1 / e.abs().clamp(max=0), 3.0,
      lambda e: e.square().tolist()],
-)  # fmt: skip
+)
 def test_what_is_no_loss_is_refused_in_one_line(registered, metric):
     registered("own", metric)
     with pytest.raises(ConfigError, match=r"^METRICS\['own'\] is no loss of an error[^\n]*$"):

@@ -34,7 +34,7 @@ def test_segments_are_put_around_and_taken_away():
 
 
 VERSION_1 = {"bits": 4, "symmetric": False, "granularity": "tensor", "segments": None, "metric": None,
-             "headroom": 1.0, "bins": 1, "group_size": None}  # fmt: skip
+             "headroom": 1.0, "bins": 1, "group_size": None}
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ COUNTED = {
     "moved": (lambda _, x: x.sort()[0].roll(1).flip(1)[:, x[0, :, 0].argsort()].repeat(2, 1, 1).softmax(-1), None, 0),
     "filled": (lambda _, x: F.pad(x.clone().masked_fill_(x > 1, 0).clamp_(0).tril(), (1, 1)).topk(2)[0], None, 0),
     "normalised": (lambda _, x: F.rms_norm(F.layer_norm(F.silu(x), (8,)), (8,)).std(-1), None, 0),
-}  # fmt: skip
+}
 OF_MAPS = {
     "conv3d": (lambda m, x: m(x[:, :, None]), nn.Conv3d(4, 3, (1, 3, 3)), 3 * 36 * 4 * 9),
     "transposed": (lambda m, x: m(x), nn.ConvTranspose2d(4, 3, 3, stride=2), 4 * 64 * 3 * 9),
@@ -78,7 +78,7 @@ OF_MAPS = {
                   None, 0),
     "pooled": (lambda _, x: F.adaptive_avg_pool2d(F.max_pool2d(F.avg_pool2d(x, 2), 2), 1), None, 0),
     "shuffled": (lambda _, x: F.group_norm(F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2), 2), None, 0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [*COUNTED, *OF_MAPS])
@@ -97,7 +97,7 @@ def test_multiplications_are_counted_by_hand(name):
     (lambda _, x: torch.cdist(x, x), "aten._cdist_forward"),
     (lambda _, x: torch.sparse.mm(x[0, 0].to_sparse(), x[0, 0]), "aten._sparse_addmm"),
     (lambda _, x: product(x, x), "ptq_exp_test.product"),
-], ids=["fft", "svd", "inverse", "distance", "sparse", "custom"])  # fmt: skip
+], ids=["fft", "svd", "inverse", "distance", "sparse", "custom"])
 def test_what_is_not_counted_is_named_and_everything_is_not_claimed(function, operator):
     net = nn.Sequential(nn.Conv2d(4, 4, 1), Call(function)).eval().requires_grad_(False)
     report = quantize_(net, Policy(attention=False, first=(), last=()).rules(Widths(8, 8)), (MAP,))
@@ -160,6 +160,6 @@ def test_the_list_speaks_of_operators_that_there_are():
     assert without_products(torch.ops.aten.mul.Tensor) and without_products(torch.ops.aten.silu_.default)
     assert without_products(torch.ops.aten.view_copy.default) and without_products(torch.ops.aten.copy_.default)
     for operator in (torch.ops.aten.mm, torch.ops.aten.convolution, torch.ops.aten._fft_r2c, torch.ops.aten.addmv,
-                     torch.ops.aten._native_multi_head_attention, torch.ops.aten._foreach_mm):  # fmt: skip
+                     torch.ops.aten._native_multi_head_attention, torch.ops.aten._foreach_mm):
         assert not without_products(operator.default)
     assert not without_products(torch.ops.ptq_exp_test.product.default)

@@ -32,7 +32,7 @@ def test_a_word_that_is_no_choice_is_refused_with_those_that_are(name):
 
 @pytest.mark.parametrize(("name", "bad", "said"), [
     ("group_size", 0, "choose 1 or more"), ("temporal_bins", 0, "choose 1 or more"), ("smooth_alpha", 2, "choose 0..1"),
-])  # fmt: skip
+])
 def test_a_number_out_of_bounds_is_refused(name, bad, said):
     with pytest.raises(ConfigError, match=f"^quantization.{name}={bad}: {said}$"):
         Policy(**{name: bad})
@@ -77,7 +77,7 @@ def test_rules_in_one_call_are_those_of_the_policy():
     made = default_rules(
         4, [4, 8], softmax_bits=16, first_last_bits=6, boundary_bits=8, first=("a",), last=(),
         weight_granularity="group", group_size=8, attention=False,
-    )  # fmt: skip
+    )
     policy = Policy(first=("a",), last=(), weight_granularity="group", group_size=8, attention=False)
     assert made == policy.rules(Widths(4, (4, 8), 16, 6, 8))
     assert default_rules(8, 8, group_size=None) == default_rules(8, 8)

@@ -28,7 +28,7 @@ SETTINGS = {
     "plain": {}, "outputs": {"activation_site": "output"}, "groups": {"weight_granularity": "group", "group_size": 3},
     "tensor": {"weight_granularity": "tensor"}, "symmetric": {"weight_symmetric": True, "activation_symmetric": True},
     "bins": {"bins": 3}, "widths": {"activation": (4, 8)}, "wide softmax": {"softmax": 16},
-}  # fmt: skip
+}
 
 
 def made(unet, example, batch, *, split=False, bins=1, activation=8, softmax=8, **settings):
@@ -52,7 +52,7 @@ def checked(unet, report, batch):
 
 @pytest.mark.parametrize(("name", "dtype"), [
     *((name, torch.float32) for name in SETTINGS), ("bins", torch.bfloat16), ("tensor", torch.bfloat16),
-])  # fmt: skip
+])
 def test_it_bears_out_what_is_true(name, dtype, unet, example, batch):
     unet, batch = unet.to(dtype), (batch[0].to(dtype), batch[1])
     report = made(unet, (example[0].to(dtype), example[1]), batch, split=True, **SETTINGS[name])

@@ -49,7 +49,7 @@ def net(x):
     torch.manual_seed(0)
     spec = TensorSpec(3, bins=3)
     rules = [Rule("0", QuantSpec(TensorSpec(8), TensorSpec(3, granularity=Segments((1, 3)), bins=3))),
-             Rule("*", QuantSpec(TensorSpec(8), spec, spec))]  # fmt: skip
+             Rule("*", QuantSpec(TensorSpec(8), spec, spec))]
     net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU(), nn.Linear(6, 2))
     return calibrated(net, rules, (x[:1],), [(scale * x,) for scale in (1, 0.3, 2)])
 
@@ -144,7 +144,7 @@ def test_bfloat16_stays_bfloat16(net, x):
     (torch.tensor([0, 3]), r"found rows 0\.\.3, choose 0\.\.2"), (torch.tensor([-1, 0]), r"found rows -1\.\.0"),
     (torch.tensor([0.0, 1.0]), r"float32 of shape \[2\], expected int64 \[N\]"),
     (torch.tensor([[0], [1]]), r"shape \[2, 1\]"), (torch.zeros(0, dtype=torch.long), r"shape \[0\]"),
-])  # fmt: skip
+])
 def test_rows_that_are_not_there_are_an_error(net, rows, message):
     with pytest.raises(QuantizationError, match=message), of_samples(net, rows):
         pass

@@ -88,7 +88,7 @@ def test_networks_come_back_bit_for_bit_at_the_theoretical_size(name, weight, ac
 @pytest.mark.parametrize("settings", [
     {}, {"weight_symmetric": True, "activation_symmetric": True}, {"weight_granularity": "tensor"},
     {"weight_symmetric": True, "weight_granularity": "tensor"}, {"weight_granularity": "group", "group_size": 3},
-])  # fmt: skip
+])
 def test_all_number_types_symmetries_and_granularities(dtype, settings, unet, batch, example, tmp_path):
     unet, inputs = unet.to(dtype), [(x.to(dtype), t) for x, t in (batch, example)]
     fresh, rules = scrambled(unet), Policy(**settings).rules(Widths(5, 8, boundary=12))
@@ -185,7 +185,7 @@ def test_missing_and_foreign_files(saved):
 @pytest.mark.parametrize("edit", [
     lambda d: d["rules"][0].update(pattern="*conv_out"), lambda d: d["totals"].update(params=1),
     lambda d: d.update(more=1), lambda d: d.pop("tensors"), lambda d: d["tensors"]["ranges"].clear(),
-])  # fmt: skip
+])
 def test_edited_descriptions(edit, saved):
     path = saved[0] / "quantization.json"
     description = json.loads(path.read_text())
@@ -270,7 +270,7 @@ IN, FOUR = "conv_in.input_quantizer.scale", "mid_block.resnets.0.conv1.weight_qu
     (rule(0, "input", granularity={"per": "segments", "channels": [3, 3], "within": {"per": "tensor"}}),
      "does not fit the model: conv_in.input_quantizer: segments"),
     (rule(-1, "input", bits=[4, 8]), "has bits 8, the model .4, 8."),
-])  # fmt: skip
+])
 def test_forged_files_whose_hashes_agree(edit, said, saved):
     forged(saved[0], edit)
     assert re.search(said, refused(saved)), refused(saved)
@@ -302,7 +302,7 @@ def first_version(tmp_path):
     (number("ranges.scale", float("nan")), r"_quantizer: scale holds NaN or infinity in 1 of"),
     (number("parameters.float32", float("inf")), r"safetensors: [\w.]+ holds NaN or infinity in 1 of"),
     (lambda d, t: d["tensors"].pop("parameters"), "is damaged: KeyError"),
-])  # fmt: skip
+])
 def test_forged_files_of_an_earlier_version(edit, said, first_version):
     forged(first_version[0], edit)
     assert re.search(said, refused(first_version)), refused(first_version)

@@ -62,7 +62,7 @@ def smoothed(model, sites, *inputs, alpha=0.5):
 def test_only_what_nothing_else_reads_qualifies(net, x):
     assert smoothable(net, (x[:1],)) == {
         "norm": ("q", "k"), "layer_norm": ("up",), "up": ("down",), "image_norm": ("head",),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

@@ -144,7 +144,7 @@ def test_switches_of_the_default_policy():
     policy = Policy(
         attention=False, first=(), last=(), weight_symmetric=True, weight_granularity="tensor",
         activation_symmetric=True,
-    )  # fmt: skip
+    )
     rules = policy.rules(Widths(4, 4))
     assert len(rules) == 1
     assert rules[0].spec == QuantSpec(TensorSpec(4, symmetric=True), TensorSpec(4, symmetric=True))

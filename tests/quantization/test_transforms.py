@@ -112,7 +112,7 @@ def turned_is_registered(monkeypatch):
 
 CHAINS = [[name] for name in (*TRANSFORMS, "turned")] + [
     ["smooth", "turned"], [{"name": "smooth", "alpha": 0.9}, {"name": "turned", "seed": 3}]
-]  # fmt: skip
+]
 
 
 def applied_to(network, entries, x) -> list[Applied]:
@@ -187,7 +187,7 @@ def test_a_quantized_network_with_parts_at_run_time_is_saved_and_loaded(net, x, 
         ({"name": "smooth", "alpha": "much"}, "smooth: alpha=much: choose 0..1"),
         ({"alpha": 0.5}, "is no transform"), (3, "3 is no transform"), (["smooth"], "is no transform"),
     ],
-)  # fmt: skip
+)
 def test_impossible_transforms_are_refused_in_one_line(entry, said):
     with pytest.raises(ConfigError, match="^quantization.transforms: [^\n]*$") as error:
         transforms_of([entry])
@@ -198,7 +198,7 @@ def test_impossible_transforms_are_refused_in_one_line(entry, said):
     {}, {"name": "smooth"}, {"name": "gone", "sites": {}, "macs": 0, "bytes": 0}, [],
     {"name": "smooth", "sites": ["a"], "macs": 0, "bytes": 0},
     {"name": "smooth", "sites": {"a": 1}, "macs": 0, "bytes": 0},
-])  # fmt: skip
+])
 def test_damaged_records_are_refused(record):
     with pytest.raises(DataError, match="the record of a transform is damaged"):
         applied_from_dict(record)

@@ -108,7 +108,7 @@ def levels(layer):
     (hooked(in_place), "its weight is changed when the network runs"), (hooked(as_data), "its weight is changed"),
     (lambda m: Standardised(8, 8, 3, padding=1), "Standardised is a subclass"),
 ], ids=["weight_norm", "spectral_norm", "pruning", "parametrization", "buffer", "forward", "in place", "data",
-        "standardised"])  # fmt: skip
+        "standardised"])
 def test_a_weight_that_is_not_the_stored_one_is_left_alone(wrap, reason):
     net = Net(wrap)
     report = quantized(net)
@@ -140,7 +140,7 @@ def test_adapters_are_layers_of_their_own():
     (lambda layer, h: F.conv2d(h, layer.weight, layer.bias, padding=1), False),
     (lambda layer, h: layer(F.conv2d(h, layer.weight, layer.bias, padding=1)), False),
     (lambda layer, h: F.conv2d(h, layer.weight.tanh(), layer.bias, padding=1), False),
-], ids=["twice", "forward", "checkpoint", "outside", "also outside", "a function of it"])  # fmt: skip
+], ids=["twice", "forward", "checkpoint", "outside", "also outside", "a function of it"])
 def test_a_weight_multiplied_outside_of_its_layer_is_not_covered(use, covered):
 
     net = Net(use=use)
@@ -180,7 +180,7 @@ def test_shared_weights_are_left_alone():
         "one": "left alone: its weight is also that of two", "two": "left alone: its weight is also that of one",
         "own": "", "out": "left alone: its weight is also that of table, turned",
         "turned": "left alone: its weight is also that of out, table",
-    }  # fmt: skip
+    }
     assert report.totals["params"] == sum(parameter.numel() for parameter in net.parameters())
 
 

@@ -58,7 +58,7 @@ def calibration_set() -> CalibrationSet:
     return CalibrationSet(
         rng.standard_normal((40, 1, 6, 6), dtype=np.float32), np.zeros(40, dtype=np.int64),
         rng.uniform(0, 1000, 40).astype(np.float32), np.zeros(40, dtype=np.int64),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def test_capture_equals_a_direct_forward_in_memory_and_on_disk(limit, toy, calib
     arena = Arena(limit, tmp_path / "rows")
     calls = capture(
         toy, "resnets.1", calibration_set.batches(16), 40, arena, output=True, device=CPU,
-    )  # fmt: skip
+    )
     assert len(calls) == 40 and bool(arena.files) == (limit < 1e9)
     x, t, _ = next(iter(calibration_set.batches(40)))
     seen = []

@@ -125,7 +125,7 @@ def test_it_comes_close_to_brute_force_and_beats_nearest_rounding():
         (nn.Conv2d(4, 3, 3, padding=1), {"granularity": Segments((1, 3), PerChannel()), "symmetric": True}),
         (nn.Conv1d(4, 3, 3, padding=1), {"granularity": "tensor"}),
     ],
-)  # fmt: skip
+)
 def test_every_kind_of_layer_and_range_stays_on_its_grid_next_to_nearest(layer, spec):
     torch.manual_seed(0)
     layer.reset_parameters()

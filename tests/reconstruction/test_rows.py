@@ -61,7 +61,7 @@ def reconstruction(network, toy, samples, folder, row_of_step=ROW_OF_STEP, itera
     return Reconstruction(
         network, toy, find_blocks(network, ("*resnets.*",), EXAMPLE), samples, settings, seed=0, batch_size=10,
         cache_bytes=1e9, folder=folder, row_of_step=row_of_step,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def test_both_halves_of_guidance_use_the_row_of_their_sample(samples):
 
 @pytest.mark.parametrize(("bits", "settings"), [
     (4, {}), (8, {"step_lr": 0.0}), (4, {"drop_prob": 0.5, "input_prob": 0.5}),
-])  # fmt: skip
+])
 def test_the_error_falls_on_held_out_samples_at_their_own_rows(bits, settings, toy, samples, tmp_path):
     network = quantized(toy, samples, ROW_OF_STEP, bits)
     made = reconstruction(network, toy, samples, tmp_path, **settings)
@@ -147,7 +147,7 @@ def test_step_factors_of_a_batch_get_gradients_in_its_rows_alone(toy, samples, t
     for quantizer, grad in zip(
         found.quantizers.values(), found.steps.factors.grad.split([q.scale.numel() for q in found.quantizers.values()]),
         strict=True,
-    ):  # fmt: skip
+    ):
         grad = grad.view(quantizer.scale.shape)
         assert float(grad[1].abs().min()) > 0 and not grad[[0, 2]].any()
 

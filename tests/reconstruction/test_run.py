@@ -20,7 +20,7 @@ def reconstruction(network, toy, calibration_set, folder, iterations=25, pattern
     return Reconstruction(
         network, toy, find_blocks(network, patterns, EXAMPLE), calibration_set, settings, seed=0, batch_size=16,
         cache_bytes=1e9, folder=folder,
-    )  # fmt: skip
+    )
 
 
 def output_error(network, toy, calibration_set):
@@ -32,7 +32,7 @@ def output_error(network, toy, calibration_set):
 @pytest.mark.parametrize("settings", [
     {}, {"patterns": ()}, {"input_prob": 0.5}, {"inner_weight": 0.5},
     {"step_lr": 1e-3, "drop_prob": 0.5, "input_prob": 0.5}, {"power": 2.4, "input_prob": 0.0},
-])  # fmt: skip
+])
 def test_the_network_comes_closer_to_full_precision_on_held_out_samples(
     settings, toy, quantized, calibration_set, tmp_path
 ):

@@ -221,7 +221,7 @@ def test_a_layer_behind_anything_else_reads_an_input_of_its_own():
 
 @pytest.mark.parametrize("between", [
     lambda net, h: h.roll(1, 0), lambda net, h: torch.cat(torch.split(h, [1, len(h) - 1])[::-1]),
-], ids=["a batch that is mixed", "a batch of another size"])  # fmt: skip
+], ids=["a batch that is mixed", "a batch of another size"])
 def test_functions_bound_to_a_batch_are_refused(between):
     net, quantized = quantized_odd(between)
     (block,) = find_time_blocks(quantized, net, ["one", "two"], batches(TIMES))
@@ -301,7 +301,7 @@ def test_a_dit_is_reconstructed_on_all_times(joint, tmp_path):
     transformer = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=1, out_channels=1, num_layers=2, sample_size=6,
         num_embeds_ada_norm=3,
-    )  # fmt: skip
+    )
     net = DiTDenoiser(transformer, 3).eval().requires_grad_(False)
     example = (*EXAMPLE, torch.zeros(1, dtype=torch.long))
     rng = np.random.default_rng(0)
@@ -309,7 +309,7 @@ def test_a_dit_is_reconstructed_on_all_times(joint, tmp_path):
     samples = CalibrationSet(
         rng.standard_normal((16, 1, 6, 6), dtype=np.float32), step, TIMES.numpy()[step], np.zeros(16, int),
         {"y": step % 3}, {"y": np.array(3)},
-    )  # fmt: skip
+    )
     quantized = copy.deepcopy(net)
     quantize_(quantized, Policy(first=("*pos_embed.proj",), last=("*proj_out_2",)).rules(Widths(3, 8)), example)
     calibrate_weights_(quantized, "minmax")
@@ -324,7 +324,7 @@ def test_a_dit_is_reconstructed_on_all_times(joint, tmp_path):
     made = Reconstruction(
         quantized, net, blocks, samples, Settings(Annealing(3), batch_size=4), seed=0, batch_size=8, cache_bytes=1e9,
         folder=tmp_path,
-    )  # fmt: skip
+    )
     reports = [run_block(made) for _ in made.remaining]
     # of each block 4 in attention, 2 in the feed-forward, 1 behind the embedding and 2 in it; the patches; 2 at the end
     assert len(reports) == (1 + 2 + 3 if joint else 21) and sum(report.layers for report in reports) == 2 * 9 + 3

@@ -15,16 +15,16 @@ SMALL = [
     "evaluation.grid_images=2", "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
     "trainer.accelerator=cpu", "correction.n_samples=4", "correction.batch_size=4", "reconstruction.iterations=1",
     "metric=minmax", "logger=none",
-]  # fmt: skip
+]
 EVERYTHING = [
     "+experiment=ptqd_w4a8", "bits=step_list", "bits.schedule=[8,4,4]", "quantization.smooth=true",
     "reconstruction=adaround",
-]  # fmt: skip
+]
 ANALYSED = [
     "bits=w8a8", "evaluation=paired", "analysis.active=true", "analysis.n_samples=2", "analysis.sensitivity_samples=1",
     "analysis.layers=['*mid_block*conv1']", "analysis.sensitivity_steps=1", "runtime.compare=openvino",
     "runtime.measure=1", "runtime.measure_memory=true",
-]  # fmt: skip
+]
 INFEASIBLE = ["bits=w8a8", "bits.min_bops_ratio=1000"]
 ELSEWHERE = {"weights.model", "environment.gpu", "environment.commit", "quantization.not_counted"}
 """What depends on the machine, or on a network that none of the runs has."""

@@ -21,7 +21,7 @@ SMALL = [
     "sampler.steps=2", "evaluation=paired", "evaluation.n_samples=6", "evaluation.batch_size=2", "metric=minmax",
     "evaluation.eps_error_samples=2", "evaluation.grid_images=2", "calibration.n_samples=4", "logger=none",
     "calibration.batch_size=4", "trainer.progress_bar=false", "trainer.accelerator=cpu", "save_quantized=false",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def sent(number):
 
 
 PLACES = [(images, "draw_images"), (stages, "calibrate"), (experiment, "eps_error"),
-          (experiment, "mean_psnr"), (EvaluationModule, "predict_step")]  # fmt: skip
+          (experiment, "mean_psnr"), (EvaluationModule, "predict_step")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -130,7 +130,7 @@ def test_joblib_workers_end_too(tmp_path, cache):
     slow = [argument for argument in SMALL if "steps" not in argument and "n_samples=6" not in argument]
     arguments = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "+experiment=ndtc_w8a8", *slow,
                  "sampler.steps=50", "evaluation.n_samples=4000", "seed=0,1,2", f"cache_dir={cache}",
-                 f"hydra.sweep.dir={tmp_path / 's'}"]  # fmt: skip
+                 f"hydra.sweep.dir={tmp_path / 's'}"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([sys.executable, "-m", "ptq_exp", *arguments], stderr=log, stdout=log)
     for _ in range(1200):
@@ -191,7 +191,7 @@ def test_a_search_stops_its_trials_and_starts_no_more():
 
     stage = Stage("one", [f"x={i}" for i in range(6)])
     search = Search(Space("psnr", "maximize", 0.0, (0,), (), (stage,)), trial, stop=lambda: stopped.append(True),
-                    on_trial=lambda trial: sent(signal.SIGINT)())  # fmt: skip
+                    on_trial=lambda trial: sent(signal.SIGINT)())
     with pytest.raises(Interrupted), interruptible():
         search.best()
     assert stopped == [True] and len(started) <= 2

@@ -145,7 +145,7 @@ def edited(path, edit):
 
 
 KEY = {"samples.npz": "arr_0", "images.npz": "arr_0", "calibration_set.npz": "x", "noise_statistics.npz": "bias",
-       "features.npz": "pooled", "gaussians.npz": "sigma", "weights.safetensors": "conv_in.weight"}  # fmt: skip
+       "features.npz": "pooled", "gaussians.npz": "sigma", "weights.safetensors": "conv_in.weight"}
 
 
 def other_keys(path, rng):
@@ -206,7 +206,7 @@ JSON = tuple(text(content) for content in ("null", "[1]", "7", "[" * 50_000, '{"
 SCHEDULES = tuple(text(json.dumps({"weight": w, "activation": a, "timesteps": t})) for w, a, t in (
     (99, [8], [1.0]), (8, [8, 8], [1.0]), (8, [8], ["x"]), (8, [8], [float("nan")]), (8, [], []), ("8", [8], [1.0]),
     (8, "[8]*999999999", [1.0]),
-))  # fmt: skip
+))
 
 
 def cases():

@@ -39,14 +39,14 @@ FINE = {"reconstruction.b_start=-1", "reconstruction.b_end=-1", "model.groups={_
 GROUPS = {
     "correction.": "ptqd", "reconstruction.": "qdrop",
     "bits.candidates": "budget", "bits.bops_ratio": "budget", "bits.gain_": "budget",
-}  # fmt: skip
+}
 """What has to be chosen for a setting to matter -> base configuration."""
 BASES = {
     "": [], "ptqd": ["correction=ptqd", "sampler.eta=1"], "qdrop": ["reconstruction=qdrop"],
     "budget": ["bits=step_budget"],
-}  # fmt: skip
+}
 COPIES = {"model.images": "evaluation.reference", "model.sampler.steps": "sampler.steps",
-          "model.sampler.eta": "sampler.eta"}  # fmt: skip
+          "model.sampler.eta": "sampler.eta"}
 """Settings that another one takes over, which is then the one that is named."""
 QUICK = ["trainer.accelerator=cpu", "logger=none", "trainer.progress_bar=false", "cache_dir=nowhere"]
 
@@ -131,7 +131,7 @@ COMPOSED = [
     "bits.weight", "=8", "bits.weight=", "bits..weight=8", ".=1", "bits.weight=[", "bits.weight='8", "${seed}=1",
     "seed=${nothing}", "seed=${seed}", "name=${oc.env:NO_SUCH_VARIABLE}", "name=a/b", "name=${run_name:a}",
     "model.checkpoint=${quantization}", "++bits=5", "++model=null", "seed=1,2", "hydra.nothing=1",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("override", COMPOSED)

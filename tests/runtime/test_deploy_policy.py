@@ -28,7 +28,7 @@ def unet():
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(32, 64),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=32, norm_num_groups=8,
-    ).eval().requires_grad_(False)  # fmt: skip
+    ).eval().requires_grad_(False)
     network.register_forward_hook(lambda module, call, output: output.sample)
     return network, (torch.randn(2, 1, 8, 8), torch.tensor([20.0, 800.0]))
 

@@ -69,7 +69,7 @@ def test_what_is_planned_says_why(calibrated):
     assert {name: entry.reason for name, entry in plan.items() if entry.executed == FLOAT} == {
         "first": "16-bit input", "last": "16-bit input",
         "attention": "q, k or v is asymmetric",
-    }  # fmt: skip
+    }
     symmetric = integer_plan(calibrated(activation_symmetric=True)[0])
     assert symmetric["attention"].executed == INT8
 

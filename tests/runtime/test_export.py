@@ -95,7 +95,7 @@ def test_any_number_of_samples_and_the_row_of_ranges_are_inputs(file, engines, s
     made = export_network(network, sample(call, 2), sample(call), tmp_path / file, any_batch=True)
     assert list(made.inputs) == ["x", "t", "y", "row"]
     assert made.shapes == {"x": ("batch", 3, 8, 8), "t": ("batch",), "y": ("batch",), "row": (1,),
-                           "eps": ("batch", 3, 8, 8)}  # fmt: skip
+                           "eps": ("batch", 3, 8, 8)}
     assert [layer.layer for layer in made.layers if layer.executed == "float" and layer.macs] == ["conv_in", "conv_out"]
     assert 0.8 < made.layers.int8_share < 0.9 and made.engine.startswith("openvino")
     run = [engine(tmp_path / file) for engine in engines]
@@ -188,7 +188,7 @@ def test_the_page_tells_of_rows_guidance_correction_and_processors():
         "inputs": [port], "outputs": [port], "settings": {"INFERENCE_PRECISION_HINT": "f32"}, "int8_share": 0.5,
         "executed_by": "openvino", "error_to_simulation": {"openvino": 1e-6},
         "sampler": {"rows": [0, 1], "guidance_scale": 1.5, "corrected": True}, "probe": None,
-    }  # fmt: skip
+    }
     text = page(about)
     assert "the input `row` of each step in `rows`" in text and "Any number of samples runs slower" in text
     assert "guidance of scale 1.5 and the correction of quantization noise" in text
@@ -216,7 +216,7 @@ def test_the_page_tells_of_rows_guidance_correction_and_processors():
          "out=. holds other files: give a new folder, or that of an earlier export"),
         (["quantized=a", "format=openvino", "out=b"], "quantized=a holds no saved model, quantization.json is missing"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_exported_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "file.txt").write_text("")
     monkeypatch.chdir(tmp_path)

@@ -60,7 +60,7 @@ def test_asymmetric_operands_of_attention_stay_in_float_and_say_so(calibrated):
     assert reasons["attention.qk"] == reasons["attention.av"]
     assert reasons["attention.qk"].startswith("q, k or v is asymmetric") and set(reasons) == {
         "first", "last", "attention.qk", "attention.av"
-    }  # fmt: skip
+    }
 
 
 def test_a_single_layer_is_exact(calibrated):
@@ -151,7 +151,7 @@ def test_the_probe_sees_sums_that_saturate(isa, exact):
     done = subprocess.run(
         [sys.executable, "-c", PROBE], env=os.environ | {"ONEDNN_MAX_CPU_ISA": isa}, capture_output=True, text=True,
         check=False,
-    )  # fmt: skip
+    )
     as_saved, seven_bits = map(float, done.stdout.split())
     assert seven_bits == pytest.approx(1, abs=1e-6)
     if exact:

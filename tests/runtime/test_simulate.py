@@ -41,7 +41,7 @@ def test_the_simulation_is_the_network_and_lists_every_operation():
     found = runtime.account()
     assert [(row.layer, row.kind, row.macs) for row in found] == [
         ("conv_in", "Conv2d", 5 * 5 * 4 * 9), ("body", "Conv2d", 5 * 5 * 16), ("conv_out", "Conv2d", 5 * 5 * 4)
-    ]  # fmt: skip
+    ]
     assert all(row.executed == "float" and row.kernel == "torch" and row.reason for row in found)
 
 

@@ -73,14 +73,14 @@ def unet():
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16),
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=8, norm_num_groups=4, resnet_time_scale_shift="scale_shift",
-    ), (torch.randn(2, 1, 8, 8), torch.tensor([20.0, 800.0]))  # fmt: skip
+    ), (torch.randn(2, 1, 8, 8), torch.tensor([20.0, 800.0]))
 
 
 def dit():
     return DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
         num_embeds_ada_norm=10,
-    ), (torch.randn(2, 4, 8, 8), torch.tensor([20, 800]), torch.tensor([1, 7]))  # fmt: skip
+    ), (torch.randn(2, 4, 8, 8), torch.tensor([20, 800]), torch.tensor([1, 7]))
 
 
 class Positional(nn.Module):
@@ -151,7 +151,7 @@ def test_what_is_executed_is_said(calibrated):
         "first": "16-bit input", "last": "16-bit input",
         "attention.qk": "torch has no integer product of two activations",
         "attention.av": "torch has no integer product of two activations",
-    }  # fmt: skip
+    }
     assert rows["second"].kernel == "onednn qconv2d" and rows["linear"].kernel == "onednn qlinear"
     assert all(row.macs > 0 for row in rows.values())
 
@@ -208,7 +208,7 @@ def test_sums_that_saturate_are_refused():
     done = subprocess.run(
         [sys.executable, "-c", PROBE], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True,
         check=False,
-    )  # fmt: skip
+    )
     as_saved, seven_bits = map(float, done.stdout.split())
     assert 0.4 < as_saved < 0.6 and seven_bits == pytest.approx(1, abs=1e-6)
     assert "runtime=torch: 8-bit sums saturate on this processor" in done.stderr

@@ -14,7 +14,7 @@ TEXTS = [
     "epoch=3-step=10.ckpt", "model (1)", "run#2", "Müller/model", "lr=0.1,b", "it's", 'a "b"', "a$b", "a`b", "a!b",
     "back\\", "{a}", "[a]", "-x", "100 %", "a:b", "a&b;c|d", "null", "true", "12", " blank ",
     "日本/モデル", "a'b\"c\\'",
-]  # fmt: skip
+]
 
 
 def typed_in_a_shell(words: str) -> list[str]:
@@ -74,7 +74,7 @@ def test_other_mistakes_name_the_setting(override, message):
     ("quantization.keep_fp=[tfmq]", ["tfmq"]), ("quantization.keep_fp=['*time*','*conv_in']", ["*time*", "*conv_in"]),
     ("imports=[my_metric,my_model]", ["my_metric", "my_model"]), ("bits.candidates=[4,8]", [4, 8]),
     ("bits.schedule=[8,4]", [8, 4]), ("evaluation.reference={_target_:a.b}", {"_target_": "a.b"}),
-])  # fmt: skip
+])
 def test_a_setting_that_takes_a_list_is_given_one(override, found):
     (key,) = (override.partition("=")[0],)
     assert given([override], multirun=False) == {key: [found]}

@@ -14,7 +14,7 @@ from ptq_exp.settings.schema_method import BitsConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 WIDTHS = {"weight": LAYER_BITS, "activation": LAYER_BITS, "first_last": LAYER_BITS, "softmax": SOFTMAX_BITS,
-          "boundary": SOFTMAX_BITS}  # fmt: skip
+          "boundary": SOFTMAX_BITS}
 
 
 def test_the_page_is_current():

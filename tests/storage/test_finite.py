@@ -32,7 +32,7 @@ def test_every_place_of_every_kind(kind):
 @pytest.mark.parametrize("values", [
     np.zeros((0, 3)), torch.zeros(0), np.array([1, 2]), torch.tensor([1, 2]), np.array("text"), torch.tensor([True]),
     np.array([1 + 2j]), torch.zeros(3, device="meta"),
-])  # fmt: skip
+])
 def test_what_has_no_real_numbers_is_let_pass(values):
     assert extremes(values) is None and is_finite(values)
 

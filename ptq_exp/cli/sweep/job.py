@@ -90,7 +90,7 @@ def _run(composed: DictConfig, job: Job) -> dict[str, Any]:
     logger = replace(
         config.logger, group=config.logger.group or job.sweep_folder.resolve().name,
         tags=[*config.logger.tags, *job.tags],
-    )  # fmt: skip
+    )
     config = replace(config, logger=logger)
     if sweep.resume is not None and (values := _done(done, config)) is not None:
         if values["status"] == "infeasible":

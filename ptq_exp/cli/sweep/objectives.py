@@ -48,4 +48,4 @@ def _row(name: str, values: dict[str, Any], groups: list[str]) -> dict[str, Any]
         "job": name, "status": values["status"], **widths, COST: bops / 1e9,
         "BOPs ratio": cost.get("bops_ratio", np.nan), "FID": metrics.get("fid", np.nan),
         "eps error": metrics.get("eps_error", np.nan),
-    }  # fmt: skip
+    }

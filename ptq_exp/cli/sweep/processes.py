@@ -18,7 +18,7 @@ _LAUNCHERS = {
 }
 """What starts a command several times -> the variables with the number of processes and the number of this one."""
 _OF_A_GROUP = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-               "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # fmt: skip
+               "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 """Variables that Lightning believes, whoever has left them behind."""
 
 

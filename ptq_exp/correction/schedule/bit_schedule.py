@@ -94,7 +94,7 @@ class BitSchedule:
         content = {
             "weight": self.weight, "rule": self.rule, "activation": list(self.activation),
             "timesteps": list(self.timesteps),
-        }  # fmt: skip
+        }
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
         with atomic_path(path) as temporary:
             temporary.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")

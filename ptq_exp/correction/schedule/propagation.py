@@ -18,7 +18,7 @@ from ptq_exp.errors import DataError
 def propagated(
     model: DiffusionModel, denoiser: Denoiser, quantized: Denoiser, grid: TimeGrid, steps: Sequence[int],
     indices: Sequence[int], seed: int, *, device: torch.device | str = "cpu",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Let the quantized denoiser make the estimate of a single step, and the full-precision one all others.
 
     Measured on calibration trajectories, for each of `steps`. With the same noise, whatever the final states differ by

@@ -11,7 +11,7 @@ SCHEDULE_BUFFERS = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
-)  # fmt: skip
+)
 UNUSED = (*SCHEDULE_BUFFERS, "loss.*", "first_stage_model.loss.*")
 """Patterns of what a file may hold without being part of the network: recomputed schedules, training losses."""
 EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
@@ -36,7 +36,7 @@ def vq_first_stage(key: str, tensor: Tensor) -> dict[str, Tensor]:
     if side not in ("encoder", "decoder"):
         return {}
     return {f"{side}.{name}": value for name, value in
-            ermongroup.unet(inner, tensor, levels=_FIRST_STAGE_LEVELS).items()}  # fmt: skip
+            ermongroup.unet(inner, tensor, levels=_FIRST_STAGE_LEVELS).items()}
 
 
 def _around_the_codebook() -> list[str]:

@@ -56,7 +56,7 @@ class _Findings:
 def fill(
     parts: Sequence[Part], state: Mapping[str, Tensor], path: str | os.PathLike, *, wanted: str,
     unused: Sequence[str] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Give every part its float32 tensors, copied out of the (memory-mapped) file; modules may be on the meta device.
 
     Args:

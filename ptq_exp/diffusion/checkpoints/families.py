@@ -34,7 +34,7 @@ def _openai(state: State) -> str:
     width, coarsest = _shape(state, _OPENAI, 0), _shape(state, "middle_block.0.in_layers.0.weight", 0)
     blocks = {key.split(".")[1] for key in state if key.startswith("output_blocks.")}
     named = {(128, 256): "improved-diffusion CIFAR-10 (ddim_cifar10)",
-             (128, 512): "improved-diffusion ImageNet-64 (ddim_imagenet64)"}.get((width, coarsest))  # fmt: skip
+             (128, 512): "improved-diffusion ImageNet-64 (ddim_imagenet64)"}.get((width, coarsest))
     return named if named and len(blocks) == 16 else "another improved-diffusion network"
 
 

@@ -91,7 +91,7 @@ def _read_torch(path: Path, mmap: bool) -> object:
             raise _error(
                 path, f"the pickle in it wants {found[1] or found[2]}, which is not needed for tensors; nothing of it "
                 "was executed. If you trust the file, convert its tensors to safetensors"
-            ) from error  # fmt: skip
+            ) from error
         raise _error(path, f"not a complete PyTorch file ({_line(error)}); download it again") from error
     except Exception as error:  # whatever damaged bytes make the library stumble over
         raise _error(path, f"not a complete PyTorch file ({_line(error)}); download it again") from error

@@ -16,4 +16,4 @@ __all__ = [
     "is_local",
     "ldm4_imagenet256",
     "ldm4_lsun_bedrooms256",
-]  # fmt: skip
+]

@@ -49,7 +49,7 @@ def empty_or_random(name: str, checkpoint: object | None) -> Iterator[None]:
     warnings.warn(
         f"model {name}: no checkpoint is given, random weights: for benchmarks only (set model.checkpoint)",
         RandomWeightsWarning, stacklevel=5,  # where the model was asked for
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         yield

@@ -42,7 +42,7 @@ def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Modul
             module, info = cls.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32,
                 low_cpu_mem_usage=False, variant=weights.variant, use_safetensors=weights.safe,
-            )  # fmt: skip
+            )
     except Exception as error:  # whatever a damaged folder makes the library stumble over
         reason = damage(weights.files) or one_line(error, 300)
         raise CheckpointError(
@@ -90,7 +90,7 @@ def _require_real(module: nn.Module, files: Sequence[Path]) -> None:
             if name in real and not tensor.is_floating_point():
                 kind = str(tensor.dtype).removeprefix("torch.")
                 raise CheckpointError(f"model.checkpoint={path}: {name} is {kind}, not real numbers; give the weights "
-                                      "in float32, float16 or bfloat16")  # fmt: skip
+                                      "in float32, float16 or bfloat16")
 
 
 def _require_finite(module: nn.Module, folder: Path, files: Sequence[Path]) -> None:

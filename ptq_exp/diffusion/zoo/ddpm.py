@@ -56,7 +56,7 @@ def _unet() -> UNet2DModel:
         flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, attention_head_dim=None, dropout=0.1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
 
 
 def _load(unet: nn.Module, checkpoint: str) -> str:

@@ -16,7 +16,7 @@ from ptq_exp.diffusion.zoo.settings import Settings
 from ptq_exp.errors import one_line
 
 AUTOENCODERS = {cls.__name__: cls for cls in (VQModel, AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL,
-                                              AutoencoderDC)}  # fmt: skip
+                                              AutoencoderDC)}
 """Autoencoders of images that decode without chance."""
 NAMES = ("vqvae", "vae", "movq")
 """What pipelines call it."""
@@ -44,7 +44,7 @@ def read_first_stage(index: Settings, network: Settings, latent: tuple[int, int,
     cls = AUTOENCODERS[kind]
     config = settings.of(cls)
     scale = settings.require("scaling_factor", config["scaling_factor"], lambda factor: 0 < factor < math.inf,
-                             "choose a positive number")  # fmt: skip
+                             "choose a positive number")
     for key in _ABSENT:
         # diffusers' own pipelines of these kinds do not shift latents
         if config.get(key):

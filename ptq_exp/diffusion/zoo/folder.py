@@ -107,7 +107,7 @@ def _unet(
         _digest(index, scheduler, *filter(None, ("unet", component))), first_stage=first_stage,
         n_classes=unet.classes if unet.classes > 1 else None, sampler=_sampler(scheduler), image_shape=image_shape,
         conditions=table, blocks=unet.blocks,
-    )  # fmt: skip
+    )
 
 
 def _dit(index: Settings, name: str, scheduler: Scheduler) -> DiffusionModel:
@@ -120,7 +120,7 @@ def _dit(index: Settings, name: str, scheduler: Scheduler) -> DiffusionModel:
         _digest(index, scheduler, "transformer", component), first_stage=first_stage, n_classes=classes,
         null_label=classes, first_layers=("*pos_embed.proj",), last_layers=("*proj_out_2",),
         blocks=("*transformer_blocks.*",), sampler=_sampler(scheduler, _DIT_GUIDANCE), image_shape=image_shape,
-    )  # fmt: skip
+    )
 
 
 def _dit_settings(index: Settings) -> tuple[Settings, Shape, int]:

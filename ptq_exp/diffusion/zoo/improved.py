@@ -20,18 +20,18 @@ _STEPS, _LAYERS, _HEADS = 4000, 3, 4
 _COMMON = {
     "in_channels": 3, "out_channels": 6, "layers_per_block": _LAYERS, "norm_eps": 1e-5, "norm_num_groups": 32,
     "attn_norm_num_groups": 32, "resnet_time_scale_shift": "scale_shift",
-}  # fmt: skip
+}
 _CIFAR10 = {
     "sample_size": 32, "block_out_channels": (128, 256, 256, 256), "attention_head_dim": 64,
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-}  # fmt: skip
+}
 # attention_head_dim only has to divide both widths; the heads are set by `_four_heads`
 _IMAGENET64 = {
     "sample_size": 64, "block_out_channels": (128, 256, 384, 512), "attention_head_dim": 128,
     "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-}  # fmt: skip
+}
 
 
 def ddim_cifar10(

@@ -44,7 +44,7 @@ def ldm4_imagenet256(
     if checkpoint is not None:
         state = read_checkpoint(checkpoint)
         parts = [Part(unet, compvis.conditional_unet, compvis.UNET), _first_stage_part(first_stage),
-                 Part(embedding, compvis.class_embedding, compvis.CLASSES)]  # fmt: skip
+                 Part(embedding, compvis.class_embedding, compvis.CLASSES)]
         fill(parts, state, checkpoint, wanted=_IMAGENET, unused=compvis.UNUSED)
         check_schedule(state, schedule, checkpoint)
     return DiffusionModel(
@@ -122,7 +122,7 @@ def conditional_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 3),
         up_block_types=(*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"),
         cross_attention_dim=_CONTEXT, attention_head_dim=1, norm_eps=1e-5,
-    )  # fmt: skip
+    )
 
 
 def _unconditional_unet() -> UNet2DModel:
@@ -130,7 +130,7 @@ def _unconditional_unet() -> UNet2DModel:
         sample_size=64, in_channels=3, out_channels=3, block_out_channels=(224, 448, 672, 896), layers_per_block=2,
         down_block_types=("DownBlock2D", *["AttnDownBlock2D"] * 3),
         up_block_types=(*["AttnUpBlock2D"] * 3, "UpBlock2D"), attention_head_dim=32, norm_eps=1e-5,
-    )  # fmt: skip
+    )
 
 
 def _vq_f4() -> VQModel:
@@ -139,4 +139,4 @@ def _vq_f4() -> VQModel:
         block_out_channels=(128, 256, 512), layers_per_block=2, latent_channels=3, sample_size=256,
         num_vq_embeddings=8192, vq_embed_dim=3, norm_num_groups=32, scaling_factor=1.0,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    )  # fmt: skip
+    )

@@ -76,12 +76,12 @@ def state_shape(settings: Settings, config: Mapping[str, Any]) -> Shape:
     size = config["sample_size"]
     sizes = size if isinstance(size, list) else [size, size]
     settings.require("sample_size", size, lambda _: len(sizes) == 2 and all(map(whole, sizes)),
-                     "set it to the height and width of a state, as one number or [height, width]")  # fmt: skip
+                     "set it to the height and width of a state, as one number or [height, width]")
     channels = settings.require("in_channels", config["in_channels"], whole, "choose a number of channels, 1 or more")
     settings.require(
         "out_channels", config["out_channels"], lambda out: out in (None, channels, 2 * channels),
         f"in_channels={channels}: an estimate of the noise has as many, or twice as many with that of the variance",
-    )  # fmt: skip
+    )
     for key in ("norm_eps", "mid_block_scale_factor"):
         settings.require(key, config.get(key, 1), lambda divisor: divisor > 0, "choose a positive number")
     return channels, *sizes
@@ -95,7 +95,7 @@ def check_estimate(settings: Settings, denoiser: nn.Module, shape: Shape, **cond
     except Exception as error:  # whatever the library stumbles over
         others = "".join(f", and {name} of {tuple(value.shape)}" for name, value in conditions.items())
         raise settings.error(f"the network does not take a state of {shape} (channels, height, width), which "
-                             f"in_channels and sample_size say{others} ({one_line(error)})") from error  # fmt: skip
+                             f"in_channels and sample_size say{others} ({one_line(error)})") from error
     if found != shape[1:]:
         raise settings.error(f"sample_size={list(shape[1:])}: the network returns {list(found)}; choose a size that "
-                             "its levels or patches divide")  # fmt: skip
+                             "its levels or patches divide")

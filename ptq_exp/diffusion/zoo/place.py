@@ -73,7 +73,7 @@ def _model_folder(path: Path) -> Path:
     inner = sorted(p.name for p in path.iterdir() if (p / INDEX).exists() or (p / "config.json").exists())
     hint = f"; give {' or '.join(str(path / name) for name in inner[:3])}" if inner else ""
     raise CheckpointError(f"model.checkpoint={path}: not a diffusers folder: no config.json or {INDEX} in it, "
-                          f"but {listing(path)}{hint}")  # fmt: skip
+                          f"but {listing(path)}{hint}")
 
 
 def _of_cache(path: Path) -> Path:
@@ -84,7 +84,7 @@ def _of_cache(path: Path) -> Path:
     chosen = named if named in snapshots else snapshots[0] if len(snapshots) == 1 else None
     if chosen is None:
         raise CheckpointError(f"model.checkpoint={path}: the cache of a repository with {len(snapshots)} snapshots; "
-                              "give the folder of one: snapshots/REVISION")  # fmt: skip
+                              "give the folder of one: snapshots/REVISION")
     log.info("%s: the cache of a repository; took %s", path, chosen)
     return _model_folder(chosen)
 

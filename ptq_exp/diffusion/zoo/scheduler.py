@@ -27,7 +27,7 @@ KNOWN = (
     "DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler",
     "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler",
     "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
-)  # fmt: skip
+)
 """Classes of discrete schedules of betas; all others walk another process, or times of their own."""
 _CONVERTS = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
 """Pipelines that make their own scheduler of the settings of any other."""
@@ -37,12 +37,12 @@ _ONLY = {
     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
     "use_dynamic_shifting": False, "sigma_min": None, "sigma_max": None, "shift_terminal": None,
     "timestep_type": "discrete", "interpolation_type": "linear",
-}  # fmt: skip
+}
 _OF_SOLVERS = (
     "algorithm_type", "solver_order", "solver_type", "lower_order_final", "euler_at_final", "predict_x0",
     "disable_corrector", "solver_p", "predictor_order", "corrector_order", "tau_func", "lambda_min_clipped",
     "skip_prk_steps", "variance_type",
-)  # fmt: skip
+)
 _CHOICES = {"timestep_spacing": ("leading", "linspace", "trailing"), "final_sigmas_type": ("zero", "sigma_min")}
 _WHY = {
     "rescale_betas_zero_snr": ": alpha_bar is 0 at its last time, where an estimate of the noise says nothing of x0"
@@ -86,7 +86,7 @@ def read_scheduler(settings: Settings, named: str | None = None, pipeline: str |
     schedule = NoiseSchedule(
         levels, steps_offset=config.get("steps_offset", 0), final_alpha_cumprod=1.0 if clean else float(levels[0]),
         rederive_eps=kind not in _DDIM, constant_stride=kind in _DDIM,
-    )  # fmt: skip
+    )
     # DPM-Solver's single steps are spaced as the multistep ones are without a setting
     spacing = config.get("timestep_spacing", "linspace")
     clip = bool(config.get("clip_sample", False))
@@ -126,7 +126,7 @@ def _check_betas(settings: Settings, arguments: Mapping[str, Any]) -> None:
     total = settings.require(
         "num_train_timesteps", arguments["num_train_timesteps"], lambda n: whole(n) and n <= _LONGEST,
         f"choose 1..{_LONGEST}",
-    )  # fmt: skip
+    )
     trained = arguments.get("trained_betas")
     if trained is not None:
         if len(trained) != total:
@@ -155,10 +155,10 @@ def _check_values(settings: Settings, kind: str, config: Mapping[str, Any]) -> N
     for key, choices in _CHOICES.items():
         if key in config:
             settings.require(key, config[key], lambda value, choices=choices: value in choices,
-                             f"{kind} takes {', '.join(choices)}")  # fmt: skip
+                             f"{kind} takes {', '.join(choices)}")
     last = config["num_train_timesteps"] - 1
     settings.require("steps_offset", config.get("steps_offset", 0), lambda n: whole(n, 0) and n <= last,
-                     f"choose 0..{last}, an index of the schedule")  # fmt: skip
+                     f"choose 0..{last}, an index of the schedule")
 
 
 def _refuse_the_unknown(settings: Settings, kind: str, config: Mapping[str, Any]) -> None:
@@ -185,7 +185,7 @@ def _name_what_is_left(settings: Settings, cls: type, config: Mapping[str, Any])
         log.warning(
             "%s/%s: %s: settings of the solver of %s, not followed: here sampler= chooses the solver, and "
             "sampler.eta the noise that DDIM adds", settings.root, settings.file, ", ".join(left), cls.__name__,
-        )  # fmt: skip
+        )
 
 
 def assumed(settings: Settings) -> Scheduler:

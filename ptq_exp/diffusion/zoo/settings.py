@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ptq_exp.errors import CheckpointError, PTQError
 
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list",
-          "NoneType": "null"}  # fmt: skip
+          "NoneType": "null"}
 _LISTS = ("list", "tuple", "ndarray")
 
 
@@ -54,7 +54,7 @@ class Settings:
         # what diffusers marks so is taken from the class, whatever the file says
         left = self.values.get("_use_default_values")
         given = {key: value for key, value in self.values.items()
-                 if key in defaults and not (isinstance(left, list) and key in left)}  # fmt: skip
+                 if key in defaults and not (isinstance(left, list) and key in left)}
         for key, value in given.items():
             kinds = _kinds(hints.get(key, Any)) | {type(defaults[key]).__name__}
             if key == "sample_size":  # height and width, whatever the class declares
@@ -67,7 +67,7 @@ class Settings:
     def parameters(kind: type) -> dict[str, Any]:
         """Return the arguments of a class of `diffusers` and their defaults."""
         return {key: p.default for key, p in inspect.signature(kind.__init__).parameters.items()
-                if key != "self" and p.kind is not p.VAR_KEYWORD}  # fmt: skip
+                if key != "self" and p.kind is not p.VAR_KEYWORD}
 
     def require(self, key: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> Any:
         """`value` of the setting `key` if it `fits`; else a line that says what is `wanted`."""

@@ -61,7 +61,7 @@ def read_unet(index: Settings, conditions: ConditionTable | None = None) -> UNet
     config = settings.of(cls)
     if config["time_embedding_type"] != "positional":
         raise settings.error(f"its U-Net has {config['time_embedding_type']} time embeddings (time_embedding_type); "
-                             "only models of discrete time steps are known")  # fmt: skip
+                             "only models of discrete time steps are known")
     for key in ("addition_embed_type", "encoder_hid_dim_type"):
         if config.get(key) in _NEEDS_MORE:
             raise settings.error(f"{key}={config[key]}: networks that take more than tensors [N, ...] are not known")
@@ -112,7 +112,7 @@ def _check_names(
     for name in given:
         if name not in possible:
             raise ConfigError(f"model.conditions: the {cls.__name__} of {settings.root} takes no {name}; it takes "
-                              f"{', '.join(possible)}")  # fmt: skip
+                              f"{', '.join(possible)}")
 
 
 def _blocks(config: Mapping[str, Any]) -> tuple[str, ...]:

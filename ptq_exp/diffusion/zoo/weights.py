@@ -51,7 +51,7 @@ def find_weights(folder: Path) -> Weights:
         raise _error(folder, f"no {STEM}.safetensors or {STEM}.bin in it; there is {listing(folder)}")
     if not plain and len(variants) > 1:
         raise _error(folder, f"holds the variants {', '.join(variants)} of its weights and no {STEM}.safetensors; "
-                             "leave the files of one variant there")  # fmt: skip
+                             "leave the files of one variant there")
     variant = None if plain else variants[0]
     kind = next(kind for kind in _PREFERRED if (variant, kind) in found)
     if variant is not None:

@@ -29,7 +29,7 @@ _LAYERS = {F.linear: (0, 1), F.conv1d: (0, 1), F.conv2d: (0, 1)}
 _PRODUCTS = {
     torch.bmm: (0, 1), torch.Tensor.bmm: (0, 1), torch.matmul: (0, 1), torch.Tensor.matmul: (0, 1),
     torch.Tensor.__matmul__: (0, 1), torch.baddbmm: (1, 2), torch.Tensor.baddbmm: (1, 2),
-}  # fmt: skip
+}
 _KEYWORDS = {"input": 0, "weight": 1, "query": 0, "key": 1, "value": 2, "batch1": 1, "batch2": 2, "mat2": 1, "other": 1}
 
 

@@ -115,7 +115,7 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_fused_attention_overrideable: _attention,
     aten.mkldnn_rnn_layer: lambda x, w, r, *_, **__: _recurrent(x, w, r),
     aten._cudnn_rnn: lambda x, weights, *_, **__: _recurrent(x, weights),
-}  # fmt: skip
+}
 """Beside those of `torch.utils.flop_counter`: (arguments of the operator) -> multiply-accumulates."""
 _CONVOLUTIONS = {aten.convolution, aten._convolution}
 _OF_ONE_MATRIX = {aten.mm, aten.addmm, aten.addmm_, aten._addmm_activation, aten._int_mm}

@@ -65,7 +65,7 @@ def _checked(row: Row, seen: Operands) -> Row:
     return replace(
         row, weight_bits=None if weight else row.weight_bits,
         activation_bits=None if activation else row.activation_bits, reason="; ".join(said),
-    )  # fmt: skip
+    )
 
 
 def _faults(products: Products, number: int) -> str:

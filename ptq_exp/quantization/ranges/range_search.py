@@ -32,7 +32,7 @@ _LOSSES: dict[str, Loss] = {name: partial(power_, p=p) for name, p in EXPONENTS.
 METRICS: dict[str, Loss | HistogramMetric | None] = {
     "mse": _LOSSES["mse"], "l1": _LOSSES["l1"], "cosine": None, "kl": None, "lp": _LOSSES["lp"], "minmax": None,
     "percentile": None,
-}  # fmt: skip
+}
 """Name -> loss of the error x - q, whose mean is minimised; None for metrics that are no such mean.
 
 Add your own loss (see `Loss`), or a `HistogramMetric`. Means of powers have closed forms here, and the same minimum."""

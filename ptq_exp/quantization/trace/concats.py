@@ -21,7 +21,7 @@ _KEEPS = {F.dropout, torch.clone, torch.Tensor.clone, torch.Tensor.contiguous, t
 # Functions of each channel of [N, C, ...] apart (a group's statistics scale them, but never mix them).
 _PER_CHANNEL = {
     F.group_norm, torch.group_norm, F.silu, F.relu, F.gelu, F.interpolate, F.avg_pool2d, F.max_pool2d, torch.sigmoid,
-}  # fmt: skip
+}
 _CATS = {torch.cat, torch.concat, torch.concatenate}
 _CHUNKS = {torch.chunk, torch.Tensor.chunk}
 
@@ -58,7 +58,7 @@ def find_concats(model: nn.Module, example_inputs: tuple, *, through_maps: bool 
                 watch(layer, before=lambda x, name=name: seen.setdefault(name, set()).add(notes.of(x)))
         evaluate(model, example_inputs)
     return {name: parts for name, (parts, *others) in ((n, [*s]) for n, s in seen.items())
-            if not others and parts and len(parts) > 1}  # fmt: skip
+            if not others and parts and len(parts) > 1}
 
 
 def find_chunks(model: nn.Module, example_inputs: tuple) -> dict[str, Parts]:

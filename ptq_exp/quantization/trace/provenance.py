@@ -19,7 +19,7 @@ MOVES = {
     torch.Tensor.squeeze, torch.squeeze, torch.Tensor.expand, torch.Tensor.__getitem__, torch.Tensor.detach,
     torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split, torch.Tensor.to, torch.Tensor.float,
     F.dropout, F.pad, F.max_pool2d,
-}  # fmt: skip
+}
 
 
 class Notes(TorchFunctionMode):
@@ -69,7 +69,7 @@ def watching(model: nn.Module) -> Iterator[Callable]:
         if before is not None:
             handles.append(module.register_forward_pre_hook(
                 lambda _, args, kwargs: before(args[0] if args else kwargs["input"]), with_kwargs=True
-            ))  # fmt: skip
+            ))
         if after is not None:
             handles.append(module.register_forward_hook(lambda _, args, output: after(output)))
 

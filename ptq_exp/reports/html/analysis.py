@@ -36,7 +36,7 @@ def activation_section(folder: Path) -> Section | None:
     return Section(
         "activations", "Activation ranges per step", pictures=[picture],
         folded_tables=[(f"All {len(sites)} activations", table)],
-    )  # fmt: skip
+    )
 
 
 def sensitivity_section(folder: Path) -> Section | None:
@@ -53,7 +53,7 @@ def sensitivity_section(folder: Path) -> Section | None:
             number(error[i].max(), "{:.3%}"), number(int(worst_step[i]), "{:.0f}"),
         ]
         for i in np.argsort(-mean, kind="stable")
-    ]  # fmt: skip
+    ]
     columns = [("layer", False), ("", True), ("eps error", True), ("at worst", True), ("in step", True)]
     sentence = (
         "Weight and activations of one layer at a time are quantized, all else stays in full precision. The error is "
@@ -63,7 +63,7 @@ def sensitivity_section(folder: Path) -> Section | None:
     return Section(
         "sensitivity", "Sensitivity of each layer", text=[sentence],
         tables=[Table(columns, rows, "Sensitivity of each layer", order=(2, "descending"))],
-    )  # fmt: skip
+    )
 
 
 def most_changing(activations: np.ndarray) -> list[int]:
@@ -92,10 +92,10 @@ def _site_table(sites: list[str], steps: list[int], activations: np.ndarray) -> 
             number(np.median(activations[i, :, 3])), number(activations[i, :, _HIGH].max()),
             number(activations[i, :, -1].max()), number(width[i, narrowest]), number(steps[narrowest], "{:.0f}"),
             number(width[i, widest]), number(steps[widest], "{:.0f}"), number(ratio[i] or None, "{:.2f}"),
-        ])  # fmt: skip
+        ])
     columns = [("activation", False), ("minimum", True), ("1 %", True), ("median", True), ("99 %", True),
                ("maximum", True), ("narrowest", True), ("in step", True), ("widest", True), ("in step", True),
-               ("ratio", True)]  # fmt: skip
+               ("ratio", True)]
     note = "Extremes over all steps; narrowest and widest: the range from 1 % to 99 % within a step."
     return Table(columns, rows, "All activations", note=note, order=(len(columns) - 1, "descending"))
 

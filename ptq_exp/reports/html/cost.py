@@ -22,19 +22,19 @@ def cost_section(folder: Path) -> Section | None:
     totals, layers = report["totals"], report["layers"]
     shares = report.get("shares") or [1.0]
     size = (f"Weights take {totals['weight_bytes'] / 1e6:.3f} MB of {totals['fp32_bytes'] / 1e6:.3f} MB in FP32 "
-            f"(/ {totals['size_reduction']:.2f}).")  # fmt: skip
+            f"(/ {totals['size_reduction']:.2f}).")
     if not_counted := report.get("not_counted"):
         size += f" Not counted, so that the coverage of everything is unknown: {', '.join(not_counted)}."
     return Section(
         "cost", "Coverage and bit operations", text=[size], tables=[_totals(totals), _kinds(layers, totals)],
         folded_tables=[(f"All {len(layers)} operations", _operations(layers, shares))],
-    )  # fmt: skip
+    )
 
 
 def layer_bops(layer: Mapping[str, Any], shares: Sequence[float]) -> float:
     """Bit operations of one operation: MACs * bits * bits, the mean over candidate widths by their `shares`."""
     return sum(share * layer["macs"] * _at(layer["weight_bits"], i) * _at(layer["activation_bits"], i)
-               for i, share in enumerate(shares))  # fmt: skip
+               for i, share in enumerate(shares))
 
 
 def _at(bits: int | Sequence[int] | None, candidate: int) -> int:
@@ -45,7 +45,7 @@ def _at(bits: int | Sequence[int] | None, candidate: int) -> int:
 
 def _totals(totals: Mapping[str, Any]) -> Table:
     columns = [("", False), ("MACs, M", True), ("coverage", True), ("BOPs, G", True), ("FP32 BOPs, G", True),
-               ("fewer", True)]  # fmt: skip
+               ("fewer", True)]
     rows = [
         [
             text(title), number(totals["macs"][scope] / 1e6), number(totals["coverage"][scope], "{:.2%}"),
@@ -53,7 +53,7 @@ def _totals(totals: Mapping[str, Any]) -> Table:
             number(totals["bops_reduction"][scope], "{:.1f} times"),
         ]
         for scope, title in (("conv_linear", "conv + linear"), ("everything", "everything"))
-    ]  # fmt: skip
+    ]
     note = (
         "Of one network evaluation of one sample. Coverage: share of multiply-accumulates (MACs) whose two operands "
         "are quantized. BOPs: MACs times the bits of both operands, an operand in full precision counting 32."
@@ -74,9 +74,9 @@ def _kinds(layers: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> Ta
             number(sum(layer["macs"] for layer in found) / everything, "{:.2%}"), text(weight), text(activation),
         ]
         for (kind, weight, activation), found in groups.items()
-    ]  # fmt: skip
+    ]
     columns = [("operation", False), ("count", True), ("parameters", True), ("MACs", True), ("weight bits", False),
-               ("activation bits", False)]  # fmt: skip
+               ("activation bits", False)]
     return Table(columns, rows, "Operations by type")
 
 
@@ -88,9 +88,9 @@ def _operations(layers: Sequence[Mapping[str, Any]], shares: Sequence[float]) ->
             number(layer_bops(layer, shares) / 1e6), text(layer["reason"] or None),
         ]
         for layer in layers
-    ]  # fmt: skip
+    ]
     columns = [("name", False), ("operation", False), ("parameters", True), ("MACs, M", True), ("weight bits", False),
-               ("activation bits", False), ("BOPs, M", True), ("why in full precision", False)]  # fmt: skip
+               ("activation bits", False), ("BOPs, M", True), ("why in full precision", False)]
     return Table(columns, rows, "All operations")
 
 

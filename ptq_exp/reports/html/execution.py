@@ -25,12 +25,12 @@ def execution_section(results: Mapping[str, Any], folder: Path) -> Section | Non
         tables.append(_kernels(layers))
     folded = [(f"All {len(layers)} operations", _operations(layers))] if layers else []
     return Section("runtime", f"Executed by {entry['engine']}", text=[_said(entry)], tables=tables,
-                   folded_tables=folded)  # fmt: skip
+                   folded_tables=folded)
 
 
 def _said(entry: Mapping[str, Any]) -> str:
     parts = [f"{entry['engine']} {entry['version']}, {entry['threads']} threads: {entry['int8_share']:.2%} of the MACs "
-             "of convolutions and linear layers as 8-bit integers"]  # fmt: skip
+             "of convolutions and linear layers as 8-bit integers"]
     if entry.get("attention_int8_share") is not None:
         parts.append(f"{entry['attention_int8_share']:.0%} of those of attention products")
     if "eps_error" in entry:
@@ -53,7 +53,7 @@ def _times(entry: Mapping[str, Any]) -> Table:
          number(1.0 if name == mine else faster.get(name), "{:.2f}"),
          *([number(peak[name] / 1e6 if name in peak else None, "{:.0f}")] if peak else [])]
         for name, ms in entry["ms_per_evaluation"].items()
-    ]  # fmt: skip
+    ]
     note = f"Medians of {entry['repeats']} turns, {entry['batch_size']} images per evaluation."
     return Table([*columns, *([("peak MB", True)] if peak else [])], rows, "Times", sortable=False, note=note)
 
@@ -69,19 +69,19 @@ def _kernels(layers: Iterable[Mapping[str, Any]]) -> Table:
     rows = [
         [text(executed), text(kernel or None), number(n, "{:.0f}"), number(100 * macs / total, "{:.2f}"), text(reason)]
         for (executed, kernel, reason), (n, macs) in sorted(counts.items(), key=lambda item: -item[1][1])
-    ]  # fmt: skip
+    ]
     columns = [("executed", False), ("kernel", False), ("operations", True), ("MACs %", True), ("reason", False)]
     return Table(columns, rows, "Operations by kernel")
 
 
 def _operations(layers: Iterable[Mapping[str, Any]]) -> Table:
     columns = [("layer", False), ("kind", False), ("executed", False), ("kernel", False), ("MACs", True),
-               ("reason", False)]  # fmt: skip
+               ("reason", False)]
     rows = [
         [text(layer["layer"]), text(layer["kind"]), text(layer["executed"]), text(layer["kernel"] or None),
          number(layer["macs"], "{:.4g}"), text(layer["reason"])]
         for layer in layers
-    ]  # fmt: skip
+    ]
     return Table(columns, rows, "Operations")
 
 

@@ -45,7 +45,7 @@ def _templates() -> Environment:
     environment = Environment(
         loader=PackageLoader("ptq_exp.reports.html"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     style, script = (environment.loader.get_source(environment, name)[0] for name in ("style.css", "sort.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals |= {

@@ -39,7 +39,7 @@ def pareto_section(table: ResultTable, runs: pd.DataFrame) -> Section | None:
                 f"{title} over bit operations, {model}",
                 f"{title}, {model}: mean over seeds, bars are ± one standard deviation. The line joins what nothing "
                 "else beats in both; the star is full precision.",
-            ))  # fmt: skip
+            ))
     return Section("pareto", "Quality over bit operations", pictures=pictures) if pictures else None
 
 

@@ -35,7 +35,7 @@ def write_run_report(folder: Path) -> Path:
         _summary(results), _images(results, folder), _eps_error(results), _noise(folder),
         activation_section(folder), sensitivity_section(folder), _schedule(results), execution_section(results, folder),
         cost_section(folder), _reproduce(results, folder),
-    ]  # fmt: skip
+    ]
     config = results["config"]
     sampler = config["sampler"]
     return write_page(
@@ -43,14 +43,14 @@ def write_run_report(folder: Path) -> Path:
         subtitle=f"{config['model']['name']}, {config['bits']['name'].upper()}, {sampler['solver']} with "
         f"{sampler['steps']} steps, seed {results['seed']}",
         sections=[section for section in found if section is not None],
-    )  # fmt: skip
+    )
 
 
 def _tiles(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the numbers that people look for first."""
     metrics, cost = results["metrics"], results.get("quantization", {})
     shown = [(SCORES[key].heading, number(metrics[key]).text) for key in ("fid", "fid_increase_units", "psnr")
-             if key in metrics]  # fmt: skip
+             if key in metrics]
     if "eps_error" in metrics:
         shown.append(("eps error", f"{metrics['eps_error']:.2%}"))
     if cost:
@@ -66,15 +66,15 @@ def _summary(results: Mapping[str, Any]) -> Section:
     keys = [key for key in SCORES if any(key in scores for scores in rows.values())]
     spec, unit = results["metric_spec"], results.get("real", {}).get("half_split_fid")
     note = (f"{spec['n_samples']} images, seed {spec['seed']}, extractor {spec['extractor']} ({spec['preprocessing']}),"
-            f" reference {spec['reference']}.")  # fmt: skip
+            f" reference {spec['reference']}.")
     if unit is not None:
         note += (" FID increase over FP32 of the same seeds in units of the FID between two random halves of the real "
-                 f"data ({unit:.4g}).")  # fmt: skip
+                 f"data ({unit:.4g}).")
     table = Table(
         [("", False), *((SCORES[key].heading, True) for key in keys)],
         [[text(name), *(number(scores.get(key)) for key in keys)] for name, scores in rows.items() if scores],
         "Scores", sortable=False, note=note,
-    )  # fmt: skip
+    )
     return Section("summary", "Summary", tables=[table])
 
 
@@ -102,7 +102,7 @@ def _eps_error(results: Mapping[str, Any]) -> Section | None:
     picture = drawn(
         lambda width: figures.eps_error(before, after, share=share, share_of_noise=noise, width=width),
         "Curves of the eps error per step", caption,
-    )  # fmt: skip
+    )
     return Section("eps-error", "Error of the noise estimate per step", pictures=[picture])
 
 
@@ -131,7 +131,7 @@ def _reproduce(results: Mapping[str, Any], folder: Path) -> Section:
         Table([("", False), ("", False)], [[text(key), text(value)] for key, value in results[part].items()], label,
               sortable=False, head=False)
         for part, label in (("environment", "Environment"),) if part in results
-    ]  # fmt: skip
+    ]
     seconds = results.get("seconds", {})
     folded = []
     if seconds:
@@ -142,4 +142,4 @@ def _reproduce(results: Mapping[str, Any], folder: Path) -> Section:
         "reproduce", "How to reproduce it", code=[results.get("command") or run_command(folder)], tables=tables,
         folded_tables=folded,
         folded_code=[("All settings", json.dumps(results["config"], indent=2, ensure_ascii=False))],
-    )  # fmt: skip
+    )

@@ -36,11 +36,11 @@ def write_sweep_report(folder: Path) -> Path:
     subtitle = f"{len(runs)} runs: " + ", ".join(f"{count} {name}" for name, count in status.items())
     table = compared(runs)
     found = [table and pareto_section(table, runs), table and _compared(table), _runs(runs, folder), _failures(runs),
-             _reproduce(runs, folder)]  # fmt: skip
+             _reproduce(runs, folder)]
     return write_page(
         folder, "report.html.j2", title=f"Sweep {folder.resolve().name}", subtitle=subtitle, tiles=[],
         sections=[section for section in found if section is not None],
-    )  # fmt: skip
+    )
 
 
 def compared(runs: pd.DataFrame) -> ResultTable | None:
@@ -70,7 +70,7 @@ def _compared(table: ResultTable) -> Section:
             *(number(row[name], _form(name), row[f"{name}.std"]) for name in values),
         ]
         for row, (_, seeds) in zip(frame.to_dict("records"), table.rows, strict=True)
-    ]  # fmt: skip
+    ]
     note = " ".join(["Mean ± standard deviation over seeds, of finished runs.", *(f"{one}." for one in table.notes)])
     return Section("compared", "Settings compared", tables=[Table(columns, rows, "Settings compared", note=note)])
 
@@ -79,7 +79,7 @@ def _runs(runs: pd.DataFrame, folder: Path) -> Section:
     """Every run, with a link to its report, or to its folder where it has none."""
     values = [name for name in SHOWN if VALUES[name].column in runs and runs[VALUES[name].column].notna().any()]
     columns = [("run", False), ("experiment", False), ("model", False), ("bits", False), ("seed", True),
-               ("status", False), *((VALUES[name].heading, True) for name in values)]  # fmt: skip
+               ("status", False), *((VALUES[name].heading, True) for name in values)]
     rows = []
     for row in runs.to_dict("records"):
         own = row["run"] != "." and (folder / row["run"] / NAME).is_file()
@@ -88,7 +88,7 @@ def _runs(runs: pd.DataFrame, folder: Path) -> Section:
             Cell(row["run"], row["run"], link=link), text(row.get("name")), text(row.get("config.model.name")),
             text(row.get("config.bits.name")), number(row.get("seed"), "{:.0f}"), text(row["status"]),
             *(number(_scaled(row, name), _form(name)) for name in values),
-        ])  # fmt: skip
+        ])
     return Section("runs", "Runs", tables=[Table(columns, rows, "Runs")])
 
 

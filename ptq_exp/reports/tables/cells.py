@@ -110,7 +110,7 @@ def _cell(
     cell = Cell(
         tuple(plain(first[column]) for column in rows), tuple(plain(first[column]) for column in columns),
         first[SPEC], bool(first[FULL_PRECISION]), members=tuple(members), position=int(min(group.index)),
-    )  # fmt: skip
+    )
     for name, value in values.items():
         numbers = group.get(value.column, pd.Series(dtype=float, index=group.index))
         series = pd.to_numeric(numbers, errors="coerce").astype(float) * value.factor
@@ -199,5 +199,5 @@ def _reference(
         other for other in cells
         if other.full_precision and other.spec == cell.spec and shares(settings[0], other.row, cell.row)
         and shares(settings[1], other.column, column)
-    )  # fmt: skip
+    )
     return next(fitting, None)

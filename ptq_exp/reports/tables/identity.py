@@ -13,7 +13,7 @@ from ptq_exp.results.missing import is_missing
 NO_EFFECT = (
     "name", "imports", "cache", "cache_dir", "save_quantized", "analysis", "logger", "trainer",
     "evaluation.batch_size", "evaluation.grid_images", "reconstruction.cache_gb",
-)  # fmt: skip
+)
 """Settings that change no number of a run: how it is called, where and how it is executed and recorded.
 
 Runs that differ in these alone are repetitions of one another in every table, and a sweep may be resumed with others.
@@ -62,7 +62,7 @@ def newest(runs: pd.DataFrame, over: Sequence[str]) -> tuple[pd.DataFrame, list[
     runs = runs.sort_values("modified", kind="stable")
     repeated = runs[list(over)].map(text_of).agg("\n".join, axis=1).duplicated(keep="last") if over else (
         pd.Series([True] * (len(runs) - 1) + [False], index=runs.index)
-    )  # fmt: skip
+    )
     if not repeated.any():
         return runs, []
     keys = " and ".join(column.removeprefix("config.") for column in over) or "nothing else"

@@ -18,7 +18,7 @@ from ptq_exp.reports.tables.request import BY_RUN, Request, RowLabel
 _KEYS = {
     "title": str, "rows": list, "cols": list, "values": list, "agg": list, "where": dict, "delta": bool,
     "command": list, "published": list, "apart": bool, "sort": str, "labels": list, "blocks": list,
-}  # fmt: skip
+}
 _REQUIRED = ("title", "rows", "values", "command")
 
 
@@ -78,7 +78,7 @@ def read_layout(path: str | os.PathLike) -> Layout:
         apart=values.get("apart", False), sort=_sort(path, values.get("sort", "")),
         labels=[_label(path, entry, values["rows"]) for entry in values.get("labels", [])],
         blocks=values.get("blocks", []),
-    )  # fmt: skip
+    )
     if unknown := [key for key in request.blocks if key not in request.rows]:
         raise ConfigError(f"{path}: blocks: {unknown[0]} is no key of the rows; {nearest(unknown[0], request.rows)}")
     return Layout(path.stem, request, tuple(values["command"]))

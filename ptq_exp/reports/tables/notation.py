@@ -31,16 +31,16 @@ class _Notation:
 
 _MARKDOWN = _Notation(
     "—", " ± ", ("∞", "−∞"), "{}", "**{}**", " (n={})", lambda text: text.replace("|", "\\|")
-)  # fmt: skip
+)
 _LATEX_SPECIAL = {character: f"\\{character}" for character in "%_&#${}"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", "—": "--", "−": "$-$", "↓": r"$\downarrow$",
     "↑": r"$\uparrow$", "η": r"$\eta$",
-}  # fmt: skip
+}
 _LATEX = _Notation(
     "--", r" \pm ", (r"\infty", r"-\infty"), "${}$", r"\mathbf{{{}}}", r"\,(n{{=}}{})",
     lambda text: text.translate(str.maketrans(_LATEX_SPECIAL)),
-)  # fmt: skip
+)
 
 
 def to_markdown(
@@ -113,7 +113,7 @@ def to_latex(
         hrules=True, column_format="".join("l" if _is_text(table[column]) else "r" for column in titles),
         multicol_align="c", caption=None if caption is None else _LATEX.text(caption), label=label,
         position_float="centering" if floating else None,
-    )  # fmt: skip
+    )
     lines = text.splitlines()
     first = lines.index(r"\midrule") + 1
     changes = table[list(blocks)].astype(str).ne(table[list(blocks)].astype(str).shift()).any(axis=1)
@@ -153,7 +153,7 @@ def _written(
     """Return the cells of `columns` as texts, mean, deviation and what else belongs to one number in one of them."""
     places = digits if isinstance(digits, Mapping) else dict.fromkeys(columns, digits)
     rows = [[_cell(row, column, places.get(column, 3), notation) for column in columns]
-            for row in table.to_dict("records")]  # fmt: skip
+            for row in table.to_dict("records")]
     return pd.DataFrame(rows, columns=list(columns), dtype=object)
 
 

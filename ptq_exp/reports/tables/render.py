@@ -35,7 +35,7 @@ def render(table: ResultTable, form: str = "markdown", label: str = "results") -
         return to_latex(
             table.frame, table.titles, table.digits, groups=table.groups, caption=caption, label=f"tab:{label}",
             blocks=table.blocks,
-        )  # fmt: skip
+        )
     if form != "markdown":
         raise ConfigError(f"format={form!r} is unknown, expected one of {', '.join(FORMATS)}")
     title = f"**{table.title}**\n\n" if table.title else ""

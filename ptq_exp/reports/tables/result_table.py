@@ -225,7 +225,7 @@ class _Builder:
             fitting = (one.text for one in self.request.labels if one.key == name and one.fits(choices))
             shown = word(value) if place >= len(self.request.rows) and value is not None else label(
                 value, "" if full_precision and is_idle(column) else "—"
-            )  # fmt: skip
+            )
             texts.append(next(fitting, shown))
         return texts
 

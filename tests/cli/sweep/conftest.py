@@ -12,7 +12,7 @@ SMALL = [
     "sampler.steps=2", "evaluation.n_samples=4", "evaluation.batch_size=4", "evaluation.eps_error_samples=2",
     "evaluation.grid_images=2", "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
     "trainer.accelerator=cpu", "save_quantized=false", "metric=minmax",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ SMALL = [
     "sampler.steps=2", "evaluation.n_samples=6", "evaluation.batch_size=2", "evaluation.eps_error_samples=2",
     "evaluation.grid_images=2", "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
     "trainer.accelerator=cpu", "trainer.threads=1", "metric=minmax", "logger=none",
-]  # fmt: skip
+]
 
 
 def test_two_devices_give_the_metrics_of_one(command, tmp_path):

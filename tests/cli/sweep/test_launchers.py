@@ -102,7 +102,7 @@ def test_one_of_several_processes_is_refused(variables, message, monkeypatch):
 ALONE = [
     TORCHRUN | {"WORLD_SIZE": "1"}, SBATCH, {"WORLD_SIZE": "8"}, {"RANK": "3", "LOCAL_RANK": "x", "MASTER_PORT": "y"},
     {"SLURM_NTASKS": "two", "SLURM_JOB_ID": "", "SLURM_PROCID": "abc"}, {"LSB_JOBID": "1", "LSB_DJOB_RANKFILE": "/no"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("variables", ALONE)
@@ -122,7 +122,7 @@ def test_one_process_in_an_allocation_runs_on_one_device(variables, monkeypatch)
     ("launcher", "threads"),
     [({"n_jobs": 2}, 4), ({"n_jobs": 1}, None), ({"n_jobs": -1}, 1), ({"n_jobs": 16}, 1), ({"n_jobs": -7}, 4),
      ({"cpus_per_task": 3}, 3), ({}, None)],
-)  # fmt: skip
+)
 def test_jobs_in_parallel_share_the_cores(launcher, threads, monkeypatch):
     hydra = OmegaConf.create({"mode": config_module.RunMode.MULTIRUN, "launcher": launcher})
     monkeypatch.setattr(config_module, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))

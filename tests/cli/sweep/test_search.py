@@ -17,7 +17,7 @@ def test_a_search_finds_the_front_and_computes_nothing_over_the_budget(sweep, co
         "hydra/sweeper=optuna_bits", "hydra.sweeper.n_trials=4", "hydra.sweeper.sampler.seed=6", "logger=none",
         "+experiment=ndtc_w8a8", f"bits.min_bops_ratio={BUDGET}", "bits.groups.time=w8a8", "bits.groups.mid=w8a8",
         "bits.groups.attention=w8a8", "bits.groups.down=w8a8,w4a4", "bits.groups.up=w8a8,w6a6,w4a4",
-    )  # fmt: skip
+    )
     assert sweep(folder, *overrides) is None
     found = jobs(folder)
     assert len(found) == 4 and {values["status"] for values in found.values()} == {"finished", "infeasible"}
@@ -37,7 +37,7 @@ def test_a_search_finds_the_front_and_computes_nothing_over_the_budget(sweep, co
     front = {
         name for name, (cost, fid) in points.items()
         if not any(c <= cost and f <= fid and (c, f) != (cost, fid) for c, f in points.values())
-    }  # fmt: skip
+    }
     assert set(table.index[table["front"]]) == front and front
     assert Image.open(folder / "pareto.png").width == 1000
     printed = capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_a_sweep_with_a_failing_job_and_its_resume(sweep, command, jobs, monkeyp
     assert "4 jobs: 3 finished, 1 failed" in printed.out and f"sweep.resume={folder}" in printed.out
     (best,) = (line for line in printed.out.splitlines() if "← best FID" in line)
     fid = {bits: [v["metrics"]["fid"] for v in found.values() if v["name"] == f"ndtc_{bits}" and "metrics" in v]
-           for bits in ("w8a8", "w4a8")}  # fmt: skip
+           for bits in ("w8a8", "w4a8")}
     assert min(fid, key=lambda bits: sum(fid[bits]) / len(fid[bits])) in best.split(" | ")[0].lower()
     assert (folder / "report.html").exists() and f"report: {folder / 'report.html'}" in printed.out
 

@@ -25,13 +25,13 @@ class Golden:
         """The state dict of `name` by the fill rule."""
         schedule = np.load(MODELS / "ldm4.schedule.npz")
         return {key: torch.from_numpy(schedule[key] if key in SCHEDULE else _filled(key, shape))
-                for key, shape in self.shapes(name).items()}  # fmt: skip
+                for key, shape in self.shapes(name).items()}
 
     def hollow(self, name: str) -> dict[str, torch.Tensor]:
         """As `state`, but every tensor is one zero seen in the right shape: kilobytes on disk."""
         schedule = np.load(MODELS / "ldm4.schedule.npz")
         return {key: torch.from_numpy(schedule[key]) if key in SCHEDULE else torch.zeros(()).expand(shape)
-                for key, shape in self.shapes(name).items()}  # fmt: skip
+                for key, shape in self.shapes(name).items()}
 
     def file(self, name: str) -> np.lib.npyio.NpzFile:
         return np.load(MODELS / f"{name}.npz")

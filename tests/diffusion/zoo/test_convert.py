@@ -10,11 +10,11 @@ from ptq_exp.errors import CheckpointError
 
 PREFIX = "model.diffusion_model."
 NAMES = {"ddim_cifar10": "iddpm_cifar10", "ddim_imagenet64": "iddpm_imagenet64", "ddpm_cifar10": "ddim_cifar10",
-         "ldm4_imagenet256": "ldm4_imagenet256", "ldm4_lsun_bedrooms256": "ldm4_lsun_bedrooms256"}  # fmt: skip
+         "ldm4_imagenet256": "ldm4_imagenet256", "ldm4_lsun_bedrooms256": "ldm4_lsun_bedrooms256"}
 ONE_KEY = {"ddim_cifar10": "input_blocks.5.0.out_layers.3.weight", "ddim_imagenet64": "middle_block.1.proj_out.bias",
            "ddpm_cifar10": "up.1.block.0.nin_shortcut.bias",
            "ldm4_imagenet256": f"{PREFIX}middle_block.1.transformer_blocks.0.norm2.bias",
-           "ldm4_lsun_bedrooms256": f"{PREFIX}output_blocks.5.2.conv.weight"}  # fmt: skip
+           "ldm4_lsun_bedrooms256": f"{PREFIX}output_blocks.5.2.conv.weight"}
 
 
 def message(name, path, **options):
@@ -97,7 +97,7 @@ def test_ldm8_is_told_apart_from_ldm4(golden, saved):
         ({"x_embedder.proj.weight": (1,)}, "DiT in its original layout"),
         ({"layer.weight": (1,)}, "no known checkpoint (it starts with layer.weight)"),
     ],
-)  # fmt: skip
+)
 def test_families(state, expected):
     assert expected in looks_like({key: torch.zeros(1).expand(shape) for key, shape in state.items()})
 

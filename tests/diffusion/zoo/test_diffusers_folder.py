@@ -29,20 +29,20 @@ def unet(**settings):
         sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         **settings,
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def autoencoder(cls, **settings):
     torch.manual_seed(1)
     blocks = {"block_out_channels": (4, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
-              "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "norm_num_groups": 4}  # fmt: skip
+              "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "norm_num_groups": 4}
     return cls(latent_channels=3, sample_size=16, **blocks, **settings).eval()
 
 
 def transformer():
     torch.manual_seed(2)
     network = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=6,
-                                    num_layers=2, sample_size=8, num_embeds_ada_norm=10)  # fmt: skip
+                                    num_layers=2, sample_size=8, num_embeds_ada_norm=10)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -186,7 +186,7 @@ def test_folders_of_other_kinds(tmp_path, pixel):
     known = "known are UNet2DModel, UNet2DConditionModel, DDPMPipeline"
     assert f"holds a StableDiffusionPipeline; {known}" in message(pixel)
     UNet2DConditionModel(block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",), sample_size=8,
-                         up_block_types=("UpBlock2D",)).save_pretrained(tmp_path / "other")  # fmt: skip
+                         up_block_types=("UpBlock2D",)).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match="set model.conditions to an .npz file that holds encoder_hidden_states"):
         load_model("diffusers", str(tmp_path / "other"))
     (tmp_path / "empty").mkdir()

@@ -48,7 +48,7 @@ def test_every_scheduler_that_loads_is_sampled_as_ddim_of_its_settings(tmp_path,
     assert model.clip_sample == (name.startswith(("DDIM", "DDPM")))
     assert model.sampler.spacing == own.config.get("timestep_spacing", "linspace")
     ddim = DDIMScheduler.from_config(own.config, timestep_spacing="leading", clip_sample=model.clip_sample,
-                                     set_alpha_to_one=name != "PNDMScheduler")  # fmt: skip
+                                     set_alpha_to_one=name != "PNDMScheduler")
     # DDPM has its mean from x and the clipped x0, which is to derive eps again
     expected = walked(ddim, unet(), noise((3, 8, 8)), use_clipped_model_output="DDPM" in name)
     assert_same(states(model, spacing="leading"), expected)
@@ -82,7 +82,7 @@ def test_ddim_pipelines(tmp_path, monkeypatch, spacing, clip):
 def images(monkeypatch, pipeline, root, shape, **call):
     """Images of the pipeline itself, [N, C, H, W] in [0, 1], from our noise."""
     monkeypatch.setattr(importlib.import_module(pipeline.__module__), "randn_tensor",
-                        lambda *_, **__: noise(shape).draw())  # fmt: skip
+                        lambda *_, **__: noise(shape).draw())
     made = pipeline.from_pretrained(root)
     made.set_progress_bar_config(disable=True)
     if pipeline is not DiTPipeline:
@@ -174,7 +174,7 @@ def test_dit_with_and_without_learned_variance(tmp_path, out):
 @pytest.mark.parametrize("settings", [
     {"center_input_sample": True}, {"freq_shift": 1, "flip_sin_to_cos": False},
     {"resnet_time_scale_shift": "scale_shift"}, {"sample_size": [8, 16]},
-])  # fmt: skip
+])
 def test_settings_of_the_network(tmp_path, settings):
     model = load_model("diffusers", str(pixel_folder(tmp_path, **settings)))
     expected = walked(DDIMScheduler(**BETAS), unet(**settings), noise(model.sample_shape))

@@ -49,7 +49,7 @@ def test_images_are_those_of_the_pipeline(tmp_path, monkeypatch, prediction):
     model = load_model("diffusers", str(root))
     found = model.sample(model.denoiser, model.time_grid(10), range(2), 3)
     monkeypatch.setattr(importlib.import_module(DDIMPipeline.__module__), "randn_tensor",
-                        lambda *_, **__: SampleNoise(3, range(2), (3, 8, 8)).draw())  # fmt: skip
+                        lambda *_, **__: SampleNoise(3, range(2), (3, 8, 8)).draw())
     pipeline = DDIMPipeline.from_pretrained(root)
     pipeline.set_progress_bar_config(disable=True)
     expected = torch.from_numpy(pipeline(batch_size=2, num_inference_steps=10, output_type="np").images)
@@ -59,7 +59,7 @@ def test_images_are_those_of_the_pipeline(tmp_path, monkeypatch, prediction):
 @torch.no_grad()
 @pytest.mark.parametrize(("solver", "cls", "spacing"), [
     ("dpm_solver", DPMSolverMultistepScheduler, "leading"), ("euler", EulerDiscreteScheduler, "linspace"),
-])  # fmt: skip
+])
 def test_other_solvers_walk_a_v_prediction_as_their_own_schedulers_do(tmp_path, solver, cls, spacing):
     """`linspace` of Euler has times between those of the schedule."""
     settings = {"prediction_type": "v_prediction", **BETAS}
@@ -128,7 +128,7 @@ def test_labels_of_a_file_choose_classes_and_give_guidance(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "labels", "shape"), [
     ("timestep", np.array([3.0, 7.5]), "[K]"), ("identity", np.random.default_rng(0).random((2, 32)), "[K, channels]"),
-])  # fmt: skip
+])
 def test_classes_that_are_no_labels_come_from_a_file(tmp_path, kind, labels, shape):
     root = str(pixel_folder(tmp_path / "model", class_embed_type=kind))
     with pytest.raises(ConfigError, match="the network takes class_labels, which is not in the folder: set model.cond"):

@@ -122,7 +122,7 @@ def test_what_a_run_puts_before_every_name_is_taken_off(tmp_path, safe, prefixes
 @pytest.mark.parametrize("nest", [
     lambda: {"state_dict": plain(), "epoch": 3}, lambda: {"model": plain(), "optimizer": {"state": {}, "step": 2}},
     lambda: {"ema": prefixed("module.")}, lambda: {"model": plain(), "step": torch.tensor(3)},
-])  # fmt: skip
+])
 def test_a_single_state_dict_inside_a_training_state_is_taken(tmp_path, nest):
     assert_weights(stored(tmp_path, nest()), plain())
 
@@ -185,7 +185,7 @@ def test_wrong_shards(tmp_path):
 @pytest.mark.parametrize("content", [
     "", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"conv_in.weight": 3}}',
     '{"weight_map": {"conv_in.weight": "../unet/x.safetensors"}}',
-])  # fmt: skip
+])
 def test_indices_that_list_no_shards(tmp_path, content):
     root = pixel_folder(tmp_path, save={"max_shard_size": "8KB"})
     index = root / "unet" / f"{STEM}.safetensors.index.json"

@@ -86,7 +86,7 @@ def test_what_a_scheduler_may_not_say(pixel, weights_are_not_read, name, changes
 @pytest.mark.parametrize("name", [
     "LCMScheduler", "TCDScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "IPNDMScheduler",
     "CogVideoXDDIMScheduler", "DDIMInverseScheduler", "RePaintScheduler", "ScoreSdeVeScheduler", "Unheard",
-])  # fmt: skip
+])
 def test_schedulers_that_are_not_known(pixel, name):
     root = edit(pixel, SCHEDULER, _class_name=name)
     edit(root, INDEX, scheduler=["diffusers", name])
@@ -122,7 +122,7 @@ def test_schedulers_that_are_not_known(pixel, name):
         ({"_class_name": ["DDIMScheduler"]}, "known are DDIMScheduler"),
         ({"_class_name": 3}, "known are DDIMScheduler"),
     ],
-)  # fmt: skip
+)
 def test_impossible_settings_of_a_scheduler(pixel, weights_are_not_read, changes, expected):
     root = edit(pixel, SCHEDULER, **changes)
     text = message(root)
@@ -139,7 +139,7 @@ def test_the_class_may_stand_in_the_index_alone(tmp_path):
     ("DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "heun"}, "solver_order=3, solver_type=heun"),
     ("DDPMScheduler", {"variance_type": "fixed_large"}, "variance_type=fixed_large"),
     ("PNDMScheduler", {"skip_prk_steps": True}, "skip_prk_steps=True"),
-])  # fmt: skip
+])
 def test_what_belongs_to_a_solver_is_named_in_the_log(tmp_path, caplog, name, settings, expected):
     root = pixel_folder(tmp_path, getattr(diffusers, name)(**settings))
     load_model("diffusers", str(root))
@@ -173,7 +173,7 @@ def test_what_belongs_to_a_solver_is_named_in_the_log(tmp_path, caplog, name, se
         ({"_class_name": "UNet2DConditionModel"}, "_class_name"),
         ({"_class_name": ["UNet2DModel"]}, "_class_name"),
     ],
-)  # fmt: skip
+)
 def test_impossible_settings_of_a_network(pixel, weights_are_not_read, changes, expected):
     root = edit(pixel, "unet/config.json", **changes)
     text = message(root)
@@ -192,7 +192,7 @@ def test_impossible_settings_of_a_network(pixel, weights_are_not_read, changes, 
         ({"_class_name": "VQModel"}, "model_index.json names AutoencoderKL as vqvae"),
         ({"block_out_channels": [4]}, "no AutoencoderKL can be made"), ({"norm_num_groups": 0}, "AutoencoderKL"),
     ],
-)  # fmt: skip
+)
 def test_impossible_settings_of_an_autoencoder(latent, weights_are_not_read, changes, expected):
     root = edit(latent, "vqvae/config.json", **changes)
     text = message(root)
@@ -235,7 +235,7 @@ def test_a_transformer_of_the_older_class(tmp_path):
         ({"vqvae": ..., "vae": ["diffusers", "AutoencoderKL"]}, "there is no vae/config.json"),
         ({"_class_name": None}, "holds a None"), ({"_class_name": ["x", "LDMPipeline"]}, "known are UNet2DModel"),
     ],
-)  # fmt: skip
+)
 def test_parts_that_the_index_does_not_name(latent, changes, expected):
     assert expected in message(edit(latent, INDEX, **changes))
 

@@ -64,7 +64,7 @@ def test_imagenet64(golden, shrink, saved, portable_sines):
     assert sum(p.numel() for p in model.denoiser.parameters()) == 121_063_942
     unet = model.denoiser.unet
     denoiser_agrees(golden, shrink, model, lambda x, t: unet(x, t).sample, "iddpm_imagenet64",
-                    "iddpm_imagenet64.small")  # fmt: skip
+                    "iddpm_imagenet64.small")
 
 
 def test_ldm4_imagenet256(golden, shrink, saved, monkeypatch, portable_sines):
@@ -94,6 +94,6 @@ def test_ldm4_lsun_bedrooms256(golden, shrink, saved, portable_sines):
     model = load_model("ldm4_lsun_bedrooms256", path, ema=False)
     assert model.digest != averaged
     denoiser_agrees(golden, shrink, model, model.denoiser, "ldm4_lsun_bedrooms256.unet",
-                    "ldm4_lsun_bedrooms256.unet_small")  # fmt: skip
+                    "ldm4_lsun_bedrooms256.unet_small")
     decode = golden.deviation(lambda z, _: model.first_stage.decode(z), "ldm4_imagenet256.decode16")
     assert decode < FLOAT32

@@ -67,7 +67,7 @@ class Page(HTMLParser):
         return [
             value for tag, attributes in self.elements if (tag in tags if tags else tag != "a")
             for name, value in attributes.items() if name in names
-        ]  # fmt: skip
+        ]
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def results(name="ndtc_w8a8", seed=0, fid=1.5, bops=4.0e9, bits="w8a8", model="d
             "coverage_conv_linear": 0.99, "bops_ratio": 16.0, "bops": {"conv_linear": bops},
             "bops_fp32": {"conv_linear": 64e9},
         },
-    } | extra  # fmt: skip
+    } | extra
 
 
 def account() -> dict:
@@ -104,10 +104,10 @@ def account() -> dict:
          "activation_bits": [4, 8], "weight_bytes": 10.0, "reason": ""},
         {"name": "a.qk", "type": "Attention.qk", "scope": "attention", "params": 0, "macs": 50, "weight_bits": None,
          "activation_bits": 8, "weight_bytes": 0.0, "reason": "no quantizer on k"},
-    ]  # fmt: skip
+    ]
     totals = {"params": 10, "weight_bytes": 10.0, "fp32_bytes": 40, "size_reduction": 4.0}
     pairs = {"macs": (100, 150), "coverage": (1.0, 0.667), "bops": (4800, 17600), "bops_fp32": (102400, 153600),
-             "bops_reduction": (21.3, 8.7)}  # fmt: skip
+             "bops_reduction": (21.3, 8.7)}
     for key, pair in pairs.items():
         totals[key] = dict(zip(("conv_linear", "everything"), pair, strict=True))
     return {"totals": totals, "layers": layers, "shares": [0.5, 0.5]}
@@ -143,4 +143,4 @@ def analysis_arrays() -> dict[str, np.ndarray]:
         "activations": np.stack([[base, base], [base, 10 * base], [base * 0 + 7, base * 0 + 7]]),
         "layers": np.array(["a", "b"]), "sensitivity_steps": np.array([0, 2]),
         "sensitivity": np.array([[0.01, 0.02], [0.03, 0.01]]),
-    }  # fmt: skip
+    }

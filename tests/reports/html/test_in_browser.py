@@ -76,7 +76,7 @@ def opened(path, tmp_path, width, dark=False):
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
     found, errors = chromium(frame, tmp_path, "--dump-dom", "--window-size=1700,1000",
-                             f"--blink-settings=preferredColorScheme={0 if dark else 1}")  # fmt: skip
+                             f"--blink-settings=preferredColorScheme={0 if dark else 1}")
     (values,) = re.findall(r'<pre id="found">(.*?)</pre>', found, re.DOTALL)
     values = values.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
     return json.loads(values), errors
@@ -87,7 +87,7 @@ def chromium(path, tmp_path, *arguments):
     command = [
         BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr",
         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", *arguments, path.as_uri(),
-    ]  # fmt: skip
+    ]
     run = subprocess.run(command, capture_output=True, timeout=120)
     assert run.returncode == 0, run.stderr.decode(errors="replace")[-2000:]
     console = [line for line in run.stderr.decode(errors="replace").splitlines() if "CONSOLE" in line]

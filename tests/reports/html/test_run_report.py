@@ -27,7 +27,7 @@ def test_everything_that_was_measured_has_its_section(make_run, tmp_path, read_p
     (folder / "noise.png").write_bytes((folder / "grid.png").read_bytes())
     page = read_page(write_run_report(folder))
     assert page.sections == ["summary", "images", "eps-error", "noise", "activations", "sensitivity", "bit-schedule",
-                             "cost", "reproduce"]  # fmt: skip
+                             "cost", "reproduce"]
     assert any("33% of the steps at 4 bits, 67% of the steps at 8 bits; mean 6.67 bits" in text for text in page.texts)
 
 
@@ -49,7 +49,7 @@ def test_numbers_are_those_of_the_files(make_run, tmp_path, read_page):
     layers = page.table("layer")
     assert [(row["layer"], row["eps error"], row["at worst"], row["in step"]) for row in layers] == [
         ("b", "2.000%", "3.000%", "0"), ("a", "1.500%", "2.000%", "2")
-    ]  # fmt: skip
+    ]
     bars = [float(a["width"].rstrip("%")) for tag, a in page.elements if tag == "rect"]
     assert bars == [100, 75]
     sites = page.table("activation")
@@ -68,7 +68,7 @@ def test_the_share_of_a_fixed_pattern_is_drawn_beside_the_eps_error(make_run, tm
     shares = {"fixed_pattern_share_per_step": [0.8, 0.4, 0.3], "fixed_pattern_share_independent": 0.25}
     new = make_run(tmp_path / "new", eps_error_samples=16, **shares, metrics={
         "fid": 1.5, "eps_error": 0.02, "eps_error_without_last": 0.015, "fixed_pattern_share": 0.5,
-    })  # fmt: skip
+    })
     page = read_page(write_run_report(new))
     assert curves(page) == ["Curves of the eps error per step"]
     assert any("independent errors of 16 samples: 0.25" in text for text in page.texts)
@@ -95,7 +95,7 @@ def test_the_page_is_self_contained(make_run, tmp_path, read_page):
 def test_hostile_names_are_text(make_run, tmp_path, read_page):
     hostile = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)> $\\frac{"
     folder = make_run(tmp_path, name=hostile, model=hostile, command=hostile, environment={hostile: hostile},
-                      analysis=True)  # fmt: skip
+                      analysis=True)
     page = read_page(write_run_report(folder))
     assert [tag for tag, _ in page.elements].count("script") == 1
     assert all(address.startswith("data:") for address in page.addresses())
@@ -148,13 +148,13 @@ def test_an_engine_has_a_section_with_times_and_layers_by_kernel(make_run, read_
         "ms_per_image": dict(zip(names, (28.0, 37.5, 26.9, 12.5), strict=True)),
         "faster_than": {"torch_fp32": 2.25, "simulation": 3.0, "openvino_f32": 2.15},
         "peak_bytes": {"openvino_f32": 5e8, "openvino_int8": 2e8},
-    }  # fmt: skip
+    }
     layers = [
         {"layer": "conv_in", "kind": "Conv2d", "executed": "float", "kernel": "jit_f32", "macs": 10,
          "reason": "16-bit input"},
         *({"layer": name, "kind": "Conv2d", "executed": "int8", "kernel": "jit_i8", "macs": 495, "reason": ""}
           for name in ("a", "b")),
-    ]  # fmt: skip
+    ]
     folder = make_run(tmp_path / "run", runtime=entry)
     (folder / "runtime.json").write_text(json.dumps({"layers": layers}))
     page = read_page(write_run_report(folder))

@@ -39,7 +39,7 @@ def test_the_sections_of_a_sweep(sweep, read_page):
     assert all(address.startswith("data:") for address in page.addresses())
     pictures = [attributes["alt"] for tag, attributes in page.elements if tag == "img"]
     assert pictures == ["FID increase over FP32 over bit operations, digits",
-                        "relative eps error, % over bit operations, digits"]  # fmt: skip
+                        "relative eps error, % over bit operations, digits"]
     (failure,) = next(rows for rows in page.tables if "error" in rows[0])[1:]
     assert failure == ["5_broken", "done", "no <such> file"]
 
@@ -70,7 +70,7 @@ def test_settings_that_a_name_implies_are_no_columns_and_others_are(make_run, tm
     base = {"model": {"name": "digits"}, "sampler": {"solver": "ddim", "steps": 3}}
     for i, (bits, n) in enumerate([("w8a8", 8), ("w8a8", 16), ("w4a8", 8), ("w4a8", 16)]):
         config = base | {"bits": {"name": bits, "weight": int(bits[1])}, "calibration": {"n_samples": n},
-                         "trainer": {"threads": i}, "seed": 0, "name": "one"}  # fmt: skip
+                         "trainer": {"threads": i}, "seed": 0, "name": "one"}
         make_run(tmp_path / str(i), name="one", config=config, fid=float(i))
     table = compared(collect(tmp_path))
     assert table.keys == ["name", "model", "bits", "calibration.n_samples"]
@@ -115,7 +115,7 @@ def test_the_front_is_what_nothing_else_beats():
             any((cost[j] <= cost[i] and loss[j] <= loss[i]) and (cost[j] < cost[i] or loss[j] < loss[i])
                 for j in range(n))
             for i in range(n)
-        ]  # fmt: skip
+        ]
         assert sorted(found) == [i for i in range(n) if not beaten[i]]
         assert (np.diff(cost[found]) >= 0).all() and (np.diff(loss[found]) <= 0).all()
 
@@ -138,6 +138,6 @@ def test_runs_stand_in_the_order_of_their_jobs(long_sweep, read_page):
 def test_a_setting_looks_the_same_in_all_plots(long_sweep, monkeypatch):
     drawn = []
     monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, **style: drawn.append(
-        (style["label"], style["fmt"], style["color"])))  # fmt: skip
+        (style["label"], style["fmt"], style["color"])))
     write_sweep_report(long_sweep)
     assert len(drawn) >= 2 * 12 and len(set(drawn)) == 12

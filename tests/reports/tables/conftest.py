@@ -15,13 +15,13 @@ def values_of_a_run(bits="w8a8", calibration="ndtc", seed=0, *, metrics=None, co
         "calibration": {"name": calibration, "n_samples": 512}, "metric": {"name": "mse"}, "bits": {"name": bits},
         "quantization": {"name": "full", "shortcut": "joint"}, "reconstruction": {"name": "none"},
         "correction": {"name": "none"},
-    }  # fmt: skip
+    }
     for group, changes in (config or {}).items():
         settings[group] = settings[group] | changes if isinstance(changes, dict) else changes
     values = {
         "name": settings["name"], "status": "finished", "stage": "done", "seed": seed, "config": settings,
         "metrics": {"fid": 1.0} | (metrics or {}), "metric_spec": (SPEC if spec is None else spec) | {"seed": seed},
-    }  # fmt: skip
+    }
     return values | extra
 
 

@@ -44,7 +44,7 @@ def test_blocks_stand_in_the_order_of_model_eta_and_bits_after_full_precision(tm
     assert rows_of(tmp_path, "model", "sampler.eta", "bits") == [
         ("another", "1", "w8a8"), ("digits", "0", "w8a8"), ("digits", "1", "FP32"), ("digits", "1", "w8a8"),
         ("digits", "1", "w4a8"), ("digits", "1", "w3a8"), ("digits", "1", "step_snr"),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_bit_schedule_ends_in_mixed_precision(tmp_path, write):
@@ -54,7 +54,7 @@ def test_a_bit_schedule_ends_in_mixed_precision(tmp_path, write):
     assert rows_of(tmp_path, "bits", "correction") == [
         ("w8a8", "baseline"), ("w8a8", "+ correlation, bias"), ("w8a8", "+ variance"),
         ("step_budget", "baseline"), ("step_budget", "+ correlation, bias"), ("step_budget", "+ mixed precision"),
-    ]  # fmt: skip
+    ]
 
 
 def test_mean_and_deviation_over_seeds(tmp_path, write):

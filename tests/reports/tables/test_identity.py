@@ -21,7 +21,7 @@ SPEC = {"extractor": "e", "n_samples": 4, "reference": "r"}
 WITHOUT_EFFECT = {
     "imports": ["mine"], "cache": "off", "cache_dir": "/tmp/c", "save_quantized": False,
     "analysis": {"active": True}, "logger": {"mode": "none"}, "trainer": {"threads": 3},
-}  # fmt: skip
+}
 
 
 def write(root, run, fid=1.0, seed=0, status="finished", name="ndtc_w8a8", spec=SPEC, age=0, **settings):
@@ -29,11 +29,11 @@ def write(root, run, fid=1.0, seed=0, status="finished", name="ndtc_w8a8", spec=
         "name": name, "seed": seed, "imports": [], "save_quantized": True, "model": {"name": "digits"},
         "sampler": {"name": "ddim", "steps": 4, "eta": 0.0}, "bits": {"name": "w8a8"}, "metric": {"name": "mse"},
         "correction": {"name": "none"},
-    }  # fmt: skip
+    }
     for key, value in settings.items():
         config[key] = config.get(key, {}) | value if isinstance(value, dict) else value
     values = {"name": name, "status": status, "seed": seed, "config": config, "metrics": {"fid": fid},
-              "metric_spec": spec | {"seed": seed}}  # fmt: skip
+              "metric_spec": spec | {"seed": seed}}
     path = root / run / "results.json"
     write_json(path, values)
     os.utime(path, (1e9 - age, 1e9 - age))
@@ -99,7 +99,7 @@ def test_only_a_whole_setting_is_without_effect_not_a_word_in_it(key):
         ("model.build.seed", {"model": {"build": {"seed": 1}}}), ("bits.candidates", {"bits": {"candidates": [4, 8]}}),
         ("quantized", {"quantized": "runs/a"}), ("quantization.smooth", {"quantization": {"smooth": True}}),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
 def test_runs_of_one_name_that_differ_have_rows_of_their_own(tmp_path, column, settings, seeds):
     write(tmp_path, "a", fid=1.0, seed=seeds[0], age=5)

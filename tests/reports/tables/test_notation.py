@@ -15,7 +15,7 @@ def table():
     return pd.DataFrame({
         "name": ["ndtc_w8a8", "fp|32"], "fid": [1.5, math.inf], "fid.std": [0.7071, math.nan],
         "coverage": [0.99, math.nan], "coverage.std": [0.0, math.nan], "nothing": [math.nan, math.nan],
-    })  # fmt: skip
+    })
 
 
 TITLES = {"name": "run", "fid": "FID_1", "coverage": "coverage %", "nothing": "?"}
@@ -62,11 +62,11 @@ def test_latex_floats_with_a_caption_and_rules_off_its_blocks():
     lines = text.splitlines()
     assert lines[:4] == [
         r"\begin{table}", r"\centering", r"\caption{50 \% of n\_samples \& more}", r"\label{tab:n_1}",
-    ]  # fmt: skip
+    ]
     assert lines[7:] == [
         r"\midrule", r"a & $8$ & True \\", r"a & $4$ & False \\", r"\midrule", r"b & $4$ & True \\", r"\bottomrule",
         r"\end{tabular}", r"\end{table}",
-    ]  # fmt: skip
+    ]
     with pytest.raises(ConfigError, match="'bit'.*model"):
         to_latex(table, blocks=["bit"])
 
@@ -79,7 +79,7 @@ def test_headings_over_several_columns_have_rules_of_their_own():
     assert lines[2:5] == [
         r" & \multicolumn{2}{c}{w8\_a8} & w4 \\", r"\cmidrule(lr){2-3} \cmidrule(lr){4-4}",
         r"key & X & Y & X \\",
-    ]  # fmt: skip
+    ]
     assert to_markdown(table, titles, groups=groups).startswith("| key   |   w8_a8: X |")
 
 

@@ -36,7 +36,7 @@ def two_by_two(tmp_path, write_run):
     """FID 1 and 3 (NDTC W8A8), 5 and 7 (NDTC W4A8), 2 and 2.5 (uniform W8A8), full precision 0.5 and 1.5."""
     fids = {
         ("w8a8", "ndtc"): (1, 3), ("w4a8", "ndtc"): (5, 7), ("w8a8", "uniform"): (2, 2.5), ("fp32", "none"): (0.5, 1.5),
-    }  # fmt: skip
+    }
     for (bits, calibration), pair in fids.items():
         for seed, fid in enumerate(pair):
             folder = tmp_path / f"{bits}_{calibration}_{seed}"
@@ -135,7 +135,7 @@ def test_unfinished_runs_are_named_and_their_rows_are_shown_as_missing(two_by_tw
     write_run(two_by_two / "large", "w8a8", "ndtc", 6, status="infeasible", error="too many bit operations")
     table = table_of(two_by_two, cols=["bits"])
     expected = ("failed: failed (no images)", "unfinished: killed (fp32)", "unreadable: broken",
-                "infeasible: large (too many bit operations)")  # fmt: skip
+                "infeasible: large (too many bit operations)")
     for note in expected:
         assert note in table.notes
     assert "failed: failed (no images)" not in table_of(two_by_two, where={"bits": ["w8a8"]}).notes
@@ -166,7 +166,7 @@ def test_full_precision_has_the_bit_operations_and_size_that_quantized_runs_repo
     account = {
         "bops": {"conv_linear": 2e9}, "bops_fp32": {"conv_linear": 32e9}, "weight_bytes": 1e6, "fp32_bytes": 4e6,
         "bops_ratio": 16.0,
-    }  # fmt: skip
+    }
     write_run(tmp_path / "fp", "fp32", "none")
     for seed in range(2):
         write_run(tmp_path / f"q{seed}", seed=seed, quantization=account)
@@ -228,7 +228,7 @@ def test_csv_holds_plain_numbers(two_by_two):
     table = table_of(two_by_two, cols=["bits"], delta=True)
     first, *rest = render(table, "csv").splitlines()
     assert first == ("calibration,w8a8/fid,w8a8/fid.std,w8a8/fid.n,w8a8/fid.delta,"
-                     "w4a8/fid,w4a8/fid.std,w4a8/fid.n,w4a8/fid.delta")  # fmt: skip
+                     "w4a8/fid,w4a8/fid.std,w4a8/fid.n,w4a8/fid.delta")
     assert rest[2].split(",")[:2] == ["uniform", "2.25"] and rest[2].endswith(",,,,")
     assert "w4a8/fid" in plain_frame(table_of(two_by_two, cols=["bits"], where={"calibration": ["ndtc", "raw"]}))
     with pytest.raises(ConfigError, match="format='html'"):
@@ -241,7 +241,7 @@ def beside_their_twins(tmp_path, write_run):
     for calibration, extra in (("ndtc", 1.0), ("uniform", 3.0)):
         for seed in (0, 1):
             write_run(tmp_path / f"{calibration}{seed}", calibration=calibration, seed=seed,
-                      metrics={"fid": 1.0 + seed + extra}, fp32={"fid": 1.0 + seed})  # fmt: skip
+                      metrics={"fid": 1.0 + seed + extra}, fp32={"fid": 1.0 + seed})
     return tmp_path
 
 
@@ -263,13 +263,13 @@ def test_runs_of_the_full_precision_model_itself_come_first(beside_their_twins, 
 def test_twins_that_differ_are_no_row_and_stop_nothing(tmp_path, write_run):
     for eta in (0.0, 1.0):
         write_run(tmp_path / f"eta{eta}", calibration=f"c{eta:.0f}", metrics={"fid": 2.0}, fp32={"fid": eta},
-                  config={"sampler": {"eta": eta}})  # fmt: skip
+                  config={"sampler": {"eta": eta}})
     table = table_of(tmp_path)
     assert cells(table) == {"c0": 2.0, "c1": 2.0}
     assert any(note.startswith("no FP32 row: ") and "differ in sampler.eta" in note for note in table.notes)
     assert cells(table_of(tmp_path, rows=["sampler.eta", "calibration"])) == {
         "0|FP32": 0.0, "0|c0": 2.0, "1|FP32": 1.0, "1|c1": 2.0,
-    }  # fmt: skip
+    }
 
 
 def test_numbers_that_older_runs_lack_are_gaps_in_their_rows(tmp_path, write_run):
@@ -282,14 +282,14 @@ def test_numbers_that_older_runs_lack_are_gaps_in_their_rows(tmp_path, write_run
     write_run(tmp_path / "new", "w8a8", "ndtc", metrics=new)
     assert lines(table_of(tmp_path, values=asked))[2:] == [
         "| ndtc | 2.00 | 1.50 | 0.50 |", "| uniform | 2.00 | — | — |"
-    ]  # fmt: skip
+    ]
 
 
 def test_runs_that_differ_have_rows_of_their_own_where_asked_for(two_by_two):
     table = table_of(two_by_two, apart=True)
     assert table.frame[["calibration", "bits"]].to_numpy().tolist() == [
         ["FP32", ""], ["ndtc", "w8a8"], ["ndtc", "w4a8"], ["uniform", "w8a8"]
-    ]  # fmt: skip
+    ]
     assert table.frame["fid"].tolist() == [1.0, 2.0, 6.0, 2.25]
     assert table.rows == [(True, "0, 1")] + 3 * [(False, "0, 1")] and table.keys == ["calibration", "bits"]
 
@@ -312,7 +312,7 @@ def test_rows_in_the_order_of_a_value_or_of_their_runs(tmp_path, write_run):
 
 def test_a_label_stands_for_a_choice_and_orders_it(two_by_two):
     labels = [RowLabel("calibration", {"calibration": "uniform"}, "flat"),
-              RowLabel("calibration", {"calibration": "ndtc", "bits": "w8*"}, "normal, 8 bits")]  # fmt: skip
+              RowLabel("calibration", {"calibration": "ndtc", "bits": "w8*"}, "normal, 8 bits")]
     frame = table_of(two_by_two, rows=["calibration", "bits"], labels=labels).frame
     assert frame["calibration"].tolist() == ["FP32", "flat", "normal, 8 bits", "ndtc"]
 

@@ -66,7 +66,7 @@ def test_a_table_is_written_into_an_offline_run_which_is_no_experiment(tmp_path,
     assert str(tmp_path) in folder and content["columns"] == columns
     assert content["data"] == [
         ["FP32", 0.25, 0.0, 2, None, None], ["ndtc", 2.0, pytest.approx(2**0.5), 2, None, None],
-    ]  # fmt: skip
+    ]
     log = settled(tmp_path / "tables")
     assert read_log(log)["tags"] == [TABLE_TAG] and read_log(log)["config"]["notes"] == table.notes
     with pytest.raises(DataError, match="no results.json"):
@@ -81,12 +81,12 @@ def test_only_numbers_of_the_experiment_become_metrics():
     row = recorded({"name": "n", "seed": 1, "_wandb": {}}, {
         "fid": 2, "_step": 3, "trainer/global_step": 1, "grid": {"_type": "images"}, "note": "text", "psnr": "NaN",
         "quantization": {"bops": {"conv_linear": 5}}, "coverage_conv_linear": 1.0, "fp32/is": 9.0,
-    })  # fmt: skip
+    })
     assert row.pop("metrics.psnr") != row.get("metrics.psnr")
     assert row == {
         "name": "n", "seed": 1, "config.name": "n", "config.seed": 1, "metrics.fid": 2, "fp32.is": 9.0,
         "quantization.bops.conv_linear": 5, "quantization.coverage_conv_linear": 1.0,
-    }  # fmt: skip
+    }
 
 
 class _Server(BaseHTTPRequestHandler):
@@ -147,7 +147,7 @@ def node(name, values, state="finished", created="2026-01-01T00:00:00Z", tags=()
         "jobType": None, "sweepName": None, "commit": None, "readOnly": False, "createdAt": created,
         "heartbeatAt": created, "description": "", "notes": "", "historyLineCount": 1, "historyKeys": None,
         "user": {"name": "me", "username": "me"},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
