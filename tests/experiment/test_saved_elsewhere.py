@@ -141,7 +141,7 @@ def test_another_folder_under_the_recorded_name(made_of, tmp_path, caplog):
     for kind in ("pixel", "latent"):
         run, _ = made_of(kind)
         shutil.copytree(run / "quantized", tmp_path / kind)
-        other = pixel_folder(tmp_path / "other", ddim(), layers_per_block=2)
+        other = str(pixel_folder(tmp_path / "other", ddim(), layers_per_block=2))
         forged(tmp_path / kind, lambda d, other=other: d["settings"]["model"].update(checkpoint=other))
     assert not ptq_exp.load_quantized(tmp_path / "pixel").full_precision
     assert "loaded without its full-precision network" in caplog.text and "this model diffusers has" in caplog.text
