@@ -17,7 +17,7 @@ class Probe(nn.Module):
 
     def __init__(self, largest: int) -> None:
         super().__init__()
-        from ptq_exp.runtime.deployable import IntegerLayer, Row
+        from ptq_exp.runtime.plain_layers import IntegerLayer, Row
 
         self.convolution = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
         levels = torch.full(self.convolution.weight.shape, largest, dtype=torch.int8)

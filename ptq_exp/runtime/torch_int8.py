@@ -12,7 +12,8 @@ from ptq_exp.errors import ConfigError, QuantizationError
 from ptq_exp.quantization import step_of
 from ptq_exp.quantization.cost.account import describe
 from ptq_exp.runtime.base import ExecutedLayer, Execution
-from ptq_exp.runtime.deployable import Deployable, IntegerLayer, Row, deployable
+from ptq_exp.runtime.deployable import Deployable, deployable
+from ptq_exp.runtime.plain_layers import IntegerLayer, Row
 from ptq_exp.runtime.plan import FLOAT, INT8, Plan, check_weights, integer_plan, layers_of
 from ptq_exp.runtime.probe import check_sums
 from ptq_exp.runtime.torch_kernels import IntMMLayer, OneDNNLayer, fits_int_mm, kernel_of

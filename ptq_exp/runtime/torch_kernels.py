@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq_exp.runtime.deployable import IntegerLayer, Multiplication, Row
+from ptq_exp.runtime.plain_layers import IntegerLayer, Multiplication, Row
 from ptq_exp.runtime.plan import BYTE, Grid, IntegerWeight
 
 _ROWS, _MULTIPLE = 32, 8

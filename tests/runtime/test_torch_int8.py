@@ -14,7 +14,7 @@ from torch import nn
 from ptq_exp.errors import ConfigError, QuantizationError
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_, select_row
 from ptq_exp.runtime import runtime_of
-from ptq_exp.runtime.deployable import IntegerLayer
+from ptq_exp.runtime.plain_layers import IntegerLayer
 from ptq_exp.runtime.torch_int8 import integer_network
 from ptq_exp.runtime.torch_kernels import IntMMLayer, OneDNNLayer
 
@@ -194,7 +194,7 @@ def test_groups_of_input_channels_are_refused_by_the_setting_to_change(calibrate
 
 
 PROBE = """
-from ptq_exp.runtime.deployable import Row
+from ptq_exp.runtime.plain_layers import Row
 from ptq_exp.runtime.probe import check_sums, saturation
 from ptq_exp.runtime.torch_kernels import OneDNNLayer
 made = lambda probe: OneDNNLayer(probe.convolution, probe.plan, Row())
