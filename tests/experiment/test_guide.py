@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from ptq_exp.cli import table
 from ptq_exp.cli.bench import settings_of
+from ptq_exp.cli.export import settings as export_settings
 from ptq_exp.cli.search import _parser as search_parser
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import ConfigError
@@ -25,7 +26,7 @@ from ptq_exp.settings.schema import ExperimentConfig
 
 def test_every_command_is_of_a_kind_that_is_checked():
     assert {" ".join(words[:3]) for _, words in ALL} == {"python -m ptq_exp"}
-    assert {tool(words) for _, words in ALL} == {"", "table", "bench", "train_embedded"} and len(RUNS) > 30
+    assert {tool(words) for _, words in ALL} == {"", "table", "bench", "export", "train_embedded"} and len(RUNS) > 30
 
 
 @pytest.mark.parametrize("page, arguments", RUNS, ids=[f"{page}{i}" for i, (page, _) in enumerate(RUNS)])
@@ -63,6 +64,11 @@ def test_runs_for_imagenet_compose_for_cifar(arguments):
 @pytest.mark.parametrize("words", [words for _, words in ALL if tool(words) == "bench"])
 def test_every_bench_has_settings_that_there_are(words):
     assert settings_of(words[4:])["quantized"]
+
+
+@pytest.mark.parametrize("words", [words for _, words in ALL if tool(words) == "export"])
+def test_every_export_has_settings_that_there_are(words):
+    assert {"quantized", "format", "out"} <= export_settings(words[4:]).keys()
 
 
 @pytest.mark.parametrize("words", [words for _, words in ALL if tool(words) == "table"])
