@@ -19,7 +19,8 @@ class Probe(nn.Module):
         super().__init__()
         from ptq_exp.runtime.plain_layers import IntegerLayer, Row
 
-        self.convolution = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False)
+        self.convolution = nn.utils.skip_init(nn.Conv2d, CHANNELS, CHANNELS, 3, padding=1, bias=False)
+        nn.init.zeros_(self.convolution.weight)  # the same in every process: compiled probes are found again
         levels = torch.full(self.convolution.weight.shape, largest, dtype=torch.int8)
         weight = IntegerWeight(levels, torch.ones(CHANNELS), torch.zeros(CHANNELS, dtype=torch.int32))
         grid = Grid(torch.ones(1), torch.zeros(1), torch.full((1,), 255.0))
