@@ -24,6 +24,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -162,7 +163,8 @@ class Batches:
     """Calibration states as ONNX Runtime reads them: one dictionary of arrays after the other, None at the end."""
 
     def __init__(self, states: States) -> None:
-        self.pairs = zip(*(part.float().split(BATCH) for part in states), strict=True)
+        rows = torch.arange(BATCH * -(-len(states[0]) // BATCH)) % len(states[0])  # whole batches
+        self.pairs = zip(*(part[rows].float().split(BATCH) for part in states), strict=True)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         pair = next(self.pairs, None)
@@ -256,6 +258,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="also write the records as JSON")
     args = parser.parse_args()
+    if missing := [name for name in ("nncf", "onnxruntime", "openvino") if find_spec(name) is None]:
+        print(f"{', '.join(missing)} not installed: pip install -e '.[vendors]'")
+        return
     torch.set_num_threads(args.threads)
     records = bench({name: SETTINGS[name] for name in args.only}, args.seeds, args.images, args.states)
     print(table(records).to_markdown())
