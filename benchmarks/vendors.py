@@ -235,8 +235,7 @@ def table(records: list[dict]) -> pd.DataFrame:
     columns = ("eps error %", "worst step %", "PSNR dB", "FID increase", "seconds")
     flat = pd.DataFrame([r | {"PSNR dB": float(np.minimum(r["psnr"], 100).mean())} for r in records])
     grouped = flat.groupby("setting", sort=False)[list(columns)]
-    mean, std = grouped.mean(), grouped.std().fillna(0)
-    return mean.combine(std, lambda a, b: [f"{x:.2f} ± {y:.2f}" for x, y in zip(a, b, strict=True)])
+    return grouped.agg(lambda values: f"{values.mean():.2f} ± {0 if len(values) == 1 else values.std():.2f}")
 
 
 def paired(records: list[dict], name: str, base: str) -> str:
