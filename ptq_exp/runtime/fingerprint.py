@@ -37,7 +37,8 @@ def fingerprint(network: nn.Module) -> str:
 def _add(found: Any, value: Any, seen: dict[int, int]) -> None:
     """Feed a value and all that it holds to the hash `found`; what was `seen` before is named by its number."""
     if isinstance(value, Tensor):
-        values = value.detach().cpu().contiguous()
+        # a copy: a view of one element may have any stride, and counts as contiguous
+        values = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         found.update(f"{values.dtype}{tuple(values.shape)}".encode())
         found.update(memoryview(values.flatten().view(torch.uint8).numpy()) if values.numel() else b"")
         return

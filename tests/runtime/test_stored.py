@@ -161,3 +161,14 @@ def test_openvino_sends_nothing_to_its_makers(monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     traced(nn.Linear(2, 2), [torch.zeros(1, 2)], ())
     assert not sent and "CI" not in os.environ
+
+
+def test_a_fingerprint_is_of_values_whatever_their_strides():
+    def holding(values):
+        module = nn.Identity()
+        module.register_buffer("values", values)
+        return fingerprint(module)
+
+    numbers = torch.arange(6.0)
+    assert holding(numbers[::2][:1]) == holding(torch.zeros(1)) != holding(torch.ones(1))
+    assert holding(numbers.view(2, 3).T) == holding(numbers.view(2, 3).T.contiguous()) != holding(numbers.view(3, 2))
