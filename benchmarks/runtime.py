@@ -150,10 +150,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.networks, args.threads, args.repeats = ["digits"], [1], 1
-    found = [bench(name, args) for name in args.networks]
+    found = []
+    for name in args.networks:
+        found.append(bench(name, args))
+        if args.json is not None:  # after each: the large ones take minutes
+            args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(found)))
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
