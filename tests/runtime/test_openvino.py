@@ -107,19 +107,6 @@ def test_each_shape_is_compiled_once(calibrated):
     assert len(made._models) == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"precision": "f16"}, "runtime.precision=f16: choose one of f32, bf16"),
-        ({"weights": "6bit"}, "runtime.weights=6bit: choose one of as_saved, 7bit"),
-        ({"speed": 2}, "runtime=openvino has no option speed"),
-    ],
-)
-def test_an_unknown_option_is_refused(options, message):
-    with pytest.raises(ConfigError, match=f"^{message}$"):
-        runtime_of("openvino", options)
-
-
 def test_without_openvino_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ConfigError, match=r"not installed: pip install 'ptq-exp\[openvino\]'"):

@@ -53,6 +53,25 @@ def test_an_unknown_runtime_is_refused_with_the_valid_ones(tmp_path):
         ptq_exp.load_quantized(tmp_path / "nowhere", runtime="abacus")
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("openvino", {"precision": "f16"}, "runtime.precision=f16: choose one of f32, bf16"),
+        ("openvino", {"weights": "6bit"}, "runtime.weights=6bit: choose one of as_saved, 7bit"),
+        ("openvino", {"speed": 2}, "runtime=openvino has no option speed"),
+        (
+            "torch", {"precision": "bf16"},
+            "runtime.precision=bf16: runtime=torch computes the rest in f32: leave it out",
+        ),
+        ("torch", {"weights": "6bit"}, "runtime.weights=6bit: choose one of as_saved, 7bit"),
+        ("torch", {"threads": 1}, "runtime=torch has no option threads"),
+    ],
+)
+def test_an_unknown_option_is_refused(name, options, message):
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        runtime_of(name, options)
+
+
 class Doubling:
     """A runtime of somebody else's, which gives twice the estimate."""
 

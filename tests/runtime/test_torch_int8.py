@@ -172,19 +172,6 @@ def test_a_gpu_agrees_with_the_simulation(calibrated):
     assert error(engine(on_gpu).cpu(), wanted) < 0.03
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"precision": "bf16"}, "runtime.precision=bf16: runtime=torch computes the rest in f32: leave it out"),
-        ({"weights": "6bit"}, "runtime.weights=6bit: choose one of as_saved, 7bit"),
-        ({"threads": 1}, "runtime=torch has no option threads"),
-    ],
-)
-def test_an_unknown_option_is_refused(options, message):
-    with pytest.raises(ConfigError, match=f"^{message}$"):
-        runtime_of("torch", options)
-
-
 def test_groups_of_input_channels_are_refused_by_the_setting_to_change(calibrated):
     network, x = calibrated(weight_bits=4, weight_granularity="group", group_size=8)
     with pytest.raises(ConfigError, match=r"^runtime=torch: second has .*or runtime.regrid=true$"):
