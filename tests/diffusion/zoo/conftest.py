@@ -97,7 +97,7 @@ def saved(tmp_path):
         path.unlink(missing_ok=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a test of Ctrl-C in between ends every child of its process
 def _portable_embedding():
     with portable_embedding() as embedding:
         yield embedding
