@@ -143,13 +143,17 @@ class DiffusionModel:
         return None if self.n_classes is None else balanced(self.n_classes, indices, seed, stream)
 
     def run(
-        self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, *,
+        self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, *, stream: int = EVALUATION,
         device: torch.device | str = "cpu", **kwargs,
     ) -> Tensor:
-        """Draw final states [N, *sample_shape] of sample `indices` of `seed`, drawn with `denoiser`; see `sample`."""
-        conditions = on_device(self.draw_conditions(indices, seed), device)
+        """Draw final states [N, *sample_shape] of sample `indices` of `seed`, drawn with `denoiser`; see `sample`.
+
+        Args:
+            stream: of noise and conditions, see `ptq_exp.diffusion.noise`.
+        """
+        conditions = on_device(self.draw_conditions(indices, seed, stream), device)
         return sample(
-            denoiser, grid, SampleNoise(seed, indices, self.sample_shape), conditions=conditions,
+            denoiser, grid, SampleNoise(seed, indices, self.sample_shape, stream), conditions=conditions,
             clip_sample=self.clip_sample, device=device, **kwargs,
         )
 
