@@ -19,6 +19,7 @@ FLOORS = [
         "evaluation": "errors storage",
         "results": "errors storage",
     },
+    {"pipelines": "errors storage diffusion"},
     {
         "runtime": "errors storage quantization",
         "calibration": "errors storage diffusion",
