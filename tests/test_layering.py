@@ -28,17 +28,17 @@ FLOORS = [
     },
     {
         "reconstruction": "errors quantization calibration",
-        "deploy": "errors storage quantization diffusion evaluation calibration correction runtime",
+        "deploy": "errors storage quantization diffusion pipelines evaluation calibration correction runtime",
     },
     {
-        "lightning": "errors storage quantization diffusion evaluation calibration correction reconstruction",
+        "lightning": "errors storage quantization diffusion pipelines evaluation calibration correction reconstruction",
         "embedded": "errors storage diffusion evaluation",
         "settings": "errors storage quantization diffusion results calibration correction deploy runtime",
     },
     {
-        "experiment": "errors storage quantization diffusion evaluation results calibration correction reports "
+        "experiment": "errors storage quantization diffusion pipelines evaluation results calibration correction reports "
         "reconstruction runtime deploy lightning settings",
-        "api": "errors diffusion evaluation deploy",
+        "api": "errors diffusion pipelines evaluation quantization calibration reconstruction deploy",
     },
     {
         "cli": "errors storage diffusion evaluation results reports runtime deploy embedded settings experiment api"

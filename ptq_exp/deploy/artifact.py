@@ -21,7 +21,9 @@ from ptq_exp.storage.atomic import file_digest
 SUBFOLDER = "quantized"
 SCHEDULE_FILE, STATISTICS_FILE = "bit_schedule.json", "noise_statistics.npz"
 SECTIONS = ("seed", "model", "sampler", "calibration", "metric", "bits", "quantization", "reconstruction", "correction")
-OF_MODEL = ("name", "checkpoint", "dtype", "ema", "conditions", "channels_last", "compile")
+OF_MODEL = (
+    "name", "checkpoint", "dtype", "ema", "conditions", "prompts", "call", "component", "channels_last", "compile"
+)
 """The settings that are saved with a model. No others are taken from a file: some name code that a run executes."""
 _EXPECTED = {
     "model.name": str, "model.digest": str, "model.dtype": str, "model.options": dict, "settings.model": dict,

@@ -40,9 +40,12 @@ def paired_estimates(
 
     def record(r: StepRecord) -> None:
         if follow == "fp32":
-            on_pair(r.step, r.eps, [r.call.evaluate(other) for other in quantized])
+            own, others = r.eps, [r.call.evaluate(other) for other in quantized]
         else:
-            on_pair(r.step, r.call.evaluate(denoiser), [r.eps, *(r.call.evaluate(other) for other in quantized[1:])])
+            own = r.call.evaluate(denoiser)
+            others = [r.eps, *(r.call.evaluate(other) for other in quantized[1:])]
+        own, *others = (model.by_image(estimate, len(indices)) for estimate in (own, *others))
+        on_pair(r.step, own, others)
 
     model.run(
         denoiser if follow == "fp32" else quantized[0], grid, indices, seed, stream=stream, device=device,

@@ -17,7 +17,9 @@ from ptq_exp.experiment.ranges import calibrate
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key, cached
 from ptq_exp.experiment.transforms import transform_
-from ptq_exp.lightning import CalibrationModule, collect_calibration_set
+from ptq_exp.errors import ConfigError
+from ptq_exp.lightning import CalibrationModule, RecordingModule, collect_calibration_set, record_calibration_set
+from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization import quantize_
 from ptq_exp.quantization.stored import range_arrays, restore_ranges_
 from ptq_exp.settings.compose import build
@@ -42,12 +44,20 @@ def make_calibration_set(
     def make(folder: Path) -> CalibrationSet:
         distribution = build(config.distribution, "calibration.distribution")
         drawn = positions(distribution, config.n_samples, len(run.grid), run.seed)
+        joined = folder / "joined.npz"
+        if isinstance(run.model, PipelineModel):
+            check_recordable(config)
+            recording = RecordingModule(
+                run.model, run.grid, seed=run.seed, denoiser=None if previous is None else previous.uncorrected
+            )
+            return record_calibration_set(
+                recording, run.trainer("calibration set"), drawn, config.batch_size, folder, joined
+            )
         states = labelled(drawn, run.grid, config.labels)
         module = CalibrationModule(
             run.model, run.grid, config.source, seed=run.seed, images=images,
             denoiser=run.full_precision if previous is None else previous.uncorrected,
         )
-        joined = folder / "joined.npz"
         collect_calibration_set(
             module, run.trainer("calibration set"), states, config.batch_size, folder, joined,
             guided=run.guidance_scale != 1,
@@ -59,6 +69,16 @@ def make_calibration_set(
         load=CalibrationSet.load,
         detail=lambda s: f", {len(s)} states, {int(s.evaluations.sum())} network evaluations",
     )
+
+
+def check_recordable(config: CalibrationConfig) -> None:
+    """Raise ConfigError for states that a pipeline cannot be made to show."""
+    for setting, value, only in (("source", config.source, "denoise"), ("labels", config.labels, "paired")):
+        if value != only:
+            raise ConfigError(
+                f"calibration.{setting}={value}: of a pipeline the calls that it makes are recorded; set "
+                f"calibration.{setting}={only}"
+            )
 
 
 def quantize_model(

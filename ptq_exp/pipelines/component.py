@@ -13,7 +13,8 @@ from ptq_exp.errors import ConfigError
 
 COMPONENTS = ("unet", "transformer", "prior")
 FIRST_LAYERS = (
-    "*conv_in", "*pos_embed.proj", "*patch_embed.proj", "*x_embedder", "*context_embedder", "*caption_projection.linear_1",
+    "*conv_in", "*pos_embed.proj", "*patch_embed.proj", "*x_embedder", "*context_embedder",
+    "*caption_projection.linear_1",
 )
 LAST_LAYERS = ("*conv_out", "*proj_out", "*proj_out_2")
 BLOCKS = ("*resnets.*", "*transformer_blocks.*", "*single_transformer_blocks.*", "*attentions.*")

@@ -71,7 +71,8 @@ class PipelineModel(DiffusionModel):
         self.denoiser = PipelineNetwork(network, layout).eval()
         self._example = _cpu(layout.call(one))
         self.copies, self._answer_shape = len(one[layout.state]), tuple(answer.shape[1:])
-        self.sample_shape = (self._answer_shape[0], self.copies * self._answer_shape[1], *self._answer_shape[2:])
+        channels, height, *rest = self._answer_shape
+        self.sample_shape = (channels, self.copies * height, *rest)
         self.schedule, self.clip_sample, self.first_stage = NoiseSchedule(torch.ones(1)), False, None
         self.n_classes, self.null_label, self.conditions = None, None, None
         self.first_layers, self.last_layers = (top_layers(network, globs) for globs in (FIRST_LAYERS, LAST_LAYERS))
@@ -135,7 +136,7 @@ class PipelineModel(DiffusionModel):
     def example_inputs(self) -> Call:
         """Return a call of one row, as the pipeline made it."""
         device = next(self.denoiser.parameters()).device
-        return self._example._mapped(lambda tensor: tensor[:1]).to(device)
+        return self._example.mapped(lambda tensor: tensor[:1]).to(device)
 
     def check_calls(self, grid: TimeGrid, seed: int, device: torch.device | str = "cpu") -> list[Call]:
         """Return the first call of the network for image 0, as the pipeline makes it."""
@@ -145,6 +146,10 @@ class PipelineModel(DiffusionModel):
     def draw_conditions(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> dict[str, Tensor]:
         """{}: conditions come with the calls."""
         return {}
+
+    def by_image(self, estimates: Tensor, images: int) -> Tensor:
+        """Rows of one image, [k N, C, H, ...], behind each other: [N, C, k H, ...]."""
+        return torch.cat(estimates.chunk(len(estimates) // images), dim=2)
 
     def labels(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> Tensor | None:
         """Class of each image, int64 [N], where the pipeline takes classes; None otherwise."""
@@ -193,14 +198,14 @@ class PipelineModel(DiffusionModel):
 
         Args:
             steps: end after so many of the grid's steps; the images are empty then, [0].
-            on_step: sees the first call at each time, its estimates with the rows of one image behind each other.
+            on_step: sees the first call at each time, with all its rows; see `by_image`.
             noise_in_eps: of the variance correction, which needs our own sampler.
 
         Raises:
             ConfigError: noise of the estimates is given.
         """
         if noise_in_eps.get("eps_noise_std") is not None:
-            raise ConfigError("correction.variance=true: a pipeline's scheduler makes no room for noise; set it to false")
+            raise ConfigError("correction.variance=true: a pipeline's scheduler makes no room for noise; set false")
         if denoiser is self.denoiser and on_step is None and steps is None:
             return self._images(getattr(self.pipeline, self.component), indices, seed, stream, device)
         walk = _Walk(denoiser, grid, len(indices), len(grid) if steps is None else steps, on_step)
@@ -306,7 +311,7 @@ def _own_copy(pipeline: Any) -> Any:
 
 
 def _cpu(call: Call) -> Call:
-    return call._mapped(lambda tensor: tensor.detach().cpu())
+    return call.mapped(lambda tensor: tensor.detach().cpu())
 
 
 def _text(value: Any) -> Any:

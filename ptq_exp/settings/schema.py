@@ -67,6 +67,12 @@ class ModelConfig:
     conditions: str | None = setting(
         None, "File (npz) of what the network receives beside class labels; see docs/own_model.md.", path=True
     )
+    prompts: str | None = setting(
+        None, "Of a pipeline: file of prompts, one in each line, or of its arguments for each image (.json, .jsonl).",
+        path=True,
+    )
+    call: dict[str, Any] | None = setting(None, "Of a pipeline: arguments of its call, the same for all images.")
+    component: str | None = setting(None, "Of a pipeline: what is quantized; null: `unet` or `transformer`.")
     channels_last: bool = setting(False, "Memory layout NHWC: faster convolutions on GPUs in half precision.")
     compile: bool = setting(False, "Run the network through torch.compile.")
     build: dict[str, Any] = setting(dict, "Function that makes the `DiffusionModel`, and its arguments.", path=True)

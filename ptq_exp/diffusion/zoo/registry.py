@@ -24,6 +24,7 @@ MODELS = {
     "ldm4_imagenet256": "ptq_exp.diffusion.zoo:ldm4_imagenet256",
     "ldm4_lsun_bedrooms256": "ptq_exp.diffusion.zoo:ldm4_lsun_bedrooms256",
     "diffusers": "ptq_exp.diffusion.zoo:diffusers_folder",
+    "pipeline": "ptq_exp.pipelines.folder:pipeline_folder",
 }
 """Name -> `module:function`, imported when the model is built. Add your own: (checkpoint, *, name, dtype) -> model."""
 
