@@ -38,8 +38,8 @@ FLOORS = [
     {
         "experiment": "errors storage quantization diffusion pipelines evaluation results calibration correction reports "
         "reconstruction runtime deploy lightning settings",
-        "api": "errors diffusion pipelines evaluation quantization calibration reconstruction deploy",
     },
+    {"api": "errors diffusion pipelines evaluation deploy experiment"},
     {
         "cli": "errors storage diffusion evaluation results reports runtime deploy embedded settings experiment api"
     },

@@ -56,19 +56,25 @@ def top_layers(component: nn.Module, globs: tuple[str, ...]) -> tuple[str, ...]:
     return exact
 
 
+def add_weights(digest: Any, network: nn.Module) -> None:
+    """Add all weights and buffers of a network to a hash."""
+    for key, value in network.state_dict().items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        data = value.detach().cpu().contiguous().view(-1)
+        if data.numel():
+            raw = data.view(torch.uint8) if data.dtype != torch.bool else data.to(torch.uint8)
+            for part in raw.split(_CHUNK):
+                digest.update(part.numpy())
+
+
 def pipeline_digest(pipeline: Any) -> str:
     """Return a SHA-256 of all weights and settings that decide a pipeline's images."""
     digest = hashlib.sha256(type(pipeline).__name__.encode())
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module):
             digest.update(name.encode())
-            for key, value in component.state_dict().items():
-                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-                data = value.detach().cpu().contiguous().view(-1)
-                if data.numel():
-                    raw = data.view(torch.uint8) if data.dtype != torch.bool else data.to(torch.uint8)
-                    for part in raw.split(_CHUNK):
-                        digest.update(part.numpy())
+            add_weights(digest, component)
         elif hasattr(component, "config"):
-            digest.update(json.dumps([name, dict(component.config)], sort_keys=True, default=str).encode())
+            settings = {key: value for key, value in component.config.items() if not key.startswith("_")}
+            digest.update(json.dumps([name, settings], sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -25,7 +25,7 @@ class CallLayout:
     Nested arguments have names with dots: `added_cond_kwargs.text_embeds`, `down_block_additional_residuals.0`.
 
     Attributes:
-        state, time: names of the arguments that hold them.
+        state, time: names of the arguments that hold them; None = the network has no time.
         time_dtype: type of the time that the component expects; None = a number of Python.
         conditions: {name: type} of the tensors with a row for each row of the state.
         constants: {name: value} of all else, the same in every call.
@@ -34,7 +34,7 @@ class CallLayout:
     """
 
     state: str
-    time: str
+    time: str | None
     time_dtype: torch.dtype | None
     conditions: Mapping[str, torch.dtype]
     constants: Mapping[str, Any]
@@ -50,24 +50,45 @@ class CallLayout:
             ConfigError: there is no state or no time among the arguments, or the state has no row per image.
         """
         state, time = _named(one, STATES, "state"), _named(one, TIMES, "time")
-        flat, other = flattened(one), flattened(two)
         rows, more = len(one[state]), len(two[state])
         if more != 2 * rows:
             raise ConfigError(
                 f"the pipeline calls its network with {rows} rows for one image and {more} for two: only pipelines "
                 "that evaluate all images of a call together can be quantized"
             )
-        conditions, constants = {}, {}
-        for name, value in flat.items():
-            if name in (state, time):
-                continue
-            if _has_rows(value, rows) and _has_rows(other.get(name), more):
-                conditions[name] = value.dtype
-            else:
-                constants[name] = value
+        other = flattened(two)
+
+        def has_rows(name: str, value: Any) -> bool:
+            return _has_rows(value, rows) and _has_rows(other.get(name), more)
+
+        return cls._of(one, state, time, has_rows)
+
+    @classmethod
+    def of_call(cls, arguments: Mapping[str, Any]) -> CallLayout:
+        """Find the layout of one call: every tensor as long as the state has its rows.
+
+        Raises:
+            ConfigError: there is no state among the arguments.
+        """
+        state = _named(arguments, STATES, "state", or_tensor=True)
+        time = next((name for name in TIMES if name in arguments), None)
+        rows = len(arguments[state])
+        return cls._of(arguments, state, time, lambda _, value: _has_rows(value, rows))
+
+    @classmethod
+    def _of(
+        cls, arguments: Mapping[str, Any], state: str, time: str | None, has_rows: Callable[[str, Any], bool]
+    ) -> CallLayout:
+        flat = flattened(arguments)
+        rest = {name: value for name, value in flat.items() if name not in (state, time)}
+        conditions = {name: value.dtype for name, value in rest.items() if has_rows(name, value)}
+        constants = {name: value for name, value in rest.items() if name not in conditions}
+        if "return_dict" in constants:
+            constants["return_dict"] = False
+        at = None if time is None else arguments[time]
         return cls(
-            state, time, one[time].dtype if isinstance(one[time], Tensor) else None, conditions, constants,
-            _containers(one), one[state].dtype, frozenset(flat),
+            state, time, at.dtype if isinstance(at, Tensor) else None, conditions, constants, _containers(arguments),
+            arguments[state].dtype, frozenset(flat),
         )
 
     def call(self, arguments: Mapping[str, Any]) -> Call:
@@ -76,7 +97,7 @@ class CallLayout:
         Raises:
             ConfigError: an argument that never was there before, or one that is no tensor of rows and has changed.
         """
-        flat = flattened(arguments)
+        flat = {name: value for name, value in flattened(arguments).items() if name != "return_dict"}
         for name, value in flat.items():
             if name not in self.known or (name in self.constants and not _same(value, self.constants[name])):
                 raise ConfigError(
@@ -84,13 +105,15 @@ class CallLayout:
                     "must be a tensor with a row for each row of the state"
                 )
         x = arguments[self.state]
-        t = torch.as_tensor(arguments[self.time], device=x.device).float().reshape(-1).expand(len(x))
+        time = 0.0 if self.time is None else arguments[self.time]
+        t = torch.as_tensor(time, device=x.device).float().reshape(-1).expand(len(x))
         return Call(x, t, {name: flat[name] for name in self.conditions})
 
     def arguments(self, x: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the keyword arguments of the component for a call, in the types that it expects."""
-        time = t if self.time_dtype is None else t.to(self.time_dtype)
-        flat = {self.state: x.to(self.state_dtype), self.time: time}
+        flat: dict[str, Any] = {self.state: x.to(self.state_dtype)}
+        if self.time is not None:
+            flat[self.time] = t if self.time_dtype is None else t.to(self.time_dtype)
         flat |= {name: _on(value, x.device) for name, value in self.constants.items()}
         flat |= {name: conditions[name].to(dtype) for name, dtype in self.conditions.items()}
         return _nested(flat, self.nested)
@@ -145,8 +168,10 @@ def _nested(flat: Mapping[str, Any], containers: Mapping[str, type]) -> dict[str
     return nested
 
 
-def _named(arguments: Mapping[str, Any], names: tuple[str, ...], what: str) -> str:
-    for name in names:
+def _named(arguments: Mapping[str, Any], names: tuple[str, ...], what: str, *, or_tensor: bool = False) -> str:
+    """Return the argument that has one of the `names`, or is the first floating tensor with rows."""
+    tensors = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    for name in [*names, *(tensors if or_tensor else ())]:
         if name in arguments:
             return name
     raise ConfigError(

@@ -47,6 +47,7 @@ class PipelineModel(DiffusionModel):
         steps: `num_inference_steps`; None = 20.
         component: to be quantized; None = see `find_component`.
         call: further arguments of the pipeline's call, the same for all images.
+        guidance_scale, eta: arguments of the call, too; None = the pipeline's defaults.
         name: what tables call it.
 
     Raises:
@@ -56,12 +57,12 @@ class PipelineModel(DiffusionModel):
 
     def __init__(
         self, pipeline: Any, prompts: Sequence[str | Request] | str | None = None, *, steps: int | None = None,
-        component: str | None = None, call: Mapping[str, Any] | None = None, name: str = "pipeline",
-        structure: Mapping[str, Mapping] | None = None,
+        component: str | None = None, call: Mapping[str, Any] | None = None, guidance_scale: float | None = None,
+        eta: float | None = None, name: str = "pipeline",
     ) -> None:
-        self.name, self.component, self.structure = name, find_component(pipeline, component), structure
-        self.call, self.requests = opened(call or {}), requests_of(prompts)
-        self.pipeline = _own_copy(pipeline)
+        self.name, self.component, self.structure = name, find_component(pipeline, component), None
+        self.requests, self.pipeline = requests_of(prompts), _own_copy(pipeline)
+        self.call = opened(call or {}) | self._sampler_settings(guidance_scale, eta)
         self._check_arguments()
         self.steps = STEPS if steps is None else steps
         network = getattr(self.pipeline, self.component)
@@ -77,7 +78,9 @@ class PipelineModel(DiffusionModel):
         self.n_classes, self.null_label, self.conditions = None, None, None
         self.first_layers, self.last_layers = (top_layers(network, globs) for globs in (FIRST_LAYERS, LAST_LAYERS))
         self.blocks = BLOCKS
-        self.sampler = SamplerDefaults(self.steps, "the pipeline's", self._default("eta", 0.0), self._guidance_scale)
+        self.sampler = SamplerDefaults(
+            self.steps, "the pipeline's", self.call.get("eta", self._default("eta", 0.0)), self._guidance_scale
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -104,8 +107,7 @@ class PipelineModel(DiffusionModel):
         ):
             if value is not None and value != own:
                 raise ConfigError(
-                    f"sampler.{setting}={value}: a pipeline is driven by its own scheduler; set what its call takes by "
-                    "model.call, its steps by sampler.steps where the pipeline is opened"
+                    f"sampler.{setting}={value}: a pipeline is driven by its own scheduler, with {own}; leave it out"
                 )
         times = self._times
         ones = torch.ones(len(times), dtype=torch.float64)
@@ -235,12 +237,10 @@ class PipelineModel(DiffusionModel):
         """Images float64 [N, C, H, W] in [-1, 1] of sample `indices` of `seed`, at the levels of uint8; see `run`."""
         return self.run(denoiser, grid, indices, seed, **kwargs)
 
-    def pipeline_with(self, denoiser: nn.Module) -> Any:
-        """Return a pipeline that is used as the model's own, with `denoiser` in its component's place."""
+    def pipeline_with(self, component: nn.Module) -> Any:
+        """Return a pipeline that is used as the model's own, with another `component`, see `answering`."""
         pipeline = _own_copy(self.pipeline)
-        network = self.denoiser
-        call = network.layout.call
-        setattr(pipeline, self.component, component_calling(network.component, call, lambda c: c.evaluate(denoiser)))
+        setattr(pipeline, self.component, component)
         return pipeline
 
     @property
@@ -258,6 +258,17 @@ class PipelineModel(DiffusionModel):
         if "class_labels" not in self._parameters:
             return None
         return getattr(getattr(self.pipeline, self.component).config, "num_embeds_ada_norm", None)
+
+    def _sampler_settings(self, guidance_scale: float | None, eta: float | None) -> dict[str, float]:
+        """Return the arguments for settings of the sampler; ConfigError for one that the pipeline does not take."""
+        given = {"guidance_scale": guidance_scale, "eta": eta or None}
+        found = {name: value for name, value in given.items() if value is not None}
+        for name, value in found.items():
+            if name not in self._parameters:
+                raise ConfigError(
+                    f"sampler.{name}={value}: {type(self.pipeline).__name__} takes no {name}; leave it out"
+                )
+        return found
 
     def _default(self, name: str, otherwise: Any) -> Any:
         parameter = self._parameters.get(name)
