@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from ptq_exp.api import sample
+from ptq_exp.deploy.draw import draw
 from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
 from ptq_exp.embedded import DigitsExtractor
 from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, digits
@@ -110,7 +110,9 @@ def measured(
 
 def sample_quality(model: DiffusionModel, n: int, seed: int = 0) -> dict:
     """Measure the Inception score of `n` samples, and how often the embedded classifier sees the class asked for."""
-    probabilities = extract_features(DigitsExtractor(), sample(model, n, seed, batch_size=min(n, 100))).probabilities
+    guided, how = model.guided(model.denoiser, model.sampler.guidance_scale), {"device": "cpu", "progress": False}
+    images = draw(model, guided, model.time_grid(), n, seed, batch_size=min(n, 100), **how)
+    probabilities = extract_features(DigitsExtractor(), images).probabilities
     agreement = (probabilities.argmax(1) == model.labels(range(n), seed).numpy()).mean()
     return {
         "samples": n,
