@@ -58,6 +58,5 @@ def top_layers(component: nn.Module, globs: tuple[str, ...]) -> tuple[str, ...]:
 
     Names are those inside a `PipelineNetwork`.
     """
-    own = {name for name, _ in component.named_children()}
-    exact = tuple(f"component.{glob.lstrip('*')}" for glob in globs if glob.lstrip("*").split(".")[0] in own)
-    return exact
+    own = {name for name, _ in component.named_modules()}
+    return tuple(f"component.{glob.lstrip('*')}" for glob in globs if glob.lstrip("*") in own)
