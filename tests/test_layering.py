@@ -36,10 +36,10 @@ FLOORS = [
         "settings": "errors storage quantization diffusion results calibration correction deploy runtime",
     },
     {
-        "experiment": "errors storage quantization diffusion pipelines evaluation results calibration correction reports "
-        "reconstruction runtime deploy lightning settings",
-        "api": "errors diffusion pipelines evaluation quantization calibration reconstruction deploy",
+        "experiment": "errors storage quantization diffusion pipelines evaluation results calibration correction "
+        "reports reconstruction runtime deploy lightning settings",
     },
+    {"api": "errors diffusion pipelines evaluation deploy experiment"},
     {
         "cli": "errors storage diffusion evaluation results reports runtime deploy embedded settings experiment api"
     },

@@ -97,7 +97,8 @@ class CalibrationSet:
         arrays = npz_arrays(path)
         if "x" not in arrays:
             raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}")
-        require_arrays(path, arrays, {"x": ("f", max(3, arrays["x"].ndim)), "step": ("iu", 1), "t": ("f", 1), "evaluations": ("iu", 1)})
+        axes = max(3, arrays["x"].ndim)
+        require_arrays(path, arrays, {"x": ("f", axes), "step": ("iu", 1), "t": ("f", 1), "evaluations": ("iu", 1)})
         if any(key not in _OWN and not key.startswith((_CONDITION, _WITHOUT)) for key in arrays):
             raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}")
         try:

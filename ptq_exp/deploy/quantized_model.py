@@ -17,6 +17,7 @@ from ptq_exp.deploy.artifact import SCHEDULE_FILE, STATISTICS_FILE, grid_entry
 from ptq_exp.deploy.draw import draw
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.errors import ConfigError
+from ptq_exp.pipelines import PipelineModel, PipelineNetwork, answering
 from ptq_exp.quantization import Applied, Report, Rule
 from ptq_exp.quantization.save import save_quantized
 from ptq_exp.runtime import Runtime, runtime_of
@@ -106,6 +107,28 @@ class QuantizedModel:
     def on(self, runtime_name: str, runtime_options: Mapping[str, Any] | None = None) -> QuantizedModel:
         """Make the same model, executed by another runtime."""
         return replace(self, runtime_name=runtime_name, runtime_options=runtime_options or {})
+
+    @cached_property
+    def component(self) -> nn.Module:
+        """The quantized network as it was called before it was one of state, time and conditions.
+
+        Raises:
+            ConfigError: the model never was a pipeline, or a network with recorded calls.
+        """
+        if not isinstance(self.network, PipelineNetwork):
+            raise ConfigError(f"{self.model.name} is no pipeline: its quantized network is quantized.network")
+        return answering(self.network, self.denoiser, fixed=self.runtime_name != "simulate")
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """A pipeline that is used as the original one, its network quantized.
+
+        Raises:
+            ConfigError: the model never was a pipeline.
+        """
+        if not isinstance(self.model, PipelineModel):
+            raise ConfigError(f"{self.model.name} is no pipeline of diffusers: draw by quantized.sample(n, seed)")
+        return self.model.pipeline_with(self.component)
 
     def _guided(self, rows: Tensor | None) -> nn.Module:
         network = self.executed_network

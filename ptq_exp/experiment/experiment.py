@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,22 @@ from ptq_exp.diffusion import check_network
 from ptq_exp.evaluation.images import mean_psnr
 from ptq_exp.experiment.analyse import analyse
 from ptq_exp.experiment.budget import check_budget, check_feasible
-from ptq_exp.experiment.correction import check_statistics, fit_correction
+from ptq_exp.experiment.correction import check_statistics
 from ptq_exp.experiment.execution import executed_by, measure_execution
 from ptq_exp.experiment.features import reference_features
 from ptq_exp.experiment.images import full_precision_images, quantized_images
 from ptq_exp.experiment.inputs import checked_images
 from ptq_exp.experiment.keys import Keys, joined
+from ptq_exp.experiment.making import make_quantized
 from ptq_exp.experiment.noise import eps_error
 from ptq_exp.experiment.noise_record import eps_errors, noise_record
 from ptq_exp.experiment.outcome import Outcome, look_at, quantization_entry, say, tracked_run
 from ptq_exp.experiment.plan import Plan
-from ptq_exp.experiment.ranges import prove
-from ptq_exp.experiment.reconstruct import reconstruct
 from ptq_exp.experiment.run import Run, open_saved
-from ptq_exp.experiment.saved import load_saved, recipe
-from ptq_exp.experiment.schedule import schedule_bits, schedule_record, title_of
+from ptq_exp.experiment.saved import load_saved
+from ptq_exp.experiment.schedule import schedule_record, title_of
 from ptq_exp.experiment.scores import Scorer
 from ptq_exp.experiment.stage import Record, Stages
-from ptq_exp.experiment.stages import make_calibration_set, quantize_model
 from ptq_exp.experiment.writer import SAMPLES, RunWriter
 from ptq_exp.results.environment import environment, run_command
 from ptq_exp.results.record import Results
@@ -80,7 +78,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         fp_scores = stage("fp32_scores", scorer.full_precision, fp_images, keys.images())
         results.update("fp32", fp32=fp_scores, real=scorer.real_data, metric_spec=scorer.metric_spec())
         if plan is not None:
-            quantized = _made(run, plan, config, keys, stage, images)
+            quantized = make_quantized(run, plan, config, keys, stage, images)
         elif quantized is not None:
             quantized = executed_by(quantized, config.runtime, run)
             writer.write("load_quantized", schedule_record(quantized, config.bits.name))
@@ -109,26 +107,6 @@ def _checked(run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, writer:
         writer.write("budget", budget)
     check_budget(config.bits.min_bops_ratio, report)
     return images
-
-
-def _made(
-    run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, stage: Stages, images: Any
-) -> QuantizedModel:
-    """Make the quantized model: calibration set, ranges, roundings, bit schedule, correction."""
-    calibration, evaluations, previous, states = config.calibration, 0, None, None
-    for n in range(1, calibration.rounds + 1):
-        suffix, which = ("", "") if n == 1 else (f"_{n}", f" of the quantized model, round {n}")
-        states = stage(f"calibration_set{suffix}", make_calibration_set, run, calibration, keys.calibration(n), images,
-                       previous, which)
-        quantized = stage(f"quantize{suffix}", quantize_model, run, plan, keys, states, n)
-        previous = quantized
-        evaluations += int(states.evaluations.sum())
-    key = keys.quantization()
-    model = stage("reconstruct", reconstruct, run, plan, config.reconstruction, key, quantized, states)
-    model = stage("proof", prove, run, model, states)
-    model = stage("bit_schedule", schedule_bits, run, plan, config.correction, key, model)
-    model = stage("noise_statistics", fit_correction, run, plan, config.correction, keys, model)
-    return executed_by(replace(model, recipe=recipe(config, run.model, evaluations)), config.runtime, run)
 
 
 def _evaluated(

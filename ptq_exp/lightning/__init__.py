@@ -7,10 +7,10 @@ from ptq_exp.lightning.analysis import (
     record_activations,
 )
 from ptq_exp.lightning.calibration import CalibrationModule, collect_calibration_set
-from ptq_exp.lightning.recording import RecordingModule, record_calibration_set
 from ptq_exp.lightning.evaluation import EvaluationModule, draw_images
 from ptq_exp.lightning.noise import NoiseModule, PropagationModule, measure
 from ptq_exp.lightning.reconstruction import reconstruct_network
+from ptq_exp.lightning.recording import RecordingModule, record_calibration_set
 from ptq_exp.lightning.trainer import make_trainer
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from ptq_exp.storage.pieces import Parts
 
 
 class RecordingModule(pl.LightningModule):
-    """`predict` on (index [B], step [B]) -> the calls of a pipeline's network in that step, its k rows of each image.
+    """`predict` on (index [B], steps [B, m]) -> the calls of a pipeline's network in m steps of each image.
 
-    {"x": [B, k, ...], "t": [B, k], "evaluations": [B], "condition.NAME": [B, k, ...]}, all as float32 where they are
-    numbers of fewer bits. `denoiser` makes the trajectories.
+    {"x": [B, m k, ...], "t": [B, m k], "evaluations": [B], "condition.NAME": [B, m k, ...]}, step by step the k rows
+    that the pipeline evaluates for the image, as float32 where they are numbers of fewer bits. `denoiser` makes the
+    trajectories.
     """
 
     def __init__(self, model: PipelineModel, grid: TimeGrid, *, seed: int, denoiser: nn.Module | None = None) -> None:
@@ -38,29 +40,34 @@ class RecordingModule(pl.LightningModule):
 
     def predict_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, np.ndarray]:
         index, steps = (part.cpu() for part in batch)
-        found: dict[int, Call] = {}
+        found: dict[tuple[int, int], Call] = {}
 
         def record(r: StepRecord) -> None:
-            for row in (steps == r.step).nonzero().flatten().tolist():
-                found[row] = r.call.mapped(lambda rows, row=row: _plain(rows[row :: len(steps)]))
+            for image, place in (steps == r.step).nonzero().tolist():
+                found[image, place] = r.call.mapped(lambda rows, image=image: _plain(rows[image :: len(steps)]))
 
         with torch.no_grad():
             self.model.run(
                 self.denoiser, self.grid, index.tolist(), self.sample_seed, stream=CALIBRATION, device=self.device,
                 steps=int(steps.max()) + 1, on_step=record,
             )
-        calls = [found[row] for row in range(len(steps))]
-        conditions = {name: torch.stack([call.conditions[name] for call in calls]) for name in calls[0].conditions}
-        evaluations = np.full(len(steps), (int(steps.max()) + 1) * len(calls[0].x))
-        own = {"x": [call.x for call in calls], "t": [call.t for call in calls]}
-        arrays = {name: torch.stack(values).numpy() for name, values in own.items()}
+        calls = [[found[image, place] for place in range(steps.shape[1])] for image in range(len(steps))]
+
+        def stacked(of: Callable[[Call], Tensor]) -> Tensor:
+            return torch.stack([torch.cat([of(call) for call in steps_of_one]) for steps_of_one in calls])
+
+        conditions = {
+            name: stacked(lambda call, name=name: call.conditions[name]) for name in calls[0][0].conditions
+        }
+        evaluations = np.full(len(steps), (int(steps.max()) + 1) * len(calls[0][0].x))
+        arrays = {"x": stacked(lambda call: call.x).numpy(), "t": stacked(lambda call: call.t).numpy()}
         return arrays | {"evaluations": evaluations} | condition_arrays(conditions)
 
 
 def record_calibration_set(
     module: RecordingModule, trainer: pl.Trainer, steps: Tensor, batch_size: int, folder: Path, path: Path
 ) -> CalibrationSet:
-    """Record the calibration set of images 0..N-1, image i in the step `steps[i]`, by way of `path`.
+    """Record the calibration set of images 0..N-1, image i in the steps `steps[i]` ([N, m]), by way of `path`.
 
     Batches already in `folder` are not drawn again. Rows of one image stand behind each other in the set.
     """
@@ -79,7 +86,7 @@ def record_calibration_set(
     conditions = {name: rows[array] for name, array in zip(
         module.model.denoiser.layout.conditions, module.names[3:], strict=True
     )}
-    step = steps.repeat_interleave(copies).numpy()
+    step = steps.repeat_interleave(copies // steps.shape[1], 1).flatten().numpy()
     return CalibrationSet(rows["x"], step, rows["t"], evaluations.reshape(-1), conditions)
 
 

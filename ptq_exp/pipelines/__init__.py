@@ -2,6 +2,7 @@
 
 from ptq_exp.pipelines.layout import CallLayout
 from ptq_exp.pipelines.model import PipelineModel
-from ptq_exp.pipelines.network import PipelineNetwork
+from ptq_exp.pipelines.network import PipelineNetwork, answering
+from ptq_exp.pipelines.recorded import RecordedModel
 
-__all__ = ["CallLayout", "PipelineModel", "PipelineNetwork"]
+__all__ = ["CallLayout", "PipelineModel", "PipelineNetwork", "RecordedModel", "answering"]

@@ -85,6 +85,19 @@ def number(pipeline: Any, call: Mapping[str, Any], name: str, otherwise: float) 
     return float(value) if isinstance(value, (int, float)) else otherwise
 
 
+def sampler_arguments(pipeline: Any, **settings: float | None) -> dict[str, float]:
+    """Return the arguments of the call for settings of the sampler by name, those that are not None.
+
+    Raises:
+        ConfigError: one that the pipeline does not take.
+    """
+    found = {name: value for name, value in settings.items() if value is not None}
+    for name, value in found.items():
+        if name not in parameters_of(pipeline):
+            raise ConfigError(f"sampler.{name}={value}: {type(pipeline).__name__} takes no {name}; leave it out")
+    return found
+
+
 def number_of_classes(pipeline: Any, component: str) -> int | None:
     """Return how many classes the component of a pipeline that takes labels knows; None of the others."""
     if "class_labels" not in parameters_of(pipeline):

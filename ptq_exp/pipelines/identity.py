@@ -26,7 +26,7 @@ def pipeline_digest(pipeline: Any) -> str:
             continue
         digest.update(_json([name, type(component).__name__, _settings(component)]))
         if isinstance(component, nn.Module):
-            _add_weights(digest, component)
+            add_weights(digest, component)
         elif callable(getattr(component, "get_vocab", None)):
             digest.update(_json(component.get_vocab()))
     return digest.hexdigest()
@@ -57,7 +57,8 @@ def _settings(component: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith("_") and key not in _NOTES}
 
 
-def _add_weights(digest: Any, component: nn.Module) -> None:
+def add_weights(digest: Any, component: nn.Module) -> None:
+    """Add all weights and buffers of a network to a hash."""
     for key, value in component.state_dict().items():
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         data = value.detach().cpu().contiguous().view(-1)

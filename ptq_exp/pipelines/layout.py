@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ class CallLayout:
     Nested arguments have names with dots: `added_cond_kwargs.text_embeds`, `down_block_additional_residuals.0`.
 
     Attributes:
-        state, time: names of the arguments that hold them.
+        state, time: names of the arguments that hold them; None = the network has no time.
         time_dtype: type of the time that the component expects; None = a number of Python.
         conditions: {name: type} of the tensors with a row for each row of the state.
         constants: {name: value} of all else, the same in every call.
@@ -35,7 +35,7 @@ class CallLayout:
     """
 
     state: str
-    time: str
+    time: str | None
     time_dtype: torch.dtype | None
     conditions: Mapping[str, torch.dtype]
     constants: Mapping[str, Any]
@@ -63,18 +63,42 @@ class CallLayout:
                 f"the pipeline calls its network with times of shape {list(t.shape)} for {rows} rows: only networks "
                 "that take one time for each row can be quantized"
             )
-        state, time = _name(one, STATES), _name(one, TIMES)
-        flat, other = flattened(one), flattened(two)
-        conditions, constants = {}, {}
-        for name, value in flat.items():
-            if name in (state, time):
-                continue
-            if _has_rows(value, rows) and _has_rows(other.get(name), more):
-                conditions[name] = value.dtype
-            else:
-                constants[name] = value
-        time_dtype = t.dtype if isinstance(t, Tensor) else None
-        return cls(state, time, time_dtype, conditions, constants, containers_of(one), x.dtype, frozenset(flat))
+        other = flattened(two)
+
+        def has_rows(name: str, value: Any) -> bool:
+            return _has_rows(value, rows) and _has_rows(other.get(name), more)
+
+        return cls._of(one, _name(one, STATES), _name(one, TIMES), has_rows)
+
+    @classmethod
+    def of_call(cls, arguments: Mapping[str, Any]) -> CallLayout:
+        """Find the layout of one call: every tensor as long as the state has its rows.
+
+        Raises:
+            ConfigError: there is no state among the arguments.
+        """
+        tensors = (name for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point())
+        state = _name(arguments, STATES) or next(tensors, None)
+        if state is None:
+            raise ConfigError(f"the network takes {', '.join(arguments)}: no tensor of numbers that could be its state")
+        rows = len(arguments[state])
+        return cls._of(arguments, state, _name(arguments, TIMES), lambda _, value: _has_rows(value, rows))
+
+    @classmethod
+    def _of(
+        cls, arguments: Mapping[str, Any], state: str, time: str | None, has_rows: Callable[[str, Any], bool]
+    ) -> CallLayout:
+        flat = flattened(arguments)
+        rest = {name: value for name, value in flat.items() if name not in (state, time)}
+        conditions = {name: value.dtype for name, value in rest.items() if has_rows(name, value)}
+        constants = {name: value for name, value in rest.items() if name not in conditions}
+        if "return_dict" in constants:
+            constants["return_dict"] = False
+        at = None if time is None else arguments[time]
+        return cls(
+            state, time, at.dtype if isinstance(at, Tensor) else None, conditions, constants, containers_of(arguments),
+            arguments[state].dtype, frozenset(flat),
+        )
 
     def call(self, arguments: Mapping[str, Any]) -> Call:
         """Return the call that `arguments` of the component make.
@@ -85,19 +109,21 @@ class CallLayout:
         """
         flat = flattened(arguments)
         changed = [name for name, value in self.constants.items() if name in flat and not _same(flat[name], value)]
-        for name in (*sorted(self.known.symmetric_difference(flat)), *changed):
+        for name in sorted({*self.known.symmetric_difference(flat), *changed} - {"return_dict"}):
             raise ConfigError(
                 f"the pipeline calls its network with another {name} than at first: what changes from call to call "
                 "must be a tensor with a row for each row of the state"
             )
-        x, t = state_and_time(arguments)
-        t = torch.as_tensor(t, device=x.device).float().reshape(-1).expand(len(x))
+        x = arguments[self.state]
+        time = 0.0 if self.time is None else arguments[self.time]
+        t = torch.as_tensor(time, device=x.device).float().reshape(-1).expand(len(x))
         return Call(x, t, {name: flat[name] for name in self.conditions})
 
     def arguments(self, x: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the keyword arguments of the component for a call, in the types that it expects."""
-        time = t if self.time_dtype is None else t.to(self.time_dtype)
-        flat = {self.state: x.to(self.state_dtype), self.time: time}
+        flat: dict[str, Any] = {self.state: x.to(self.state_dtype)}
+        if self.time is not None:
+            flat[self.time] = t if self.time_dtype is None else t.to(self.time_dtype)
         flat |= {name: _on(value, x.device) for name, value in self.constants.items()}
         flat |= {name: conditions[name].to(dtype) for name, dtype in self.conditions.items()}
         return nested(flat, self.nested)

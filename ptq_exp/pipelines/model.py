@@ -14,7 +14,14 @@ from ptq_exp.diffusion import Call, DiffusionModel, NoiseSchedule, SamplerDefaul
 from ptq_exp.diffusion.conditions import balanced
 from ptq_exp.diffusion.noise import EVALUATION, sample_generator
 from ptq_exp.errors import ConfigError
-from ptq_exp.pipelines.arguments import call_arguments, check_arguments, check_classes, number, number_of_classes
+from ptq_exp.pipelines.arguments import (
+    call_arguments,
+    check_arguments,
+    check_classes,
+    number,
+    number_of_classes,
+    sampler_arguments,
+)
 from ptq_exp.pipelines.component import BLOCKS, FIRST_LAYERS, LAST_LAYERS, find_component, own_copy, top_layers
 from ptq_exp.pipelines.identity import pipeline_digest, plain
 from ptq_exp.pipelines.layout import CallLayout
@@ -42,6 +49,7 @@ class PipelineModel(DiffusionModel):
         steps: `num_inference_steps`; None = 20.
         component: to be quantized; None = see `find_component`.
         call: further arguments of the pipeline's call, the same for all images.
+        guidance_scale, eta: arguments of the call, too; None = the pipeline's defaults.
         name: what tables call it.
 
     Raises:
@@ -51,15 +59,15 @@ class PipelineModel(DiffusionModel):
 
     def __init__(
         self, pipeline: Any, prompts: Sequence[str | Request] | str | None = None, *, steps: int | None = None,
-        component: str | None = None, call: Mapping[str, Any] | None = None, name: str = "pipeline",
-        structure: Mapping[str, Mapping] | None = None,
+        component: str | None = None, call: Mapping[str, Any] | None = None, guidance_scale: float | None = None,
+        eta: float | None = None, name: str = "pipeline",
     ) -> None:
-        self.name, self.component, self.structure = name, find_component(pipeline, component), structure
-        self.call, self.requests = opened(call or {}), requests_of(prompts)
+        self.name, self.component, self.structure = name, find_component(pipeline, component), None
+        self.requests, self.pipeline = requests_of(prompts), own_copy(pipeline)
+        self.call = opened(call or {}) | sampler_arguments(pipeline, guidance_scale=guidance_scale, eta=eta or None)
         self.steps = STEPS if steps is None else steps
         if self.steps < 1:
             raise ConfigError(f"sampler.steps={steps}: choose 1 or more")
-        self.pipeline = own_copy(pipeline)
         check_arguments(self.pipeline, self.call, self.requests)
         network = getattr(self.pipeline, self.component)
         self._classes = number_of_classes(self.pipeline, self.component)
@@ -105,8 +113,7 @@ class PipelineModel(DiffusionModel):
         ):
             if value is not None and value != own:
                 raise ConfigError(
-                    f"sampler.{setting}={value}: a pipeline is driven by its own scheduler; set what its call takes by "
-                    "model.call, its steps by sampler.steps where the pipeline is opened"
+                    f"sampler.{setting}={value}: a pipeline is driven by its own scheduler, with {own}; leave it out"
                 )
         times = self._times
         ones = torch.ones(len(times), dtype=torch.float64)
@@ -232,10 +239,8 @@ class PipelineModel(DiffusionModel):
         """Images float64 [N, C, H, W] in [-1, 1] of sample `indices` of `seed`, at the levels of uint8; see `run`."""
         return self.run(denoiser, grid, indices, seed, **kwargs)
 
-    def pipeline_with(self, denoiser: nn.Module) -> Any:
-        """Return a pipeline that is used as the model's own, with `denoiser` in its component's place."""
+    def pipeline_with(self, component: nn.Module) -> Any:
+        """Return a pipeline that is used as the model's own, with another `component`, see `answering`."""
         pipeline = own_copy(self.pipeline)
-        network = self.denoiser
-        call = network.layout.call
-        setattr(pipeline, self.component, component_calling(network.component, call, lambda c: c.evaluate(denoiser)))
+        setattr(pipeline, self.component, component)
         return pipeline

@@ -23,21 +23,50 @@ class PipelineNetwork(nn.Module):
     Args:
         component: U-Net or transformer; called by keyword arguments.
         layout: of its calls.
+
+    Attributes:
+        plain: whether the component last gave a tensor, in place of a tuple or an output of diffusers.
     """
 
     def __init__(self, component: nn.Module, layout: CallLayout) -> None:
         super().__init__()
-        self.component, self.layout = component, layout
+        self.component, self.layout, self.plain = component, layout, False
 
     def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         """Estimates [B, C, ...], whatever the network predicts."""
-        arguments = self.layout.arguments(x, t, conditions) | {"return_dict": False}
-        return channels_first(self.component(**arguments)[0])
+        found = self.component(**self.layout.arguments(x, t, conditions))
+        self.plain = isinstance(found, Tensor)
+        return channels_first(found if self.plain else found[0])
+
+    def read(self, arguments: dict[str, Any]) -> Call:
+        """Return the call that `arguments` make, and take their layout from now on."""
+        self.layout = CallLayout.of_call(arguments)
+        return self.layout.call(arguments)
 
 
 def channels_first(estimate: Tensor) -> Tensor:
     """Tokens [B, L, C] -> [B, C, L]; pictures and videos as they are. Its own inverse."""
     return estimate.transpose(1, 2) if estimate.ndim == 3 else estimate
+
+
+def answering(network: PipelineNetwork, denoiser: nn.Module, *, fixed: bool = False) -> nn.Module:
+    """Return the component of `network`, whose estimates are those of `denoiser`.
+
+    Args:
+        denoiser: made of `network`, such as with ranges of each step and a correction.
+        fixed: every call must have the layout that the network was made for; otherwise it takes whatever it is called
+            with: other sizes, other guidance.
+    """
+    read = network.layout.call if fixed else network.read
+    component = component_calling(network.component, read, lambda call: call.evaluate(denoiser))
+    wrapped = component.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found = wrapped(*args, **kwargs)
+        return found[0] if network.plain else found
+
+    component.forward = forward
+    return component
 
 
 def component_calling(

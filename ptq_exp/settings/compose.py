@@ -11,7 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -77,6 +79,20 @@ def config_folder() -> Path:
         if (folder / "config.yaml").is_file():
             return folder.resolve()
     raise ConfigError(f"no conf/config.yaml beside or inside {package}: install ptq-exp again")
+
+
+def composed_from(overrides: Sequence[str]) -> ExperimentConfig:
+    """Return the configuration that the command would have with these overrides, checked; for Python.
+
+    Raises:
+        ConfigError: as `validated`, or Hydra does not know an override.
+    """
+    with initialize_config_dir(str(config_folder()), version_base=None):
+        try:
+            found = compose("config", overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(one_line(error)) from error
+        return validated(found)
 
 
 def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConfig:

@@ -11,7 +11,7 @@ from small_pipelines import SMALL
 from torch import nn
 
 from ptq_exp.evaluation.images import to_uint8
-from ptq_exp.pipelines import PipelineModel
+from ptq_exp.pipelines import PipelineModel, answering
 
 STEPS, SEED = 4, 5
 ALL = pytest.mark.parametrize("name", SMALL)
@@ -190,7 +190,8 @@ def test_the_example_is_a_call_of_one_row(name):
 @ALL
 def test_a_pipeline_with_another_network_is_used_as_its_own(name):
     m = model(name)
-    pipe = m.pipeline_with(Wrapped(copy.deepcopy(m.denoiser)))
+    network = copy.deepcopy(m.denoiser)
+    pipe = m.pipeline_with(answering(network, Wrapped(network)))
     drawn = np.asarray(pipe(**m.arguments([0, 1], SEED)).images)
     np.testing.assert_array_equal(np.rint(255 * drawn), images(name))
     assert isinstance(getattr(pipe, m.component), type(getattr(pipeline(name), m.component)))
