@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ptq_exp.diffusion.call import Call
 from ptq_exp.errors import ConfigError
+from ptq_exp.pipelines.nested import containers_of, flattened, nested
 
 STATES = ("sample", "hidden_states", "x", "latents")
 TIMES = ("timestep", "timesteps", "t", "time")
@@ -31,6 +31,7 @@ class CallLayout:
         constants: {name: value} of all else, the same in every call.
         nested: {name of a nested argument: its type, dict, list or tuple}.
         state_dtype: type of the state.
+        known: names of all arguments.
     """
 
     state: str
@@ -47,21 +48,27 @@ class CallLayout:
         """Find the layout from the arguments of two calls, those for two images twice as many rows as those for one.
 
         Raises:
-            ConfigError: there is no state or no time among the arguments, or the state has no row per image.
+            ConfigError: there is no state or no time among the arguments, the state has no row per image, or its rows
+                have more than one time each.
         """
-        state, time = _named(one, STATES, "state"), _named(one, TIMES, "time")
-        rows, more = len(one[state]), len(two[state])
+        (x, t), (more_x, _) = state_and_time(one), state_and_time(two)
+        rows, more = len(x), len(more_x)
         if more != 2 * rows:
             raise ConfigError(
                 f"the pipeline calls its network with {rows} rows for one image and {more} for two: only pipelines "
                 "that evaluate all images of a call together can be quantized"
+            )
+        if isinstance(t, Tensor) and t.numel() not in (1, rows):
+            raise ConfigError(
+                f"the pipeline calls its network with times of shape {list(t.shape)} for {rows} rows: only networks "
+                "that take one time for each row can be quantized"
             )
         other = flattened(two)
 
         def has_rows(name: str, value: Any) -> bool:
             return _has_rows(value, rows) and _has_rows(other.get(name), more)
 
-        return cls._of(one, state, time, has_rows)
+        return cls._of(one, _name(one, STATES), _name(one, TIMES), has_rows)
 
     @classmethod
     def of_call(cls, arguments: Mapping[str, Any]) -> CallLayout:
@@ -70,10 +77,12 @@ class CallLayout:
         Raises:
             ConfigError: there is no state among the arguments.
         """
-        state = _named(arguments, STATES, "state", or_tensor=True)
-        time = next((name for name in TIMES if name in arguments), None)
+        tensors = (name for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point())
+        state = _name(arguments, STATES) or next(tensors, None)
+        if state is None:
+            raise ConfigError(f"the network takes {', '.join(arguments)}: no tensor of numbers that could be its state")
         rows = len(arguments[state])
-        return cls._of(arguments, state, time, lambda _, value: _has_rows(value, rows))
+        return cls._of(arguments, state, _name(arguments, TIMES), lambda _, value: _has_rows(value, rows))
 
     @classmethod
     def _of(
@@ -87,7 +96,7 @@ class CallLayout:
             constants["return_dict"] = False
         at = None if time is None else arguments[time]
         return cls(
-            state, time, at.dtype if isinstance(at, Tensor) else None, conditions, constants, _containers(arguments),
+            state, time, at.dtype if isinstance(at, Tensor) else None, conditions, constants, containers_of(arguments),
             arguments[state].dtype, frozenset(flat),
         )
 
@@ -95,15 +104,16 @@ class CallLayout:
         """Return the call that `arguments` of the component make.
 
         Raises:
-            ConfigError: an argument that never was there before, or one that is no tensor of rows and has changed.
+            ConfigError: an argument that never was there before or is there no more, or one that is no tensor of rows
+                and has changed.
         """
-        flat = {name: value for name, value in flattened(arguments).items() if name != "return_dict"}
-        for name, value in flat.items():
-            if name not in self.known or (name in self.constants and not _same(value, self.constants[name])):
-                raise ConfigError(
-                    f"the pipeline calls its network with another {name} than at first: what changes from call to call "
-                    "must be a tensor with a row for each row of the state"
-                )
+        flat = flattened(arguments)
+        changed = [name for name, value in self.constants.items() if name in flat and not _same(flat[name], value)]
+        for name in sorted({*self.known.symmetric_difference(flat), *changed} - {"return_dict"}):
+            raise ConfigError(
+                f"the pipeline calls its network with another {name} than at first: what changes from call to call "
+                "must be a tensor with a row for each row of the state"
+            )
         x = arguments[self.state]
         time = 0.0 if self.time is None else arguments[self.time]
         t = torch.as_tensor(time, device=x.device).float().reshape(-1).expand(len(x))
@@ -116,68 +126,31 @@ class CallLayout:
             flat[self.time] = t if self.time_dtype is None else t.to(self.time_dtype)
         flat |= {name: _on(value, x.device) for name, value in self.constants.items()}
         flat |= {name: conditions[name].to(dtype) for name, dtype in self.conditions.items()}
-        return _nested(flat, self.nested)
+        return nested(flat, self.nested)
 
 
-def bound_arguments(forward: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all arguments of a call of `forward` by their names."""
-    signature = inspect.signature(forward)
-    bound = dict(signature.bind(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            bound |= bound.pop(name, {})
-    return bound
+def state_and_time(arguments: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    """Return the state and the time among the arguments of a component.
+
+    Raises:
+        ConfigError: they are not there, or the state is no tensor with rows.
+    """
+    state, time = _name(arguments, STATES), _name(arguments, TIMES)
+    for name, what in ((state, "state"), (time, "time")):
+        if name is None:
+            raise ConfigError(
+                f"the pipeline's network takes {', '.join(arguments)}: none of "
+                f"{', '.join(STATES if what == 'state' else TIMES)}, its {what}; name another component by "
+                "model.component"
+            )
+    x = arguments[state]
+    if not isinstance(x, Tensor) or x.ndim < 3:
+        raise ConfigError(f"the pipeline's network takes no tensor [B, C, ...] as its {state}: it cannot be quantized")
+    return x, arguments[time]
 
 
-def flattened(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested arguments as one level, names joined by dots; empty containers stay as they are."""
-    flat: dict[str, Any] = {}
-    for name, value in arguments.items():
-        inner = _items(value)
-        flat |= flattened(inner, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return flat
-
-
-def _items(value: Any) -> Mapping[str, Any]:
-    """Return what a container holds by name; {} of anything else."""
-    if isinstance(value, dict):
-        return {str(key): item for key, item in value.items()}
-    if isinstance(value, (list, tuple)) and any(isinstance(item, (Tensor, dict, list, tuple)) for item in value):
-        return {str(i): item for i, item in enumerate(value)}
-    return {}
-
-
-def _containers(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, type]:
-    """Return the type of each container among nested arguments, by name; outer ones come first."""
-    found: dict[str, type] = {}
-    for name, value in arguments.items():
-        if inner := _items(value):
-            found[f"{prefix}{name}"] = dict if isinstance(value, dict) else type(value)
-            found |= _containers(inner, f"{prefix}{name}.")
-    return found
-
-
-def _nested(flat: Mapping[str, Any], containers: Mapping[str, type]) -> dict[str, Any]:
-    """Undo `flattened`."""
-    nested = dict(flat)
-    for name in reversed(list(containers)):  # inner ones first
-        prefix = f"{name}."
-        inner = {key.removeprefix(prefix): nested.pop(key) for key in list(nested) if key.startswith(prefix)}
-        kind = containers[name]
-        nested[name] = inner if kind is dict else kind(inner[key] for key in sorted(inner, key=int))
-    return nested
-
-
-def _named(arguments: Mapping[str, Any], names: tuple[str, ...], what: str, *, or_tensor: bool = False) -> str:
-    """Return the argument that has one of the `names`, or is the first floating tensor with rows."""
-    tensors = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
-    for name in [*names, *(tensors if or_tensor else ())]:
-        if name in arguments:
-            return name
-    raise ConfigError(
-        f"the pipeline's network takes {', '.join(arguments)}: none of {', '.join(names)}, its {what}; name another "
-        "component by model.component"
-    )
+def _name(arguments: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in arguments), None)
 
 
 def _has_rows(value: Any, rows: int) -> bool:
@@ -189,7 +162,10 @@ def _same(value: Any, expected: Any) -> bool:
         return True
     if isinstance(value, Tensor) and isinstance(expected, Tensor):
         return value.shape == expected.shape and torch.equal(value, expected.to(value.device))
-    return type(value) is type(expected) and bool(value == expected)
+    try:
+        return type(value) is type(expected) and bool(value == expected)
+    except (RuntimeError, ValueError):  # arrays, of which no single answer can be given
+        return False
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,19 +14,23 @@ from ptq_exp.diffusion import Call, DiffusionModel, NoiseSchedule, SamplerDefaul
 from ptq_exp.diffusion.conditions import balanced
 from ptq_exp.diffusion.noise import EVALUATION, sample_generator
 from ptq_exp.errors import ConfigError
-from ptq_exp.pipelines.component import (
-    BLOCKS,
-    FIRST_LAYERS,
-    LAST_LAYERS,
-    find_component,
-    pipeline_digest,
-    top_layers,
+from ptq_exp.pipelines.arguments import (
+    call_arguments,
+    check_arguments,
+    check_classes,
+    number,
+    number_of_classes,
+    sampler_arguments,
 )
+from ptq_exp.pipelines.component import BLOCKS, FIRST_LAYERS, LAST_LAYERS, find_component, own_copy, top_layers
+from ptq_exp.pipelines.identity import pipeline_digest, plain
 from ptq_exp.pipelines.layout import CallLayout
 from ptq_exp.pipelines.network import PipelineNetwork, component_calling
-from ptq_exp.pipelines.probe import Stopped, first_call, times_of
+from ptq_exp.pipelines.probe import Stopped, first_calls, times_of
 from ptq_exp.pipelines.prompts import Request, opened, requests_of
+from ptq_exp.pipelines.randomness import own_random_numbers
 from ptq_exp.pipelines.stand_in import standing_in
+from ptq_exp.pipelines.walk import Walk, joined
 
 STEPS = 20
 
@@ -61,26 +63,30 @@ class PipelineModel(DiffusionModel):
         eta: float | None = None, name: str = "pipeline",
     ) -> None:
         self.name, self.component, self.structure = name, find_component(pipeline, component), None
-        self.requests, self.pipeline = requests_of(prompts), _own_copy(pipeline)
-        self.call = opened(call or {}) | self._sampler_settings(guidance_scale, eta)
-        self._check_arguments()
+        self.requests, self.pipeline = requests_of(prompts), own_copy(pipeline)
+        self.call = opened(call or {}) | sampler_arguments(pipeline, guidance_scale=guidance_scale, eta=eta or None)
         self.steps = STEPS if steps is None else steps
+        if self.steps < 1:
+            raise ConfigError(f"sampler.steps={steps}: choose 1 or more")
+        check_arguments(self.pipeline, self.call, self.requests)
         network = getattr(self.pipeline, self.component)
-        one, answer = first_call(self.pipeline, self.component, self.arguments([0], 0))
-        two, _ = first_call(self.pipeline, self.component, self.arguments([0, 1], 0), evaluated=False)
-        layout = CallLayout.of(one, two)
+        self._classes = number_of_classes(self.pipeline, self.component)
+        if self._classes is not None:
+            check_classes((self.call, *self.requests), self._classes)
+        calls, answer = first_calls(self.pipeline, self.component, self.arguments([0], 0))
+        two, _ = first_calls(self.pipeline, self.component, self.arguments([0, 1], 0), evaluated=False)
+        layout = CallLayout.of(calls[0], two[0])
         self.denoiser = PipelineNetwork(network, layout).eval()
-        self._example = _cpu(layout.call(one))
-        self.copies, self._answer_shape = len(one[layout.state]), tuple(answer.shape[1:])
+        self._example = joined([layout.call(call) for call in calls]).mapped(lambda tensor: tensor.detach().cpu())
+        self.calls, self.copies, self._answer_shape = len(calls), len(self._example.x), tuple(answer.shape[1:])
         channels, height, *rest = self._answer_shape
         self.sample_shape = (channels, self.copies * height, *rest)
         self.schedule, self.clip_sample, self.first_stage = NoiseSchedule(torch.ones(1)), False, None
         self.n_classes, self.null_label, self.conditions = None, None, None
         self.first_layers, self.last_layers = (top_layers(network, globs) for globs in (FIRST_LAYERS, LAST_LAYERS))
         self.blocks = BLOCKS
-        self.sampler = SamplerDefaults(
-            self.steps, "the pipeline's", self.call.get("eta", self._default("eta", 0.0)), self._guidance_scale
-        )
+        eta, scale = (number(self.pipeline, self.call, *of) for of in (("eta", 0.0), ("guidance_scale", 1.0)))
+        self.sampler = SamplerDefaults(self.steps, "the pipeline's", eta, scale)
 
     @cached_property
     def digest(self) -> str:
@@ -90,8 +96,8 @@ class PipelineModel(DiffusionModel):
     @property
     def drawing(self) -> dict[str, Any]:
         """What decides the images beside weights, steps and seed."""
-        return {"pipeline": type(self.pipeline).__name__, "component": self.component, "call": _text(self.call),
-                "requests": _text(self.requests)}
+        return {"pipeline": type(self.pipeline).__name__, "component": self.component, "call": plain(self.call),
+                "requests": plain(self.requests)}
 
     def time_grid(
         self, steps: int | None = None, spacing: str | None = None, *, eta: float | None = None, solver: str = "ddim"
@@ -158,8 +164,7 @@ class PipelineModel(DiffusionModel):
         if self.requests:
             classes = [self.requests[i % len(self.requests)].get("class_labels") for i in indices]
             return torch.tensor(classes) if all(isinstance(label, int) for label in classes) else None
-        n = self._classes
-        return None if n is None else balanced(n, indices, seed, stream)
+        return None if self._classes is None else balanced(self._classes, indices, seed, stream)
 
     def request(self, index: int, seed: int = 0, stream: int = EVALUATION) -> Request:
         """Return what image `index` is asked for."""
@@ -180,16 +185,9 @@ class PipelineModel(DiffusionModel):
     def arguments(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> dict[str, Any]:
         """Return the arguments of the pipeline's call that draws images `indices` of `seed`."""
         requests = [self.request(int(i), seed, stream) for i in indices]
-        given: dict[str, Any] = {name: [request[name] for request in requests] for name in requests[0]}
-        parameters = self._parameters
-        for name, value in self.call.items():
-            per_image = name.startswith("negative_prompt") or name.endswith("image")
-            given[name] = [value] * len(requests) if per_image and not isinstance(value, (list, Tensor)) else value
-        given["generator"] = self.generators(indices, seed, stream)
-        if "prompt" not in given and "batch_size" in parameters:
-            given["batch_size"] = len(requests)
-        given |= {"num_inference_steps": self.steps} if "num_inference_steps" in parameters else {}
-        return given | ({"output_type": "np"} if "output_type" in parameters else {})
+        own = {"num_inference_steps": self.steps, "output_type": "np"}
+        given = call_arguments(self.pipeline, requests, self.call, own)
+        return given | {"generator": self.generators(indices, seed, stream)}
 
     def run(
         self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, *, stream: int = EVALUATION,
@@ -200,7 +198,7 @@ class PipelineModel(DiffusionModel):
 
         Args:
             steps: end after so many of the grid's steps; the images are empty then, [0].
-            on_step: sees the first call at each time, with all its rows; see `by_image`.
+            on_step: sees the first evaluation at each time, with all its rows; see `Walk` and `by_image`.
             noise_in_eps: of the variance correction, which needs our own sampler.
 
         Raises:
@@ -210,7 +208,7 @@ class PipelineModel(DiffusionModel):
             raise ConfigError("correction.variance=true: a pipeline's scheduler makes no room for noise; set false")
         if denoiser is self.denoiser and on_step is None and steps is None:
             return self._images(getattr(self.pipeline, self.component), indices, seed, stream, device)
-        walk = _Walk(denoiser, grid, len(indices), len(grid) if steps is None else steps, on_step)
+        walk = Walk(denoiser, grid, len(grid) if steps is None else steps, on_step, self.calls)
         shell = component_calling(self.denoiser.component, self.denoiser.layout.call, walk)
         stop_early = steps is not None and steps < len(grid)
         try:
@@ -225,11 +223,15 @@ class PipelineModel(DiffusionModel):
     def _images(
         self, component: nn.Module, indices: Sequence[int], seed: int, stream: int, device: torch.device | str
     ) -> Tensor:
-        pipeline = self.pipeline
+        pipeline, kind, arguments = self.pipeline, type(self.pipeline).__name__, self.arguments(indices, seed, stream)
         if torch.device(device) != pipeline.device:
             pipeline.to(device)
-        with standing_in(pipeline, self.component, component), torch.no_grad():
-            images = np.asarray(pipeline(**self.arguments(indices, seed, stream)).images)
+        further = own_random_numbers(arguments["generator"][0].initial_seed(), pipeline.device, kind)
+        with standing_in(pipeline, self.component, component), torch.no_grad(), further:
+            drawn = pipeline(**arguments)
+        if getattr(drawn, "images", None) is None:
+            raise ConfigError(f"{kind} draws no images, but {', '.join(drawn)}: only images can be evaluated")
+        images = np.asarray(drawn.images)
         levels = np.rint(np.clip(images, 0, 1) * np.float32(255)).astype(np.float64)  # as diffusers rounds them
         return torch.from_numpy(levels / 127.5 - 1).permute(0, 3, 1, 2).to(device)
 
@@ -239,100 +241,6 @@ class PipelineModel(DiffusionModel):
 
     def pipeline_with(self, component: nn.Module) -> Any:
         """Return a pipeline that is used as the model's own, with another `component`, see `answering`."""
-        pipeline = _own_copy(self.pipeline)
+        pipeline = own_copy(self.pipeline)
         setattr(pipeline, self.component, component)
         return pipeline
-
-    @property
-    def _parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(type(self.pipeline).__call__).parameters
-
-    @property
-    def _guidance_scale(self) -> float:
-        value = self.call.get("guidance_scale", self._default("guidance_scale", 1.0))
-        return float(value) if isinstance(value, (int, float)) else 1.0
-
-    @property
-    def _classes(self) -> int | None:
-        """Number of classes of a pipeline that takes labels."""
-        if "class_labels" not in self._parameters:
-            return None
-        return getattr(getattr(self.pipeline, self.component).config, "num_embeds_ada_norm", None)
-
-    def _sampler_settings(self, guidance_scale: float | None, eta: float | None) -> dict[str, float]:
-        """Return the arguments for settings of the sampler; ConfigError for one that the pipeline does not take."""
-        given = {"guidance_scale": guidance_scale, "eta": eta or None}
-        found = {name: value for name, value in given.items() if value is not None}
-        for name, value in found.items():
-            if name not in self._parameters:
-                raise ConfigError(
-                    f"sampler.{name}={value}: {type(self.pipeline).__name__} takes no {name}; leave it out"
-                )
-        return found
-
-    def _default(self, name: str, otherwise: Any) -> Any:
-        parameter = self._parameters.get(name)
-        found = inspect.Parameter.empty if parameter is None else parameter.default
-        return otherwise if found is inspect.Parameter.empty or found is None else found
-
-    def _check_arguments(self) -> None:
-        """Raise ConfigError for an argument that the pipeline does not take, or a prompt that is missing."""
-        taken, kind = self._parameters, type(self.pipeline).__name__
-        for where, names in (("model.call", self.call), ("model.prompts", self.requests[0] if self.requests else ())):
-            for name in names:
-                if name not in taken:
-                    raise ConfigError(f"{where}: {kind} takes no {name}, but {', '.join(list(taken)[1:])}")
-        fixed = {"generator", "output_type", "num_inference_steps", "return_dict"} & set(self.call)
-        if fixed:
-            raise ConfigError(f"model.call.{min(fixed)} is set by the model itself: leave it out")
-        if "prompt" in taken and not self.requests and "prompt_embeds" not in self.call:
-            raise ConfigError(f"model.prompts=null: {kind} draws from prompts; give a file of them, or a list")
-
-
-class _Walk:
-    """Answers the calls of a component, and shows `on_step` the first one at each time of the grid."""
-
-    def __init__(
-        self, denoiser: nn.Module, grid: TimeGrid, images: int, steps: int,
-        on_step: Callable[[StepRecord], None] | None,
-    ) -> None:
-        self.denoiser, self.grid, self.images, self.steps, self.on_step = denoiser, grid, images, steps, on_step
-        self.seen: set[int] = set()
-
-    def __call__(self, call: Call) -> Tensor:
-        estimate = call.evaluate(self.denoiser)
-        if self.on_step is None and self.steps >= len(self.grid):
-            return estimate
-        step = int(self.grid.step_of(call.t[:1]))
-        if step not in self.seen:
-            self.seen.add(step)
-            if self.on_step is not None:
-                self.on_step(StepRecord(step, call, estimate))
-        if len(self.seen) >= self.steps < len(self.grid):
-            raise Stopped
-        return estimate
-
-
-def _own_copy(pipeline: Any) -> Any:
-    """Return a pipeline with the networks of `pipeline` and a scheduler and progress bar of its own."""
-    own = copy.copy(pipeline)
-    own.scheduler = copy.deepcopy(pipeline.scheduler)
-    own.set_progress_bar_config(disable=True)
-    return own
-
-
-def _cpu(call: Call) -> Call:
-    return call.mapped(lambda tensor: tensor.detach().cpu())
-
-
-def _text(value: Any) -> Any:
-    """Return plain values of requests, pictures by their content."""
-    if isinstance(value, Mapping):
-        return {key: _text(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_text(item) for item in value]
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    import hashlib
-
-    return hashlib.sha256(np.ascontiguousarray(np.asarray(value)).tobytes()).hexdigest()

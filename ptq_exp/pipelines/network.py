@@ -10,7 +10,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ptq_exp.diffusion.call import Call
-from ptq_exp.pipelines.layout import CallLayout, bound_arguments
+from ptq_exp.pipelines.layout import CallLayout
+from ptq_exp.pipelines.nested import bound_arguments
 
 
 class PipelineNetwork(nn.Module):

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from ptq_exp.diffusion import Call, DiffusionModel, NoiseSchedule, SamplerDefaults, TimeGrid
 from ptq_exp.diffusion.noise import EVALUATION
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.pipelines.component import BLOCKS, FIRST_LAYERS, LAST_LAYERS, add_weights, top_layers
-from ptq_exp.pipelines.layout import CallLayout, bound_arguments
+from ptq_exp.pipelines.component import BLOCKS, FIRST_LAYERS, LAST_LAYERS, top_layers
+from ptq_exp.pipelines.identity import add_weights
+from ptq_exp.pipelines.layout import CallLayout
+from ptq_exp.pipelines.nested import bound_arguments
 from ptq_exp.pipelines.network import PipelineNetwork, channels_first
 
 Recorded = Mapping[str, Any] | Sequence[Any]
