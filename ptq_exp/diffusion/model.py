@@ -142,6 +142,10 @@ class DiffusionModel:
         """Class of each sample, int64 [N], or None; all equally often, see `balanced`."""
         return None if self.n_classes is None else balanced(self.n_classes, indices, seed, stream)
 
+    def prompts(self, indices: Sequence[int], seed: int) -> list[str] | None:
+        """Text that each sample is drawn from; None = the model draws from none."""
+        return None
+
     def run(
         self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, *,
         device: torch.device | str = "cpu", **kwargs,
