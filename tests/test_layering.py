@@ -33,7 +33,7 @@ FLOORS = [
     {
         "lightning": "errors storage quantization diffusion pipelines evaluation calibration correction reconstruction",
         "embedded": "errors storage diffusion evaluation",
-        "settings": "errors storage quantization diffusion results calibration correction deploy runtime",
+        "settings": "errors storage quantization diffusion evaluation results calibration correction deploy runtime",
     },
     {
         "experiment": "errors storage quantization diffusion pipelines evaluation results calibration correction "

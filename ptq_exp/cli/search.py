@@ -149,9 +149,10 @@ def _finished(place: Path) -> dict[str, Any] | None:
 
 def markdown(trials: Sequence[Trial]) -> str:
     """Return a table, one row per trial, in the order of the stages; what was chosen is marked."""
+    measured = [name for name in shown(HEADLINE) if any(name in trial.metrics for trial in trials)]
     rows = [
         {"stage": trial.stage, "candidate": trial.candidate}
-        | {name: trial.metrics.get(name) for name in shown(HEADLINE)}
+        | {name: trial.metrics.get(name) for name in measured}
         | {"": "chosen" if trial.chosen else trial.error}
         for trial in trials
     ]
