@@ -1,4 +1,4 @@
-"""Networks of `diffusers` pipelines in miniature, called as network(x, t, **conditions): random weights, 100 k or so."""
+"""Networks of `diffusers` pipelines in miniature, of random weights, called as network(x, t, **conditions)."""
 
 from collections.abc import Callable
 from typing import Any

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ptq_exp.quantization.quantizer import Quantizer
 from ptq_exp.quantization.trace.provenance import MOVES
 
 _FACTORS = ((0, ("input",)), (1, ("other", "mat2")))
@@ -127,6 +128,9 @@ class ProductTrace(TorchFunctionMode):
 
     def __enter__(self) -> ProductTrace:
         for name, module in self._modules.items():
+            # a script takes no hooks, and its functions are not seen; a quantizer with hooks acts as if it were on
+            if isinstance(module, torch.jit.ScriptModule | Quantizer):
+                continue
             made = bool(module._parameters)
             for handle in (
                 module.register_forward_pre_hook(
@@ -239,7 +243,7 @@ class ProductTrace(TorchFunctionMode):
         module = self._modules[name]
         if any(forward != calls[: len(forward)] for forward in forwards):
             return "it multiplies otherwise from one call to the next"
-        if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        if "forward" in module.__dict__:
             return "its forward was replaced by another function"
         if name in self._within:
             return f"modules inside of it multiply activations, too: {', '.join(sorted(self._within[name]))}"
