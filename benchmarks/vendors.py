@@ -1,18 +1,19 @@
 """Vendors' post-training quantization beside ours: the same network, calibration states, seeds and measures.
 
-    python benchmarks/vendors.py [--seeds 0 1 2] [--images 512] [--states 512] [--only NAME ...] [--out vendors.json]
+    python benchmarks/vendors.py [--seeds 0 1 2] [--images 512] [--states 512] [--only NAME ...] [--against NAME ...]
+                                 [--out vendors.json]
 
 Needs the extra `vendors` (NNCF, ONNX, ONNX Runtime) beside `openvino`. Every setting quantizes the embedded digits
 network from the same 512 states of denoising runs at steps of PTQ4DM's skew normal, and is executed in its own runtime:
-ours and NNCF's by OpenVINO, ONNX Runtime's by ONNX Runtime. Then, for each seed:
+NNCF's by OpenVINO, ONNX Runtime's by ONNX Runtime, ours by both. Then, for each seed:
 
 * eps error: relative to full precision, on the full-precision trajectories of 32 samples of the seed, mean over steps;
 * PSNR: of each image to the full-precision image of the same noise, mean over images;
 * FID increase over the full-precision images, in units of the FID between two halves of the real digits;
 * seconds: wall time of quantization, calibration states not counted.
 
-The last lines compare each setting with `ours` in pairs: mean difference of PSNR over all images of all seeds, with
-its 95 % interval (normal approximation).
+The last lines compare settings in pairs (--against, or the first one): mean difference of PSNR over all images of all
+seeds, with its 95 % interval (normal approximation).
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,7 +43,10 @@ from ptq_exp.embedded import DigitsExtractor, digits_reference
 from ptq_exp.evaluation import extract_features, frechet_distance_from_features, half_split_fid
 from ptq_exp.evaluation.images import psnr
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
+from ptq_exp.runtime.deployable import deployable
+from ptq_exp.runtime.export_onnx import SESSION, onnx_model, write_onnx
 from ptq_exp.runtime.openvino import OpenVINO
+from ptq_exp.runtime.plan import integer_plan
 
 BATCH = 64
 EPS_SAMPLES = 32
@@ -66,17 +71,33 @@ class Session(nn.Module):
         return torch.from_numpy(self.run(x[rows].numpy(), t[rows].float().numpy()))[: len(x)]
 
 
-def ours(metric: str = "mse", **policy: str) -> Quantize:
-    """W8A8 of this framework: everything quantized, first and last layer at 16 bits, executed by OpenVINO."""
+def ours(engine: str = "openvino", metric: str = "mse", **policy: Any) -> Quantize:
+    """W8A8 of this framework: everything quantized, first and last layer at 16 bits."""
 
     def quantize(model: DiffusionModel, states: States, folder: Path) -> nn.Module:
         network = copy.deepcopy(model.denoiser)
         rules = Policy(first=model.first_layers, last=model.last_layers, **policy).rules(Widths(8, 8))
         quantize_(network, rules, model.example_inputs())
         calibrate_(network, metric, [states])
-        return OpenVINO().compile(network, model.example_inputs())
+        if engine == "openvino":
+            return OpenVINO().compile(network, model.example_inputs())
+        call = (torch.zeros(BATCH, *model.sample_shape), torch.zeros(BATCH, dtype=torch.long))
+        write_onnx(onnx_model(deployable(network, integer_plan(network)), call, ["x", "t"]), folder / "ours.onnx")
+        return onnx_session(folder / "ours.onnx", SESSION, np.int64)
 
     return quantize
+
+
+def onnx_session(path: Path, entries: Mapping[str, str], time_type: type) -> Session:
+    """The network of an ONNX file in ONNX Runtime, with `entries` among the options of its session."""
+    import onnxruntime as library
+
+    options = library.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    for entry in entries.items():
+        options.add_session_config_entry(*entry)
+    session = library.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Session(lambda x, t: session.run(None, {"x": x, "t": t.astype(time_type)})[0])
 
 
 def nncf(ends: bool = True, **settings: object) -> Quantize:
@@ -111,7 +132,6 @@ def onnxruntime(ends: bool = True, products_only: bool = False) -> Quantize:
 
     def quantize(model: DiffusionModel, states: States, folder: Path) -> nn.Module:
         import onnx
-        import onnxruntime as library
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -127,25 +147,28 @@ def onnxruntime(ends: bool = True, products_only: bool = False) -> Quantize:
             op_types_to_quantize=["Conv", "MatMul", "Gemm"] if products_only else None,
             nodes_to_exclude=[] if ends else [convolutions[0], convolutions[-1]],
         )  # fmt: skip
-        options = library.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = library.InferenceSession(str(made), options, providers=["CPUExecutionProvider"])
-        return Session(lambda x, t: session.run(None, {"x": x, "t": t})[0])
+        return onnx_session(made, {}, np.float32)
 
     return quantize
 
 
+SPLIT: dict[str, Any] = {"shortcut": "split_all"}
 SETTINGS: dict[str, Quantize] = {
-    "ours": ours(),
-    "ours, split shortcuts": ours(shortcut="split_all"),
+    "ours": ours(**SPLIT),
+    "ours, symmetric q k v": ours(**SPLIT, qkv_symmetric=True),
+    "ours, joint shortcuts": ours(),
+    "ours in ONNX Runtime": ours("onnxruntime", **SPLIT),
     "nncf default": nncf(),
+    "nncf default, ends in FP": nncf(ends=False),
     "nncf mixed": nncf(preset="MIXED"),
+    "nncf mixed, ends in FP": nncf(ends=False, preset="MIXED"),
     "nncf transformer": nncf(model_type="TRANSFORMER"),
     "nncf transformer, ends in FP": nncf(ends=False, model_type="TRANSFORMER"),
     "onnxruntime default": onnxruntime(),
     "onnxruntime products": onnxruntime(products_only=True),
     "onnxruntime products, ends in FP": onnxruntime(ends=False, products_only=True),
 }
+"""`ours` is the experiment best_w8a8 on these states; products are those of Conv, MatMul and Gemm."""
 
 
 class Floats(nn.Module):
@@ -212,8 +235,10 @@ def full_precision(model: DiffusionModel, n: int, seed: int) -> dict:
     return {"extractor": extractor, "real": real, "images": images, "fid": fid, "unit": half_split_fid(real)}
 
 
-def bench(settings: dict[str, Quantize], seeds: list[int], n_images: int, n_states: int) -> list[dict]:
-    """One record per setting and seed."""
+def bench(
+    settings: dict[str, Quantize], seeds: list[int], n_images: int, n_states: int, out: Path | None = None
+) -> list[dict]:
+    """One record per setting and seed; `out` is written after each."""
     model = ptq_exp.load_model("digits")
     records = []
     for seed in seeds:
@@ -227,6 +252,8 @@ def bench(settings: dict[str, Quantize], seeds: list[int], n_images: int, n_stat
                 records.append(spent | measure(model, network, full, seed))
             shown = {key: round(value, 2) for key, value in records[-1].items() if isinstance(value, float)}
             print(f"{name}, seed {seed}: {shown}, PSNR {np.minimum(records[-1]['psnr'], 100).mean():.2f}", flush=True)
+            if out:
+                out.write_text(json.dumps(records, default=lambda array: np.minimum(array, 100).tolist()))
     return records
 
 
@@ -254,6 +281,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--states", type=int, default=512)
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
+    parser.add_argument("--against", nargs="+", choices=SETTINGS, metavar="NAME", help="(the first of --only)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="also write the records as JSON")
     args = parser.parse_args()
@@ -261,12 +289,12 @@ def main() -> None:
         print(f"{', '.join(missing)} not installed: pip install -e '.[vendors]'")
         return
     torch.set_num_threads(args.threads)
-    records = bench({name: SETTINGS[name] for name in args.only}, args.seeds, args.images, args.states)
+    records = bench({name: SETTINGS[name] for name in args.only}, args.seeds, args.images, args.states, args.out)
     print(table(records).to_markdown())
-    for name in args.only[1:]:
-        print(paired(records, name, args.only[0]))
-    if args.out:
-        args.out.write_text(json.dumps(records, default=lambda array: np.minimum(array, 100).tolist()))
+    for base in args.against or args.only[:1]:
+        for name in args.only:
+            if name != base:
+                print(paired(records, name, base))
 
 
 if __name__ == "__main__":
