@@ -72,7 +72,7 @@ def training_module(
     settings = {"seed": seed, "total_steps": steps}
     if network in pipelines.STEPS:
         module, data = pipelines.training_module(network, weights, **settings)
-        return module, loader(data, 64, seed), None
+        return module, loader(data, pipelines.BATCH_SIZES[network], seed), None
     if network == "unet":
         alphas_cumprod = DDIMScheduler(TRAIN_STEPS, beta_schedule=BETA_SCHEDULE).alphas_cumprod
         module = DenoiserTraining(build_unet(), alphas_cumprod, lr=1e-3, ema_decay=0.999, **settings)

@@ -14,6 +14,7 @@ _HOME = {
     "inception": ("InceptionExtractor",),
     "manifold": ("precision_recall",),
     "metrics": ("frechet_distance", "frechet_distance_from_features", "inception_score"),
+    "prompts": ("prompt_accuracy",),
     "reference_files": ("load_reference",),
     "scores": ("SCORES", "Comparison", "Score", "half_split_fid", "kernel_distance", "score"),
     "statistics": ("FeatureStatistics", "GaussianStatistics", "load_statistics"),

@@ -10,7 +10,7 @@ from ptq_exp.errors import DataError
 from ptq_exp.evaluation.statistics import FeatureStatistics
 
 
-def prompt_accuracy(generated: FeatureStatistics, classes: Sequence[int] | np.ndarray) -> float:
+def prompt_accuracy(generated: FeatureStatistics, classes: Sequence[int]) -> float:
     """Return the share of images in which the feature extractor's classifier sees the class that was asked for.
 
     Args:

@@ -205,7 +205,7 @@ LAYOUT = (
     Entry("metrics.fixed_pattern_share*", "mean of `fixed_pattern_share_per_step`; `_uncorrected`: without the "
           "correction", "0 to 1", _ERRORS, QUANTIZED),
     Entry("metrics.*", "scores of the images: `fid`, `sfid` (less is better), `is`, `precision`, `recall` (more is "
-          "better)", "1", _SCORE, SCORED),
+          "better); `prompt_accuracy` where prompts name a class (more is better)", "1", _SCORE, SCORED),
 )
 """In the order of the page; of several entries that match a key the first one counts."""
 

@@ -30,7 +30,9 @@ def test_every_prompt_reads_back():
     assert asked("A THIN nine") == Asked(9, -1, None)
 
 
-@pytest.mark.parametrize("text", ["", "a red fox", "a one two", "a thin thick one", "a slanted upright one", "thickone"])
+@pytest.mark.parametrize(
+    "text", ["", "a red fox", "a one two", "a thin thick one", "a slanted upright one", "thickone"]
+)
 def test_what_names_no_single_digit_reads_as_none(text):
     assert asked(text) is None
 

@@ -81,7 +81,7 @@ class FlowTraining(PromptedTraining):
     each step, mostly the shortest, so that the network learns to overlook the filling.
     """
 
-    LENGTHS, RATES = (12, 24, 48, 96, 256), (0.7, 0.12, 0.09, 0.06, 0.03)
+    LENGTHS, RATES = (12, 24, 48, 96, 256), (0.8, 0.1, 0.05, 0.03, 0.02)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         x0, ids = batch

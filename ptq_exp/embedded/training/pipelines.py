@@ -21,8 +21,9 @@ from ptq_exp.embedded.training.prompt_quality import prompt_quality
 from ptq_exp.embedded.weights_file import load_weights
 from ptq_exp.evaluation.images import mean_psnr, to_uint8
 
-STEPS = {"kl_autoencoder": 600, "digits_text": 2800, "digits_flow": 3000}
+STEPS = {"kl_autoencoder": 600, "digits_text": 4000, "digits_flow": 4000}
 """Default number of optimizer steps of each."""
+BATCH_SIZES = {"kl_autoencoder": 64, "digits_text": 32, "digits_flow": 32}
 DATA = {
     "kl_autoencoder": "32x32, four fifths",
     **dict.fromkeys(NETWORKS, "latents of the autoencoder at 32x32, all but the ten held-out combinations"),
