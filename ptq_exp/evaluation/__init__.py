@@ -21,6 +21,7 @@ _HOME = {
     "metrics": ("frechet_distance", "frechet_distance_from_features", "inception_score"),
     "pairs": ("Pairs",),
     "perceptual": ("Perceptual", "lpips"),
+    "prompts": ("prompt_accuracy",),
     "reference_files": ("load_reference",),
     "scores": ("SCORES", "Comparison", "Score", "half_split_fid", "score"),
     "similarity": ("ssim",),

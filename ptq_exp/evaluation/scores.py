@@ -6,7 +6,7 @@ a run, its model card, report and W&B run, the tables, the search and the gate k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from ptq_exp.evaluation.metrics import (
     mean_and_covariance,
 )
 from ptq_exp.evaluation.pairs import Pairs, clip_scores, lpips_values, psnr_values, ssim_values
+from ptq_exp.evaluation.prompts import prompt_accuracy
 from ptq_exp.evaluation.statistics import FeatureStatistics, GaussianStatistics, require_same_features
 
 __all__ = ["SCORES", "Comparison", "Score", "half_split_fid", "score", "shown"]
@@ -32,10 +33,15 @@ _NEIGHBOUR = 3
 
 @dataclass(frozen=True)
 class Comparison:
-    """Features of generated images beside what is known of the real ones."""
+    """Features of generated images beside what is known of the real ones.
+
+    Attributes:
+        asked: [N] the class that was asked for in each generated image; None where nothing names one.
+    """
 
     generated: FeatureStatistics
     reference: FeatureStatistics | GaussianStatistics
+    asked: Sequence[int] | None = None
 
     @property
     def real(self) -> FeatureStatistics | None:
@@ -78,6 +84,11 @@ def kid(images: Comparison) -> float | None:
     return kernel_distance(images.generated.pooled, images.real.pooled)
 
 
+def asked_classes(images: Comparison) -> float | None:
+    """Share of images that the classifier reads as the class asked for; None where nothing names one."""
+    return None if images.asked is None else prompt_accuracy(images.generated, images.asked)
+
+
 @dataclass(frozen=True)
 class Score:
     """A number that judges generated images.
@@ -118,6 +129,10 @@ SCORES: dict[str, Score] = {
     "kid": Score("KID", -1, 4, kid),
     "precision": Score("precision", 1, 3, lambda images: images.precision_recall[0]),
     "recall": Score("recall", 1, 3, lambda images: images.precision_recall[1]),
+    "prompt_accuracy": Score(
+        "prompt accuracy", 1, 4, asked_classes, "share of images that show the class asked for", SUMMARY,
+        "prompt accuracy %",
+    ),
     "fid_increase": Score(
         "FID − FP32", -1, description="FID increase over full precision, same seeds", level=DETAIL, change_of="fid",
     ),
@@ -175,7 +190,11 @@ def shown(level: int) -> dict[str, Score]:
     return {name: score for name, score in SCORES.items() if score.level <= level}
 
 
-def score(generated: FeatureStatistics, reference: FeatureStatistics | GaussianStatistics) -> dict[str, float]:
+def score(
+    generated: FeatureStatistics,
+    reference: FeatureStatistics | GaussianStatistics,
+    asked: Sequence[int] | None = None,
+) -> dict[str, float]:
     """Compute every score of `SCORES` that features allow, of generated images against real ones.
 
     Stored Gaussians are used for FID and sFID where the reference has them, its features for KID, precision and
@@ -184,15 +203,17 @@ def score(generated: FeatureStatistics, reference: FeatureStatistics | GaussianS
     Args:
         generated: features of the generated images.
         reference: features or Gaussians of the real images, from the same extractor.
+        asked: [N] the class asked for in each generated image, numbered as the extractor's classifier numbers them.
 
     Returns:
-        {"fid", "is"} and, where the reference has what they need, {"sfid"}, {"kid"} and {"precision", "recall"}.
+        {"fid", "is"} and, where the reference has what they need, {"sfid"}, {"kid"} and {"precision", "recall"};
+        with `asked`, {"prompt_accuracy"}.
 
     Raises:
-        DataError: the two come from different extractors, or hold NaN or infinity.
+        DataError: not one class per image, or the two come from different extractors, or hold NaN or infinity.
     """
     require_same_features(generated, reference)
-    images = Comparison(generated, reference)
+    images = Comparison(generated, reference, asked)
     values = {name: entry.function(images) for name, entry in SCORES.items() if entry.function is not None}
     return {name: value for name, value in values.items() if value is not None}
 

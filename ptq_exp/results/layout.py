@@ -225,7 +225,7 @@ LAYOUT = (
     Entry("metrics.fixed_pattern_share*", "mean of `fixed_pattern_share_per_step`; `_uncorrected`: without the "
           "correction", "0 to 1", _ERRORS, QUANTIZED),
     Entry("metrics.*", "scores of the images: `fid`, `sfid` (less is better), `is`, `precision`, `recall` (more is "
-          "better)", "1", _SCORE, SCORED),
+          "better); `prompt_accuracy` where prompts name a class (more is better)", "1", _SCORE, SCORED),
     Entry("intervals.*", "95 % interval of a score of `metrics`, by a paired bootstrap over the images of the run",
           "[low, high], unit of the score", _PAIRS, QUANTIZED),
     Entry("resamples.pairs", "resamples behind the intervals of means over pairs", "count", _PAIRS, QUANTIZED),
