@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.utils import is_accelerate_available
 from safetensors import safe_open
+from torch import nn
 
 from ptq_exp.diffusion.zoo.place import INDEX
 from ptq_exp.diffusion.zoo.settings import Settings
-from ptq_exp.errors import CheckpointError, ConfigError, one_line
+from ptq_exp.errors import CheckpointError, ConfigError, PTQError, one_line
 from ptq_exp.pipelines.refusals import check_folder, components_of
 
 _FURTHER = ("first_stage_model.", "vae.", "cond_stage_model.", "conditioner.", "text_encoder")
@@ -30,9 +32,13 @@ def open_file(path: Path, dtype: torch.dtype, config: str | None, open_folder: C
         open_folder: opens a folder with some components given, see `folder.open_folder`.
 
     Raises:
-        ConfigError: no folder of settings.
+        ConfigError: no folder of settings, or accelerate is not installed.
         CheckpointError: the file does not hold what its settings say.
     """
+    if not is_accelerate_available():
+        raise ConfigError(
+            f"model.checkpoint={path}: without the package accelerate nothing says what a single file lacks: install it"
+        )
     root = settings_folder(path, config)
     index = Settings.read(root, INDEX)
     check_folder(index)
@@ -40,18 +46,33 @@ def open_file(path: Path, dtype: torch.dtype, config: str | None, open_folder: C
         whole = any(name.startswith(_FURTHER) for name in tensors.keys())
     try:
         if whole:
-            pipeline = getattr(diffusers, index.values["_class_name"])
-            return pipeline.from_single_file(str(path), config=str(root), local_files_only=True, torch_dtype=dtype)
+            cls = getattr(diffusers, index.values["_class_name"])
+            pipeline = cls.from_single_file(str(path), config=str(root), local_files_only=True, torch_dtype=dtype)
+            _require_filled(path, pipeline.components)
+            return pipeline
         name, cls = next((name, cls) for name, (_, cls) in components_of(index) if name in _NETWORKS)
         network = getattr(diffusers, cls).from_single_file(
             str(path), config=str(root), subfolder=name, local_files_only=True, torch_dtype=dtype
         )
+        _require_filled(path, {name: network})
+    except PTQError:
+        raise
     except Exception as error:  # the readers stumble over files of other kinds in many ways
         raise CheckpointError(
             f"model.checkpoint={path}: not a {index.values['_class_name']} as the settings in {root} say: "
             f"{one_line(error, 300)}"
         ) from error
     return open_folder(root, dtype, **{name: network})
+
+
+def _require_filled(path: Path, components: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for weights that the file did not hold: they have no values (meta device)."""
+    for name, part in components.items():
+        state = part.state_dict() if isinstance(part, nn.Module) else {}
+        if empty := [key for key, value in state.items() if value.is_meta]:
+            raise CheckpointError(
+                f"model.checkpoint={path}: {len(empty)} weights of the {name} are missing ({', '.join(empty[:3])})"
+            )
 
 
 def settings_folder(path: Path, config: str | None) -> Path:
