@@ -124,6 +124,15 @@ class PipelineModel(DiffusionModel):
         arguments = self.arguments([0], 0)
         return times_of(self.pipeline, self.component, arguments, self.denoiser.layout, self._answer_shape)
 
+    @cached_property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of an image; found by decoding one whose estimates are all 0."""
+        network, shape = self.denoiser, self._answer_shape
+        shell = component_calling(
+            network.component, network.layout.call, lambda call: call.x.new_zeros(len(call.x), *shape)
+        )
+        return tuple(self._images(shell, [0], 0, EVALUATION, self.pipeline.device).shape[1:])
+
     def guided(self, denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module:
         """`denoiser`: guidance is the pipeline's own.
 
