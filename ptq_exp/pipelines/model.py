@@ -124,6 +124,15 @@ class PipelineModel(DiffusionModel):
         arguments = self.arguments([0], 0)
         return times_of(self.pipeline, self.component, arguments, self.denoiser.layout, self._answer_shape)
 
+    @cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, found by drawing one with a network that answers zeros."""
+        zeros = component_calling(self.denoiser.component, self.denoiser.layout.call, self._zeros)
+        return tuple(self._images(zeros, [0], 0, EVALUATION, self.pipeline.device).shape[1:])
+
+    def _zeros(self, call: Call) -> Tensor:
+        return call.x.new_zeros(len(call.x), *self._answer_shape)
+
     def guided(self, denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module:
         """`denoiser`: guidance is the pipeline's own.
 
@@ -175,7 +184,7 @@ class PipelineModel(DiffusionModel):
 
     def prompts(self, indices: Sequence[int], seed: int) -> list[str] | None:
         """Text that each image is drawn from; None where there is none."""
-        found = [self.request(int(i), seed).get("prompt") for i in indices]
+        found = [({"prompt": self.call.get("prompt")} | dict(self.request(int(i), seed)))["prompt"] for i in indices]
         return found if all(isinstance(prompt, str) for prompt in found) else None
 
     def generators(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> list[torch.Generator]:
