@@ -44,8 +44,8 @@ def pipeline_folder(
     """
     pipeline = open_pipeline(checkpoint, torch_dtype(dtype), config)
     return PipelineModel(
-        pipeline, prompts, name=name, call=call, component=component, steps=steps,
-        guidance_scale=guidance_scale, eta=eta,
+        pipeline, prompts, name=name, call=call, component=component, steps=steps, guidance_scale=guidance_scale,
+        eta=eta,
     )
 
 

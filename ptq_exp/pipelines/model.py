@@ -14,14 +14,7 @@ from ptq_exp.diffusion import Call, DiffusionModel, NoiseSchedule, SamplerDefaul
 from ptq_exp.diffusion.conditions import balanced
 from ptq_exp.diffusion.noise import EVALUATION, sample_generator
 from ptq_exp.errors import ConfigError
-from ptq_exp.pipelines.arguments import (
-    call_arguments,
-    check_arguments,
-    check_classes,
-    number,
-    number_of_classes,
-    sampler_arguments,
-)
+from ptq_exp.pipelines.arguments import call_arguments, check_arguments, checked_classes, number, sampler_arguments
 from ptq_exp.pipelines.component import BLOCKS, FIRST_LAYERS, LAST_LAYERS, find_component, own_copy, top_layers
 from ptq_exp.pipelines.identity import pipeline_digest, plain
 from ptq_exp.pipelines.layout import CallLayout
@@ -70,9 +63,7 @@ class PipelineModel(DiffusionModel):
             raise ConfigError(f"sampler.steps={steps}: choose 1 or more")
         check_arguments(self.pipeline, self.call, self.requests)
         network = getattr(self.pipeline, self.component)
-        self._classes = number_of_classes(self.pipeline, self.component)
-        if self._classes is not None:
-            check_classes((self.call, *self.requests), self._classes)
+        self._classes = checked_classes(self.pipeline, self.component, (self.call, *self.requests))
         calls, answer = first_calls(self.pipeline, self.component, self.arguments([0], 0))
         two, _ = first_calls(self.pipeline, self.component, self.arguments([0, 1], 0), evaluated=False)
         layout = CallLayout.of(calls[0], two[0])
@@ -125,13 +116,13 @@ class PipelineModel(DiffusionModel):
         return times_of(self.pipeline, self.component, arguments, self.denoiser.layout, self._answer_shape)
 
     @cached_property
-    def image_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of an image; found by decoding one whose estimates are all 0."""
-        network, shape = self.denoiser, self._answer_shape
-        shell = component_calling(
-            network.component, network.layout.call, lambda call: call.x.new_zeros(len(call.x), *shape)
-        )
-        return tuple(self._images(shell, [0], 0, EVALUATION, self.pipeline.device).shape[1:])
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, found by drawing one with a network that answers zeros."""
+        zeros = component_calling(self.denoiser.component, self.denoiser.layout.call, self._zeros)
+        return tuple(self._images(zeros, [0], 0, EVALUATION, self.pipeline.device).shape[1:])
+
+    def _zeros(self, call: Call) -> Tensor:
+        return call.x.new_zeros(len(call.x), *self._answer_shape)
 
     def guided(self, denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module:
         """`denoiser`: guidance is the pipeline's own.
@@ -184,7 +175,7 @@ class PipelineModel(DiffusionModel):
 
     def prompts(self, indices: Sequence[int], seed: int) -> list[str] | None:
         """Text that each image is drawn from; None where there is none."""
-        found = [self.request(int(i), seed).get("prompt") for i in indices]
+        found = [({"prompt": self.call.get("prompt")} | dict(self.request(int(i), seed)))["prompt"] for i in indices]
         return found if all(isinstance(prompt, str) for prompt in found) else None
 
     def generators(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> list[torch.Generator]:

@@ -72,6 +72,9 @@ class ModelConfig:
         path=True,
     )
     call: dict[str, Any] | None = setting(None, "Of a pipeline: arguments of its call, the same for all images.")
+    config: str | None = setting(
+        None, "Of a pipeline in a single file: folder of its settings and tokenizers; null: the hub's cache.", path=True
+    )
     component: str | None = setting(None, "Of a pipeline: what is quantized; null: `unet` or `transformer`.")
     channels_last: bool = setting(False, "Memory layout NHWC: faster convolutions on GPUs in half precision.")
     compile: bool = setting(False, "Run the network through torch.compile.")
