@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# W&B's list of all that is installed takes longer than anything else of an offline run
+os.environ.setdefault("WANDB_X_SAVE_REQUIREMENTS", "false")
 
 import pytest
 import torch

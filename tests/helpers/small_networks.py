@@ -51,7 +51,7 @@ def use_small_networks(monkeypatch) -> None:
 
 def use_few_candidate_ranges(monkeypatch) -> None:
     """Let the search of ranges try as few candidates as it can, whatever the metric."""
-    for name in ("BUDGET", "COARSE_BUDGET", "ENDS_BUDGET"):
+    for name in ("BUDGET", "COARSE_BUDGET", "ENDS_BUDGET", "COARSE_SPACING"):
         monkeypatch.setattr(search, name, 1)
 
 
