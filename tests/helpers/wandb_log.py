@@ -52,7 +52,7 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def read_log(path: Path) -> dict[str, Any]:
-    """What an offline run left: {"config", "summary", "group", "tags", "exit_code"}.
+    """What an offline run left: {"config", "summary", "tags", "exit_code"}.
 
     "summary" holds the last value of everything that was logged. "exit_code" is None for a run that did not end, and
     all of it is empty for one that was killed in its first second.
@@ -62,7 +62,7 @@ def read_log(path: Path) -> dict[str, Any]:
     """
     from wandb.proto import wandb_internal_pb2 as wandb_records
 
-    run: dict[str, Any] = {"config": {}, "summary": {}, "group": "", "tags": [], "exit_code": None}
+    run: dict[str, Any] = {"config": {}, "summary": {}, "tags": [], "exit_code": None}
     for payload in records(path):
         record = wandb_records.Record()
         try:
@@ -71,7 +71,7 @@ def read_log(path: Path) -> dict[str, Any]:
             raise DataError(f"{path} holds a record that this version of wandb does not know: {error}") from error
         kind = record.WhichOneof("record_type")
         if kind == "run":
-            run["tags"], run["group"] = list(record.run.tags), record.run.run_group
+            run["tags"] = list(record.run.tags)
             _apply(run["config"], record.run.config.update)
         elif kind == "config":
             _apply(run["config"], record.config.update)
