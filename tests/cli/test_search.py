@@ -5,6 +5,7 @@ import shlex
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from quick_yaml import quick_yaml
 
 from ptq_exp.cli.coordinate_search import Search, Space, Stage, merged
 from ptq_exp.cli.search import experiment_file, main
@@ -131,7 +132,7 @@ def test_unreadable_spaces(tmp_path):
 
 def test_every_candidate_of_the_shipped_space_composes():
     shipped = Space.load(config_folder() / "search" / "best.yaml")
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+    with quick_yaml(), initialize_config_dir(str(config_folder()), version_base="1.3"):
         for stage in shipped.stages:
             for candidate in stage.candidates:
                 for bits in ("bits=w8a8", "bits=w4a4"):
