@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_networks import use_small_networks
+from small_networks import use_blank_pictures, use_one_composition, use_small_networks
 
 from ptq_exp.results.layout import LAYOUT, Entry, as_markdown, entry_of, leaves
 from ptq_exp.storage.plain_json import read_json
@@ -37,7 +37,8 @@ def runs(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("layout")
     with pytest.MonkeyPatch.context() as patch:
-        use_small_networks(patch)
+        for use in (use_small_networks, use_blank_pictures, use_one_composition):
+            use(patch)
         for name, overrides in [("all", EVERYTHING), ("analysed", ANALYSED), ("no", INFEASIBLE)]:
             given = [f"cache_dir={folder}/cache", f"hydra.run.dir={folder}/{name}", *overrides]
             patch.setattr(sys, "argv", ["ptq_exp", *SMALL, *given])

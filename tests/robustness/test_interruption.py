@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from small_networks import use_small_networks
+from small_networks import use_blank_pictures, use_one_composition, use_small_networks
 
 from ptq_exp.cli.coordinate_search import Search, Space, Stage
 from ptq_exp.cli.main import main
@@ -40,7 +40,8 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, capsys, cache):
     """Run the command in small, on a small network; returns its exit status and what it says on standard error."""
-    use_small_networks(monkeypatch)
+    for use in (use_small_networks, use_blank_pictures, use_one_composition):
+        use(monkeypatch)
 
     def run(*arguments):
         flags = [argument for argument in arguments if argument.startswith("-")]
