@@ -121,8 +121,8 @@ class EvaluationConfig:
     fid_resamples: int = setting(
         0, "Resamples for the intervals of changes of FID, sFID and IS, each of which is a new FID; 0: none.", low=0
     )
-    gate: dict[str, float] = setting(
-        dict, "Scores that a run must reach, such as {psnr: 30}; the command ends with exit code 3 where it does not."
+    gate: dict[str, float] | None = setting(
+        None, "Scores that a run must reach, such as {psnr: 30}; the command ends with exit code 3 where one does not."
     )
     eps_error_samples: int = setting(0, "Trajectories on which the relative eps error per step is measured.", low=1)
     grid_images: int = setting(0, "Pairs of images in grid.png.", low=1)
