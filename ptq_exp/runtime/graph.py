@@ -37,6 +37,8 @@ def executed_layers(kernels: Kernels, plan: Plan, rows: Sequence[Row]) -> Execut
             continue
         entry, found = plan[name], kernels.get(name, [])
         integer = bool(found) and all(is_integer for _, is_integer in found)
+        if entry.grouped is not None:  # the graph names the type that the input has before the kernel quantizes it
+            integer = bool(found) and entry.executed == INT8
         names = ", ".join(sorted({kernel for kernel, _ in found})) or "not found in the runtime graph"
         reason = "the engine chose a float kernel" if not integer and entry.executed == INT8 else entry.reason
         made.append(ExecutedLayer(row.name, row.type, INT8 if integer else FLOAT, names, row.macs, reason))
@@ -53,14 +55,14 @@ def kernels_of(compiled: Any) -> Kernels:
             continue
         types = [source.get_element_type().get_type_name() for source in node.inputs()]
         integer = sum(name in _BYTES for name in types) >= 2
-        for layer in _modules(_text(info, "originalLayersNames"), kind):
+        for layer in _modules(_text(info, "originalLayersNames"), node.get_friendly_name(), kind):
             found.setdefault(layer, []).append((_text(info, "primitiveType"), integer))
     return found
 
 
-def _modules(names: str, kind: str) -> set[str]:
-    """Find the planned layers among the original names of a node of the runtime graph."""
-    layers = _LAYER.findall(names)
+def _modules(names: str, own: str, kind: str) -> set[str]:
+    """Find the planned layers among the original names of a node of the runtime graph, else in its `own`."""
+    layers = _LAYER.findall(names) or _LAYER.findall(own)
     if kind != "Subgraph" and layers:
         return set(layers[:1])  # the node may have taken in what follows
     return set(_PRODUCT.findall(names)) if kind in ("Subgraph", "MatMul") else set()
