@@ -3,9 +3,9 @@
     python benchmarks/time_layers.py [--network ddim_cifar10] [--turns 30]
 
 The time embedding and its projections depend on the sampling step alone and could be looked up in a table. Both
-networks are at W8A8 with random weights and compiled with the same settings of OpenVINO. Printed are the CPU time of one
-thread, in turns whose order alternates (median and quartiles of the ratio within a turn), and the share of the layers in
-the times that OpenVINO itself notes for each node.
+networks are at W8A8 with random weights and compiled with the same settings of OpenVINO. Printed are the CPU time
+of one thread, in turns whose order alternates (median and quartiles of the ratio within a turn), and the share of
+the layers in the times that OpenVINO itself notes for each node.
 """
 
 from __future__ import annotations
