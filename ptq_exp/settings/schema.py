@@ -191,8 +191,9 @@ class RuntimeConfig:
         "f32", "Type of what the engine does not execute as integers.", choices=("f32", "bf16")
     )
     weights: str = setting(
-        "as_saved", "Execute the saved weights, or re-grid them to 7 bits for CPUs whose 8-bit sums saturate.",
-        choices=("as_saved", "7bit"),
+        "as_saved", "Execute the saved weights; or re-grid them to 7 bits, for CPUs whose 8-bit sums saturate; or let "
+        "linear layers keep 4-bit groups, whose inputs OpenVINO quantizes itself (groups).",
+        choices=("as_saved", "7bit", "groups"),
     )
     regrid: bool = setting(False, "Quantize weights with several scales per output channel anew, 8 bits per channel.")
     compare: str | None = setting(
