@@ -14,6 +14,7 @@ from ptq_exp.diffusion import Call, DiffusionModel, NoiseSchedule, SamplerDefaul
 from ptq_exp.diffusion.conditions import balanced
 from ptq_exp.diffusion.noise import EVALUATION, sample_generator
 from ptq_exp.errors import ConfigError
+from ptq_exp.pipelines.adapters import without_fused
 from ptq_exp.pipelines.arguments import (
     call_arguments,
     check_arguments,
@@ -69,7 +70,8 @@ class PipelineModel(DiffusionModel):
         if self.steps < 1:
             raise ConfigError(f"sampler.steps={steps}: choose 1 or more")
         check_arguments(self.pipeline, self.call, self.requests)
-        network = getattr(self.pipeline, self.component)
+        network = without_fused(getattr(self.pipeline, self.component), self.component)
+        setattr(self.pipeline, self.component, network)
         self._classes = number_of_classes(self.pipeline, self.component)
         if self._classes is not None:
             check_classes((self.call, *self.requests), self._classes)
