@@ -19,8 +19,8 @@ FLOORS = [
         "evaluation": "errors storage",
         "results": "errors storage",
     },
-    {"pipelines": "errors storage diffusion"},
     {
+        "pipelines": "errors storage diffusion",
         "runtime": "errors storage quantization",
         "calibration": "errors storage diffusion",
         "correction": "errors storage quantization diffusion",
@@ -33,15 +33,15 @@ FLOORS = [
     {
         "lightning": "errors storage quantization diffusion pipelines evaluation calibration correction reconstruction",
         "embedded": "errors storage diffusion evaluation",
-        "settings": "errors storage quantization diffusion results calibration correction deploy runtime",
+        "settings": "errors storage quantization diffusion evaluation results calibration correction deploy runtime",
     },
     {
         "experiment": "errors storage quantization diffusion pipelines evaluation results calibration correction "
         "reports reconstruction runtime deploy lightning settings",
     },
-    {"api": "errors diffusion pipelines evaluation deploy experiment"},
     {
-        "cli": "errors storage diffusion evaluation results reports runtime deploy embedded settings experiment api"
+        "api": "errors diffusion pipelines evaluation deploy experiment",
+        "cli": "errors storage diffusion evaluation results reports runtime deploy embedded settings experiment",
     },
     {"__main__": "cli", "__init__": ""},
 ]

@@ -51,7 +51,8 @@ def test_every_configuration_file_is_packed(wheel):
 
 def test_the_embedded_weights_are_packed(wheel):
     weights = files_below("ptq_exp/embedded/weights", "*")
-    assert {Path(name).suffix for name in weights} == {".safetensors", ".json"}
+    assert {Path(name).suffix for name in weights} == {".safetensors", ".json", ".txt"}
+    assert {"digits_text", "digits_flow"} < {Path(name).parts[3] for name in weights}
     assert in_wheel(wheel, "ptq_exp/embedded/weights/") == weights
 
 

@@ -1,5 +1,7 @@
 """Train an embedded network: `python -m ptq_exp train_embedded {unet,classifier,autoencoder,latent_unet}`.
 
+Or an embedded pipeline: `kl_autoencoder` (starts from `autoencoder`), then `digits_text` and `digits_flow`.
+
 Checkpoints go to `runs/train/<network>/`; the same command resumes from the last one. At the end the EMA weights
 and a JSON card (how trained, seed, losses, accuracy) are written into the package.
 """
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from ptq_exp.api import sample
+from ptq_exp.deploy.draw import draw
 from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
 from ptq_exp.embedded import DigitsExtractor
 from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, digits
@@ -33,6 +35,7 @@ from ptq_exp.embedded.networks import (
     build_latent_unet,
     build_unet,
 )
+from ptq_exp.embedded.training import pipelines
 from ptq_exp.embedded.training.latent_modules import (
     AutoencoderTraining,
     LatentDenoiserTraining,
@@ -41,20 +44,18 @@ from ptq_exp.embedded.training.latent_modules import (
     reconstruction_psnr,
 )
 from ptq_exp.embedded.training.modules import ClassifierTraining, DenoiserTraining, EMATraining
+from ptq_exp.embedded.weights_file import WEIGHTS
 from ptq_exp.errors import command_line
 from ptq_exp.evaluation import extract_features, inception_score
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.paths import PathArgument
 
-WEIGHTS = Path(__file__).parent / "embedded" / "weights"
-
-
-NETWORKS = {"unet": 5000, "classifier": 2500, "autoencoder": 1500, "latent_unet": 5000}
+NETWORKS = {"unet": 5000, "classifier": 2500, "autoencoder": 1500, "latent_unet": 5000, **pipelines.STEPS}
 """Default number of optimizer steps of each."""
-FILES = {"autoencoder": "digits_vq"}
+FILES = {"autoencoder": "digits_vq", "kl_autoencoder": "digits_kl", **{name: name for name in pipelines.NETWORKS}}
 DATA = {
     "unet": "16x16, all 1,797", "classifier": "16x16, four fifths", "autoencoder": "32x32, four fifths",
-    "latent_unet": "latents of the autoencoder at 32x32, all 1,797",
+    "latent_unet": "latents of the autoencoder at 32x32, all 1,797", **pipelines.DATA,
 }
 
 
@@ -69,6 +70,9 @@ def training_module(
 ) -> tuple[EMATraining, DataLoader, DataLoader | None]:
     """Build the Lightning module of `network` and its batches; `weights`: folder of the other networks' weights."""
     settings = {"seed": seed, "total_steps": steps}
+    if network in pipelines.STEPS:
+        module, data = pipelines.training_module(network, weights, **settings)
+        return module, loader(data, pipelines.BATCH_SIZES[network], seed), None
     if network == "unet":
         alphas_cumprod = DDIMScheduler(TRAIN_STEPS, beta_schedule=BETA_SCHEDULE).alphas_cumprod
         module = DenoiserTraining(build_unet(), alphas_cumprod, lr=1e-3, ema_decay=0.999, **settings)
@@ -110,7 +114,9 @@ def measured(
 
 def sample_quality(model: DiffusionModel, n: int, seed: int = 0) -> dict:
     """Measure the Inception score of `n` samples, and how often the embedded classifier sees the class asked for."""
-    probabilities = extract_features(DigitsExtractor(), sample(model, n, seed, batch_size=min(n, 100))).probabilities
+    guided, how = model.guided(model.denoiser, model.sampler.guidance_scale), {"device": "cpu", "progress": False}
+    images = draw(model, guided, model.time_grid(), n, seed, batch_size=min(n, 100), **how)
+    probabilities = extract_features(DigitsExtractor(), images).probabilities
     agreement = (probabilities.argmax(1) == model.labels(range(n), seed).numpy()).mean()
     return {
         "samples": n,
@@ -120,14 +126,16 @@ def sample_quality(model: DiffusionModel, n: int, seed: int = 0) -> dict:
     }
 
 
-def export(module: EMATraining, name: str, card: dict, folder: Path) -> None:
-    """Write the EMA weights as `<name>.safetensors` and what is known of them as `<name>.json`."""
+def export(module: EMATraining, network: str, card: dict, folder: Path) -> None:
+    """Write the EMA weights, `<name>.safetensors` or the folder of a pipeline, and what is known of them as JSON."""
+    name = FILES.get(network, f"digits_{network}")
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / f"{name}.safetensors"
-    state = module.ema.module.state_dict()
-    save_file({key: value.contiguous() for key, value in state.items()}, weights)
     card["parameters"] = sum(p.numel() for p in module.network.parameters())
-    card["sha256"] = file_digest(weights)
+    if network not in pipelines.STEPS:
+        weights = folder / f"{name}.safetensors"
+        state = module.ema.module.state_dict()
+        save_file({key: value.contiguous() for key, value in state.items()}, weights)
+        card["sha256"] = file_digest(weights)
     (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
@@ -147,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; leave 1 if anything else runs")
     parser.add_argument("--work", action=PathArgument, default=Path("runs/train"), help="folder of the checkpoints")
     parser.add_argument("--out", action=PathArgument, default=WEIGHTS, help="folder of the exported weights and card")
-    parser.add_argument("--samples", type=int, default=1000, help="images that the card of latent_unet is measured on")
+    parser.add_argument("--samples", type=int, default=1000, help="images that a card is measured on")
     with command_line("the same command goes on from the last checkpoint"):
         train(parser.parse_args(argv))
 
@@ -184,6 +192,9 @@ def train(args: argparse.Namespace) -> None:
         "minutes_of_last_session": round((time.time() - started) / 60, 1),
         "loss_by_tenth": losses_by_tenth(module.loss_history),
     }
-    card |= measured(args.network, module, trainer, held_out, args.out, args.samples)
-    export(module, FILES.get(args.network, f"digits_{args.network}"), card, args.out)
+    if args.network in pipelines.STEPS:
+        card |= pipelines.export(args.network, module, args.out, args.samples)
+    else:
+        card |= measured(args.network, module, trainer, held_out, args.out, args.samples)
+    export(module, args.network, card, args.out)
     print(json.dumps(card, indent=2))

@@ -165,6 +165,10 @@ class DiffusionModel:
         """Return what decides the images beside weights, grid and seed; {} where there is nothing else."""
         return {}
 
+    def prompts(self, indices: Sequence[int], seed: int) -> list[str] | None:
+        """Text that each sample is drawn from; None = the model draws from none."""
+        return None
+
     def run(
         self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, *, stream: int = EVALUATION,
         device: torch.device | str = "cpu", **kwargs,

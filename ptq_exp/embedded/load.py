@@ -14,7 +14,7 @@ from ptq_exp.diffusion.zoo.build import frozen, torch_dtype
 from ptq_exp.embedded.digits import IMAGE_SIZE, LATENT_IMAGE_SIZE, digits
 from ptq_exp.embedded.networks import BETA_SCHEDULE, TRAIN_STEPS, DigitsClassifier, build_unet
 from ptq_exp.embedded.weights_file import WEIGHTS, load_weights
-from ptq_exp.errors import DataError
+from ptq_exp.errors import CheckpointError, DataError
 from ptq_exp.evaluation.images import from_uint8, to_uint8
 
 
@@ -40,6 +40,21 @@ def digits_model(name: str = "digits", checkpoint: str | None = None, dtype: str
         clip_sample=True,
         digest=digest,
     )
+
+
+def pipeline_folder(name: str) -> Path:
+    """Return the folder of an embedded pipeline, digits_text or digits_flow: a plain `diffusers` folder.
+
+    Raises:
+        CheckpointError: no such pipeline, or its folder is not there.
+    """
+    known = sorted(path.parent.name for path in WEIGHTS.glob("*/model_index.json"))
+    if name not in known:
+        raise CheckpointError(
+            f"{name!r} is no embedded pipeline: choose {' or '.join(known)}, or make it by "
+            f"python -m ptq_exp train_embedded {name}"
+        )
+    return WEIGHTS / name
 
 
 def digits_reference(size: int = IMAGE_SIZE) -> np.ndarray:

@@ -175,9 +175,9 @@ class PipelineModel(DiffusionModel):
         labels = self.labels([index], seed, stream)
         return {} if labels is None else {"class_labels": int(labels[0])}
 
-    def prompts(self, n: int) -> list[str] | None:
-        """Return the prompts of images 0..n-1; None where there are none."""
-        found = [self.request(i).get("prompt") for i in range(n)]
+    def prompts(self, indices: Sequence[int], seed: int) -> list[str] | None:
+        """Text that each image is drawn from; None where there is none."""
+        found = [self.request(int(i), seed).get("prompt") for i in indices]
         return found if all(isinstance(prompt, str) for prompt in found) else None
 
     def generators(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> list[torch.Generator]:

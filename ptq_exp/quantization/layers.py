@@ -135,6 +135,11 @@ def attention_obstacle(attention: Attention) -> str | None:
     return None
 
 
+def mapped_attention(attention: nn.Module) -> bool:
+    """Whether `attention` is, or can be made, a `QuantAttention`."""
+    return type(attention) in (Attention, QuantAttention) and attention_obstacle(attention) is None
+
+
 def bits_of(quantizer: nn.Module | None) -> int | tuple[int, ...] | None:
     """Return the bit-width of a quantizer, or its candidates; None for a missing one or the identity in its place."""
     return getattr(quantizer, "bits", None)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
+from ptq_exp.quantization import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear, Row
+from ptq_exp.quantization.products import QuantizedProduct
 from ptq_exp.quantization.quantizer import Quantizer
+from ptq_exp.quantization.trace.products import product_site
 
 INT8, FLOAT = "int8", "float"
+ATTENTION, PRODUCT = "Attention", "Product"
 BYTE = 256
 """Levels of an 8-bit integer: activations and shifted weights with more are executed in float."""
 SEVEN_BITS = 64
@@ -81,10 +84,10 @@ class IntegerWeight:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer, or the two products of one attention, is executed.
+    """How one layer, the two products of one attention, or one product of any other module is executed.
 
     Attributes:
-        kind: name of the layer's class.
+        kind: name of the layer's class; `ATTENTION` or `PRODUCT`.
         executed: INT8 or FLOAT, as planned; what an engine made of it stands in its own account.
         reason: why in float, or what had to be changed; empty otherwise.
         weights: for each segment of input channels.
@@ -101,6 +104,11 @@ class LayerPlan:
     inputs: tuple[Grid, ...] = ()
     output: Grid | None = None
     segments: tuple[int, ...] = ()
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a convolution or linear layer."""
+        return self.kind not in (ATTENTION, PRODUCT)
 
 
 Plan = dict[str, LayerPlan]
@@ -125,7 +133,17 @@ def integer_plan(
             plan[name] = _layer(name, layer, regrid, seven_bits, asked)
         elif isinstance(layer, QuantAttention):
             plan[name] = _attention(name, layer)
+        elif isinstance(layer, QuantizedProduct):
+            plan[name] = _product(name, layer)
     return plan
+
+
+def entry_of(plan: Plan, row: Row) -> LayerPlan | None:
+    """Return how the operation of a report's `row` is planned; None if it is not."""
+    if row.scope != "attention":
+        return plan.get(row.name)
+    module, _, key = row.name.rpartition(".")
+    return plan.get(product_site(module, key)) or plan.get(module)
 
 
 def grids(quantizer: nn.Module) -> tuple[Grid, ...]:
@@ -212,7 +230,7 @@ def _attention(name: str, attention: nn.Module) -> LayerPlan:
     softmax = grids(attention.softmax_quantizer)
     operands = [grids(getattr(layer, "output_quantizer", None)) for layer in (attention.to_q, attention.to_k,
                                                                               attention.to_v)]
-    made = LayerPlan(name, "Attention", FLOAT, output=softmax[0] if softmax else None)
+    made = LayerPlan(name, ATTENTION, FLOAT, output=softmax[0] if softmax else None)
     if any(len(found) != 1 for found in operands):
         return replace(made, reason="q, k or v is not quantized")
     inputs = tuple(found[0] for found in operands)
@@ -223,6 +241,21 @@ def _attention(name: str, attention: nn.Module) -> LayerPlan:
         return replace(made, reason="q, k or v is asymmetric")
     if not softmax or softmax[0].levels > BYTE:
         return replace(made, reason="the softmax map has more than 8 bits")
+    return replace(made, executed=INT8)
+
+
+def _product(name: str, product: QuantizedProduct) -> LayerPlan:
+    """Plan one product of two activations; its grids are those of its operands."""
+    left, right = grids(product.left_quantizer), grids(product.right_quantizer)
+    made = LayerPlan(name, PRODUCT, FLOAT, inputs=(*left, *right))
+    if not left or not right:
+        return replace(made, reason="an operand is not quantized")
+    if any(grid.levels > BYTE for grid in made.inputs):
+        return replace(made, reason="an operand has more than 8 bits")
+    if not all(grid.symmetric or grid.one_sided for grid in made.inputs):
+        return replace(made, reason="an operand is asymmetric")
+    if any(grid.rows > 1 for grid in made.inputs):
+        return replace(made, reason="its ranges change between sampling steps")
     return replace(made, executed=INT8)
 
 

@@ -79,6 +79,9 @@ class ModelConfig:
     images: dict[str, Any] | None = setting(
         None, "Function that gives the model's real images, uint8 [N, H, W, C], and its arguments.", path=True
     )
+    extractor: dict[str, Any] | None = setting(
+        None, "Feature extractor that suits the model's images, which `evaluation=pairs` takes.", path=True
+    )
     groups: dict[str, str] = setting(
         dict, "Names for globs of layers, for `bits.groups`; the first that matches decides."
     )
@@ -101,8 +104,31 @@ class EvaluationConfig:
         None, "Real images: a path (ADM .npz, folder, CIFAR-10, saved statistics), or a function and its arguments.",
         path=True,
     )
+    pairs: list[str] = setting(
+        list, "Scores of pairs of quantized and full-precision images, beside PSNR: `ssim`, `fid_to_fp`."
+    )
+    lpips: str | None = setting(
+        None, "File of torchvision's AlexNet, VGG16 or SqueezeNet: LPIPS is measured, too; null: it is not.", path=True
+    )
+    clip: str | None = setting(
+        None, "Folder of a CLIP model of transformers: the CLIP score is measured, too; null: it is not.", path=True
+    )
+    resamples: int = setting(10000, "Resamples of the bootstrap for the 95 % intervals of means over pairs; 0: none.",
+                             low=0)
+    fid_resamples: int = setting(
+        0, "Resamples for the intervals of changes of FID, sFID and IS, each of which is a new FID; 0: none.", low=0
+    )
+    gate: dict[str, float] = setting(
+        dict, "Scores that a run must reach, such as {psnr: 30}; the command ends with exit code 3 where it does not."
+    )
     eps_error_samples: int = setting(0, "Trajectories on which the relative eps error per step is measured.", low=1)
     grid_images: int = setting(0, "Pairs of images in grid.png.", low=1)
+
+    @property
+    def pair_scores(self) -> list[str]:
+        """Names of the scores of pairs that are measured: PSNR, what `pairs` asks for, and what has its weights."""
+        given = ["lpips"] * (self.lpips is not None) + ["clip_score"] * (self.clip is not None)
+        return list(dict.fromkeys(["psnr", *self.pairs, *given]))
 
 
 @dataclass

@@ -17,6 +17,7 @@ from ptq_exp.evaluation import (
     half_split_fid,
     kernel_distance,
     load_statistics,
+    prompt_accuracy,
     score,
 )
 
@@ -190,3 +191,30 @@ def test_half_split_needs_rows_and_seeds():
         half_split_fid(np.ones((3, 2)))
     with pytest.raises(DataError, match="1 seed"):
         half_split_fid(np.ones((8, 2)), [])
+
+
+def features_that_see(classes):
+    n = len(classes)
+    return FeatureStatistics(np.eye(max(n, 4))[:n], np.eye(max(n, 4))[:n], np.eye(10)[list(classes)] * 0.8 + 0.02)
+
+
+def test_prompt_accuracy_is_the_share_of_images_with_the_class_asked_for():
+    seen = features_that_see([3, 3, 7, 0, 9])
+    assert prompt_accuracy(seen, [3, 1, 7, 0, 8]) == 0.6
+    assert score(seen, statistics_of_size(5), [3, 3, 7, 0, 9])["prompt_accuracy"] == 1
+    assert "prompt_accuracy" not in score(seen, statistics_of_size(5))
+
+
+def statistics_of_size(width, rows=20):
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((rows, width))
+    return FeatureStatistics(features, features, rng.dirichlet(np.ones(10), rows))
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [([3, 3], "for each of 5"), ([3, 3, 7, 0, 10], "0..10"), ([3, -1, 7, 0, 1], "-1..7"), ([0.5] * 5, "integer")],
+)
+def test_prompt_accuracy_refuses_other_classes(classes, message):
+    with pytest.raises(DataError, match=message):
+        prompt_accuracy(features_that_see([3, 3, 7, 0, 9]), classes)

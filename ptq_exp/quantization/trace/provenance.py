@@ -18,7 +18,7 @@ MOVES = {
     torch.Tensor.contiguous, torch.Tensor.clone, torch.clone, torch.Tensor.unsqueeze, torch.unsqueeze,
     torch.Tensor.squeeze, torch.squeeze, torch.Tensor.expand, torch.Tensor.__getitem__, torch.Tensor.detach,
     torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split, torch.Tensor.to, torch.Tensor.float,
-    F.dropout, F.pad, F.max_pool2d,
+    torch.Tensor.repeat_interleave, torch.repeat_interleave, F.dropout, F.pad, F.max_pool2d,
 }
 
 
