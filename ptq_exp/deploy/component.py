@@ -18,6 +18,7 @@ from ptq_exp.deploy.restore import restored
 from ptq_exp.errors import DataError, PTQError, one_line
 from ptq_exp.pipelines import PipelineModel, RecordedModel
 from ptq_exp.quantization.save import DESCRIPTION_FILE
+from ptq_exp.storage.plain_json import read_json
 
 log = logging.getLogger("ptq_exp")
 
@@ -61,22 +62,24 @@ def load_pipeline(artifact: Artifact, device: torch.device | str) -> QuantizedMo
             f"{artifact.folder} is a component alone, {PIPELINE_FILE} is missing beside its folder: copy the whole "
             "folder that was saved, or give network="
         )
+    # a component that is left out, such as the third text encoder of SD3, must be said to be
+    absent = {name: None for name, value in read_json(folder / PIPELINE_FILE).items() if value == [None, None]}
     dtypes = {"default": torch.float32, **entry["dtypes"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions call it dtype, older ones torch_dtype alone
-        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes, local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtypes, local_files_only=True, **absent)
     name = entry["component"]
     quantizer = getattr(getattr(pipeline, name, None), "hf_quantizer", None)
     if quantizer is None:
         raise DataError(f"{folder}: its {name} is not the quantized one; copy the whole folder that was saved again")
     quantized = quantizer.quantized
-    setattr(pipeline, name, quantized.network.component)
     pipeline.to(device)
     model = PipelineModel(
         pipeline, entry["requests"] or None, steps=entry["steps"], component=name, call=entry["call"],
         name=artifact.identity["name"],
     )
-    model.digest = quantized.model.digest
+    model.digest, model.denoiser.component = quantized.model.digest, quantized.network.component
+    setattr(model.pipeline, name, quantized.network.component)
     grid, scale = model.time_grid(), quantized.guidance_scale
     artifact.check_grid(grid, scale)
     return replace(quantized, model=model, network=model.denoiser, grid=grid)
