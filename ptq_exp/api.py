@@ -99,7 +99,11 @@ def _only(call: Mapping[str, Any], why: str) -> None:
 
 def _model_overrides(model: DiffusionModel) -> list[str]:
     group = "pipeline" if isinstance(model, (PipelineModel, RecordedModel)) else "diffusers"
-    return [f"model={group}", f"model.name={model.name}", "logger=none"]
+    dtype = str(next(model.denoiser.parameters()).dtype).removeprefix("torch.")
+    types = ["float32", "bfloat16", "float16", "float64"]
+    return [f"model={group}", f"model.name={model.name}", "logger=none", *(
+        [f"model.dtype={dtype}"] if group == "pipeline" and dtype in types else []
+    )]
 
 
 def _sizes(model: DiffusionModel, n: int | None) -> list[str]:

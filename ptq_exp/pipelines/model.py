@@ -14,6 +14,7 @@ from ptq_exp.diffusion import Call, DiffusionModel, NoiseSchedule, SamplerDefaul
 from ptq_exp.diffusion.conditions import balanced
 from ptq_exp.diffusion.noise import EVALUATION, sample_generator
 from ptq_exp.errors import ConfigError
+from ptq_exp.pipelines.adapters import without_fused
 from ptq_exp.pipelines.arguments import call_arguments, check_arguments, checked_classes, number, sampler_arguments
 from ptq_exp.pipelines.component import BLOCKS, FIRST_LAYERS, LAST_LAYERS, find_component, own_copy, top_layers
 from ptq_exp.pipelines.identity import pipeline_digest, plain
@@ -62,7 +63,8 @@ class PipelineModel(DiffusionModel):
         if self.steps < 1:
             raise ConfigError(f"sampler.steps={steps}: choose 1 or more")
         check_arguments(self.pipeline, self.call, self.requests)
-        network = getattr(self.pipeline, self.component)
+        network = without_fused(getattr(self.pipeline, self.component), self.component)
+        setattr(self.pipeline, self.component, network)
         self._classes = checked_classes(self.pipeline, self.component, (self.call, *self.requests))
         calls, answer = first_calls(self.pipeline, self.component, self.arguments([0], 0))
         two, _ = first_calls(self.pipeline, self.component, self.arguments([0, 1], 0), evaluated=False)

@@ -57,8 +57,18 @@ def answering(network: PipelineNetwork, denoiser: nn.Module, *, fixed: bool = Fa
         fixed: every call must have the layout that the network was made for; otherwise it takes whatever it is called
             with: other sizes, other guidance.
     """
-    read = network.layout.call if fixed else network.read
-    component = component_calling(network.component, read, lambda call: call.evaluate(denoiser))
+    made_for = network.layout
+    read = made_for.call if fixed else network.read
+
+    def answer(call: Call) -> Tensor:
+        if next(denoiser.buffers(), call.x).device != call.x.device:  # the pipeline moves its component alone
+            denoiser.to(call.x.device)
+        try:
+            return call.evaluate(denoiser)
+        finally:
+            network.layout = made_for
+
+    component = component_calling(network.component, read, answer)
     wrapped = component.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
