@@ -141,7 +141,8 @@ def test_every_candidate_of_the_shipped_space_composes():
 def test_a_real_search_in_small(tmp_path, capsys):
     path = tmp_path / "tiny.yaml"
     base = ["calibration=uniform", "sampler.steps=2", "calibration.n_samples=4", "evaluation.n_samples=4",
-            "evaluation.eps_error_samples=2", "evaluation.grid_images=2", f"cache_dir={tmp_path / 'cache'}",
+            "evaluation.eps_error_samples=2", "evaluation.grid_images=2", "evaluation.fid_resamples=2",
+            f"cache_dir={tmp_path / 'cache'}",
             "logger=none", "save_quantized=false"]
     stages = [{"name": "metric", "candidates": ["metric=minmax", "metric=mse"]},
               {"name": "eta", "candidates": ["", "sampler.eta=7"]}]

@@ -22,7 +22,8 @@ from ptq_exp.quantization import METRICS
 
 SMALL = [
     "sampler.steps=3", "evaluation.n_samples=10", "evaluation.batch_size=5", "evaluation.eps_error_samples=2",
-    "evaluation.grid_images=4", "calibration.n_samples=6", "calibration.batch_size=4", "trainer.progress_bar=false",
+    "evaluation.grid_images=4", "evaluation.fid_resamples=2",
+    "calibration.n_samples=6", "calibration.batch_size=4", "trainer.progress_bar=false",
     "trainer.accelerator=cpu", "correction.n_samples=4", "correction.batch_size=4",
     "reconstruction.iterations=2",
 ]

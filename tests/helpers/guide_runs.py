@@ -14,7 +14,9 @@ SIZES = ("sampler.steps", "evaluation.n_samples", "evaluation.batch_size", "eval
 """Settings of a command that are sizes; of the seeds one will do."""
 PUBLISHED = ("evaluation", "evaluation.reference", "model.images.path", "model.ema", "quantization.keep_fp")
 """Settings of commands for a published model that belong to its files and layers."""
-TINY = ("reconstruction.iterations=1", "evaluation.n_samples=6", "evaluation.batch_size=6")
+TINY = (
+    "reconstruction.iterations=1", "evaluation.n_samples=6", "evaluation.batch_size=6", "evaluation.fid_resamples=2",
+)
 QUICK_GAINS = ("bits.gain_samples=2", "bits.gain_steps=2")
 """Of bits that are chosen by what each step gains."""
 
