@@ -45,6 +45,7 @@ class PipelineModel(DiffusionModel):
         call: further arguments of the pipeline's call, the same for all images.
         guidance_scale, eta: arguments of the call, too; None = the pipeline's defaults.
         name: what tables call it.
+        asked: class that each request asks for, for the score `prompt_accuracy`; None = nothing names one.
 
     Raises:
         ConfigError: no component, an argument that the pipeline does not take, or a pipeline that calls its network in
@@ -54,10 +55,11 @@ class PipelineModel(DiffusionModel):
     def __init__(
         self, pipeline: Any, prompts: Sequence[str | Request] | str | None = None, *, steps: int | None = None,
         component: str | None = None, call: Mapping[str, Any] | None = None, guidance_scale: float | None = None,
-        eta: float | None = None, name: str = "pipeline",
+        eta: float | None = None, name: str = "pipeline", asked: Sequence[int] | None = None,
     ) -> None:
         self.name, self.component, self.structure = name, find_component(pipeline, component), None
         self.requests, self.pipeline = requests_of(prompts), own_copy(pipeline)
+        self._asked = None if asked is None else list(asked)
         self.call = opened(call or {}) | sampler_arguments(pipeline, guidance_scale=guidance_scale, eta=eta or None)
         self.steps = STEPS if steps is None else steps
         if self.steps < 1:
@@ -174,6 +176,10 @@ class PipelineModel(DiffusionModel):
             return self.requests[index % len(self.requests)]
         labels = self.labels([index], seed, stream)
         return {} if labels is None else {"class_labels": int(labels[0])}
+
+    def asked(self, indices: Sequence[int], seed: int) -> list[int] | None:
+        """Class that each image is asked to show; None = nothing names one."""
+        return None if self._asked is None else [self._asked[int(i) % len(self._asked)] for i in indices]
 
     def prompts(self, indices: Sequence[int], seed: int) -> list[str] | None:
         """Text that each image is drawn from; None where there is none."""

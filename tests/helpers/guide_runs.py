@@ -24,12 +24,15 @@ PUBLISHED = ("evaluation", "evaluation.reference", "model.images.path", "model.e
 """Settings of commands for a published model that belong to its files and layers."""
 SMALL = [
     "sampler.steps=3", "evaluation.n_samples=10", "evaluation.batch_size=5", "evaluation.eps_error_samples=2",
-    "evaluation.grid_images=4", "calibration.n_samples=6", "calibration.batch_size=4", "trainer.progress_bar=false",
+    "evaluation.grid_images=4", "evaluation.fid_resamples=2", "calibration.n_samples=6", "calibration.batch_size=4",
+    "trainer.progress_bar=false",
     "trainer.accelerator=cpu", "correction.n_samples=4", "correction.batch_size=4",
     "reconstruction.iterations=2",
 ]
 """What every run of tests/experiment is given."""
-TINY = ("reconstruction.iterations=1", "evaluation.n_samples=6", "evaluation.batch_size=6")
+TINY = (
+    "reconstruction.iterations=1", "evaluation.n_samples=6", "evaluation.batch_size=6", "evaluation.fid_resamples=2",
+)
 QUICK_GAINS = ("bits.gain_samples=2", "bits.gain_steps=2")
 """Of bits that are chosen by what each step gains."""
 

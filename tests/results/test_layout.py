@@ -12,13 +12,14 @@ from ptq_exp.storage.plain_json import read_json
 
 SMALL = [
     "sampler.steps=3", "evaluation.n_samples=4", "evaluation.batch_size=4", "evaluation.eps_error_samples=2",
-    "evaluation.grid_images=2", "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
+    "evaluation.grid_images=2", "evaluation.fid_resamples=2",
+    "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
     "trainer.accelerator=cpu", "correction.n_samples=4", "correction.batch_size=4", "reconstruction.iterations=1",
     "metric=minmax", "logger=none",
 ]
 EVERYTHING = [
     "+experiment=ptqd_w4a8", "bits=step_list", "bits.schedule=[8,4,4]", "quantization.smooth=true",
-    "reconstruction=adaround", "evaluation.pairs=[ssim,fid_to_fp]", "evaluation.fid_resamples=2",
+    "reconstruction=adaround", "evaluation.pairs=[ssim,fid_to_fp]",
     "evaluation.gate={psnr: 1000, eps_error: 1000}",
 ]
 ANALYSED = [

@@ -17,7 +17,8 @@ from ptq_exp.cli.main import main
 
 SMALL = [
     "sampler.steps=2", "evaluation.n_samples=6", "evaluation.batch_size=2", "evaluation.eps_error_samples=2",
-    "evaluation.grid_images=2", "calibration.n_samples=4", "calibration.batch_size=2", "correction.n_samples=4",
+    "evaluation.grid_images=2", "evaluation.fid_resamples=2",
+    "calibration.n_samples=4", "calibration.batch_size=2", "correction.n_samples=4",
     "correction.batch_size=2", "metric=minmax", "logger=none", "trainer.progress_bar=false", "trainer.accelerator=cpu",
 ]
 TICK = 1 / os.sysconf("SC_CLK_TCK")

@@ -19,7 +19,8 @@ from ptq_exp.storage.plain_json import read_json
 
 SMALL = [
     "sampler.steps=2", "evaluation=paired", "evaluation.n_samples=6", "evaluation.batch_size=2", "metric=minmax",
-    "evaluation.eps_error_samples=2", "evaluation.grid_images=2", "calibration.n_samples=4", "logger=none",
+    "evaluation.eps_error_samples=2", "evaluation.grid_images=2", "evaluation.fid_resamples=2",
+    "calibration.n_samples=4", "logger=none",
     "calibration.batch_size=4", "trainer.progress_bar=false", "trainer.accelerator=cpu", "save_quantized=false",
 ]
 
