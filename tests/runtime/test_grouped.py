@@ -1,6 +1,8 @@
 """Linear layers whose 4-bit weights have a scale per group: what OpenVINO multiplies, stores and says of them."""
 
 
+from functools import cache
+
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
@@ -32,6 +34,7 @@ class Tokens(nn.Module):
         return self.last(h + self.down(nn.functional.gelu(self.up(h))))
 
 
+@cache
 def calibrated(group_size: int = 32, bits: int = 4, **policy) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     network, x = Tokens().eval().requires_grad_(False), torch.randn(4, 16, 8)
@@ -39,6 +42,14 @@ def calibrated(group_size: int = 32, bits: int = 4, **policy) -> tuple[nn.Module
     quantize_(network, Policy(first=("first",), last=("last",), **settings).rules(Widths(bits, 8)), (x[:1],))
     calibrate_(network, "mse", [(x,)])
     return network, x
+
+
+def compiled(network, x):
+    """The runtime and what it makes of `network`, without the process that would compile it first."""
+    runtime = runtime_of("openvino", {"weights": "groups", "threads": 1})
+    made = runtime.compile(network, (x[:1],))
+    made._try_first = False
+    return runtime, made
 
 
 @torch.no_grad()
@@ -64,8 +75,7 @@ def test_what_the_engine_gains_nothing_by_is_not_planned_in_groups(policy):
 
 def test_openvino_executes_groups_with_inputs_that_it_quantizes():
     network, x = calibrated()
-    runtime = runtime_of("openvino", {"weights": "groups", "threads": 1})
-    made = runtime.compile(network, (x[:1],))
+    runtime, made = compiled(network, x)
     plain = deployable(network, integer_plan(network, groups=True))
     assert 1e-4 < error(made(x), plain(x)) < 0.02  # the engine's rounding of inputs, and no more
     assert error(made(x), network(x)) < 0.02
@@ -90,8 +100,7 @@ def _projections(network):
 def test_without_the_engines_own_quantization_the_weights_are_exact():
     """What differs from the plain network is the rounding of inputs alone."""
     network, x = calibrated()
-    runtime = runtime_of("openvino", {"weights": "groups", "threads": 1})
-    made = runtime.compile(network, (x[:1],))
+    _, made = compiled(network, x)
     assert made._settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == 32
     made._settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     plain = deployable(network, integer_plan(network, groups=True))
@@ -102,8 +111,7 @@ def test_without_the_engines_own_quantization_the_weights_are_exact():
 def test_where_the_engine_leaves_inputs_in_float_the_account_says_so(monkeypatch):
     network, x = calibrated()
     monkeypatch.setattr("ptq_exp.runtime.probe.quantizes_inputs", lambda make, size: False)
-    runtime = runtime_of("openvino", {"weights": "groups", "threads": 1})
-    runtime.compile(network, (x[:1],))
+    runtime, _ = compiled(network, x)
     rows = {row.layer: row for row in runtime.account()}
     assert rows["up"].executed == "float" and "leaves the input in float" in rows["up"].reason
 
