@@ -166,8 +166,9 @@ def train(args: argparse.Namespace) -> None:
 
     module, train_batches, held_out = training_module(args.network, steps, args.seed, args.out)
     folder = args.work / args.network
+    every = 1 if len(train_batches) > 100 else 2
     checkpoint = ModelCheckpoint(
-        folder, filename="latest", save_last=True, every_n_epochs=2, save_on_train_epoch_end=True
+        folder, filename="latest", save_last=True, every_n_epochs=every, save_on_train_epoch_end=True
     )
     # counted in epochs (the module stops at the last step): with max_steps, Lightning repeats a batch on resuming
     max_epochs = math.ceil(steps / len(train_batches))
