@@ -30,13 +30,14 @@ SLOW = (
     "cli/test_search.py", "cli/sweep", "robustness/test_interruption.py", "robustness/test_chaos.py",
     "experiment/test_results_commands.py", "experiment/test_settings.py", "experiment/test_evaluate.py",
     "experiment/test_placement.py", "quantization/test_range_search_exhaustive.py",
-    "embedded/test_training_latent.py", "results/test_layout.py", "experiment/test_analysis.py",
+    "embedded/test_training_latent.py", "embedded/test_training_pipelines.py", "embedded/test_pipelines.py",
+    "embedded/test_pipeline_folders.py", "deploy", "results/test_layout.py", "experiment/test_analysis.py",
     "robustness/test_malformed_settings.py", "experiment", "runtime/test_export.py", "runtime/test_openvino.py",
     "robustness/test_full_disk.py", "embedded/test_training.py", "lightning", "reports/html",
     "reports/tables/test_wandb_source.py", "results/test_wandb.py", "storage/test_cache.py", "pipelines", "api",
     "diffusion/zoo",
     "quantization/test_bops_ldm4.py", "cli", "embedded/test_load.py", "embedded/test_latent.py", "test_packaging.py",
-    "test_layering.py", "test_api.py", "deploy/test_light.py", "storage/test_atomic.py", "correction/test_on_digits.py",
+    "test_layering.py", "test_api.py", "storage/test_atomic.py", "correction/test_on_digits.py",
     "quantization/test_save.py", "evaluation/test_inception.py", "runtime/test_deploy_policy.py",
 )
 TESTS = Path(__file__).parent
