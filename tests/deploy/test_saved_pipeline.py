@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from small_pipelines import SMALL
 
@@ -104,14 +104,14 @@ def test_the_folder_is_one_of_diffusers_without_the_weights_in_full_precision(sa
     assert floats < sum(value.numel() for value in load_file(whole).values()) / 10
 
 
-@pytest.mark.parametrize("first", ["import ptq_exp, diffusers", "import diffusers, ptq_exp",
-                                   "import diffusers.quantizers.auto, ptq_exp"])
-def test_a_fresh_process_loads_it_in_any_order_of_imports(saved, tmp_path, first):
+def test_a_fresh_process_that_imports_diffusers_afterwards_loads_it(saved, tmp_path):
     one = saved("steps")
     np.save(tmp_path / "expected.npy", one.images(one.quantized.pipeline))
     code = f"""
-{first}
-import numpy as np, sys
+import ptq_exp, sys
+assert not {{"torch", "diffusers"}} & set(sys.modules)
+import diffusers
+import numpy as np
 pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])
 from ptq_exp.diffusion.noise import EVALUATION, sample_generator
 images = pipe({list(r["prompt"] for r in one.quantized.model.requests[:2])!r}, height=16, width=16, guidance_scale=3.0,
@@ -125,6 +125,15 @@ assert not {{"hydra", "pytorch_lightning", "wandb"}} & set(sys.modules)
     assert run.returncode == 0, run.stderr
 
 
+def content(path):
+    """What is in a file; of tensors whatever order safetensors has given to its own notes."""
+    if path.suffix == ".safetensors":
+        return {name: value.tolist() for name, value in load_file(path).items()}
+    if path.name == "quantization.json":
+        return {key: value for key, value in json.loads(path.read_text()).items() if key != "file"}
+    return path.read_bytes()
+
+
 def test_a_loaded_pipeline_is_saved_again_as_it_was(saved, tmp_path):
     one = saved("steps")
     DiffusionPipeline.from_pretrained(one.folder).save_pretrained(tmp_path / "one")
@@ -132,7 +141,7 @@ def test_a_loaded_pipeline_is_saved_again_as_it_was(saved, tmp_path):
     one.quantized.pipeline.save_pretrained(tmp_path / "three")
     for path in sorted((one.folder / "unet").iterdir()):
         for other in ("one", "two", "three"):
-            assert (tmp_path / other / "unet" / path.name).read_bytes() == path.read_bytes(), (other, path.name)
+            assert content(tmp_path / other / "unet" / path.name) == content(path), (other, path.name)
 
 
 def test_other_sizes_and_guidance_are_drawn_and_leave_the_saved_calls_alone(saved, tmp_path):
@@ -143,8 +152,7 @@ def test_other_sizes_and_guidance_are_drawn_and_leave_the_saved_calls_alone(save
               for p in (pipe, one.quantized.pipeline)]
     assert images[0].shape == (1, 32, 24, 3) and np.array_equal(*images)
     pipe.save_pretrained(tmp_path)
-    assert (tmp_path / "unet" / "quantization.json").read_bytes() == (
-        one.folder / "unet" / "quantization.json").read_bytes()
+    assert content(tmp_path / "unet" / "quantization.json") == content(one.folder / "unet" / "quantization.json")
 
 
 def test_steps_that_have_no_ranges_are_one_clear_line(saved):
@@ -173,10 +181,6 @@ def edited(path, change):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
-def newer(described):
-    return described | {"version": 3}
-
-
 def _other_weights(folder):
     tensors = load_file(folder / PACKED)
     name = next(name for name, value in tensors.items() if value.dtype == torch.uint8)
@@ -188,7 +192,9 @@ DAMAGES = {
     "edited weights": (_other_weights, "not the file that quantization.json describes"),
     "edited description": (
         lambda f: edited(f / "quantization.json", lambda d: d | {"evaluations": 1}), "was edited, or belongs to"),
-    "newer format": (lambda f: edited(f / "quantization.json", newer), "version 3 of the format, this code reads 1 and 2"),
+    "newer format": (
+        lambda f: edited(f / "quantization.json", lambda d: d | {"version": 3}),
+        "version 3 of the format, this code reads 1 and 2"),
     "no arguments": (lambda f: (f / "arguments.safetensors").unlink(), "arguments.safetensors is missing"),
     "other arguments": (
         lambda f: save_file({"a": torch.zeros(1)}, f / "arguments.safetensors"), "is not the file that"),
@@ -211,14 +217,13 @@ def test_a_missing_packed_file_is_named(copied):
     (copied / "unet" / PACKED).unlink()
     with pytest.raises(DataError, match=f"{PACKED} is missing"):
         ptq_exp.load_quantized(copied)
-    with pytest.raises(OSError, match=PACKED):
+    with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):
         DiffusionPipeline.from_pretrained(copied)
 
 
-def test_another_class_of_component_is_refused(copied):
-    edited(copied / "model_index.json", lambda index: index | {"unet": ["diffusers", "UNet2DModel"]})
-    with pytest.raises(DataError, match="holds a quantized UNet2DConditionModel, this is a UNet2DModel"):
-        DiffusionPipeline.from_pretrained(copied)
+def test_another_class_of_component_is_refused(saved):
+    with pytest.raises(DataError, match="holds a quantized UNet2DModel, this is a UNet2DConditionModel"):
+        UNet2DConditionModel.from_pretrained(saved("schedule").folder, subfolder="unet")
 
 
 def test_a_folder_with_another_model_is_not_overwritten(saved, tmp_path):
@@ -277,7 +282,7 @@ def test_a_network_alone_is_saved_and_loaded(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(before, blank.parameters(), strict=True))
     with pytest.raises(ConfigError, match="is a network alone: give network=, a Sequential"):
         ptq_exp.load_quantized(tmp_path)
-    with pytest.raises(DataError, match="of a Sequential of other sizes|does not fit the model"):
+    with pytest.raises(DataError, match="of another network or other rules"):
         ptq_exp.load_quantized(tmp_path, network=torch.nn.Sequential(torch.nn.Linear(8, 4)))
     with pytest.raises(DataError, match="holds a quantized Sequential, this is a Linear"):
         ptq_exp.load_quantized(tmp_path, network=torch.nn.Linear(8, 4))
