@@ -41,8 +41,8 @@ def to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     kind = _kind(value)
     if kind is None:
         raise ConfigError(f"{name} is a {type(value).__name__}, which cannot be saved with the model: leave it out")
-    array = value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(np.asarray(value)))
-    tensors[name] = array.detach().cpu().clone().contiguous()
+    array = value.detach().cpu().clone() if isinstance(value, Tensor) else torch.from_numpy(np.array(value, order="C"))
+    tensors[name] = array.contiguous()
     return {kind: name}
 
 

@@ -99,7 +99,8 @@ class Artifact:
     def settings(self) -> dict[str, Any]:
         """The settings that the network was made with, section by section, as they are to be used from now on.
 
-        Of a pipeline those are left out that were arguments in Python. A bit schedule is spelt out and noise statistics are the saved ones, whatever they had been made from.
+        Of a pipeline those are left out that were arguments in Python. A bit schedule is spelt out and noise
+        statistics are the saved ones, whatever they had been made from.
         """
         settings = copy.deepcopy(dict(self.description["settings"]))
         if (schedule := self.schedule()) is not None:

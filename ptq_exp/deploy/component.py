@@ -6,7 +6,6 @@ import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +40,8 @@ def quantized_component(artifact: Artifact, component: nn.Module) -> QuantizedMo
     except PTQError:
         raise
     except Exception as error:  # of any kind: another size ends in whatever torch says
-        raise DataError(f"{artifact.folder} was quantized from a {expected} of other sizes: {one_line(error)}") from error
+        message = f"{artifact.folder} was quantized from a {expected} of other sizes: {one_line(error)}"
+        raise DataError(message) from error
     model.digest = f"quantized-{artifact.digest}"
     scale = artifact.description["grid"].get("guidance_scale", 1.0)
     device = next(component.parameters()).device

@@ -6,7 +6,7 @@ Imported while diffusers is, so that all that needs more of diffusers is importe
 from __future__ import annotations
 
 import logging
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from ptq_exp.errors import ConfigError, DataError, PTQError
 log = logging.getLogger("ptq_exp")
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """The name of the method, in the form in which diffusers names its own."""
 
     PTQ_EXP = "ptq_exp"

@@ -89,7 +89,8 @@ def _save_files(quantized: QuantizedModel, folder: Path, tensors_file: str) -> d
     if not quantized.recipe:
         raise ConfigError(f"the quantized {quantized.model.name} has no recipe: only what a run has made can be saved")
     about = {
-        **{key: value for key, value in quantized.recipe.items() if key != "pipeline"}, "grid": grid_entry(quantized.grid, quantized.guidance_scale),
+        **{key: value for key, value in quantized.recipe.items() if key != "pipeline"},
+        "grid": grid_entry(quantized.grid, quantized.guidance_scale),
         "activation_widths": list(quantized.widths), "transforms": [done.to_dict() for done in quantized.transforms],
     }
     for key, name, part in (
@@ -102,7 +103,8 @@ def _save_files(quantized: QuantizedModel, folder: Path, tensors_file: str) -> d
     if isinstance(quantized.network, PipelineNetwork):
         about |= _calls(quantized, folder)
     return save_quantized(
-        folder, quantized.network, quantized.rules, quantized.report, to_plain(about), tensors_file
+        folder, quantized.network, quantized.rules, quantized.report, to_plain(about), tensors_file,
+        prefix="component." if isinstance(quantized.network, PipelineNetwork) else "",
     )
 
 

@@ -43,7 +43,7 @@ _RESTORE = {1: restore_joined_, 2: restore_state_}
 
 def save_quantized(
     folder: str | os.PathLike, network: nn.Module, rules: Sequence[Rule], report: Report, about: Mapping[str, Any],
-    tensors_file: str = TENSORS_FILE,
+    tensors_file: str = TENSORS_FILE, prefix: str = "",
 ) -> dict[str, Any]:
     """Write a calibrated network to `folder`; returns the content of quantization.json.
 
@@ -54,6 +54,7 @@ def save_quantized(
         report: bits and cost of its operations; with candidate widths, one that knows their shares.
         about: further entries, plain values for JSON.
         tensors_file: name of the file of tensors, one of `TENSORS_FILES`.
+        prefix: of all names in the network, left out in the file of tensors.
 
     Raises:
         QuantizationError: the network is not calibrated, or a weight is not on the grid of its ranges.
@@ -67,9 +68,9 @@ def save_quantized(
     path = Path(folder) / tensors_file
     metadata = {"format": FORMAT, "version": str(VERSION), _HASH: _description_hash(description)}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file({name.removeprefix(prefix): value for name, value in tensors.items()}, temporary, metadata)
     description["file"] = {
-        "name": tensors_file, "sha256": file_digest(path), "bytes": path.stat().st_size,
+        "name": tensors_file, "prefix": prefix, "sha256": file_digest(path), "bytes": path.stat().st_size,
         "header_bytes": _header_bytes(path), "theoretical_bytes": report.totals["weight_bytes"],
     }
     with atomic_path(path.with_name(DESCRIPTION_FILE)) as temporary:
@@ -127,7 +128,8 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
     description = read_description(folder)
     path = folder / tensors_file_of(description)
     try:
-        tensors = load_file(path)
+        prefix = description["file"].get("prefix", "")
+        tensors = {f"{prefix}{name}": value for name, value in load_file(path).items()}
         report = quantize_(network, [rule_from_dict(rule) for rule in description["rules"]], example_inputs)
         with torch.no_grad():
             _RESTORE[description["version"]](network, tensors, description["tensors"])
