@@ -27,7 +27,7 @@ SMALL = [
     "evaluation.grid_images=4", "evaluation.fid_resamples=2", "calibration.n_samples=6", "calibration.batch_size=4",
     "trainer.progress_bar=false",
     "trainer.accelerator=cpu", "correction.n_samples=4", "correction.batch_size=4",
-    "reconstruction.iterations=2",
+    "reconstruction.iterations=2", "quantization.temporal_bins=2",
 ]
 """What every run of tests/experiment is given."""
 TINY = (
