@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from guide_runs import TINY, assert_recorded, chosen_by, run_or_plan, runs
+from small_pipelines import PROMPTS, SMALL
 
 ALL = runs()
 RUNS = chosen_by(lambda page: page != "reproduce" and not page.startswith("results/"))
@@ -27,6 +28,8 @@ def files(guide_folder):
         norm_num_groups=4, attention_head_dim=8,
     )
     DDPMPipeline(unet, DDIMScheduler(100)).save_pretrained(guide_folder / "my_folder")
+    SMALL["sd15"].build().save_pretrained(guide_folder / "FOLDER")
+    (guide_folder / "prompts.txt").write_text("\n".join(PROMPTS))
     return guide_folder
 
 

@@ -11,7 +11,7 @@ from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.storage.plain_json import read_json
 
 QUICK = ("metric=minmax", "logger=none", "calibration=uniform")
-TINY = ("sampler.steps=1", "evaluation=paired", "evaluation.n_samples=1", "evaluation.eps_error_samples=1",
+TINY = ("sampler.steps=1", "evaluation=paired", "evaluation.n_samples=2", "evaluation.eps_error_samples=1",
         "evaluation.grid_images=1", "calibration.n_samples=1", "save_quantized=false")
 """For whole networks, of which coverage alone is looked at."""
 

@@ -41,6 +41,9 @@ def shrunk(arguments: list[str]) -> list[str]:
     """The overrides of a command without sizes; a published model becomes an embedded one."""
     kept = [argument for argument in arguments if argument.partition("=")[0] not in SIZES]
     text = " ".join(arguments)
+    if "model=pipeline" in text:  # pictures of its small pipeline are small, and no weights of Inception are at hand
+        kept = [one for one in kept if one.partition("=")[0] not in ("model.call", "model.config", "evaluation")]
+        return ["model.checkpoint=FOLDER" if one.startswith("model.checkpoint=") else one for one in kept]
     if "ldm4" not in text and not re.search(r"model=dd[ip]m_", text):
         return kept
     kept = [one for one in kept if one.partition("=")[0] not in (*PUBLISHED, "model", "model.checkpoint")]

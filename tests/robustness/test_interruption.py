@@ -13,6 +13,7 @@ from ptq_exp.cli.coordinate_search import Search, Space, Stage
 from ptq_exp.cli.main import main
 from ptq_exp.errors import Interrupted, command_line, interruptible, interruption
 from ptq_exp.experiment import experiment, images, stages
+from ptq_exp.experiment.pairs import PairScorer
 from ptq_exp.lightning import EvaluationModule
 from ptq_exp.results.record import Results
 from ptq_exp.storage.plain_json import read_json
@@ -70,7 +71,7 @@ def sent(number):
 
 
 PLACES = [(images, "draw_images"), (stages, "calibrate"), (experiment, "eps_error"),
-          (experiment, "mean_psnr"), (EvaluationModule, "predict_step")]
+          (PairScorer, "__call__"), (EvaluationModule, "predict_step")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -107,13 +108,13 @@ def test_what_was_drawn_before_is_not_drawn_again(command, monkeypatch, tmp_path
 
 
 def test_a_sweep_stops_and_its_resume_does_the_rest(command, monkeypatch, tmp_path):
-    folder, psnr, jobs = tmp_path / "s", experiment.mean_psnr, []
+    folder, psnr, jobs = tmp_path / "s", PairScorer.__call__, []
 
     def second(*images):
         jobs.append(images)
         return sent(signal.SIGTERM)() if len(jobs) == 2 else psnr(*images)
 
-    monkeypatch.setattr(experiment, "mean_psnr", second)
+    monkeypatch.setattr(PairScorer, "__call__", second)
     sweep = ("-m", "+experiment=ndtc_w8a8", "seed=0,1,2", f"hydra.sweep.dir={folder}")
     status, said = command(*sweep)
     assert status == 143 and len(jobs) == 2
