@@ -164,5 +164,7 @@ def _check_constructors(config: ExperimentConfig) -> None:
                 f"evaluation={config.evaluation.name} compares with real images, and model={config.model.name} brings "
                 "none: set model.images.path, or choose evaluation=paired"
             )
+    if config.model.extractor is not None:
+        constructor(config.model.extractor, "model.extractor")
     if config.model.images is not None and config.calibration.source in ("raw", "diffuse"):
         constructor(config.model.images, "model.images")

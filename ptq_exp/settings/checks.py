@@ -24,6 +24,9 @@ def check(config: ExperimentConfig) -> None:
         raise ConfigError(f"model.ema: a checkpoint of model={config.model.name} has one set of weights, not two")
     if config.model.conditions is not None and "conditions" not in config.model.build:
         raise ConfigError(f"model.conditions: model={config.model.name} takes none but its own; set it to null")
+    for name in ("prompts", "call", "config", "component"):
+        if getattr(config.model, name) is not None and name not in config.model.build:
+            raise ConfigError(f"model.{name}: model={config.model.name} is no pipeline; set it to null")
     if config.evaluation.extractor is not None and reference is None and not config.evaluation.pairs:
         raise ConfigError(
             f"evaluation.reference is not set, but evaluation={config.evaluation.name} compares with real images: give "
