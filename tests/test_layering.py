@@ -32,7 +32,7 @@ FLOORS = [
     },
     {
         "lightning": "errors storage quantization diffusion pipelines evaluation calibration correction reconstruction",
-        "embedded": "errors storage diffusion evaluation",
+        "embedded": "errors storage diffusion pipelines evaluation",
         "settings": "errors storage quantization diffusion evaluation results calibration correction deploy runtime",
     },
     {

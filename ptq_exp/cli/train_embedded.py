@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -168,8 +169,11 @@ def train(args: argparse.Namespace) -> None:
 
     module, train_batches, held_out = training_module(args.network, steps, args.seed, args.out)
     folder = args.work / args.network
+    # the checkpoint of a training that is continued is meant to be there
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    every = 1 if len(train_batches) > 100 else 2
     checkpoint = ModelCheckpoint(
-        folder, filename="latest", save_last=True, every_n_epochs=2, save_on_train_epoch_end=True
+        folder, filename="latest", save_last=True, every_n_epochs=every, save_on_train_epoch_end=True
     )
     # counted in epochs (the module stops at the last step): with max_steps, Lightning repeats a batch on resuming
     max_epochs = math.ceil(steps / len(train_batches))

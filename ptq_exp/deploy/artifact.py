@@ -25,7 +25,8 @@ SUBFOLDER, PIPELINE_FILE = "quantized", "model_index.json"
 SCHEDULE_FILE, STATISTICS_FILE = "bit_schedule.json", "noise_statistics.npz"
 SECTIONS = ("seed", "model", "sampler", "calibration", "metric", "bits", "quantization", "reconstruction", "correction")
 OF_MODEL = (
-    "name", "checkpoint", "dtype", "ema", "conditions", "prompts", "call", "component", "channels_last", "compile"
+    "name", "checkpoint", "dtype", "ema", "conditions", "prompts", "call", "config", "component",
+    "channels_last", "compile"
 )
 """The settings that are saved with a model. No others are taken from a file: some name code that a run executes."""
 _EXPECTED = {

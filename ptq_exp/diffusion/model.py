@@ -143,6 +143,11 @@ class DiffusionModel:
         """Class of each sample, int64 [N], or None; all equally often, see `balanced`."""
         return None if self.n_classes is None else balanced(self.n_classes, indices, seed, stream)
 
+    def asked(self, indices: Sequence[int], seed: int) -> list[int] | None:
+        """Class that each sample is asked to show, as the classifier of the evaluation numbers them; None = none."""
+        del indices, seed
+        return None
+
     def by_image(self, estimates: Tensor, images: int) -> Tensor:
         """Return estimates with a row for each of the images, whatever rows the network evaluates for it."""
         del images

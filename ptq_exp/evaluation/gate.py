@@ -30,12 +30,12 @@ def judged(scores: Mapping[str, float | None], gate: Mapping[str, float]) -> dic
 
 
 def gate_line(verdict: Mapping[str, Any]) -> str:
-    """Say in one line what missed its bound and by how much; "" where nothing did."""
+    """Say in one line what misses its bound and by how much; "" where nothing does."""
     parts = []
     for name, entry in verdict.get("missed", {}).items():
-        side = "at least" if SCORES[name].better > 0 else "at most"
         if entry["value"] is None:
-            parts.append(f"{name} was not measured ({side} {entry['bound']:g} wanted)")
+            parts.append(f"{name} was not measured")
         else:
-            parts.append(f"{name} {entry['value']:.5g} misses {side} {entry['bound']:g} by {entry['by']:.3g}")
-    return f"evaluation.gate: {', '.join(parts)}" if parts else ""
+            side = "below" if SCORES[name].better > 0 else "above"
+            parts.append(f"{name} {entry['value']:.5g} is {entry['by']:.3g} {side} {entry['bound']:g}")
+    return f"evaluation.gate missed: {', '.join(parts)}" if parts else ""

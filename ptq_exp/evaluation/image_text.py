@@ -76,7 +76,7 @@ class ImageText:
         values = []
         for start in range(0, len(images), _BATCH):
             batch, texts = images[start : start + _BATCH], list(prompts[start : start + _BATCH])
-            rgb = list(np.broadcast_to(batch, (*batch.shape[:3], 3)))
+            rgb = list(np.array(np.broadcast_to(batch, (*batch.shape[:3], 3))))  # torch wants arrays it could write to
             pixels = self.processor(images=rgb, input_data_format="channels_last", return_tensors="pt")
             longest = self.model.config.text_config.max_position_embeddings
             # the tokenizer shortens a long prompt in front of its end token, whose features are the text's

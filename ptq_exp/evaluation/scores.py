@@ -166,7 +166,7 @@ SCORES: dict[str, Score] = {
         change_of="clip_score",
     ),
     "fid_to_fp": Score(
-        "FID to FP32", -1, level=HEADLINE, description="FID between these and the full-precision images of the same "
+        "FID to FP32", -1, 3, level=HEADLINE, description="FID between these and the full-precision images of the same "
         "seeds", to_full_precision=fid, needs="evaluation.pairs=[fid_to_fp]",
     ),
     "eps_error": Score(

@@ -36,21 +36,25 @@ def ssim(a, b, data_range):
     Raises:
         DataError: other or different shapes, images smaller than the window, NaN or infinity, data_range <= 0.
     """
-    x, y = torch.as_tensor(a), torch.as_tensor(b)
-    if x.shape != y.shape or x.ndim != 4:
-        raise DataError(f"ssim compares images [N, C, H, W] one by one, found shapes {tuple(x.shape)} and "
-                        f"{tuple(y.shape)}")
-    if min(x.shape[2:]) < SSIM_WINDOW:
+    shape, other = tuple(a.shape), tuple(b.shape)
+    if shape != other or len(shape) != 4:
+        raise DataError(f"ssim compares images [N, C, H, W] one by one, found shapes {shape} and {other}")
+    if min(shape[2:]) < SSIM_WINDOW:
         raise DataError(f"SSIM has a window of {SSIM_WINDOW}x{SSIM_WINDOW} pixels, found images of "
-                        f"{x.shape[3]}x{x.shape[2]}: it is not defined for them")
+                        f"{shape[3]}x{shape[2]}: it is not defined for them")
     if not data_range > 0:
         raise DataError(f"ssim needs data_range > 0, found {data_range}")
-    parts = [_ssim(x[start : start + _BATCH].double(), y[start : start + _BATCH].double(), float(data_range))
-             for start in range(0, len(x), _BATCH)]
+    batches = [slice(start, start + _BATCH) for start in range(0, len(a), _BATCH)]
+    parts = [_ssim(_double(a[rows]), _double(b[rows]), float(data_range)) for rows in batches]
     values = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
     if not torch.isfinite(values).all():
         raise DataError("ssim: NaN or infinity in the images")
     return values if isinstance(a, torch.Tensor) else values.numpy()
+
+
+def _double(images: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """Return a copy of images, which may be mapped read-only from a file, in float64."""
+    return images.double() if isinstance(images, torch.Tensor) else torch.from_numpy(np.array(images, np.float64))
 
 
 def _ssim(x: torch.Tensor, y: torch.Tensor, data_range: float) -> torch.Tensor:

@@ -46,7 +46,8 @@ class Scorer:
         return self._scored(full_precision_features(self.run, images, key)) if self._looks else Scored({})
 
     def _scored(self, features: FeatureStatistics) -> Scored:
-        scores = {} if self.reference is None else score(features, self.reference)
+        asked = self.run.model.asked(range(len(features.pooled)), self.run.seed)
+        scores = {} if self.reference is None else score(features, self.reference, asked)
         return Scored(scores, features if self._keeps else None)
 
     @cached_property

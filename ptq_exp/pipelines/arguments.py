@@ -52,13 +52,20 @@ def check_arguments(pipeline: Any, call: Mapping[str, Any], requests: Sequence[R
         raise ConfigError(f"model.prompts=null: {kind} draws from prompts; give a file of them, or a list")
 
 
-def check_classes(requests: Iterable[Request], n_classes: int) -> None:
-    """Raise ConfigError for a class that the network does not know."""
-    for number, request in enumerate(requests):
-        label = request.get("class_labels")
+def checked_classes(pipeline: Any, component: str, requests: Iterable[Request]) -> int | None:
+    """Return how many classes the component of a pipeline that takes labels knows; None of the others.
+
+    Raises:
+        ConfigError: a request for a class that it does not know.
+    """
+    if "class_labels" not in parameters_of(pipeline):
+        return None
+    classes = getattr(getattr(pipeline, component).config, "num_embeds_ada_norm", None)
+    for label in (request["class_labels"] for request in requests if "class_labels" in request):
         whole = isinstance(label, int) and not isinstance(label, bool)
-        if label is not None and not (whole and 0 <= label < n_classes):
-            raise ConfigError(f"model.prompts: number {number} has class_labels={label}: choose 0..{n_classes - 1}")
+        if classes is not None and not (whole and 0 <= label < classes):
+            raise ConfigError(f"model.prompts: there is no class class_labels={label}: choose 0..{classes - 1}")
+    return classes
 
 
 def call_arguments(
@@ -96,13 +103,6 @@ def sampler_arguments(pipeline: Any, **settings: float | None) -> dict[str, floa
         if name not in parameters_of(pipeline):
             raise ConfigError(f"sampler.{name}={value}: {type(pipeline).__name__} takes no {name}; leave it out")
     return found
-
-
-def number_of_classes(pipeline: Any, component: str) -> int | None:
-    """Return how many classes the component of a pipeline that takes labels knows; None of the others."""
-    if "class_labels" not in parameters_of(pipeline):
-        return None
-    return getattr(getattr(pipeline, component).config, "num_embeds_ada_norm", None)
 
 
 def _together(values: list[Any]) -> Any:

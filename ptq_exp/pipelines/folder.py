@@ -25,14 +25,15 @@ from ptq_exp.pipelines.single_file import open_file
 def pipeline_folder(
     checkpoint: str, *, name: str = "pipeline", prompts: Sequence[str | Request] | str | None = None,
     call: Mapping[str, Any] | None = None, component: str | None = None, steps: int | None = None,
-    guidance_scale: float | None = None, config: str | None = None, dtype: str = "float32",
+    guidance_scale: float | None = None, eta: float | None = None, config: str | None = None, dtype: str = "float32",
+    asked: Sequence[int] | None = None,
 ) -> PipelineModel:
     """Return a pipeline in a local folder, or in a single file, as a model; nothing is downloaded.
 
     Args:
         checkpoint: folder with a `model_index.json`, or a `.safetensors` file of Stable Diffusion, SDXL, FLUX or
             another model that diffusers reads from one file.
-        prompts, call, component, steps, guidance_scale, name: see `PipelineModel`.
+        prompts, call, component, steps, guidance_scale, eta, name, asked: see `PipelineModel`.
         config: of a single file, the folder of its pipeline's settings; None = the hub's cache.
         dtype: of all networks: float32, bfloat16, float16 or float64.
 
@@ -44,7 +45,8 @@ def pipeline_folder(
     """
     pipeline = open_pipeline(checkpoint, torch_dtype(dtype), config)
     return PipelineModel(
-        pipeline, prompts, name=name, call=call, component=component, steps=steps, guidance_scale=guidance_scale
+        pipeline, prompts, name=name, call=call, component=component, steps=steps, guidance_scale=guidance_scale,
+        eta=eta, asked=asked,
     )
 
 

@@ -15,14 +15,7 @@ from ptq_exp.diffusion.conditions import balanced
 from ptq_exp.diffusion.noise import EVALUATION, sample_generator
 from ptq_exp.errors import ConfigError
 from ptq_exp.pipelines.adapters import without_fused
-from ptq_exp.pipelines.arguments import (
-    call_arguments,
-    check_arguments,
-    check_classes,
-    number,
-    number_of_classes,
-    sampler_arguments,
-)
+from ptq_exp.pipelines.arguments import call_arguments, check_arguments, checked_classes, number, sampler_arguments
 from ptq_exp.pipelines.component import BLOCKS, FIRST_LAYERS, LAST_LAYERS, find_component, own_copy, top_layers
 from ptq_exp.pipelines.identity import pipeline_digest, plain
 from ptq_exp.pipelines.layout import CallLayout
@@ -52,6 +45,7 @@ class PipelineModel(DiffusionModel):
         call: further arguments of the pipeline's call, the same for all images.
         guidance_scale, eta: arguments of the call, too; None = the pipeline's defaults.
         name: what tables call it.
+        asked: class that each request asks for, for the score `prompt_accuracy`; None = nothing names one.
 
     Raises:
         ConfigError: no component, an argument that the pipeline does not take, or a pipeline that calls its network in
@@ -61,10 +55,11 @@ class PipelineModel(DiffusionModel):
     def __init__(
         self, pipeline: Any, prompts: Sequence[str | Request] | str | None = None, *, steps: int | None = None,
         component: str | None = None, call: Mapping[str, Any] | None = None, guidance_scale: float | None = None,
-        eta: float | None = None, name: str = "pipeline",
+        eta: float | None = None, name: str = "pipeline", asked: Sequence[int] | None = None,
     ) -> None:
         self.name, self.component, self.structure = name, find_component(pipeline, component), None
         self.requests, self.pipeline = requests_of(prompts), own_copy(pipeline)
+        self._asked = None if asked is None else list(asked)
         self.call = opened(call or {}) | sampler_arguments(pipeline, guidance_scale=guidance_scale, eta=eta or None)
         self.steps = STEPS if steps is None else steps
         if self.steps < 1:
@@ -72,9 +67,7 @@ class PipelineModel(DiffusionModel):
         check_arguments(self.pipeline, self.call, self.requests)
         network = without_fused(getattr(self.pipeline, self.component), self.component)
         setattr(self.pipeline, self.component, network)
-        self._classes = number_of_classes(self.pipeline, self.component)
-        if self._classes is not None:
-            check_classes((self.call, *self.requests), self._classes)
+        self._classes = checked_classes(self.pipeline, self.component, (self.call, *self.requests))
         calls, answer = first_calls(self.pipeline, self.component, self.arguments([0], 0))
         two, _ = first_calls(self.pipeline, self.component, self.arguments([0, 1], 0), evaluated=False)
         layout = CallLayout.of(calls[0], two[0])
@@ -126,6 +119,15 @@ class PipelineModel(DiffusionModel):
         arguments = self.arguments([0], 0)
         return times_of(self.pipeline, self.component, arguments, self.denoiser.layout, self._answer_shape)
 
+    @cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, found by drawing one with a network that answers zeros."""
+        zeros = component_calling(self.denoiser.component, self.denoiser.layout.call, self._zeros)
+        return tuple(self._images(zeros, [0], 0, EVALUATION, self.pipeline.device).shape[1:])
+
+    def _zeros(self, call: Call) -> Tensor:
+        return call.x.new_zeros(len(call.x), *self._answer_shape)
+
     def guided(self, denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module:
         """`denoiser`: guidance is the pipeline's own.
 
@@ -175,9 +177,13 @@ class PipelineModel(DiffusionModel):
         labels = self.labels([index], seed, stream)
         return {} if labels is None else {"class_labels": int(labels[0])}
 
+    def asked(self, indices: Sequence[int], seed: int) -> list[int] | None:
+        """Class that each image is asked to show; None = nothing names one."""
+        return None if self._asked is None else [self._asked[int(i) % len(self._asked)] for i in indices]
+
     def prompts(self, indices: Sequence[int], seed: int) -> list[str] | None:
         """Text that each image is drawn from; None where there is none."""
-        found = [self.request(int(i), seed).get("prompt") for i in indices]
+        found = [({"prompt": self.call.get("prompt")} | dict(self.request(int(i), seed)))["prompt"] for i in indices]
         return found if all(isinstance(prompt, str) for prompt in found) else None
 
     def generators(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> list[torch.Generator]:

@@ -15,6 +15,7 @@ from ptq_exp.errors import ConfigError, PTQError, one_line
 from ptq_exp.pipelines.layout import CallLayout, state_and_time
 from ptq_exp.pipelines.nested import bound_arguments, containers_of, flattened, nested
 from ptq_exp.pipelines.network import channels_first, component_calling
+from ptq_exp.pipelines.randomness import own_random_numbers
 from ptq_exp.pipelines.stand_in import standing_in
 
 _AUTOENCODERS = ("vae", "vqvae", "movq")
@@ -114,7 +115,7 @@ def _call(pipeline: Any, component: str, forward: Callable, arguments: Mapping[s
     """
     shell = copy.copy(getattr(pipeline, component))
     shell.forward = forward
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), own_random_numbers(0, pipeline.device):
         stack.enter_context(standing_in(pipeline, component, shell))
         for name in _AUTOENCODERS:
             if isinstance(getattr(pipeline, name, None), nn.Module):

@@ -113,7 +113,7 @@ def _plan_products(
 
 def _without_operand(rule: Rule | None, name: str, products: Collection[str]) -> Rule | None:
     """`rule` without the output that is an operand, where a module around the layer quantizes its own operands."""
-    if rule is None or rule.spec is None or rule.spec.product is None or rule.spec.output != rule.spec.product:
+    if rule is None or rule.spec is None or not rule.spec.is_operand:
         return rule
     around = name.rpartition(".")[0]
     if any(module == around or module.startswith(f"{around}.") for module in products):

@@ -71,12 +71,17 @@ class QuantMultiplier(nn.Module):
 def multiplier_class(original: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of a class of modules whose forward multiplies quantized operands."""
 
-    @functools.wraps(original.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not any(product.active for product in self.products.values()):
-            return original.forward(self, *args, **kwargs)
+    # a compiled graph would be looked at again when it runs; the layers inside are not compiled either
+    @torch.compiler.disable
+    def intercepted(self, *args: Any, **kwargs: Any) -> Any:
         with _Interception(self):
             return original.forward(self, *args, **kwargs)
+
+    @functools.wraps(original.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if any(product.active for product in self.products.values()):
+            return intercepted(self, *args, **kwargs)
+        return original.forward(self, *args, **kwargs)
 
     # the class comes first: what it says about its own instances holds
     made = type(f"Quant{original.__name__}", (original, QuantMultiplier), {

@@ -37,7 +37,7 @@ def policy_rules(policy: Policy, widths: Widths, bins: int = 1) -> list[Rule]:
     made = replace(operand, symmetric=operand.symmetric or policy.qkv_symmetric) if policy.attention else None
     rules = _rules_at_the_ends(policy, widths, weight, operand)
     if policy.attention:
-        rules.append(Rule(OPERANDS, QuantSpec(weight, at_input, made, product=made)))
+        rules.append(Rule(OPERANDS, QuantSpec(weight, at_input, made, is_operand=True)))
     return [*rules, Rule("*", QuantSpec(weight, at_input, at_output, softmax, made))]
 
 

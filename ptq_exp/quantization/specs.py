@@ -69,8 +69,9 @@ class QuantSpec:
 
     A convolution or linear layer uses `weight`, `input` and `output`. An attention module uses `softmax`: where its q,
     k and v are the outputs of its linear layers, they are quantized there. Any other module that multiplies activations
-    uses `softmax` for softmax maps and `product` for all other operands. On a linear layer `product` says that `output`
-    is there because it is an operand; it is left out where the module around the layer quantizes its operands itself.
+    uses `softmax` for softmax maps and `product` for all other operands. `is_operand` says of a layer that `output` is
+    there because attention multiplies it: it is left out where the module around the layer quantizes its operands
+    itself.
 
     Raises:
         ConfigError: an activation asks for one range per channel, the softmax map for a zero point, an operand of a
@@ -82,6 +83,7 @@ class QuantSpec:
     output: TensorSpec | None = None
     softmax: TensorSpec | None = None
     product: TensorSpec | None = None
+    is_operand: bool = False
 
     def __post_init__(self) -> None:
         if self.weight is not None and isinstance(self.weight.bits, tuple):

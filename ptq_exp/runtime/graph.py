@@ -40,6 +40,8 @@ def executed_layers(kernels: Kernels, plan: Plan, rows: Sequence[Row]) -> Execut
             continue
         found = kernels.get(entry.name, [])
         integer = bool(found) and all(is_integer for _, is_integer in found)
+        if entry.grouped is not None:  # the graph names the type that the input has before the kernel quantizes it
+            integer = bool(found) and entry.executed == INT8
         names = ", ".join(sorted({kernel for kernel, _ in found})) or "not found in the runtime graph"
         reason = "the engine chose a float kernel" if not integer and entry.executed == INT8 else entry.reason
         made.append(ExecutedLayer(row.name, row.type, INT8 if integer else FLOAT, names, row.macs, reason))
@@ -56,14 +58,18 @@ def kernels_of(compiled: Any) -> Kernels:
             continue
         types = [source.get_element_type().get_type_name() for source in node.inputs()]
         integer = sum(name in _BYTES for name in types) >= 2
-        for layer in _modules(_text(info, "originalLayersNames"), kind, integer):
+        for layer in _modules(_text(info, "originalLayersNames"), node.get_friendly_name(), kind, integer):
             found.setdefault(layer, []).append((_text(info, "primitiveType"), integer))
     return found
 
 
-def _modules(names: str, kind: str, integer: bool) -> set[str]:
-    """Find the planned layers among the original names of a node of the runtime graph; `integer`: it multiplies so."""
-    layers = _LAYER.findall(names)
+def _modules(names: str, own: str, kind: str, integer: bool) -> set[str]:
+    """Find the planned layers among the original names of a node of the runtime graph, else in its `own`.
+
+    Args:
+        integer: whether it multiplies integers.
+    """
+    layers = _LAYER.findall(names) or _LAYER.findall(own)
     if kind != "Subgraph" and layers:
         return set(layers[:1])  # the node may have taken in what follows
     if kind not in ("Subgraph", "MatMul"):

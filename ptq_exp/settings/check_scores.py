@@ -24,7 +24,7 @@ def check_scores(config: ExperimentConfig) -> None:
             "leave fid_to_fp out"
         )
     measured = measured_scores(config)
-    for name, bound in evaluation.gate.items():
+    for name, bound in (evaluation.gate or {}).items():
         if name not in SCORES:
             raise ConfigError(f"evaluation.gate.{name}: no such score; choose from {', '.join(SCORES)}")
         if not math.isfinite(bound):

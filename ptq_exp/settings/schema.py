@@ -72,6 +72,9 @@ class ModelConfig:
         path=True,
     )
     call: dict[str, Any] | None = setting(None, "Of a pipeline: arguments of its call, the same for all images.")
+    config: str | None = setting(
+        None, "Of a pipeline in a single file: folder of its settings and tokenizers; null: the hub's cache.", path=True
+    )
     component: str | None = setting(None, "Of a pipeline: what is quantized; null: `unet` or `transformer`.")
     channels_last: bool = setting(False, "Memory layout NHWC: faster convolutions on GPUs in half precision.")
     compile: bool = setting(False, "Run the network through torch.compile.")
@@ -118,8 +121,8 @@ class EvaluationConfig:
     fid_resamples: int = setting(
         0, "Resamples for the intervals of changes of FID, sFID and IS, each of which is a new FID; 0: none.", low=0
     )
-    gate: dict[str, float] = setting(
-        dict, "Scores that a run must reach, such as {psnr: 30}; the command ends with exit code 3 where it does not."
+    gate: dict[str, float] | None = setting(
+        None, "Scores that a run must reach, such as {psnr: 30}; the command ends with exit code 3 where one does not."
     )
     eps_error_samples: int = setting(0, "Trajectories on which the relative eps error per step is measured.", low=1)
     grid_images: int = setting(0, "Pairs of images in grid.png.", low=1)
@@ -188,8 +191,9 @@ class RuntimeConfig:
         "f32", "Type of what the engine does not execute as integers.", choices=("f32", "bf16")
     )
     weights: str = setting(
-        "as_saved", "Execute the saved weights, or re-grid them to 7 bits for CPUs whose 8-bit sums saturate.",
-        choices=("as_saved", "7bit"),
+        "as_saved", "Execute the saved weights; or re-grid them to 7 bits, for CPUs whose 8-bit sums saturate; or let "
+        "linear layers keep 4-bit groups, whose inputs OpenVINO quantizes itself (groups).",
+        choices=("as_saved", "7bit", "groups"),
     )
     regrid: bool = setting(False, "Quantize weights with several scales per output channel anew, 8 bits per channel.")
     compare: str | None = setting(

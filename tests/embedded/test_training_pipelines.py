@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from ptq_exp.cli import train_embedded
+from ptq_exp.embedded.attributes import slant
 from ptq_exp.embedded.digits import Digits, digits
 from ptq_exp.embedded.pipeline_networks import build_kl_autoencoder, build_tokenizer
 from ptq_exp.embedded.pipelines import NETWORKS, velocity_scheduler
@@ -15,6 +16,7 @@ from ptq_exp.embedded.prompts import HELD_OUT, asked
 from ptq_exp.embedded.training import pipelines
 from ptq_exp.embedded.training.pipeline_modules import FlowTraining, KLAutoencoderTraining, VelocityTraining
 from ptq_exp.embedded.weights_file import WEIGHTS
+from ptq_exp.evaluation.images import to_uint8
 
 SETTINGS = {"seed": 0, "lr": 1e-3, "total_steps": 4, "ema_decay": 0.9}
 
@@ -80,14 +82,25 @@ def test_prompts_are_shortened_and_emptied_at_their_rates():
 
 
 def test_held_out_combinations_are_not_in_the_data():
-    data = Digits(*(part[:300] for part in digits("all", 32)))
+    data = Digits(*(part[:60] for part in digits("all", 32)))
     vae = build_kl_autoencoder().eval()
     latents, texts = pipelines.prompted_latents(vae, data)
-    assert 200 < len(latents) < 300 and latents.shape[1:] == (4, 8, 8) and len(texts) == 3 * len(latents)
+    assert 240 < len(latents) < 300 and latents.shape[1:] == (4, 8, 8) and len(texts) == 3 * len(latents)
+    # sheared copies of a digit have other words than the digit
+    assert len({asked(text) for text in texts[::3]}) > 40
     whole, short, empty = texts[0::3], texts[1::3], texts[2::3]
     assert not HELD_OUT & {asked(text) for text in whole} and set(empty) == {""}
     for text, shortened in zip(whole, short, strict=True):
         assert asked(text)._replace(slant=None) == asked(shortened)
+
+
+def test_shearing_adds_to_the_slant():
+    images = digits("all", 32).images[:50]
+    before = slant(to_uint8(images))
+    for by in pipelines.SHEARS:
+        added = slant(to_uint8(pipelines.sheared(images, by))) - before
+        assert added == pytest.approx(by, abs=0.02)  # a scan may lose ink at the edge
+    torch.testing.assert_close(pipelines.sheared(images, 0.0), images, atol=1e-5, rtol=0)
 
 
 def test_the_autoencoder_starts_from_the_trained_one():
@@ -105,6 +118,7 @@ def test_the_autoencoder_starts_from_the_trained_one():
 @pytest.fixture
 def few_digits(monkeypatch):
     """One batch of 64 images or two of 32, and short prompts."""
+    monkeypatch.setattr(pipelines, "SHEARS", (0.0,))
     monkeypatch.setattr(FlowTraining, "LENGTHS", (12, 13, 14, 15, 16))
     monkeypatch.setattr(
         pipelines, "digits", lambda split="all", size=16: Digits(*(part[:80] for part in digits(split, size)))

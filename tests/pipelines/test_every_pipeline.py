@@ -83,6 +83,8 @@ def records(m, indices, **kwargs):
 def test_images_are_those_of_the_pipeline_bitwise(name):
     np.testing.assert_array_equal(images(name), by_hand(name, [0, 1]))
     assert images(name).std() > 5
+    height, width, channels = images(name).shape[1:]
+    assert model(name).image_shape == (channels, height, width)
 
 
 @ALL

@@ -374,6 +374,17 @@ def test_what_cannot_be_quantized_says_why(kind, name, reason):
 # ---- the rest of the framework sees them
 
 
+@torch.no_grad()
+def test_a_compiled_network_computes_the_same():
+    network, _, call = joint(fused, BIAS)
+    wanted = network(*call)
+    assert torch.equal(torch.compile(network, backend="eager")(*call), wanted)
+    with disabled(network):
+        off = network(*call)
+        assert torch.allclose(torch.compile(network, backend="eager")(*call), off, atol=1e-6)  # it spells norms out
+    assert (off - wanted).abs().max() > 0.05
+
+
 def test_ranges_of_bins_and_candidate_widths_have_one_step():
     for rules in (policy(bins=2), policy(activation=(4, 8))):
         network = built("sd3")

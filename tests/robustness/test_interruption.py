@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from small_networks import use_small_networks
+from small_networks import use_blank_pictures, use_one_composition, use_small_networks
 
 from ptq_exp.cli.coordinate_search import Search, Space, Stage
 from ptq_exp.cli.main import main
@@ -19,7 +19,8 @@ from ptq_exp.storage.plain_json import read_json
 
 SMALL = [
     "sampler.steps=2", "evaluation=paired", "evaluation.n_samples=6", "evaluation.batch_size=2", "metric=minmax",
-    "evaluation.eps_error_samples=2", "evaluation.grid_images=2", "calibration.n_samples=4", "logger=none",
+    "evaluation.eps_error_samples=2", "evaluation.grid_images=2", "evaluation.fid_resamples=2",
+    "calibration.n_samples=4", "logger=none",
     "calibration.batch_size=4", "trainer.progress_bar=false", "trainer.accelerator=cpu", "save_quantized=false",
 ]
 
@@ -40,7 +41,8 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, capsys, cache):
     """Run the command in small, on a small network; returns its exit status and what it says on standard error."""
-    use_small_networks(monkeypatch)
+    for use in (use_small_networks, use_blank_pictures, use_one_composition):
+        use(monkeypatch)
 
     def run(*arguments):
         flags = [argument for argument in arguments if argument.startswith("-")]

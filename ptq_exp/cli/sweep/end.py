@@ -47,7 +47,7 @@ def finish_sweep(folder: Path) -> tuple[list[str], list[str]]:
         print(f"again: python -m ptq_exp {to_type(RESUME, str(folder))}")
     missed = {name: line for name, values in jobs.items() if (line := gate_line(values.get("gate", {})))}
     for name, line in missed.items():
-        print(f"{name} ({_changed(jobs[name], swept)}): {line}", file=sys.stderr)
+        print(f"{name} (seed {jobs[name]['seed']}): {line}", file=sys.stderr)
     return list(failed), list(missed)
 
 

@@ -132,7 +132,7 @@ def _done(path: Path, config: ExperimentConfig) -> dict[str, Any] | None:
 
 def _judged_again(path: Path, values: dict[str, Any], config: ExperimentConfig) -> dict[str, Any]:
     """Return the results of a finished job with the verdict of the gate that is set now, on disk, too."""
-    gate = config.evaluation.gate
+    gate = config.evaluation.gate or {}
     if gate != values.get("gate", {}).get("bounds", {}):
         values = {key: value for key, value in values.items() if key != "gate"}
         values |= {"gate": judged(values["metrics"], gate)} if gate else {}

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 MODELS = {
     "digits": "ptq_exp.embedded:digits_model",
     "digits_ldm": "ptq_exp.embedded:digits_ldm_model",
+    "digits_text": "ptq_exp.embedded.prompted:digits_text",
+    "digits_flow": "ptq_exp.embedded.prompted:digits_flow",
     "ddim_cifar10": "ptq_exp.diffusion.zoo:ddim_cifar10",
     "ddim_imagenet64": "ptq_exp.diffusion.zoo:ddim_imagenet64",
     "ddpm_cifar10": "ptq_exp.diffusion.zoo:ddpm_cifar10",

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from ptq_exp.embedded.attributes import levels
@@ -23,6 +24,7 @@ from ptq_exp.evaluation.images import mean_psnr, to_uint8
 
 STEPS = {"kl_autoencoder": 600, "digits_text": 4000, "digits_flow": 4000}
 """Default number of optimizer steps of each."""
+SHEARS = (-0.15, -0.075, 0.0, 0.075, 0.15)
 BATCH_SIZES = {"kl_autoencoder": 64, "digits_text": 32, "digits_flow": 32}
 DATA = {
     "kl_autoencoder": "32x32, four fifths",
@@ -77,14 +79,24 @@ def encode_all(vae: AutoencoderKL, images: Tensor) -> Tensor:
 def prompted_latents(vae: AutoencoderKL, data: Digits) -> tuple[Tensor, list[str]]:
     """Encode all digits but those of the held-out combinations, float [N, 4, 8, 8], and write three texts for each.
 
-    The texts [3 N]: the whole prompt, the prompt without its word for the slant, the empty prompt.
+    Every scan comes as it is and sheared by the other `SHEARS`, and gets the words for what is measured afterwards: the
+    same hand in several slants tells the network what the words mean. The texts [3 N]: the whole prompt, the prompt
+    without its word for the slant, the empty prompt.
     """
+    data = Digits(torch.cat([sheared(data.images, by) for by in SHEARS]), data.labels.repeat(len(SHEARS)))
     images, labels = to_uint8(data.images), data.labels.numpy()
     measured = labels, levels("width", images, labels), levels("slant", images, labels)
     wanted = [Asked(*map(int, row)) for row in zip(*measured, strict=True)]
     kept = [i for i, combination in enumerate(wanted) if combination not in HELD_OUT]
     texts = [text for i in kept for text in (prompt(*wanted[i]), prompt(wanted[i].digit, wanted[i].width), "")]
     return encode_all(vae, data.images[kept]), texts
+
+
+def sheared(images: Tensor, by: float) -> Tensor:
+    """Add `by` to the slant of images float [N, C, H, W] in [-1, 1]; paper (-1) comes in at the edges."""
+    theta = torch.tensor([[1.0, by, 0.0], [0.0, 1.0, 0.0]]).expand(len(images), 2, 3)
+    return F.grid_sample(images + 1, F.affine_grid(theta, list(images.shape), align_corners=False),
+                         align_corners=False) - 1
 
 
 def export(network: str, module: EMATraining, weights: Path, samples: int) -> dict:

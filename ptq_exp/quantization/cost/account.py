@@ -36,6 +36,15 @@ def describe(model: nn.Module, example_inputs: tuple, reasons: Mapping[str, str]
     return build_report(model, counted, reasons or {}, quantized_operands(model, example_inputs))
 
 
+def multipliers(model: nn.Module, example_inputs: tuple) -> list[str]:
+    """Names of the modules that multiply activations themselves and can be quantized, by one forward.
+
+    `Attention` of `diffusers` that is quantized by its softmax map is not among them.
+    """
+    with disabled(model):
+        return [name for name, found in trace(model, example_inputs).multipliers.items() if not found.obstacle]
+
+
 def quantized_operands(model: nn.Module, example_inputs: tuple) -> Operands:
     """Return what the multiplications of `model` read, by one forward with quantizers off; nothing if it has none."""
     if next(quantizers(model), None) is None:
