@@ -169,7 +169,7 @@ def _in_order(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: settings[key] for key in known} | settings
 
 
-_MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.channels_last", "model.compile")
+_MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.prompts", "model.channels_last", "model.compile")
 
 
 def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfig:
@@ -190,6 +190,8 @@ def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfi
             path = f"{section}.{key}" if key else section
             asked = next((k for k in keys if path == k or path.startswith(f"{k}.") or k.startswith(f"{path}.")), None)
             there = here.get(section, {}).get(key, value) if key else here.get(section, value)
+            if asked == "model" and there is None and here["model"].get("name") == "pipeline":
+                asked = None  # the group alone says nothing of which pipeline
             if asked is not None and (path in _MAY_DIFFER or section in _MAY_DIFFER):
                 continue
             if asked is not None and there != value:
