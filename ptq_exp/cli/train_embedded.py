@@ -186,7 +186,7 @@ def train(args: argparse.Namespace) -> None:
     started = time.time()
     trainer.fit(module, train_batches, held_out, ckpt_path=last if last.exists() else None, weights_only=False)
     card = {
-        "network": f"digits {args.network}",
+        "network": args.network if args.network in pipelines.NETWORKS else f"digits {args.network}",
         "data": f"sklearn.datasets.load_digits, {DATA[args.network]}",
         "command": f"python -m ptq_exp train_embedded {args.network} --steps {steps} --seed {args.seed}",
         "seed": args.seed,

@@ -131,6 +131,13 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     for name, component in pipeline.components.items():
         if isinstance(component, CLIPTokenizer):
             _write_vocabulary(folder / name)
+    make_readable(folder)
+
+
+def make_readable(folder: Path) -> None:
+    """Let everybody read the weights in `folder`: they are written for their owner alone."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)
 
 
 def _write_vocabulary(folder: Path) -> None:

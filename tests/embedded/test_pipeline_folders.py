@@ -46,6 +46,13 @@ def test_plain_diffusers_draws_the_ten_digits(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", PIPELINES)
+def test_the_folder_names_no_place_of_its_training(name):
+    files = [path for path in pipeline_folder(name).rglob("*") if path.suffix in (".json", ".txt")]
+    assert len(files) > 8
+    assert not [path.name for path in files if "_name_or_path" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", PIPELINES)
 def test_the_folder_is_small_and_its_card_is_good(name):
     assert sum(path.stat().st_size for path in pipeline_folder(name).rglob("*") if path.is_file()) < 12e6
     known = card(name)

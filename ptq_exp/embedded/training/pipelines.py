@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -14,7 +15,7 @@ from ptq_exp.embedded.attributes import levels
 from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, Digits, digits
 from ptq_exp.embedded.networks import build_autoencoder
 from ptq_exp.embedded.pipeline_networks import build_kl_autoencoder
-from ptq_exp.embedded.pipelines import NETWORKS, save_pipeline, velocity_scheduler
+from ptq_exp.embedded.pipelines import NETWORKS, make_readable, save_pipeline, velocity_scheduler
 from ptq_exp.embedded.prompts import HELD_OUT, Asked, prompt
 from ptq_exp.embedded.training.modules import EMATraining
 from ptq_exp.embedded.training.pipeline_modules import FlowTraining, KLAutoencoderTraining, VelocityTraining
@@ -22,7 +23,7 @@ from ptq_exp.embedded.training.prompt_quality import prompt_quality
 from ptq_exp.embedded.weights_file import load_weights
 from ptq_exp.evaluation.images import mean_psnr, to_uint8
 
-STEPS = {"kl_autoencoder": 600, "digits_text": 4000, "digits_flow": 4000}
+STEPS = {"kl_autoencoder": 600, "digits_text": 2250, "digits_flow": 1750}
 """Default number of optimizer steps of each."""
 SHEARS = (-0.15, -0.075, 0.0, 0.075, 0.15)
 BATCH_SIZES = {"kl_autoencoder": 64, "digits_text": 32, "digits_flow": 32}
@@ -66,7 +67,11 @@ def _started_autoencoder(weights: Path) -> AutoencoderKL:
 
 def trained_autoencoder(weights: Path) -> AutoencoderKL:
     """Load the KL autoencoder that `train_embedded kl_autoencoder` left in the folder of `digits_text`."""
-    return AutoencoderKL.from_pretrained(weights / "digits_text" / "vae").eval().requires_grad_(False)
+    folder = weights / "digits_text" / "vae"
+    # from_pretrained would keep the path of the folder in the configuration, and with it in what is exported
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    vae.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -112,6 +117,7 @@ def _export_autoencoder(vae: AutoencoderKL, folder: Path) -> dict:
     latents = encode_all(vae, digits("train", LATENT_IMAGE_SIZE).images)
     vae.register_to_config(scaling_factor=round(float(1 / latents.std()), 6))
     vae.half().save_pretrained(folder)
+    make_readable(folder)
     images = digits("held_out", LATENT_IMAGE_SIZE).images
     vae = AutoencoderKL.from_pretrained(folder).eval()
     with torch.no_grad():
