@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from PIL import Image as Picture
 
-from ptq_exp.evaluation.images import side_by_side
 from ptq_exp.reports.html.page import data_uri
 from ptq_exp.reports.html.section import Image, Section
 from ptq_exp.results.worst_pairs import WorstPair, worst_pairs
@@ -28,6 +27,8 @@ def worst_section(results: Mapping[str, Any], folder: Path) -> Section | None:
 
 
 def _image(pair: WorstPair, bits: str) -> Image:
+    from ptq_exp.evaluation.images import side_by_side  # loads torch: other reports do without
+
     stream = io.BytesIO()
     Picture.fromarray(side_by_side(pair.fp_image, pair.image)).save(stream, format="PNG")
     drawn_from = f"{pair.drawn_from}, " if pair.drawn_from else ""
