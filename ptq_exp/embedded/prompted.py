@@ -16,24 +16,35 @@ PROMPTS = 900
 """Ten images of every combination of digit, stroke width and slant."""
 
 
-def digits_text(checkpoint: str | None = None, *, name: str = "digits_text", **settings: Any) -> PipelineModel:
-    """Build the Stable Diffusion pipeline of digits; `checkpoint` may be another folder of the same shape.
+def digits_text(
+    checkpoint: str | None = None, *, name: str = "digits_text", prompts: Sequence[str | Request] | str | None = None,
+    call: Mapping[str, Any] | None = None, component: str | None = None, steps: int | None = None,
+    guidance_scale: float | None = None, eta: float | None = None, dtype: str = "float32",
+) -> PipelineModel:
+    """Build the Stable Diffusion pipeline of digits.
 
     Args:
-        settings: of `ptq_exp.pipelines.folder.pipeline_folder`; `prompts` are `evaluation_prompts` by default.
+        checkpoint: another folder of the same shape; None = the one in the package.
+        prompts: None = `evaluation_prompts`.
+        name, call, component, steps, guidance_scale, eta, dtype: see `ptq_exp.pipelines.folder.pipeline_folder`.
     """
-    return _model("digits_text", checkpoint, name=name, **settings)
+    settings = {"name": name, "component": component, "eta": eta, "dtype": dtype}
+    return _model("digits_text", checkpoint, prompts, call, steps, guidance_scale, settings)
 
 
-def digits_flow(checkpoint: str | None = None, *, name: str = "digits_flow", **settings: Any) -> PipelineModel:
+def digits_flow(
+    checkpoint: str | None = None, *, name: str = "digits_flow", prompts: Sequence[str | Request] | str | None = None,
+    call: Mapping[str, Any] | None = None, component: str | None = None, steps: int | None = None,
+    guidance_scale: float | None = None, eta: float | None = None, dtype: str = "float32",
+) -> PipelineModel:
     """Build the flow-matching transformer pipeline of digits; see `digits_text`."""
-    return _model("digits_flow", checkpoint, name=name, **settings)
+    settings = {"name": name, "component": component, "eta": eta, "dtype": dtype}
+    return _model("digits_flow", checkpoint, prompts, call, steps, guidance_scale, settings)
 
 
 def _model(
-    which: str, checkpoint: str | None, *, prompts: Sequence[str | Request] | str | None = None,
-    call: Mapping[str, Any] | None = None, steps: int | None = None, guidance_scale: float | None = None,
-    **settings: Any,
+    which: str, checkpoint: str | None, prompts: Sequence[str | Request] | str | None, call: Mapping[str, Any] | None,
+    steps: int | None, guidance_scale: float | None, settings: Mapping[str, Any],
 ) -> PipelineModel:
     published = dict(CALLS[which])
     own_steps, own_scale = published.pop("num_inference_steps"), published.pop("guidance_scale")

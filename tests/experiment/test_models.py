@@ -157,7 +157,8 @@ OF_FOLDERS = {"diffusers", "pipeline", *PIPELINES}
 def test_embedded_pipelines_draw_as_their_settings_say(name):
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
         config = validated(compose("config", overrides=[f"model={name}"])).model
-    model = load_model(name)
+    options = {key: value for key, value in config.build.items() if key not in ("_target_", "checkpoint", "dtype")}
+    model = load_model(name, **options)
     assert (config.sampler.steps, config.sampler.guidance_scale) == (model.steps, model.sampler.guidance_scale)
     assert model.image_shape == (1, 32, 32) and config.images["size"] == 32
     assert model.asked(range(12), 0) == [*range(10), 0, 1] and "zero" in model.prompts([0], 0)[0]
