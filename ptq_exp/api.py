@@ -1,6 +1,9 @@
-"""Sampling in one call, for scripts and notebooks."""
+"""Quantizing and sampling in one call, for scripts and notebooks."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +13,111 @@ from ptq_exp.deploy.draw import draw
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import DiffusionModel, check_network
 from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.pipelines import PipelineModel, RecordedModel
+
+STATES, TRAJECTORIES = 256, 16
+
+
+def quantize(
+    model: Any, bits: str, *, prompts: Sequence[Any] | str | None = None, calls: Sequence[Any] | None = None,
+    n: int | None = None, steps: int | None = None, calibration: str = "uniform", metric: str = "mse",
+    policy: str | Mapping[str, Any] | None = None, reconstruction: str | None = None, transforms: Sequence[str] = (),
+    runtime: str = "simulate", seed: int = 0, progress: bool = True, **call: Any,
+) -> QuantizedModel:
+    """Quantize a pipeline of diffusers, a `DiffusionModel`, or any network with recorded calls; `model` is untouched.
+
+    Args:
+        bits: such as "w8a8", a name in conf/bits.
+        prompts: of a pipeline: what calibration draws, texts or arguments by name for each image, or a file of them.
+        calls: of a network: arguments of its calls, each a mapping by name, or in order with a mapping at the end.
+        n: calibration states: network calls that ranges are chosen on, a row each (of a pipeline: those of one image).
+            None = 256 of a model; of a pipeline, every step of as many images as there are prompts, 16 at most.
+        steps: sampling steps; None = the model's own (20 of a pipeline).
+        calibration, metric, reconstruction, runtime: choices of these groups, as on the command line.
+        policy: a choice of the group `quantization`, or its settings by name, such as {"shortcut": "split_all"}.
+        transforms: such as ("smooth",), in order.
+        seed: of the noise that calibration starts from.
+        progress: show progress bars.
+        call: further arguments of the pipeline's call, such as height=512; of a model, guidance_scale.
+
+    Returns:
+        The quantized model. Of a pipeline, `quantized.pipeline` is used as the original one; `quantized.component`
+        is the network as the pipeline calls it.
+
+    Raises:
+        PTQError: one line that says which argument cannot be, and what is valid.
+    """
+    from ptq_exp.experiment.quantize import overrides_of, quantize_with  # loads Hydra and Lightning
+
+    wanted, scale = _model_of(model, prompts, calls, steps, call)
+    settings = {
+        "bits": bits, "calibration": calibration, "metric": metric, "reconstruction": reconstruction,
+        "runtime": runtime, "seed": seed,
+    }
+    if isinstance(policy, str):
+        settings["quantization"] = policy
+    given = overrides_of(settings) + [f"quantization.{key}={value}" for key, value in dict(
+        policy if isinstance(policy, Mapping) else {}
+    ).items()]
+    if transforms:
+        given.append(f"quantization.transforms=[{','.join(transforms)}]")
+    return quantize_with(
+        wanted, [*_model_overrides(wanted), *given, *_sizes(wanted, n)], guidance_scale=scale, progress=progress,
+        steps=steps if type(wanted) is DiffusionModel else None,
+    )
+
+
+def _model_of(
+    model: Any, prompts: Any, calls: Any, steps: int | None, call: dict[str, Any]
+) -> tuple[DiffusionModel, float | None]:
+    """Return the model that is quantized, and its guidance scale where it is not its own."""
+    if isinstance(model, DiffusionModel):
+        scale = call.pop("guidance_scale", None)
+        _only(call, "a DiffusionModel takes guidance_scale alone")
+        if prompts is not None or calls is not None:
+            raise ConfigError("prompts and calls are for pipelines and for networks: a DiffusionModel has conditions")
+        return model, scale
+    if isinstance(model, nn.Module):
+        _only(call, "a network takes none")
+        if calls is None:
+            raise ConfigError(
+                f"quantize({type(model).__name__}): of a network alone give calls=, a list of the arguments that it is "
+                "called with"
+            )
+        return RecordedModel(model, calls, type(model).__name__), None
+    if not callable(getattr(model, "set_progress_bar_config", None)):
+        raise ConfigError(
+            f"quantize({type(model).__name__}): give a pipeline of diffusers, a DiffusionModel, or a torch.nn.Module"
+        )
+    return PipelineModel(model, prompts, steps=steps, call=call, name=type(model).__name__), None
+
+
+def _only(call: Mapping[str, Any], why: str) -> None:
+    if call:
+        raise ConfigError(f"quantize({', '.join(call)}): no such argument; {why}")
+
+
+def _model_overrides(model: DiffusionModel) -> list[str]:
+    group = "pipeline" if isinstance(model, (PipelineModel, RecordedModel)) else "diffusers"
+    dtype = str(next(model.denoiser.parameters()).dtype).removeprefix("torch.")
+    types = ["float32", "bfloat16", "float16", "float64"]
+    return [f"model={group}", f"model.name={model.name}", "logger=none", *(
+        [f"model.dtype={dtype}"] if group == "pipeline" and dtype in types else []
+    )]
+
+
+def _sizes(model: DiffusionModel, n: int | None) -> list[str]:
+    """Return how many trajectories are drawn, and how many calls are recorded of each."""
+    if not isinstance(model, PipelineModel):
+        return [f"calibration.n_samples={STATES if n is None else n}"]
+    steps, prompts = len(model.time_grid()), max(1, len(model.requests))
+    wanted = min(prompts, TRAJECTORIES) * steps if n is None else n
+    each = min(steps, -(-wanted // prompts))
+    images = -(-wanted // each)
+    return [
+        f"calibration.n_samples={images}", f"calibration.steps_per_sample={each}",
+        f"calibration.batch_size={min(images, 8)}",
+    ]
 
 
 def sample(

@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# W&B's list of all that is installed takes longer than anything else of an offline run
+os.environ.setdefault("WANDB_X_SAVE_REQUIREMENTS", "false")
 
 import pytest
 import torch
@@ -22,21 +24,22 @@ sys.modules["openvino_telemetry"] = None
 # Whole experiments, new interpreters, trainings, many networks: files and folders below tests/ that `-m "not slow"`
 # leaves out. Those that take longest come first, and are started first, so that two processes end together.
 SLOW = (
-    "experiment/test_experiment_files.py", "experiment/test_noise.py", "experiment/test_guide_commands.py",
-    "experiment/test_reproduce_commands.py", "experiment/test_evaluate_repeats.py", "experiment/test_placement.py",
-    "experiment/test_run.py", "experiment/test_evaluate.py", "robustness/test_chaos.py",
-    "robustness/test_interruption.py", "experiment/test_results_commands.py", "experiment/test_reconstruction.py",
-    "lightning/test_reconstruction.py", "quantization/test_range_search_exhaustive.py",
-    "embedded/test_training_latent.py", "embedded/test_training_pipelines.py", "experiment/test_analysis.py",
-    "cli/sweep", "experiment", "cli/test_search.py",
-    "robustness/test_full_disk.py", "robustness/test_malformed_settings.py", "embedded/test_training.py", "lightning",
-    "test_example.py",
-    "runtime/test_openvino.py", "reports/html", "reports/tables/test_wandb_source.py", "results/test_wandb.py",
-    "results/test_layout.py", "storage/test_cache.py", "diffusion/zoo", "quantization/test_bops_ldm4.py", "cli",
-    "embedded/test_load.py", "embedded/test_latent.py", "embedded/test_pipelines.py",
-    "embedded/test_pipeline_folders.py", "test_packaging.py", "test_layering.py", "test_api.py",
-    "deploy/test_light.py", "storage/test_atomic.py", "correction/test_on_digits.py", "quantization/test_save.py",
-    "evaluation/test_inception.py", "runtime/test_export.py", "runtime/test_deploy_policy.py",
+    "experiment/test_experiment_files.py", "experiment/test_noise.py", "experiment/test_reproduce_commands.py",
+    "experiment/test_guide_commands.py", "experiment/test_reconstruction.py", "experiment/test_models.py",
+    "experiment/test_evaluate_repeats.py", "experiment/test_guide.py", "experiment/test_run.py", "test_example.py",
+    "cli/test_search.py", "cli/sweep", "robustness/test_interruption.py", "robustness/test_chaos.py",
+    "experiment/test_results_commands.py", "experiment/test_settings.py", "experiment/test_evaluate.py",
+    "experiment/test_placement.py", "quantization/test_range_search_exhaustive.py",
+    "embedded/test_training_latent.py", "embedded/test_training_pipelines.py", "embedded/test_pipelines.py",
+    "embedded/test_pipeline_folders.py", "deploy", "runtime/test_products.py",
+    "results/test_layout.py", "experiment/test_analysis.py",
+    "robustness/test_malformed_settings.py", "experiment", "runtime/test_export.py", "runtime/test_openvino.py",
+    "robustness/test_full_disk.py", "embedded/test_training.py", "lightning", "reports/html",
+    "reports/tables/test_wandb_source.py", "results/test_wandb.py", "storage/test_cache.py", "pipelines", "api",
+    "diffusion/zoo",
+    "quantization/test_bops_ldm4.py", "cli", "embedded/test_load.py", "embedded/test_latent.py", "test_packaging.py",
+    "test_layering.py", "test_api.py", "storage/test_atomic.py", "correction/test_on_digits.py",
+    "quantization/test_save.py", "evaluation/test_inception.py", "runtime/test_deploy_policy.py",
 )
 TESTS = Path(__file__).parent
 

@@ -20,6 +20,7 @@ FLOORS = [
         "results": "errors storage",
     },
     {
+        "pipelines": "errors storage diffusion",
         "runtime": "errors storage quantization",
         "calibration": "errors storage diffusion",
         "correction": "errors storage quantization diffusion",
@@ -27,20 +28,20 @@ FLOORS = [
     },
     {
         "reconstruction": "errors quantization calibration",
-        "deploy": "errors storage quantization diffusion evaluation calibration correction runtime",
+        "deploy": "errors storage quantization diffusion pipelines evaluation calibration correction runtime",
     },
     {
-        "lightning": "errors storage quantization diffusion evaluation calibration correction reconstruction",
-        "embedded": "errors storage diffusion evaluation",
-        "settings": "errors storage quantization diffusion results calibration correction deploy runtime",
+        "lightning": "errors storage quantization diffusion pipelines evaluation calibration correction reconstruction",
+        "embedded": "errors storage diffusion pipelines evaluation",
+        "settings": "errors storage quantization diffusion evaluation results calibration correction deploy runtime",
     },
     {
-        "experiment": "errors storage quantization diffusion evaluation results calibration correction reports "
-        "reconstruction runtime deploy lightning settings",
-        "api": "errors diffusion evaluation deploy",
+        "experiment": "errors storage quantization diffusion pipelines evaluation results calibration correction "
+        "reports reconstruction runtime deploy lightning settings",
     },
     {
-        "cli": "errors storage diffusion evaluation results reports runtime deploy embedded settings experiment api"
+        "api": "errors diffusion pipelines evaluation deploy experiment",
+        "cli": "errors storage diffusion evaluation results reports runtime deploy embedded settings experiment",
     },
     {"__main__": "cli", "__init__": ""},
 ]

@@ -29,7 +29,7 @@ class CalibrationSet:
     """Calibration samples in the order of their sample index; arrays may be memory-mapped.
 
     Attributes:
-        x: float32 [N, C, H, W], the state that enters the step.
+        x: float32 [N, ...], such as [N, C, H, W]: the state that enters the step.
         step: int64 [N], the position in the `TimeGrid` (0 = noisiest).
         t: float32 [N], the network time that the state is shown with: that of the step (see `labelled`).
         evaluations: int64 [N], network evaluations spent on each.
@@ -97,7 +97,8 @@ class CalibrationSet:
         arrays = npz_arrays(path)
         if "x" not in arrays:
             raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}")
-        require_arrays(path, arrays, {"x": ("f", 4), "step": ("iu", 1), "t": ("f", 1), "evaluations": ("iu", 1)})
+        axes = max(3, arrays["x"].ndim)
+        require_arrays(path, arrays, {"x": ("f", axes), "step": ("iu", 1), "t": ("f", 1), "evaluations": ("iu", 1)})
         if any(key not in _OWN and not key.startswith((_CONDITION, _WITHOUT)) for key in arrays):
             raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}")
         try:

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptq_exp.diffusion.call import on_device
 from ptq_exp.diffusion.guidance import Guided
 from ptq_exp.diffusion.model import DiffusionModel
 from ptq_exp.diffusion.noise import CALIBRATION, SampleNoise, sample_generator
-from ptq_exp.diffusion.sampler import StepRecord, ddim_step, sample
+from ptq_exp.diffusion.sampler import StepRecord, ddim_step
 from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import ConfigError, DataError
 
@@ -112,16 +111,15 @@ def _denoise_together(model: DiffusionModel, request: StateRequest) -> tuple[Ten
     """`denoise` for schedulers that keep the estimates of their batch: no sample can leave, all pay for the last."""
     denoiser, steps = request.denoiser or model.denoiser, request.steps
     last = int(steps.max())
-    conditions = model.draw_conditions(request.indices, request.seed, CALIBRATION)
     states = torch.empty(len(steps), *model.sample_shape)
 
     def record(r: StepRecord) -> None:
         arrived = steps == r.step
         states[arrived] = r.x.cpu()[arrived]
 
-    end = sample(
-        denoiser, request.grid, request.noise(model.sample_shape),
-        conditions=on_device(conditions, request.device), device=request.device, steps=last, on_step=record,
+    end = model.run(
+        denoiser, request.grid, request.indices, request.seed, stream=CALIBRATION, device=request.device, steps=last,
+        on_step=record,
     )
     states[steps == last] = end.cpu()[steps == last]
     return states, torch.full_like(steps, last * (2 if isinstance(denoiser, Guided) else 1))

@@ -151,8 +151,9 @@ def weights() -> Iterator[Finding]:
     wrong = []
     for card in cards:
         try:
-            expected = json.loads(card.read_text(encoding="utf-8"))["sha256"]
-            whole = file_digest(card.with_suffix(".safetensors")) == expected
+            said = json.loads(card.read_text(encoding="utf-8"))
+            files = said["files"] if "files" in said else {f"{card.stem}.safetensors": said["sha256"]}
+            whole = bool(files) and all(file_digest(folder / name) == expected for name, expected in files.items())
         except (PTQError, OSError, ValueError, KeyError):
             whole = False
         if not whole:

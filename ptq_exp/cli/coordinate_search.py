@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import yaml
 
+from ptq_exp.cli.search_conditions import check_known, conditions, missed
 from ptq_exp.errors import ConfigError, PTQError, one_line
 
 DIRECTIONS = ("maximize", "minimize")
@@ -44,6 +45,8 @@ class Space:
         seeds: of each trial; the objective is their mean.
         base: overrides of all trials.
         stages: decided one after the other, each with the earlier decisions in force.
+        require: {path in results.json, such as runtime.int8_share: least value}; may be left out. A trial with less,
+            for any seed, cannot win. A number that is null (of what the network does not have) meets any condition.
     """
 
     objective: str
@@ -52,6 +55,7 @@ class Space:
     seeds: Sequence[int]
     base: Sequence[str]
     stages: Sequence[Stage]
+    require: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
@@ -75,7 +79,7 @@ class Space:
             return cls(
                 str(values["objective"]), str(values["direction"]), float(values["tolerance"]),
                 [int(seed) for seed in values["seeds"]], _overrides(values["base"]),
-                [Stage(**_section(Stage, stage)) for stage in values["stages"]],
+                [Stage(**_section(Stage, stage)) for stage in values["stages"]], conditions(values.get("require", {})),
             )
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path}: {error}") from error
@@ -100,7 +104,8 @@ class Space:
 def _section(kind: type, found: Any) -> dict[str, Any]:
     """Return `found` if it has the fields of the dataclass `kind`, and no others."""
     names = [one.name for one in fields(kind)]
-    if isinstance(found, dict) and set(found) == set(names):
+    optional = {one.name for one in fields(kind) if one.default_factory is not MISSING}
+    if isinstance(found, dict) and set(names) - optional <= set(found) <= set(names):
         return found
     shown = ", ".join(map(str, found)) if isinstance(found, dict) else found
     raise ValueError(f"expected the settings {', '.join(names)}, found {shown}")
@@ -132,8 +137,8 @@ class Trial:
     Attributes:
         stage, candidate: which; the candidate as one line.
         overrides: all settings of the trial, without its seeds.
-        metrics: {name: mean over seeds}; empty where it failed.
-        error: why it failed, or "".
+        metrics: {name: mean over seeds}; empty where a run failed.
+        error: why it failed or cannot win, or "".
         chosen: whether it stays.
     """
 
@@ -172,7 +177,8 @@ class Search:
             The overrides that were decided, without `fixed` and the space's base.
 
         Raises:
-            PTQError: no candidate of a stage gave a number; the message has the first one's reason.
+            PTQError: no candidate of a stage gave a number and met the conditions; with the first one's reason.
+            ConfigError: a condition is on what results.json of no trial has.
         """
         decided: tuple[str, ...] = ()
         for stage in self.space.stages:
@@ -186,7 +192,7 @@ class Search:
         trials = self._measured(stage, options)
         best = None
         for n, trial in enumerate(trials):
-            value = trial.metrics.get(objective, math.nan)
+            value = math.nan if trial.error else trial.metrics.get(objective, math.nan)
             if not math.isnan(value) and (best is None or self.space.better(value, trials[best].metrics[objective])):
                 best = n
         if best is None:
@@ -204,9 +210,14 @@ class Search:
             futures = {run: pool.submit(self.run, run) for seeds in runs.values() for run in seeds}
             for one, line in zip(settings, stage.candidates, strict=True):
                 results = [futures[run].result() for run in runs[one]]
-                trials.append(Trial(stage.name, line or "(nothing)", one, *_mean(results)))
-                self.trials.append(trials[-1])
-                self.on_trial(trials[-1])
+                metrics, error = _mean(results)
+                error = error or missed(self.space.require, results)
+                trial = Trial(stage.name, line or "(nothing)", one, metrics, error)
+                trials.append(trial)
+                self.trials.append(trial)
+                self.on_trial(trial)
+            finished = [result for run in futures.values() if "metrics" in (result := run.result())]
+        check_known(self.space.require, finished)
         return trials
 
     @contextmanager

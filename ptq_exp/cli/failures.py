@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ptq_exp.errors import one_line
 
+GATE_MISSED = 3
+"""Exit status of a command whose runs finished, where the scores of one miss evaluation.gate."""
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO}
 _MEMORY = ("can't allocate memory", "out of memory", "not enough memory", "Unable to allocate")
 

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from ptq_exp.cli.arguments import check_groups, own_folder, spelt_out, with_home_folders, with_saved_model
 from ptq_exp.cli.commands import available, run_command
-from ptq_exp.cli.failures import cannot_write, refusal
+from ptq_exp.cli.failures import GATE_MISSED, cannot_write, refusal
 from ptq_exp.cli.sweep.callback import end_of_sweep, interrupted_sweep
 from ptq_exp.cli.sweep.resume import with_resumed_sweep
 from ptq_exp.errors import (
@@ -39,6 +39,7 @@ from ptq_exp.settings.schema import ExperimentConfig, SweepConfig
 
 TRACEBACK = "HYDRA_FULL_ERROR"
 _failures: list[str] = []
+_missed: list[str] = []
 _started = False  # whether Hydra has made the run folder and called the job
 
 
@@ -51,7 +52,7 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
 
     try:
         with interruptible():  # in the processes of a launcher, too
-            return run_job(composed)
+            objectives, missed = run_job(composed)
     except PTQError as error:
         if _traceback_wanted:
             raise
@@ -61,6 +62,10 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
         if _traceback_wanted or refused is None:
             raise
         return _failed(refused)
+    if missed:
+        _missed.append(missed)
+        print(missed, file=sys.stderr)
+    return objectives
 
 
 def _run_folder() -> str:
@@ -144,7 +149,7 @@ _traceback_wanted = os.environ.get(TRACEBACK) == "1"
 
 
 def main() -> None:
-    """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
+    """Entry point; exit code 1 and one line on standard error for anything the user can mend, 3 for a missed gate."""
     try:
         with interruptible():
             _main()
@@ -156,6 +161,7 @@ def _main() -> None:
     global _started
     start_command()
     _failures.clear()
+    _missed.clear()
     _started = False
     logging_raises = logging.raiseExceptions
     logging.raiseExceptions = _traceback_wanted  # a log file on a full disk is no second error
@@ -164,7 +170,7 @@ def _main() -> None:
     sys.argv[1:] = spelt_out(sys.argv[1:])
     before = os.environ.get(TRACEBACK)
     os.environ[TRACEBACK] = "1"  # let Hydra raise, so that its message fits in one line
-    failed, interrupted = [], False
+    failed, missed, interrupted = [], [], False
     try:
         if _done_elsewhere(sys.argv[1:]):
             sys.stdout.flush()
@@ -204,6 +210,8 @@ def _main() -> None:
             del os.environ[TRACEBACK]
         else:
             os.environ[TRACEBACK] = before
-        failed = [] if interrupted else end_of_sweep()
+        failed, missed = ([], []) if interrupted else end_of_sweep()
     if _failures or failed:
         sys.exit(1)
+    if _missed or missed:
+        sys.exit(GATE_MISSED)

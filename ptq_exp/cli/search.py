@@ -28,8 +28,8 @@ from ptq_exp.storage.plain_json import read_json, write_json
 
 _HELP = """
 A coordinate search: the stages of conf/search/SPACE.yaml are decided one after the other, each with the earlier
-decisions in force; every trial is an ordinary run. The same command continues a search that was stopped: finished
-trials are read again.
+decisions in force; every trial is an ordinary run. Under `require` a space has least values of numbers in results.json:
+a trial with less cannot win. The same command continues a search that was stopped: finished trials are read again.
 
 Leaves in the folder: search.json (all trials), search.md (their table), experiment.yaml (for conf/experiment).
 
@@ -37,6 +37,7 @@ examples:
   python -m ptq_exp search bits=w4a8
   python -m ptq_exp search bits=w4a4 model=digits_ldm --jobs 2
   python -m ptq_exp search bits=w8a8 --until placement
+  python -m ptq_exp search bits=w8a8 --space deploy
   python -m ptq_exp search bits=w6a6 --space my_space.yaml --folder runs/search/mine
 """
 _running: set[subprocess.Popen] = set()
@@ -106,7 +107,8 @@ def _write_trials(trials: list[Trial], folder: Path) -> None:
 def _print_trial(trial: Trial) -> None:
     names = [name for name in ("psnr", "eps_error", "fid_increase_units") if name in trial.metrics]
     numbers = ", ".join(f"{name} {trial.metrics[name]:.4g}" for name in names)
-    print(f"{trial.stage}: {trial.candidate}: {numbers or 'failed: ' + trial.error}", flush=True)
+    said = [numbers] * bool(numbers) + [f"{'cannot win' if numbers else 'failed'}: {trial.error}"] * bool(trial.error)
+    print(f"{trial.stage}: {trial.candidate}: {'; '.join(said)}", flush=True)
 
 
 def run_trial(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -149,9 +151,10 @@ def _finished(place: Path) -> dict[str, Any] | None:
 
 def markdown(trials: Sequence[Trial]) -> str:
     """Return a table, one row per trial, in the order of the stages; what was chosen is marked."""
+    measured = [name for name in shown(HEADLINE) if any(name in trial.metrics for trial in trials)]
     rows = [
         {"stage": trial.stage, "candidate": trial.candidate}
-        | {name: trial.metrics.get(name) for name in shown(HEADLINE)}
+        | {name: trial.metrics.get(name) for name in measured}
         | {"": "chosen" if trial.chosen else trial.error}
         for trial in trials
     ]

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from ptq_exp.api import sample
+from ptq_exp.deploy.draw import draw
 from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
 from ptq_exp.embedded import DigitsExtractor
 from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, digits
@@ -114,7 +115,9 @@ def measured(
 
 def sample_quality(model: DiffusionModel, n: int, seed: int = 0) -> dict:
     """Measure the Inception score of `n` samples, and how often the embedded classifier sees the class asked for."""
-    probabilities = extract_features(DigitsExtractor(), sample(model, n, seed, batch_size=min(n, 100))).probabilities
+    guided, how = model.guided(model.denoiser, model.sampler.guidance_scale), {"device": "cpu", "progress": False}
+    images = draw(model, guided, model.time_grid(), n, seed, batch_size=min(n, 100), **how)
+    probabilities = extract_features(DigitsExtractor(), images).probabilities
     agreement = (probabilities.argmax(1) == model.labels(range(n), seed).numpy()).mean()
     return {
         "samples": n,
@@ -166,6 +169,8 @@ def train(args: argparse.Namespace) -> None:
 
     module, train_batches, held_out = training_module(args.network, steps, args.seed, args.out)
     folder = args.work / args.network
+    # the checkpoint of a training that is continued is meant to be there
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     every = 1 if len(train_batches) > 100 else 2
     checkpoint = ModelCheckpoint(
         folder, filename="latest", save_last=True, every_n_epochs=every, save_on_train_epoch_end=True

@@ -10,18 +10,24 @@ from types import UnionType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ptq_exp.correction import BitSchedule, NoiseStatistics
+from ptq_exp.deploy.arguments import ARGUMENTS_FILE, from_json
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
-from ptq_exp.errors import CheckpointError, ConfigError, DataError
+from ptq_exp.errors import CheckpointError, ConfigError, DataError, one_line
 from ptq_exp.quantization import Applied, applied_from_dict
-from ptq_exp.quantization.save import DESCRIPTION_FILE, TENSORS_FILE, read_description
+from ptq_exp.quantization.save import COMPONENT_TENSORS_FILE, DESCRIPTION_FILE, TENSORS_FILE, read_description
 from ptq_exp.storage.atomic import file_digest
 
-SUBFOLDER = "quantized"
+SUBFOLDER, PIPELINE_FILE = "quantized", "model_index.json"
 SCHEDULE_FILE, STATISTICS_FILE = "bit_schedule.json", "noise_statistics.npz"
 SECTIONS = ("seed", "model", "sampler", "calibration", "metric", "bits", "quantization", "reconstruction", "correction")
-OF_MODEL = ("name", "checkpoint", "dtype", "ema", "conditions", "channels_last", "compile")
+OF_MODEL = (
+    "name", "checkpoint", "dtype", "ema", "conditions", "prompts", "call", "config", "component",
+    "channels_last", "compile"
+)
 """The settings that are saved with a model. No others are taken from a file: some name code that a run executes."""
 _EXPECTED = {
     "model.name": str, "model.digest": str, "model.dtype": str, "model.options": dict, "settings.model": dict,
@@ -40,15 +46,14 @@ class Artifact:
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
-        """Return the saved model in `path`: a run folder, or its sub-folder `quantized`.
+        """Return the saved model in `path`: a run folder, its sub-folder `quantized`, a pipeline or its component.
 
         Raises:
             DataError: there is none, or it is damaged, incomplete or of an unknown version.
         """
-        folder = Path(path)
-        if (folder / SUBFOLDER / DESCRIPTION_FILE).exists():
-            folder = folder / SUBFOLDER
-        for name in (DESCRIPTION_FILE, TENSORS_FILE):
+        folder = _folder_of(Path(path))
+        tensors_file = COMPONENT_TENSORS_FILE if (folder / "config.json").exists() else TENSORS_FILE
+        for name in (DESCRIPTION_FILE, tensors_file):
             if not (folder / name).is_file():
                 raise DataError(
                     f"quantized={path} holds no saved model, {name} is missing: give the folder of a run with "
@@ -94,7 +99,8 @@ class Artifact:
     def settings(self) -> dict[str, Any]:
         """The settings that the network was made with, section by section, as they are to be used from now on.
 
-        A bit schedule is spelt out and noise statistics are the saved ones, whatever they had been made from.
+        Of a pipeline those are left out that were arguments in Python. A bit schedule is spelt out and noise
+        statistics are the saved ones, whatever they had been made from.
         """
         settings = copy.deepcopy(dict(self.description["settings"]))
         if (schedule := self.schedule()) is not None:
@@ -102,6 +108,9 @@ class Artifact:
             settings["bits"] |= {"schedule": list(schedule.activation), "candidates": widths}
         if self.description["noise_statistics"] is not None:
             settings["correction"]["statistics"] = str(self.folder / STATISTICS_FILE)
+        if self.identity.get("target") == "ptq_exp.load_model" and self.description.get("pipeline") is not None:
+            settings["model"] = {key: value for key, value in settings["model"].items() if value is not None}
+            settings["model"].pop("name", None)
         return settings
 
     def setting(self, name: str, kind: type | UnionType, default: Any) -> Any:
@@ -173,13 +182,58 @@ class Artifact:
                     "settings, or quantize again with them"
                 )
 
+    def grid(self) -> TimeGrid:
+        """Return the times of a pipeline's steps, which no noise schedule says.
+
+        Raises:
+            DataError: they are damaged.
+        """
+        entry = self.description["grid"]
+        try:
+            times, *levels = (
+                torch.tensor(entry[key], dtype=torch.float64)
+                for key in ("timesteps", "alphas_cumprod", "alphas_cumprod_prev")
+            )
+            return TimeGrid(times, *levels, float(entry["eta"]), str(entry["solver"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{self.folder / DESCRIPTION_FILE} is damaged: grid: {one_line(repr(error))}") from error
+
+    def arguments(self, key: str) -> Any:
+        """Return what was saved of the calls of a pipeline or network: "example" or "pipeline"; None = nothing.
+
+        Raises:
+            DataError: it is damaged, or the file beside is missing or another one.
+        """
+        entry = self.description.get(key)
+        if entry is None:
+            return None
+        try:
+            return from_json(entry, self._beside("arguments", ARGUMENTS_FILE, load_file))
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, DataError) as error:
+            if isinstance(error, DataError) and ARGUMENTS_FILE in str(error):
+                raise
+            raise DataError(f"{self.folder / DESCRIPTION_FILE} is damaged: {key}: {one_line(error)}") from error
+
     def _beside(self, key: str, name: str, load):
         entry = self.description[key]
         if entry is None:
             return None
+        if not (self.folder / name).is_file():
+            raise DataError(f"{self.folder / name} is missing: copy all files of the saved model again")
         if file_digest(self.folder / name) != entry.get("sha256"):
             raise DataError(f"{self.folder / name} is not the file that {DESCRIPTION_FILE} describes: copy both again")
         return load(self.folder / name)
+
+
+def _folder_of(path: Path) -> Path:
+    """Return the folder of the quantized network's files in a run folder, a pipeline, or the folder itself."""
+    for folder in (path / SUBFOLDER, path):
+        if (folder / DESCRIPTION_FILE).exists() and folder != path:
+            return folder
+        if (folder / PIPELINE_FILE).exists():
+            found = sorted(file.parent for file in folder.glob(f"*/{DESCRIPTION_FILE}"))
+            return found[0] if found else folder
+    return path
 
 
 def grid_entry(grid: TimeGrid, guidance_scale: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from ptq_exp.evaluation.scores import SCORES
 from ptq_exp.storage.atomic import atomic_path
 
 _CARD = """---
-library_name: ptq-exp
+library_name: {library}
 tags:
 - diffusion
 - quantization
@@ -19,7 +19,7 @@ tags:
 
 # {model}, {title}
 
-The noise estimator of the diffusion model `{model}`, quantized after training. Files: `quantized.safetensors` (packed
+{what}, quantized after training. Files{where}: `{file}` (packed
 integers, ranges, all other parameters), `quantization.json` (rules, ranges, bits of every layer, recipe){others}.
 
 | | |
@@ -47,14 +47,23 @@ From weights of `{model}` with the digest `{digest}`; calibration {calibration},
 
 ## How to load it
 
-```python
+{loading}
+"""
+_MODEL = """```python
 import ptq_exp
 quantized = ptq_exp.load_quantized("PATH"{checkpoint})  # PATH: this folder
 images = ptq_exp.sample(quantized, 16, seed=0)  # uint8 [16, H, W, C]
 ```
 
-Drawn and scored again: `python -m ptq_exp +experiment=evaluate quantized=PATH`.
-"""
+Drawn and scored again: `python -m ptq_exp +experiment=evaluate quantized=PATH`."""
+_PIPELINE = """```python
+import ptq_exp  # diffusers knows the format afterwards
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("PATH"{dtype})  # PATH: this folder; used as the original pipeline
+quantized = ptq_exp.load_quantized("PATH")  # the same with its report; quantized.pipeline, quantized.sample(16)
+```
+
+Drawn and scored again: `python -m ptq_exp +experiment=evaluate quantized=PATH model=pipeline`."""
 
 
 def write_card(folder: Path, description: dict[str, Any], results: dict[str, Any], command: str) -> None:
@@ -77,13 +86,19 @@ def card(description: dict[str, Any], results: dict[str, Any], command: str) -> 
     scored = [f"| {score.description or score.heading} | {measured[key]:.4g} |" for key, score in SCORES.items()
               if key in measured]
     spec = results["metric_spec"]
-    beside = [entry["file"] for key in ("bit_schedule", "noise_statistics") if (entry := description[key])]
+    beside = [entry["file"] for key in ("bit_schedule", "noise_statistics", "arguments")
+              if (entry := description.get(key))]
     activation = "/".join(map(str, description["activation_widths"]))
     checkpoint = settings["model"]["checkpoint"] if model["first_stage"] else None  # else the folder is complete
     if checkpoint is not None and Path(checkpoint).exists():  # no repository id, which is the same everywhere
         checkpoint = Path(checkpoint).name
     checkpoint = "" if checkpoint is None else f', checkpoint="{checkpoint}"'
+    kinds = {
+        "library": "ptq-exp", "what": f"The noise estimator of the diffusion model `{model['name']}`", "where": "",
+        "loading": _MODEL.format(checkpoint=checkpoint),
+    } if description.get("pipeline") is None else _of_pipeline(description)
     return _CARD.format(
+        **kinds, file=description["file"]["name"],
         bits_name=bits["name"], title=bits["name"].upper(), model=model["name"], digest=model["digest"],
         others="".join(f", `{name}`" for name in beside), weight=bits["weight"], softmax=bits["softmax"],
         activation=activation + (", chosen for each sampling step" if "/" in activation else ""),
@@ -97,8 +112,18 @@ def card(description: dict[str, Any], results: dict[str, Any], command: str) -> 
         calibration=settings["calibration"]["name"], metric=settings["metric"]["name"],
         sampler=f"{sampler['solver']} with {sampler['steps']} steps, eta {sampler['eta']:g}, guidance scale "
         f"{description['grid']['guidance_scale']:g}",
-        version=description["ptq_exp"], checkpoint=checkpoint,
+        version=description["ptq_exp"],
     )
+
+
+def _of_pipeline(description: dict[str, Any]) -> dict[str, str]:
+    """Return what the card says otherwise of a pipeline."""
+    pipeline, dtype = description["pipeline"]["dict"], description["network"]["dtype"]
+    return {
+        "library": "diffusers", "what": f"The `{pipeline['component']}` of a `{pipeline['class']}`",
+        "where": f" in `{pipeline['component']}/`",
+        "loading": _PIPELINE.format(dtype="" if dtype == "float32" else f", torch_dtype=torch.{dtype}"),
+    }
 
 
 def _executed(entry: dict[str, Any] | None) -> str:

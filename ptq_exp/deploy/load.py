@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Mapping
@@ -10,37 +11,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from ptq_exp.calibration import time_bins
 from ptq_exp.deploy.artifact import Artifact
+from ptq_exp.deploy.component import load_pipeline, quantized_component
 from ptq_exp.deploy.quantized_model import QuantizedModel
-from ptq_exp.diffusion import DiffusionModel, TimeGrid
+from ptq_exp.deploy.restore import restored
+from ptq_exp.diffusion import DiffusionModel
 from ptq_exp.diffusion.zoo import folder_of_structure, is_local
 from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
 from ptq_exp.diffusion.zoo.registry import MODELS, load_model
 from ptq_exp.errors import CheckpointError, ConfigError, PTQError
-from ptq_exp.quantization.save import DESCRIPTION_FILE, load_quantized_, rule_from_dict
+from ptq_exp.quantization.save import DESCRIPTION_FILE
 from ptq_exp.runtime.base import check_runtime
 from ptq_exp.storage.paths import with_homes
 
 log = logging.getLogger("ptq_exp")
 
-_RECIPE = ("ptq_exp", "model", "evaluations", "settings")
-
-
 def load_quantized(
     path: str | Path, checkpoint: str | None = None, device: torch.device | str = "cpu", *,
-    model: DiffusionModel | None = None, runtime: str = "simulate", runtime_options: Mapping[str, Any] | None = None,
+    model: DiffusionModel | None = None, network: nn.Module | None = None, runtime: str = "simulate",
+    runtime_options: Mapping[str, Any] | None = None,
 ) -> QuantizedModel:
     """Load a saved quantized model, without calibration data; its network gives the saved one's outputs bit for bit.
 
     Args:
-        path: a run folder, or its sub-folder `quantized`, wherever it was copied to.
+        path: a run folder, its sub-folder `quantized`, or what `QuantizedModel.save` wrote, wherever it was copied to.
         checkpoint: the full-precision file, folder or repository id that the model was made from. None = the one in
             the artefact, where it is there (a repository: in the local cache). Without it a model without first stage
             is complete, but its full-precision network is not there.
         device: where to compute.
         model: the full-precision model, for models that `load_model` does not know.
+        network: a module of the class and size that was quantized, of any weights, where that was a network with
+            recorded calls; it stays as it is.
         runtime: how the network is executed, see `ptq_exp.runtime`.
         runtime_options: such as {"precision": "bf16"} of openvino; None = the defaults.
 
@@ -52,6 +55,10 @@ def load_quantized(
     """
     check_runtime(runtime)
     artifact = Artifact.open(with_homes(path, "quantized"))
+    if model is None and artifact.description.get("network") is not None:
+        return _load_called(artifact, checkpoint, network, device).on(runtime, runtime_options)
+    if network is not None:
+        raise ConfigError(f"network=: {artifact.folder} is no network with recorded calls; leave it out")
     full_precision = True
     if model is None:
         model, full_precision = _build(artifact, checkpoint)
@@ -71,42 +78,20 @@ def load_quantized(
     return quantized.on(runtime, runtime_options)
 
 
-def restored(
-    artifact: Artifact, model: DiffusionModel, grid: TimeGrid, guidance_scale: float, device: torch.device, *,
-    full_precision: bool = True, compiled: bool = False,
+def _load_called(
+    artifact: Artifact, checkpoint: str | None, network: nn.Module | None, device: torch.device | str
 ) -> QuantizedModel:
-    """Restore the quantized model in the files of `artifact`, to be sampled on `grid`.
-
-    Args:
-        full_precision: whether `model` has its weights; without them its denoiser becomes the quantized network.
-        compiled: compile the network.
-
-    Raises:
-        DataError: the files do not fit the model.
-    """
-    network = (model.copy_denoiser() if full_precision else model.denoiser).to(device)
-    example = model.example_inputs().to(device)
-    transforms = artifact.transforms()
-    for done in transforms:
-        done.install_(network)
-    report = load_quantized_(network, artifact.folder, example)
-    schedule, widths = artifact.schedule(), tuple(artifact.description["activation_widths"])
-    if schedule is not None and len(widths) > 1:
-        report = report.mixed(schedule.shares(list(widths)))
-    bins = time_bins(
-        grid, artifact.setting("quantization.temporal", str, "static"),
-        artifact.setting("quantization.temporal_bins", int, 1),
-    )
-    description = artifact.description
-    return QuantizedModel(
-        model, network, report, grid, guidance_scale,
-        rules=tuple(rule_from_dict(rule) for rule in description["rules"]), widths=widths,
-        time_bins=bins if int(bins.max()) else None, schedule=schedule, statistics=artifact.statistics(),
-        variance=artifact.setting("correction.variance", bool, False),
-        convention=artifact.setting("correction.convention", str, "paper"),
-        transforms=transforms, full_precision=full_precision, compile=compiled,
-        recipe={key: description[key] for key in _RECIPE if key in description},
-    )
+    """Load a component of a pipeline, and the pipeline around it, or a network with recorded calls."""
+    if checkpoint is not None:
+        raise ConfigError(f"checkpoint=: {artifact.folder} needs no other weights than its own; leave it out")
+    if network is not None:
+        return quantized_component(artifact, copy.deepcopy(network).to(device))
+    if artifact.description.get("pipeline") is None:
+        raise ConfigError(
+            f"{artifact.folder} is a network alone: give network=, a {artifact.description['network'].get('class')} of "
+            "the size that was quantized, with any weights"
+        )
+    return load_pipeline(artifact, device)
 
 
 def _build(artifact: Artifact, checkpoint: str | None) -> tuple[DiffusionModel, bool]:

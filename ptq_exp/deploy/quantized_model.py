@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.correction import BitSchedule, Corrected, NoiseStatistics, Scheduled, VarianceFit
-from ptq_exp.deploy.artifact import SCHEDULE_FILE, STATISTICS_FILE, grid_entry
 from ptq_exp.deploy.draw import draw
+from ptq_exp.deploy.saving import save_component, save_model, save_pipeline
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.errors import ConfigError
+from ptq_exp.pipelines import PipelineModel, PipelineNetwork, answering
 from ptq_exp.quantization import Applied, Report, Rule
-from ptq_exp.quantization.save import save_quantized
 from ptq_exp.runtime import Runtime, runtime_of
-from ptq_exp.storage.atomic import file_digest
-from ptq_exp.storage.plain_json import to_plain
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,33 @@ class QuantizedModel:
         """Make the same model, executed by another runtime."""
         return replace(self, runtime_name=runtime_name, runtime_options=runtime_options or {})
 
+    @cached_property
+    def component(self) -> nn.Module:
+        """The quantized network as it was called before it was one of state, time and conditions.
+
+        Raises:
+            ConfigError: the model never was a pipeline, or a network with recorded calls.
+        """
+        if not isinstance(self.network, PipelineNetwork):
+            raise ConfigError(f"{self.model.name} is no pipeline: its quantized network is quantized.network")
+        fixed = self.runtime_name != "simulate"
+        component = answering(self.network, self.denoiser, fixed=fixed)
+        component.save_pretrained = partial(save_component, self)
+        if fixed:  # an engine's network is another one, which adapters would not reach
+            component.load_lora_adapter = component.add_adapter = partial(_refuse_adapters, self.runtime_name)
+        return component
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """A pipeline that is used as the original one, its network quantized.
+
+        Raises:
+            ConfigError: the model never was a pipeline.
+        """
+        if not isinstance(self.model, PipelineModel):
+            raise ConfigError(f"{self.model.name} is no pipeline of diffusers: draw by quantized.sample(n, seed)")
+        return self.model.pipeline_with(self.component)
+
     def _guided(self, rows: Tensor | None) -> nn.Module:
         network = self.executed_network
         denoiser = network if rows is None else Scheduled(network, rows, self.grid)
@@ -154,22 +179,17 @@ class QuantizedModel:
     def save(self, folder: str | Path) -> dict[str, Any]:
         """Write the folder that `ptq_exp.load_quantized` reads; returns the content of its quantization.json.
 
+        Of a pipeline it is a whole folder of diffusers, which `DiffusionPipeline.from_pretrained` reads, too, after
+        `import ptq_exp`: other components as they are, and a packed one.
+
         Raises:
             ConfigError: nobody knows what the model was made from, so that it could not be built again.
             PTQError: a file cannot be written.
         """
-        if not self.recipe:
-            raise ConfigError(f"the quantized {self.model.name} has no recipe: only what a run has made can be saved")
-        folder, beside = Path(folder), {}
-        for key, name, part in (
-            ("bit_schedule", SCHEDULE_FILE, self.schedule), ("noise_statistics", STATISTICS_FILE, self.statistics)
-        ):
-            beside[key] = None
-            if part is not None:
-                part.save(folder / name)
-                beside[key] = {"file": name, "sha256": file_digest(folder / name)}
-        about = {
-            **self.recipe, "grid": grid_entry(self.grid, self.guidance_scale), "activation_widths": list(self.widths),
-            **beside, "transforms": [done.to_dict() for done in self.transforms],
-        }
-        return save_quantized(folder, self.network, self.rules, self.report, to_plain(about))
+        if isinstance(self.model, PipelineModel):
+            return save_pipeline(self, Path(folder))
+        return save_model(self, Path(folder))
+
+
+def _refuse_adapters(runtime: str, *_: Any, **__: Any) -> None:
+    raise ConfigError(f"runtime={runtime} executes a network of its own: load adapters with runtime=simulate")

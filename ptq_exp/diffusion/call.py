@@ -30,13 +30,14 @@ class Call(NamedTuple):
 
     def to(self, device: torch.device | str) -> Call:
         """Return the same call on `device`."""
-        return self._mapped(lambda tensor: tensor.to(device))
+        return self.mapped(lambda tensor: tensor.to(device))
 
     def expanded(self, n: int) -> Call:
         """Return a call of one sample, repeated `n` times."""
-        return self._mapped(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
+        return self.mapped(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """Return the call with every tensor changed."""
         conditions = {name: change(value) for name, value in self.conditions.items()}
         return Call(change(self.x), change(self.t), conditions)
 

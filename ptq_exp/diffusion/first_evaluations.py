@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ptq_exp.diffusion.call import Call
 from ptq_exp.diffusion.model import DiffusionModel
-from ptq_exp.diffusion.noise import EVALUATION, SampleNoise
 from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import CheckpointError, ConfigError
 from ptq_exp.storage.finite import is_finite
@@ -20,9 +19,7 @@ from ptq_exp.storage.finite import is_finite
 def check_network(
     model: DiffusionModel, grid: TimeGrid, seed: int, device: torch.device | str = "cpu", checkpoint: str | None = None
 ) -> None:
-    """Nothing, if the network gives finite numbers for sample 0 of `seed` at the first and the last step of `grid`.
-
-    The state is an image without content, 0, at the noise level of the step: sqrt(1 - alpha_bar) times noise.
+    """Nothing, if the network gives finite numbers for sample 0 of `seed`; see `DiffusionModel.check_calls`.
 
     Args:
         checkpoint: that the model was read from, for the message.
@@ -34,14 +31,10 @@ def check_network(
     network = model.denoiser
     home = next((parameter.device for parameter in network.parameters()), torch.device(device))
     network.to(device)
-    noise = SampleNoise(seed, [0], model.sample_shape, stream=EVALUATION).draw()
-    conditions = model.draw_conditions([0], seed)
-    for step in dict.fromkeys((0, len(grid) - 1)):
-        x = float(1 - grid.alphas_cumprod[step]) ** 0.5 * noise
-        call = Call(x, grid.network_time(step, 1), conditions).to(device)
+    for call in model.check_calls(grid, seed, device):
         if not is_finite(call.evaluate(network)):
             dtype = next((parameter.dtype for parameter in network.parameters()), torch.float32)
-            raise _error(dtype, checkpoint, f"at time {float(call.t):g}, first {first_not_finite(network, call)}")
+            raise _error(dtype, checkpoint, f"at time {float(call.t[0]):g}, first {first_not_finite(network, call)}")
     network.to(home)
 
 

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,14 +143,49 @@ class DiffusionModel:
         """Class of each sample, int64 [N], or None; all equally often, see `balanced`."""
         return None if self.n_classes is None else balanced(self.n_classes, indices, seed, stream)
 
+    def asked(self, indices: Sequence[int], seed: int) -> list[int] | None:
+        """Class that each sample is asked to show, as the classifier of the evaluation numbers them; None = none."""
+        del indices, seed
+        return None
+
+    def by_image(self, estimates: Tensor, images: int) -> Tensor:
+        """Return estimates with a row for each of the images, whatever rows the network evaluates for it."""
+        del images
+        return estimates
+
+    def check_calls(self, grid: TimeGrid, seed: int, device: torch.device | str = "cpu") -> list[Call]:
+        """Return calls of sample 0 at the first and the last step of `grid`, for a look at what the network gives.
+
+        The state is an image without content, 0, at the noise level of the step: sqrt(1 - alpha_bar) times noise.
+        """
+        noise = SampleNoise(seed, [0], self.sample_shape, stream=EVALUATION).draw()
+        conditions = self.draw_conditions([0], seed)
+        levels = {step: float(1 - grid.alphas_cumprod[step]) ** 0.5 for step in (0, len(grid) - 1)}
+        return [
+            Call(level * noise, grid.network_time(step, 1), conditions).to(device) for step, level in levels.items()
+        ]
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """Return what decides the images beside weights, grid and seed; {} where there is nothing else."""
+        return {}
+
+    def prompts(self, indices: Sequence[int], seed: int) -> list[str] | None:
+        """Text that each sample is drawn from; None = the model draws from none."""
+        return None
+
     def run(
-        self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, *,
+        self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, *, stream: int = EVALUATION,
         device: torch.device | str = "cpu", **kwargs,
     ) -> Tensor:
-        """Draw final states [N, *sample_shape] of sample `indices` of `seed`, drawn with `denoiser`; see `sample`."""
-        conditions = on_device(self.draw_conditions(indices, seed), device)
+        """Draw final states [N, *sample_shape] of sample `indices` of `seed`, drawn with `denoiser`; see `sample`.
+
+        Args:
+            stream: of noise and conditions, see `ptq_exp.diffusion.noise`.
+        """
+        conditions = on_device(self.draw_conditions(indices, seed, stream), device)
         return sample(
-            denoiser, grid, SampleNoise(seed, indices, self.sample_shape), conditions=conditions,
+            denoiser, grid, SampleNoise(seed, indices, self.sample_shape, stream), conditions=conditions,
             clip_sample=self.clip_sample, device=device, **kwargs,
         )
 

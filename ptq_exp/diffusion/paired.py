@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ptq_exp.diffusion.call import on_device
 from ptq_exp.diffusion.model import DiffusionModel
-from ptq_exp.diffusion.noise import EVALUATION, SampleNoise
-from ptq_exp.diffusion.sampler import Denoiser, StepRecord, sample
+from ptq_exp.diffusion.noise import EVALUATION
+from ptq_exp.diffusion.sampler import Denoiser, StepRecord
 from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import ConfigError
 
@@ -38,19 +37,19 @@ def paired_estimates(
     """
     if follow not in FOLLOW:
         raise ConfigError(f"correction.follow={follow}: choose one of {', '.join(FOLLOW)}")
-    conditions = on_device(model.draw_conditions(indices, seed, stream), device)
 
     def record(r: StepRecord) -> None:
-        t = grid.network_time(r.step, len(r.x)).to(r.x.device)
         if follow == "fp32":
-            on_pair(r.step, r.eps, [other(r.x, t, **conditions) for other in quantized])
+            own, others = r.eps, [r.call.evaluate(other) for other in quantized]
         else:
-            others = [other(r.x, t, **conditions) for other in quantized[1:]]
-            on_pair(r.step, denoiser(r.x, t, **conditions), [r.eps, *others])
+            own = r.call.evaluate(denoiser)
+            others = [r.eps, *(r.call.evaluate(other) for other in quantized[1:])]
+        own, *others = (model.by_image(estimate, len(indices)) for estimate in (own, *others))
+        on_pair(r.step, own, others)
 
-    sample(
-        denoiser if follow == "fp32" else quantized[0], grid, SampleNoise(seed, indices, model.sample_shape, stream),
-        conditions=conditions, clip_sample=model.clip_sample, device=device, on_step=record,
+    model.run(
+        denoiser if follow == "fp32" else quantized[0], grid, indices, seed, stream=stream, device=device,
+        on_step=record,
     )
 
 

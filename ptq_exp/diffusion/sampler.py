@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ptq_exp.diffusion.call import Call
 from ptq_exp.diffusion.noise import SampleNoise
 from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import ConfigError
@@ -18,17 +19,22 @@ CONVENTIONS = ("exact", "code")
 
 
 class StepRecord(NamedTuple):
-    """What `on_step` sees: the position in the grid, the state that entered it, the estimates, the state after it.
+    """What `on_step` sees: the position in the grid, what the network received, its estimates, the state afterwards.
 
     States are those that the network receives, sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, whatever the scale that a
-    solver keeps its own states in.
+    solver keeps its own states in. Models that are not sampled here say neither `x0` nor `x_prev`.
     """
 
     step: int
-    x: Tensor
+    call: Call
     eps: Tensor
-    x0: Tensor
-    x_prev: Tensor
+    x0: Tensor | None = None
+    x_prev: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The state that entered the step."""
+        return self.call.x
 
 
 class StepCoefficients(NamedTuple):
@@ -152,14 +158,15 @@ def sample(
         raise ConfigError(f"eps_noise_std has {len(eps_noise_std)} values, but the grid has {len(grid)} steps")
     stds = [0.0] * len(grid) if eps_noise_std is None else eps_noise_std.tolist()
     for step in range(steps):
-        eps = denoiser(x, grid.network_time(step, len(x)).to(device), **given)
+        call = Call(x, grid.network_time(step, len(x)).to(device), given)
+        eps = call.evaluate(denoiser)
         z = noise.draw().to(device) if grid.eta > 0 else None
         x_prev, x0 = ddim_step(
             x, eps, float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step]), grid.eta, z,
             stds[step], convention, clip_sample=clip_sample, rederive_eps=grid.rederive_eps,
         )
         if on_step is not None:
-            on_step(StepRecord(step, x, eps, x0, x_prev))
+            on_step(StepRecord(step, call, eps, x0, x_prev))
         x = x_prev
     return x
 
@@ -175,13 +182,14 @@ def _solve(
     state = noise * float(scheduler.init_noise_sigma)
     x = scheduler.scale_model_input(state, times[0])
     for step in range(steps):
-        eps = denoiser(x, grid.network_time(step, len(x)).to(x.device), **conditions)
+        call = Call(x, grid.network_time(step, len(x)).to(x.device), conditions)
+        eps = call.evaluate(denoiser)
         state = scheduler.step(eps, times[step], state).prev_sample
         x_prev = scheduler.scale_model_input(state, times[step + 1]) if step + 1 < len(grid) else state
         if on_step is not None:
             level = float(grid.alphas_cumprod[step])
             x0 = (x - (1 - level) ** 0.5 * eps) / level**0.5
-            on_step(StepRecord(step, x, eps, x0.clamp(-1.0, 1.0) if clip_sample else x0, x_prev))
+            on_step(StepRecord(step, call, eps, x0.clamp(-1.0, 1.0) if clip_sample else x0, x_prev))
         x = x_prev
     return x
 

@@ -62,7 +62,16 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def mean_psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over images of `psnr` in dB, identical pairs counted at the cap.
+    """Mean over images of `capped_psnr` in dB.
+
+    Raises:
+        DataError: as `psnr`, or no images.
+    """
+    return float(capped_psnr(a, b).mean())
+
+
+def capped_psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Compute `psnr` of each pair, float64 [N] in dB, identical pairs counted at the cap.
 
     The cap is the largest finite PSNR that two images of this size can have: one of their H*W*C values off by
     one level, 10 log10(255^2 H W C) (72.2 dB at 16x16x1, 83.0 dB at 32x32x3). It keeps the mean finite and
@@ -73,11 +82,11 @@ def mean_psnr(a: np.ndarray, b: np.ndarray) -> float:
     """
     if np.shape(a) != np.shape(b) or len(a) == 0:
         psnr(a, b)  # says what is wrong with the shapes
-        raise DataError("mean_psnr needs at least one pair of images, found none")
+        raise DataError("the mean PSNR needs at least one pair of images, found none")
     batches = [slice(start, start + _PSNR_BATCH) for start in range(0, len(a), _PSNR_BATCH)]
     values = np.concatenate([psnr(a[rows], b[rows]) for rows in batches])
     cap = 10 * np.log10(255.0**2 * np.prod(np.shape(a)[1:]))
-    return float(np.minimum(values, cap).mean())
+    return np.minimum(values, cap)
 
 
 def image_grid(
@@ -110,6 +119,20 @@ def image_grid(
             rows.append(_row(images[start : start + columns], columns, factor, padding))
     edge = np.full((padding, rows[0].shape[1], 3), _WHITE, np.uint8)
     return np.concatenate([edge, *rows])
+
+
+def side_by_side(fp_image: np.ndarray, q_image: np.ndarray, *, tile: int = 96, padding: int = 4) -> np.ndarray:
+    """One picture of a pair uint8 [H, W, C]: full precision left, quantized right, enlarged as in `image_grid`.
+
+    Returns:
+        uint8 [H' + 2 padding, 2 (W' + padding) + padding, 3].
+
+    Raises:
+        DataError: as `psnr`.
+    """
+    pair = _as_images(np.stack([fp_image, q_image]), "the pair")
+    row = _row(pair, 2, max(1, -(-tile // max(pair.shape[1:3]))), padding)
+    return np.concatenate([np.full((padding, row.shape[1], 3), _WHITE, np.uint8), row])
 
 
 def _row(images: np.ndarray, columns: int, factor: int, padding: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """`SCORES`: every number that judges images, how it is shown, and how it is computed from features.
 
-A score is added by one entry of `SCORES` with a function of a `Comparison`: results.json, the summary of a run, its
-model card, report and W&B run, the tables and the search show what stands there.
+A score is added by one entry of `SCORES` with a function of a `Comparison` or of `Pairs`: results.json, the summary of
+a run, its model card, report and W&B run, the tables, the search and the gate know what stands there.
 """
 
 from __future__ import annotations
@@ -9,26 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ptq_exp.errors import DataError
+from ptq_exp.evaluation.kernel import kernel_distance
 from ptq_exp.evaluation.metrics import (
-    as_features,
     frechet_distance,
     frechet_distance_from_features,
     inception_score,
     mean_and_covariance,
-    same_dimension,
 )
+from ptq_exp.evaluation.pairs import Pairs, clip_scores, lpips_values, psnr_values, ssim_values
 from ptq_exp.evaluation.prompts import prompt_accuracy
 from ptq_exp.evaluation.statistics import FeatureStatistics, GaussianStatistics, require_same_features
 
-if TYPE_CHECKING:
-    from ptq_exp.evaluation.metrics import Array
-
-__all__ = ["SCORES", "Comparison", "Score", "half_split_fid", "kernel_distance", "score", "shown"]
+__all__ = ["SCORES", "Comparison", "Score", "half_split_fid", "score", "shown"]
 
 HEADLINE, SUMMARY, DETAIL = 1, 2, 3
 """Where a score is shown: in tables of many runs, too; in the summary of a run, too; in its report and card alone."""
@@ -105,6 +101,11 @@ class Score:
         description: what it is, for the model card; "" = the heading.
         level: `HEADLINE`, `SUMMARY` or `DETAIL`.
         percent: heading of the same number in percent, "" where nobody reads it so.
+        pair: computes the value of each pair of images [N], whose mean the score is.
+        alone: `pair` looks at the quantized image alone: full-precision images have this score, too.
+        to_full_precision: computes it from features, with the full-precision images in place of the real ones.
+        change_of: the score is this one minus that of the full-precision images of the same seeds; "" = it is none.
+        needs: the setting without which it is not measured; "" = none of its own.
     """
 
     heading: str
@@ -114,6 +115,11 @@ class Score:
     description: str = ""
     level: int = SUMMARY
     percent: str = ""
+    pair: Callable[[Pairs], np.ndarray] | None = None
+    alone: bool = False
+    to_full_precision: Callable[[Comparison], float | None] | None = None
+    change_of: str = ""
+    needs: str = ""
 
 
 SCORES: dict[str, Score] = {
@@ -128,13 +134,41 @@ SCORES: dict[str, Score] = {
         "prompt accuracy %",
     ),
     "fid_increase": Score(
-        "FID − FP32", -1, description="FID increase over full precision, same seeds", level=DETAIL
+        "FID − FP32", -1, description="FID increase over full precision, same seeds", level=DETAIL, change_of="fid",
+    ),
+    "sfid_increase": Score(
+        "sFID − FP32", -1, description="sFID increase over full precision, same seeds", level=DETAIL, change_of="sfid",
+    ),
+    "is_increase": Score(
+        "IS − FP32", 1, description="IS increase over full precision, same seeds", level=DETAIL, change_of="is",
     ),
     "fid_increase_units": Score(
         "FID increase", -1, level=HEADLINE,
         description="the same in units of the FID between two random halves of the real data",
     ),
-    "psnr": Score("PSNR dB", 1, level=HEADLINE, description="PSNR to full precision, same seeds (dB)"),
+    "psnr": Score(
+        "PSNR dB", 1, level=HEADLINE, description="PSNR to full precision, same seeds (dB)", pair=psnr_values
+    ),
+    "ssim": Score(
+        "SSIM", 1, 4, level=HEADLINE, description="SSIM to full precision, same seeds", pair=ssim_values,
+        needs="evaluation.pairs=[ssim]",
+    ),
+    "lpips": Score(
+        "LPIPS", -1, 4, level=HEADLINE, description="LPIPS to full precision, same seeds", pair=lpips_values,
+        needs="evaluation.lpips=PATH",
+    ),
+    "clip_score": Score(
+        "CLIP score", 1, level=HEADLINE, description="CLIP score, 100 max(cos, 0) of image and prompt",
+        pair=clip_scores, alone=True, needs="evaluation.clip=PATH",
+    ),
+    "clip_score_change": Score(
+        "CLIP score − FP32", 1, 3, description="CLIP score minus that of full precision, same seeds", level=DETAIL,
+        change_of="clip_score",
+    ),
+    "fid_to_fp": Score(
+        "FID to FP32", -1, 3, level=HEADLINE, description="FID between these and the full-precision images of the same "
+        "seeds", to_full_precision=fid, needs="evaluation.pairs=[fid_to_fp]",
+    ),
     "eps_error": Score(
         "eps error", -1, 4, level=HEADLINE, percent="eps error %",
         description="relative error of the noise estimate, mean over steps",
@@ -182,44 +216,6 @@ def score(
     images = Comparison(generated, reference, asked)
     values = {name: entry.function(images) for name, entry in SCORES.items() if entry.function is not None}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def kernel_distance(a: Array, b: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> float:
-    """Kernel Inception Distance (Bińkowski et al. 2018): unbiased squared MMD under k(x, y) = (x·y / D + 1)^3.
-
-    The mean over random subsets of either set, of `subset_size` rows or as many as the smaller set has (as clean-fid
-    does), drawn with the generator and the seed of torch-fidelity.
-
-    Args:
-        a: [N1, D] features, N1 >= 2.
-        b: [N2, D] features, N2 >= 2.
-
-    Returns:
-        A value that may be slightly negative: the estimate is unbiased.
-
-    Raises:
-        DataError: not two-dimensional, fewer than two rows, different D, NaN or infinity.
-    """
-    a, b = as_features(a, "a"), as_features(b, "b")
-    same_dimension(a.shape[1], b.shape[1], "a and b")
-    size = min(len(a), len(b), subset_size)
-    if size == len(a) == len(b):  # every subset is the whole, and the order of rows does not matter
-        return _squared_mmd(a, b)
-    rng = np.random.RandomState(seed)
-    draws = ((rng.choice(len(a), size, replace=False), rng.choice(len(b), size, replace=False)) for _ in range(subsets))
-    return float(np.mean([_squared_mmd(a[rows_a], b[rows_b]) for rows_a, rows_b in draws]))
-
-
-def _squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the unbiased estimate for two sets of n rows: pairs of a row with itself are left out."""
-    n = len(a)
-
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        base = x @ y.T / x.shape[1] + 1
-        return base * base * base
-
-    within = sum(k.sum() - np.trace(k) for k in (kernel(a, a), kernel(b, b)))
-    return float(within / (n * (n - 1)) - 2 * kernel(a, b).mean())
 
 
 def half_split_fid(features: np.ndarray, seeds: Iterable[int] = range(10)) -> float:

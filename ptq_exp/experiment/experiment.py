@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,26 @@ import numpy as np
 
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import check_network
-from ptq_exp.evaluation.images import mean_psnr
+from ptq_exp.evaluation.gate import judged
 from ptq_exp.experiment.analyse import analyse
 from ptq_exp.experiment.budget import check_budget, check_feasible
-from ptq_exp.experiment.correction import check_statistics, fit_correction
+from ptq_exp.experiment.correction import check_statistics
 from ptq_exp.experiment.execution import executed_by, measure_execution
 from ptq_exp.experiment.features import reference_features
 from ptq_exp.experiment.images import full_precision_images, quantized_images
 from ptq_exp.experiment.inputs import checked_images
 from ptq_exp.experiment.keys import Keys, joined
+from ptq_exp.experiment.making import make_quantized
 from ptq_exp.experiment.noise import eps_error
 from ptq_exp.experiment.noise_record import eps_errors, noise_record
 from ptq_exp.experiment.outcome import Outcome, look_at, quantization_entry, say, tracked_run
+from ptq_exp.experiment.pairs import PairScorer
 from ptq_exp.experiment.plan import Plan
-from ptq_exp.experiment.ranges import prove
-from ptq_exp.experiment.reconstruct import reconstruct
 from ptq_exp.experiment.run import Run, open_saved
-from ptq_exp.experiment.saved import load_saved, recipe
-from ptq_exp.experiment.schedule import schedule_bits, schedule_record, title_of
-from ptq_exp.experiment.scores import Scorer
+from ptq_exp.experiment.saved import load_saved
+from ptq_exp.experiment.schedule import schedule_record, title_of
+from ptq_exp.experiment.scores import Scored, Scorer
 from ptq_exp.experiment.stage import Record, Stages
-from ptq_exp.experiment.stages import make_calibration_set, quantize_model
 from ptq_exp.experiment.writer import SAMPLES, RunWriter
 from ptq_exp.results.environment import environment, run_command
 from ptq_exp.results.record import Results
@@ -76,21 +75,24 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         images = None if plan is None else _checked(run, plan, config, keys, writer)
         quantized = stage("load_quantized", load_saved, run, saved, config.quantized) if saved else None
         scorer = Scorer(run, config.evaluation, stage("reference", reference_features, run, config.evaluation))
+        pair_scorer = None if plan is saved is None else PairScorer(run, config.evaluation)
         fp_images = stage("fp32_images", full_precision_images, run, config.evaluation, keys.images())
-        fp_scores = stage("fp32_scores", scorer.full_precision, fp_images, keys.images())
-        results.update("fp32", fp32=fp_scores, real=scorer.real_data, metric_spec=scorer.metric_spec())
+        fp = stage("fp32_scores", scorer.full_precision, fp_images, keys.images())
+        spec = scorer.metric_spec() | (pair_scorer.spec() if pair_scorer else {})
+        results.update("fp32", fp32=fp.scores, real=scorer.real_data, metric_spec=spec)
         if plan is not None:
-            quantized = _made(run, plan, config, keys, stage, images)
+            quantized = make_quantized(run, plan, config, keys, stage, images)
         elif quantized is not None:
             quantized = executed_by(quantized, config.runtime, run)
             writer.write("load_quantized", schedule_record(quantized, config.bits.name))
         if quantized is None:
             labels = run.model.labels(range(len(fp_images)), run.seed)
             writer.samples(fp_images, None if labels is None else labels.numpy())
-            outcome = Outcome(fp_images, fp_images, dict(fp_scores))
+            outcome = Outcome(fp_images, fp_images, dict(fp.scores))
         else:
-            outcome = _evaluated(run, config, keys, stage, writer, quantized, scorer, fp_images, fp_scores)
-        results.finish(metrics=outcome.metrics)
+            outcome = _evaluated(run, config, keys, stage, writer, quantized, scorer, pair_scorer, fp_images, fp)
+        gate = config.evaluation.gate
+        results.finish(metrics=outcome.metrics, **({"gate": judged(outcome.metrics, gate)} if gate else {}))
         if quantized is not None and config.runtime.engine is not None and config.runtime.measure:
             with spoils_nothing("the section runtime of results.json", "images and scores are there"):
                 stage("runtime", measure_execution, run, config, quantized)
@@ -111,29 +113,9 @@ def _checked(run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, writer:
     return images
 
 
-def _made(
-    run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, stage: Stages, images: Any
-) -> QuantizedModel:
-    """Make the quantized model: calibration set, ranges, roundings, bit schedule, correction."""
-    calibration, evaluations, previous, states = config.calibration, 0, None, None
-    for n in range(1, calibration.rounds + 1):
-        suffix, which = ("", "") if n == 1 else (f"_{n}", f" of the quantized model, round {n}")
-        states = stage(f"calibration_set{suffix}", make_calibration_set, run, calibration, keys.calibration(n), images,
-                       previous, which)
-        quantized = stage(f"quantize{suffix}", quantize_model, run, plan, keys, states, n)
-        previous = quantized
-        evaluations += int(states.evaluations.sum())
-    key = keys.quantization()
-    model = stage("reconstruct", reconstruct, run, plan, config.reconstruction, key, quantized, states)
-    model = stage("proof", prove, run, model, states)
-    model = stage("bit_schedule", schedule_bits, run, plan, config.correction, key, model)
-    model = stage("noise_statistics", fit_correction, run, plan, config.correction, keys, model)
-    return executed_by(replace(model, recipe=recipe(config, run.model, evaluations)), config.runtime, run)
-
-
 def _evaluated(
     run: Run, config: ExperimentConfig, keys: Keys, stage: Stages, writer: RunWriter, quantized: QuantizedModel,
-    scorer: Scorer, fp_images: np.ndarray, fp_scores: dict[str, float],
+    scorer: Scorer, pair_scorer: PairScorer, fp_images: np.ndarray, fp: Scored,
 ) -> Outcome:
     """Measure the eps errors of the quantized model, save it, draw and score its images."""
     name, title = config.bits.name, title_of(quantized, config.bits.name)
@@ -153,6 +135,6 @@ def _evaluated(
     path = writer.folder / SAMPLES
     images = stage("quantized_images", quantized_images, run, config.evaluation, joined(keys.images(), key), quantized,
                    f"{name.upper()} images", path)
-    metrics = stage("scores", scorer, images, f"{name.upper()} features", {"images": file_digest(path)})
-    metrics |= scorer.paired(metrics, fp_scores) | {"psnr": mean_psnr(fp_images, images)} | eps_errors(error)
-    return Outcome(images, fp_images, metrics, quantized.report, saved)
+    scored = stage("scores", scorer, images, f"{name.upper()} features", {"images": file_digest(path)})
+    of_pairs = stage("pairs", pair_scorer, images, fp_images, scored, fp, scorer)
+    return Outcome(images, fp_images, scored.scores | of_pairs | eps_errors(error), quantized.report, saved)

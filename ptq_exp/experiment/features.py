@@ -63,7 +63,7 @@ def reference_features(run: Run, config: EvaluationConfig) -> Reference | None:
     Returns:
         None where images are not scored.
     """
-    if run.extractor is None:
+    if run.extractor is None or config.reference is None:
         return None
     node, extractor = config.reference, run.extractor
     key = versioned("reference", {"reference": node, "extractor": extractor.name})

@@ -63,7 +63,7 @@ class Keys:
             "grid": [self.grid.timesteps.tolist(), self.grid.alphas_cumprod.tolist(), self.grid.eta],
             "guidance_scale": self.guidance_scale,
             "seed": self.config.seed,
-        })
+        } | self.model.drawing)
 
     def images(self) -> Key:
         """All that decides the full-precision images."""

@@ -123,7 +123,7 @@ def _for_wandb(
         entry = quantization_entry(report)
         numbers |= {key: entry[key] for key in ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")}
     # a table can be made from the W&B run alone
-    sections = ("metric_spec", "quantization", "real", "weights", "runtime")
+    sections = ("metric_spec", "quantization", "real", "weights", "runtime", "intervals")
     summed = {key: values[key] for key in sections if key in values}
     items = {
         "the errors per step": errors_per_step,

@@ -17,11 +17,13 @@ from ptq_exp.quantization import (
     find_chunks,
     find_concats,
     kept,
+    multipliers,
     segmented,
     with_groups,
     with_outputs,
 )
 from ptq_exp.quantization.layers import QUANTIZED
+from ptq_exp.quantization.rules import OPERANDS
 
 log = logging.getLogger("ptq_exp")
 
@@ -35,11 +37,15 @@ def policy(plan: Plan, model: DiffusionModel, network: nn.Module, example: Call)
     first = model.first_layers if quantization.first is None else quantization.first
     last = model.last_layers if quantization.last is None else quantization.last
     names = [name for name, module in network.named_modules() if type(module) in QUANTIZED]
-    # a rule that matches nothing is an error, but not this one: a network without attention is whole, too
-    attention = quantization.attention and any(fnmatchcase(name, "*to_[qkv]") for name, _ in network.named_modules())
-    of_network = replace(quantization, attention=attention, first=first, last=last)
+    operands = any(fnmatchcase(name, OPERANDS) for name, _ in network.named_modules())
+    found = multipliers(network, example) if quantization.attention and (plan.groups or not operands) else []
+    names += [name for name in found if name not in names]
+    of_network = replace(quantization, attention=quantization.attention and (operands or bool(found)),
+                         first=first, last=last)
     widths = Widths(bits.weight, tuple(plan.widths), bits.softmax, bits.first_last, bits.boundary)
     rules = kept(quantization.keep_fp, names) + of_network.rules(widths, plan.n_bins)
+    if not operands:  # a rule that matches nothing is an error, but not this one
+        rules = [rule for rule in rules if rule.pattern != OPERANDS]
     if quantization.shortcut != "joint":
         parts = find_concats(network, example, through_maps=quantization.shortcut == "split_all")
         _say("quantization.shortcut", f"{len(parts)} layers read concatenations, with a range for each part", parts)

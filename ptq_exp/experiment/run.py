@@ -17,7 +17,9 @@ from ptq_exp.diffusion import Call, DiffusionModel, TimeGrid
 from ptq_exp.diffusion.zoo.registry import check_numbers
 from ptq_exp.errors import CheckpointError, ConfigError, PTQError
 from ptq_exp.evaluation import FeatureExtractor
+from ptq_exp.experiment.pipeline import check_pipeline
 from ptq_exp.lightning import make_trainer
+from ptq_exp.pipelines import PipelineModel
 from ptq_exp.settings.compose import build, constructor
 from ptq_exp.settings.schema import CalibrationConfig, ExperimentConfig
 from ptq_exp.storage.cache import ArtifactCache
@@ -66,6 +68,8 @@ class Run:
             if config.trainer.devices > 1:  # the processes that Lightning starts read it
                 os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)
         model = _model(config, saved)
+        if isinstance(model, PipelineModel):
+            check_pipeline(config)
         if saved is not None:
             saved.check_model(model)
         if config.model.channels_last:
@@ -160,5 +164,7 @@ def _check_constructors(config: ExperimentConfig) -> None:
                 f"evaluation={config.evaluation.name} compares with real images, and model={config.model.name} brings "
                 "none: set model.images.path, or choose evaluation=paired"
             )
+    if config.model.extractor is not None:
+        constructor(config.model.extractor, "model.extractor")
     if config.model.images is not None and config.calibration.source in ("raw", "diffuse"):
         constructor(config.model.images, "model.images")

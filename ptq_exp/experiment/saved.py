@@ -8,8 +8,8 @@ from typing import Any
 
 import ptq_exp
 from ptq_exp.deploy.artifact import OF_MODEL, SECTIONS, Artifact
-from ptq_exp.deploy.load import restored
 from ptq_exp.deploy.quantized_model import QuantizedModel
+from ptq_exp.deploy.restore import restored
 from ptq_exp.diffusion import DiffusionModel
 from ptq_exp.diffusion.zoo.registry import MODELS
 from ptq_exp.errors import DataError

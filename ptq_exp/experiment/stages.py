@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ptq_exp.calibration import CalibrationSet, labelled, positions
 from ptq_exp.deploy.quantized_model import QuantizedModel
+from ptq_exp.diffusion import Call, TimeGrid
 from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.policy import policy
@@ -17,7 +19,8 @@ from ptq_exp.experiment.ranges import calibrate
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key, cached
 from ptq_exp.experiment.transforms import transform_
-from ptq_exp.lightning import CalibrationModule, collect_calibration_set
+from ptq_exp.lightning import CalibrationModule, RecordingModule, collect_calibration_set, record_calibration_set
+from ptq_exp.pipelines import PipelineModel, RecordedModel
 from ptq_exp.quantization import quantize_
 from ptq_exp.quantization.stored import range_arrays, restore_ranges_
 from ptq_exp.settings.compose import build
@@ -38,16 +41,25 @@ def make_calibration_set(
         previous: the quantized model of the round before, whose states are taken; None = those of full precision.
         which: the round, for the log.
     """
+    if isinstance(run.model, RecordedModel):
+        return _given_calls(run.model, run.grid)
 
     def make(folder: Path) -> CalibrationSet:
         distribution = build(config.distribution, "calibration.distribution")
+        denoiser = run.full_precision if previous is None else previous.uncorrected
+        joined = folder / "joined.npz"
+        if isinstance(run.model, PipelineModel):
+            drawn = positions(distribution, config.n_samples * config.steps_per_sample, len(run.grid), run.seed)
+            recording = RecordingModule(run.model, run.grid, seed=run.seed, denoiser=denoiser)
+            return record_calibration_set(
+                recording, run.trainer("calibration set"), drawn.view(config.n_samples, -1), config.batch_size, folder,
+                joined,
+            )
         drawn = positions(distribution, config.n_samples, len(run.grid), run.seed)
         states = labelled(drawn, run.grid, config.labels)
         module = CalibrationModule(
-            run.model, run.grid, config.source, seed=run.seed, images=images,
-            denoiser=run.full_precision if previous is None else previous.uncorrected,
+            run.model, run.grid, config.source, seed=run.seed, images=images, denoiser=denoiser
         )
-        joined = folder / "joined.npz"
         collect_calibration_set(
             module, run.trainer("calibration set"), states, config.batch_size, folder, joined,
             guided=run.guidance_scale != 1,
@@ -59,6 +71,19 @@ def make_calibration_set(
         load=CalibrationSet.load,
         detail=lambda s: f", {len(s)} states, {int(s.evaluations.sum())} network evaluations",
     )
+
+
+def _given_calls(model: RecordedModel, grid: TimeGrid) -> CalibrationSet:
+    """Return the calibration set of the calls that somebody has recorded, each row a state."""
+    call = Call(
+        torch.cat([call.x for call in model.calls]).cpu().float(), torch.cat([call.t for call in model.calls]).cpu(),
+        {name: torch.cat([call.conditions[name] for call in model.calls]).cpu() for name in model.calls[0].conditions},
+    )
+    conditions = {
+        name: (value.float() if value.is_floating_point() else value).numpy() for name, value in call.conditions.items()
+    }
+    step = grid.step_of(call.t).numpy()
+    return CalibrationSet(call.x.numpy(), step, call.t.numpy(), np.zeros(len(call.x), np.int64), conditions)
 
 
 def quantize_model(
@@ -83,8 +108,9 @@ def quantize_model(
         when_reused=lambda arrays: restore_ranges_(network, arrays),
     )
     correction = keys.config.correction
+    variance = correction.variance and not isinstance(run.model, PipelineModel)
     return QuantizedModel(
         run.model, network, report, run.grid, run.guidance_scale, tuple(rules), tuple(plan.widths),
-        plan.time_bins if plan.n_bins > 1 else None, variance=correction.variance, convention=correction.convention,
+        plan.time_bins if plan.n_bins > 1 else None, variance=variance, convention=correction.convention,
         transforms=transforms, compile=run.compile,
     )

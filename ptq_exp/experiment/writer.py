@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ptq_exp.deploy.artifact import SUBFOLDER
+from ptq_exp.deploy.artifact import SUBFOLDER, Artifact
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.experiment.stage import Record
 from ptq_exp.quantization import range_table
-from ptq_exp.quantization.save import DESCRIPTION_FILE, TENSORS_FILE
+from ptq_exp.quantization.save import DESCRIPTION_FILE
 from ptq_exp.results.record import Results, write_samples
 from ptq_exp.results.sinks import spoils_nothing
 from ptq_exp.storage.plain_json import write_json
@@ -55,10 +55,11 @@ class RunWriter:
         The run folder has a copy of it, as of every picture and table that people look for first.
         """
         description = quantized.save(self.folder / SUBFOLDER)
-        shutil.copyfile(self.folder / SUBFOLDER / DESCRIPTION_FILE, self.folder / DESCRIPTION_FILE)
+        saved = Artifact.open(self.folder).folder  # of a pipeline that of its component
+        shutil.copyfile(saved / DESCRIPTION_FILE, self.folder / DESCRIPTION_FILE)
         size = description["file"]
         log.info(
-            "%s: %.3f MB, %+.1f %% of the theoretical %.3f MB", TENSORS_FILE, size["bytes"] / 1e6,
+            "%s: %.3f MB, %+.1f %% of the theoretical %.3f MB", size["name"], size["bytes"] / 1e6,
             100 * (size["bytes"] / size["theoretical_bytes"] - 1), size["theoretical_bytes"] / 1e6,
         )
         return description

@@ -10,10 +10,11 @@ from ptq_exp.lightning.calibration import CalibrationModule, collect_calibration
 from ptq_exp.lightning.evaluation import EvaluationModule, draw_images
 from ptq_exp.lightning.noise import NoiseModule, PropagationModule, measure
 from ptq_exp.lightning.reconstruction import reconstruct_network
+from ptq_exp.lightning.recording import RecordingModule, record_calibration_set
 from ptq_exp.lightning.trainer import make_trainer
 
 __all__ = [
     "ActivationModule", "CalibrationModule", "EvaluationModule", "NoiseModule", "PropagationModule",
-    "SensitivityModule", "collect_calibration_set", "draw_images", "make_trainer", "measure", "measure_sensitivity",
-    "reconstruct_network", "record_activations",
+    "RecordingModule", "SensitivityModule", "collect_calibration_set", "draw_images", "make_trainer", "measure",
+    "measure_sensitivity", "reconstruct_network", "record_activations", "record_calibration_set",
 ]

@@ -115,12 +115,9 @@ class SensitivityModule(pl.LightningModule):
         return {"error": (error / norm).sqrt()[None].numpy()}
 
     def _follow(self, samples: Sequence[int]) -> None:
-        conditions = self.model.draw_conditions(samples, self.sample_seed)
-
         def record(r: StepRecord) -> None:
             if r.step in self.steps:
-                call = Call(r.x, self.grid.network_time(r.step, len(r.x)), conditions).to(r.x.device)
-                self._states.append(_State(self.steps.index(r.step), call, r.eps))
+                self._states.append(_State(self.steps.index(r.step), r.call, r.eps))
 
         with torch.no_grad():
             self.model.run(

@@ -18,7 +18,7 @@ _HARMLESS = (
     ".*does not have many workers.*",  # an item is a sample index: loader processes would have nothing to do
     ".*infer the batch indices.*",  # the writer reads the sample indices from the batch itself
     ".*LeafSpec.*deprecated.*",  # Lightning about its own use of torch
-    ".*`configure_optimizers` returned `None`.*",  # blocks have optimisers of their own
+    ".*configure_optimizers` returned `None`.*",  # blocks have optimisers of their own
     ".*in eval mode at the start of training.*",  # reconstruction means it: dropout would be active otherwise
 )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
         quantizers,
         set_mode,
     )
-    from ptq_exp.quantization.cost.account import describe, range_table
+    from ptq_exp.quantization.cost.account import describe, multipliers, range_table
     from ptq_exp.quantization.cost.proof import proven, refuted
     from ptq_exp.quantization.cost.report import Report, Row
     from ptq_exp.quantization.granularity import Granularity, PerChannel, PerGroup, PerTensor, Segments
@@ -50,7 +50,7 @@ _HOME = {
     "affine": "QRange choose_qparams dequantize fake_quantize integer_range quantize",
     "calibrate": "calibrate_ calibrate_activations_ calibrate_weights_ calibrating disabled finish_calibration "
     "freeze_weights_ quantizers set_mode",
-    "cost.account": "describe range_table",
+    "cost.account": "describe multipliers range_table",
     "cost.proof": "proven refuted",
     "cost.report": "Report Row",
     "granularity": "Granularity PerChannel PerGroup PerTensor Segments",

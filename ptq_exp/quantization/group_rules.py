@@ -65,6 +65,6 @@ def with_groups(
 
 
 def _at_widths(spec: QuantSpec, weight: int, activation: int) -> QuantSpec:
-    widths = {"weight": weight, "input": activation, "output": activation}
+    widths = {"weight": weight, "input": activation, "output": activation, "product": activation}
     changed = {role: getattr(spec, role) and replace(getattr(spec, role), bits=bits) for role, bits in widths.items()}
     return replace(spec, **changed)

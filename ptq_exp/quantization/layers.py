@@ -8,6 +8,7 @@ quantizers off the outputs are those of the full-precision layer bit for bit.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
@@ -17,8 +18,18 @@ from ptq_exp.quantization.quantizer import ActivationQuantizer, Quantizer, Weigh
 from ptq_exp.quantization.specs import QuantSpec, TensorSpec
 
 
+def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """Make an ordinary layer where a new one is asked for: one is quantized by `retype_` alone.
+
+    Adapters of peft are new layers of the type of the layer that they belong to.
+    """
+    return FULL_PRECISION[cls](*args, **kwargs) if args or kwargs else nn.Module.__new__(cls)
+
+
 class QuantConv1d(nn.Conv1d):
     """`nn.Conv1d` ``[B, C_in, L] -> [B, C_out, L']`` on quantized operands."""
+
+    __new__ = _new
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the quantized input (padded after quantization) with the quantized weight."""
@@ -29,6 +40,8 @@ class QuantConv1d(nn.Conv1d):
 class QuantConv2d(nn.Conv2d):
     """`nn.Conv2d` ``[B, C_in, H, W] -> [B, C_out, H', W']`` on quantized operands."""
 
+    __new__ = _new
+
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the quantized input (padded after quantization) with the quantized weight."""
         y = self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
@@ -37,6 +50,8 @@ class QuantConv2d(nn.Conv2d):
 
 class QuantLinear(nn.Linear):
     """`nn.Linear` ``[..., C_in] -> [..., C_out]`` on quantized operands."""
+
+    __new__ = _new
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the quantized input by the quantized weight."""
@@ -133,6 +148,11 @@ def attention_obstacle(attention: Attention) -> str | None:
     if type(attention.processor) is AttnProcessor2_0 and not math.isclose(attention.scale, default_scale):
         return f"its scale {attention.scale} is not the {default_scale} that AttnProcessor2_0 applies"
     return None
+
+
+def mapped_attention(attention: nn.Module) -> bool:
+    """Whether `attention` is, or can be made, a `QuantAttention`."""
+    return type(attention) in (Attention, QuantAttention) and attention_obstacle(attention) is None
 
 
 def bits_of(quantizer: nn.Module | None) -> int | tuple[int, ...] | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
@@ -23,9 +24,11 @@ from ptq_exp.quantization.layers import (
     retype_,
 )
 from ptq_exp.quantization.obstacles import check_initialised, layer_obstacles, weight_marks
-from ptq_exp.quantization.quantizer import Quantizer
+from ptq_exp.quantization.products import QuantizedProduct, multiply_quantized_, product_quantizers
+from ptq_exp.quantization.quantizer import ActivationQuantizer, Quantizer
 from ptq_exp.quantization.quantizer.time_step import Step
 from ptq_exp.quantization.specs import Rule, check_rules, first_match
+from ptq_exp.quantization.trace.products import Multiplier
 
 
 def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) -> Report:
@@ -50,33 +53,72 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
         raise QuantizationError("the model is quantized already: quantize_ wants a full-precision model")
     check_initialised(model)
     obstacles = layer_obstacles(model)
-    names = {name: m for name, m in model.named_modules() if type(m) in QUANTIZED and name not in obstacles}
-    check_rules(rules, names, [name for name, _ in parameter_holders(model) if name not in names])
-    plan: dict[str, dict[str, nn.Module]] = {}
-    reasons: dict[str, str] = {}
-    for name, module in names.items():
-        placed, reasons[name] = _plan(module, first_match(rules, name), name)
-        if placed:
-            plan[name] = placed
-    reasons |= _kept_by_rule(model, rules, names)
-    layers = {name: m for name, m in names.items() if not isinstance(m, Attention)}
+    layers = {name: m for name, m in model.named_modules() if type(m) in QUANTIZED and name not in obstacles}
+    layers = {name: m for name, m in layers.items() if not isinstance(m, Attention)}
     marks = weight_marks(layers)
     counted = trace(model, example_inputs)
+    names = {name: m for name, m in model.named_modules()
+             if name in layers or type(m) is Attention or name in counted.multipliers}
+    check_rules(rules, names, [name for name, _ in parameter_holders(model) if name not in names])
+    products, reasons = _plan_products(counted.multipliers, rules, names)
+    plan: dict[str, dict[str, nn.Module]] = {}
+    for name, module in names.items():
+        if name not in counted.multipliers:
+            placed, reasons[name] = _plan(module, _without_operand(first_match(rules, name), name, products), name)
+            if placed:
+                plan[name] = placed
+    reasons |= _kept_by_rule(model, rules, names)
     for name, mark in weight_marks(layers).items():
         if mark != marks[name]:
             plan.pop(name, None)
             reasons[name] = "left alone: its weight is changed when the network runs"
-    _share_step([quantizer for placed in plan.values() for quantizer in placed.values()])
+    _share_step([*plan.values(), *products.values()])
     for name, placed in plan.items():
         retype_(names[name], placed)
+    for name, placed in products.items():
+        multiply_quantized_(names[name], placed, counted.multipliers[name], name)
     _use_explicit_paths(model)
-    products = quantized_operands(model, example_inputs)
+    operands = quantized_operands(model, example_inputs)
     for name in layers.keys() & plan.keys():
         used = counted.layer_macs.get(name) or name in counted.used_outside
-        if used and _bypassed(layers[name], products.layers.get(name, [])):
+        if used and _bypassed(layers[name], operands.layers.get(name, [])):
             restore_type_(layers[name])
             reasons[name] = "left alone: its weight is used outside of its own forward"
-    return build_report(model, counted, {name: reason for name, reason in reasons.items() if reason}, products)
+    return build_report(model, counted, {name: reason for name, reason in reasons.items() if reason}, operands)
+
+
+def _plan_products(
+    multipliers: Mapping[str, Multiplier], rules: Sequence[Rule], modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, dict[str, QuantizedProduct]], dict[str, str]]:
+    """Return {module: its products' quantizers}, and {module: reason} of those without."""
+    placed: dict[str, dict[str, QuantizedProduct]] = {}
+    reasons: dict[str, str] = {}
+    device = next((tensor.device for m in modules.values() for tensor in m.parameters()), None)
+    for name, multiplier in multipliers.items():
+        rule, module = first_match(rules, name), modules[name]
+        if rule is None:
+            reasons[name] = "no rule matches"
+        elif rule.spec is None:
+            reasons[name] = _reason(rule)
+        elif multiplier.obstacle:
+            reasons[name] = f"left alone: {multiplier.obstacle}"
+        elif rule.spec.product is None:
+            obstacle = attention_obstacle(module) if type(module) is Attention else None
+            reasons[name] = f"left alone: {obstacle}" if obstacle else f"rule {rule.pattern!r} quantizes no products"
+        else:
+            made = product_quantizers(multiplier, rule.spec, name)
+            placed[name] = {key: product.to(device) for key, product in made.items()}
+    return placed, reasons
+
+
+def _without_operand(rule: Rule | None, name: str, products: Collection[str]) -> Rule | None:
+    """`rule` without the output that is an operand, where a module around the layer quantizes its own operands."""
+    if rule is None or rule.spec is None or not rule.spec.is_operand:
+        return rule
+    around = name.rpartition(".")[0]
+    if any(module == around or module.startswith(f"{around}.") for module in products):
+        return replace(rule, spec=replace(rule.spec, output=None))
+    return rule
 
 
 def _bypassed(layer: nn.Module, products: Products) -> bool:
@@ -115,13 +157,14 @@ def _plan(module: nn.Module, rule: Rule | None, name: str) -> tuple[dict[str, nn
     )
 
 
-def _share_step(placed: Sequence[nn.Module]) -> None:
-    """Let those of the quantizers `placed` that have several rows choose among them by one `Step`.
+def _share_step(placed: Sequence[Mapping[str, nn.Module]]) -> None:
+    """Let those of the quantizers in `placed` that have several rows choose among them by one `Step`.
 
     Raises:
         ConfigError: they have different numbers of rows.
     """
-    switched = [quantizer for quantizer in placed if getattr(quantizer, "step", None) is not None]
+    found = [module for made in placed for child in made.values() for module in child.modules()]
+    switched = [module for module in found if isinstance(module, ActivationQuantizer) and module.step is not None]
     counts = {quantizer.step.rows: quantizer for quantizer in switched}
     if len(counts) > 1:
         one, other = list(counts.values())[:2]

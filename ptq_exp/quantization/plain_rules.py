@@ -14,8 +14,8 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
     """Return a rule as plain values for JSON; `rule_from_dict` makes the same rule of it."""
     spec = rule.spec
     if spec is not None:
-        tensors = {field.name: getattr(spec, field.name) for field in fields(spec)}
-        spec = {role: None if tensor is None else _to_plain(tensor) for role, tensor in tensors.items()}
+        values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+        spec = {role: _to_plain(value) if isinstance(value, TensorSpec) else value for role, value in values.items()}
     return {"pattern": rule.pattern, "spec": spec, "reason": rule.reason}
 
 

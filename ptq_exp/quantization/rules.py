@@ -16,6 +16,8 @@ from ptq_exp.quantization.widths import LAYER_BITS, Widths
 BOUNDARY_HEADROOM = 2.0
 FIRST, LAST = ("*conv_in",), ("*conv_out",)
 """Globs of the first and last layers where a policy names none: those of U-Nets in `diffusers`."""
+OPERANDS = "*to_[qkv]"
+"""Glob of the linear layers whose outputs attention multiplies."""
 KEPT_SETS = {
     # one-character globs: an AttentionBlock's own layers, but not those of the transformer blocks of other U-Nets
     "tfmq": (
@@ -32,11 +34,11 @@ def policy_rules(policy: Policy, widths: Widths, bins: int = 1) -> list[Rule]:
     operand = TensorSpec(widths.activation, policy.activation_symmetric, bins=bins)
     at_input, at_output = (operand, None) if policy.activation_site == "input" else (None, operand)
     softmax = TensorSpec(widths.softmax, symmetric=True, bins=bins) if policy.attention else None
+    made = replace(operand, symmetric=operand.symmetric or policy.qkv_symmetric) if policy.attention else None
     rules = _rules_at_the_ends(policy, widths, weight, operand)
     if policy.attention:
-        made = replace(operand, symmetric=operand.symmetric or policy.qkv_symmetric)
-        rules.append(Rule("*to_[qkv]", QuantSpec(weight, at_input, made)))
-    return [*rules, Rule("*", QuantSpec(weight, at_input, at_output, softmax))]
+        rules.append(Rule(OPERANDS, QuantSpec(weight, at_input, made, is_operand=True)))
+    return [*rules, Rule("*", QuantSpec(weight, at_input, at_output, softmax, made))]
 
 
 def default_rules(

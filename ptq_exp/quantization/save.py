@@ -1,5 +1,7 @@
 """A quantized network in two files: quantized.safetensors (its tensors) and quantization.json (all else).
 
+In the folder of a component of a pipeline the first one has the name that diffusers looks for.
+
 `quantization.json` is a dictionary with ``format`` and ``version``, ``rules`` (pattern, spec, reason), ``report``'s
 entries (``totals``, ``shares``, ``layers``), ``quantizers`` (every range, to be read by people), ``tensors`` (layout of
 the other file, see `ptq_exp.quantization.packed_network`), ``file`` (its name, SHA-256, size and the theoretical one)
@@ -33,12 +35,15 @@ from ptq_exp.storage.atomic import atomic_path, file_digest
 
 FORMAT, VERSION = "ptq-exp quantized network", 2
 TENSORS_FILE, DESCRIPTION_FILE = "quantized.safetensors", "quantization.json"
+COMPONENT_TENSORS_FILE = "diffusion_pytorch_model.safetensors"
+TENSORS_FILES = (TENSORS_FILE, COMPONENT_TENSORS_FILE)
 _HASH = "description_sha256"
 _RESTORE = {1: restore_joined_, 2: restore_state_}
 
 
 def save_quantized(
-    folder: str | os.PathLike, network: nn.Module, rules: Sequence[Rule], report: Report, about: Mapping[str, Any]
+    folder: str | os.PathLike, network: nn.Module, rules: Sequence[Rule], report: Report, about: Mapping[str, Any],
+    tensors_file: str = TENSORS_FILE, prefix: str = "",
 ) -> dict[str, Any]:
     """Write a calibrated network to `folder`; returns the content of quantization.json.
 
@@ -48,6 +53,8 @@ def save_quantized(
         rules: those that `quantize_` placed its quantizers by.
         report: bits and cost of its operations; with candidate widths, one that knows their shares.
         about: further entries, plain values for JSON.
+        tensors_file: name of the file of tensors, one of `TENSORS_FILES`.
+        prefix: of all names in the network, left out in the file of tensors.
 
     Raises:
         QuantizationError: the network is not calibrated, or a weight is not on the grid of its ranges.
@@ -58,12 +65,12 @@ def save_quantized(
         "format": FORMAT, "version": VERSION, **about, **report.to_dict(), "rules": [rule_to_dict(r) for r in rules],
         "quantizers": range_table(network), "tensors": layout,
     }
-    path = Path(folder) / TENSORS_FILE
+    path = Path(folder) / tensors_file
     metadata = {"format": FORMAT, "version": str(VERSION), _HASH: _description_hash(description)}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file({name.removeprefix(prefix): value for name, value in tensors.items()}, temporary, metadata)
     description["file"] = {
-        "name": TENSORS_FILE, "sha256": file_digest(path), "bytes": path.stat().st_size,
+        "name": tensors_file, "prefix": prefix, "sha256": file_digest(path), "bytes": path.stat().st_size,
         "header_bytes": _header_bytes(path), "theoretical_bytes": report.totals["weight_bytes"],
     }
     with atomic_path(path.with_name(DESCRIPTION_FILE)) as temporary:
@@ -89,8 +96,15 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
             f"{path} has version {one_line(description.get('version'))} of the format, this code reads "
             f"{' and '.join(map(str, _RESTORE))}: install the ptq-exp that wrote it, or quantize again"
         )
-    _check_tensors_file(path.with_name(TENSORS_FILE), description)
+    _check_tensors_file(path.with_name(tensors_file_of(description)), description)
     return description
+
+
+def tensors_file_of(description: Mapping[str, Any]) -> str:
+    """Return the name of the file of tensors that quantization.json belongs to."""
+    file = description.get("file")
+    name = file.get("name") if isinstance(file, dict) else None
+    return name if name in TENSORS_FILES else TENSORS_FILE
 
 
 def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_inputs: tuple) -> Report:
@@ -112,9 +126,10 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
     """
     folder = Path(folder)
     description = read_description(folder)
-    path = folder / TENSORS_FILE
+    path = folder / tensors_file_of(description)
     try:
-        tensors = load_file(path)
+        prefix = description["file"].get("prefix", "")
+        tensors = {f"{prefix}{name}": value for name, value in load_file(path).items()}
         report = quantize_(network, [rule_from_dict(rule) for rule in description["rules"]], example_inputs)
         with torch.no_grad():
             _RESTORE[description["version"]](network, tensors, description["tensors"])
@@ -132,7 +147,7 @@ def _check_tensors_file(path: Path, description: Mapping[str, Any]) -> None:
     file = description.get("file")
     expected = file.get("sha256") if isinstance(file, dict) else None
     if not isinstance(expected, str):
-        raise DataError(f"{path.with_name(DESCRIPTION_FILE)} is damaged: it has no hash of {TENSORS_FILE}")
+        raise DataError(f"{path.with_name(DESCRIPTION_FILE)} is damaged: it has no hash of {path.name}")
     found = file_digest(path)
     if found != expected:
         raise DataError(
@@ -149,7 +164,7 @@ def _check_tensors_file(path: Path, description: Mapping[str, Any]) -> None:
         raise DataError(f"{path} holds no quantized network of version {description['version']}, but other tensors")
     if metadata.get(_HASH) != _description_hash(description):
         raise DataError(
-            f"{path.with_name(DESCRIPTION_FILE)} was edited, or belongs to another {TENSORS_FILE}: copy both again"
+            f"{path.with_name(DESCRIPTION_FILE)} was edited, or belongs to another {path.name}: copy both again"
         )
 
 

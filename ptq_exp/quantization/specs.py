@@ -67,18 +67,23 @@ class TensorSpec:
 class QuantSpec:
     """Quantizers of one operation; None leaves that tensor in full precision.
 
-    A convolution or linear layer uses `weight`, `input` and `output`; an attention module uses `softmax` (its
-    q, k and v are the outputs of its linear layers).
+    A convolution or linear layer uses `weight`, `input` and `output`. An attention module uses `softmax`: where its q,
+    k and v are the outputs of its linear layers, they are quantized there. Any other module that multiplies activations
+    uses `softmax` for softmax maps and `product` for all other operands. `is_operand` says of a layer that `output` is
+    there because attention multiplies it: it is left out where the module around the layer quantizes its operands
+    itself.
 
     Raises:
-        ConfigError: an activation asks for one range per channel, the softmax map for a zero point, or a weight for
-            several widths or bins.
+        ConfigError: an activation asks for one range per channel, the softmax map for a zero point, an operand of a
+            product for segments, or a weight for several widths or bins.
     """
 
     weight: TensorSpec | None = None
     input: TensorSpec | None = None
     output: TensorSpec | None = None
     softmax: TensorSpec | None = None
+    product: TensorSpec | None = None
+    is_operand: bool = False
 
     def __post_init__(self) -> None:
         if self.weight is not None and isinstance(self.weight.bits, tuple):
@@ -88,7 +93,7 @@ class QuantSpec:
             )
         if self.weight is not None and self.weight.bins > 1:
             raise ConfigError(f"QuantSpec.weight: bins={self.weight.bins}, but a weight is the same at every step")
-        for role in ("input", "output", "softmax"):
+        for role in ("input", "output", "softmax", "product"):
             spec = getattr(self, role)
             if spec is not None and splits_channels(spec.granularity):
                 raise ConfigError(
@@ -98,6 +103,8 @@ class QuantSpec:
             raise ConfigError(
                 "QuantSpec.softmax: the softmax map takes symmetric=True (zero point 0) and no segments"
             )
+        if self.product is not None and self.product.granularity != PerTensor():
+            raise ConfigError("QuantSpec.product: the operands of products have one range each: choose PerTensor()")
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ class ExecutedLayer:
 
     @property
     def is_product(self) -> bool:
-        """Whether it is a product of attention, q k^T or softmax(.) v."""
-        return self.kind.startswith("Attention.")
+        """Whether it is a product of two activations, such as q k^T and softmax(.) v of attention."""
+        return "." in self.kind
 
 
 class Execution(tuple[ExecutedLayer, ...]):

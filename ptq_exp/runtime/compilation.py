@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ptq_exp.errors import ConfigError, PTQError
 from ptq_exp.runtime.deployable import Deployable
 from ptq_exp.runtime.graph import Kernels, kernels_of
+from ptq_exp.runtime.grouped import GroupedLinear, packed_
 from ptq_exp.storage.cache import ArtifactCache
 
 KIND = "runtime"
@@ -119,6 +120,8 @@ def traced(
         samples = len(call) - (rows > 1)
         shapes = [[-1, *shape[1:]] for shape in shapes[:samples]] + shapes[samples:]
     model.reshape(dict(enumerate(shapes)))
+    if any(isinstance(module, GroupedLinear) for module in source.modules()):
+        packed_(model)
     model.traced_from = graph  # constants of the model lie in its memory
     return model
 

@@ -7,8 +7,9 @@ import copy
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from ptq_exp.runtime.grouped import GroupedLinear
 from ptq_exp.runtime.plain_layers import FloatLayer, GridQuantizer, IntegerLayer, Row
-from ptq_exp.runtime.plan import BYTE, INT8, LayerPlan, Plan, layers_of
+from ptq_exp.runtime.plan import ATTENTION, BYTE, INT8, PRODUCT, LayerPlan, Plan, grids, layers_of
 from ptq_exp.runtime.sixteen_bits import store_
 
 
@@ -103,7 +104,7 @@ def deployable(network: nn.Module, plan: Plan, integer_layer: type[IntegerLayer]
     store_(made)  # what has no quantizers; quantized layers are of other types
     found = [grid for entry in plan.values() for grid in (*entry.inputs, entry.output) if grid is not None]
     rows = max((grid.rows for grid in found), default=1)
-    attentions = [(name, layer, entry) for name, layer, entry in layers_of(made, plan) if entry.kind == "Attention"]
+    attentions = [(name, layer, entry) for name, layer, entry in layers_of(made, plan) if entry.kind == ATTENTION]
     inside = {f"{name}.{role}" for name, _, _ in attentions for role in ("to_q", "to_k", "to_v")}
     for _, attention, entry in attentions:
         quantizers = [GridQuantizer(grid, row) for grid in entry.inputs] or [
@@ -113,10 +114,18 @@ def deployable(network: nn.Module, plan: Plan, integer_layer: type[IntegerLayer]
         attention.set_processor(IntegerAttnProcessor(tuple(quantizers), softmax))
         attention.softmax_quantizer = nn.Identity()  # the processor has what stands for it
     for name, layer, entry in list(layers_of(made, plan)):
-        if entry.kind == "Attention":
+        if entry.kind == PRODUCT:
+            for side in ("left_quantizer", "right_quantizer"):
+                grid = grids(getattr(layer, side))
+                setattr(layer, side, GridQuantizer(grid[0], row) if grid else nn.Identity())
+        if not entry.is_layer:
             continue
         if name in inside and entry.output is not None and plan[name.rpartition(".")[0]].inputs:
             entry = LayerPlan(**{**vars(entry), "output": None})  # on the heads instead
+        if entry.grouped is not None:
+            output = nn.Identity() if entry.output is None else GridQuantizer(entry.output, row)
+            made.set_submodule(name, GroupedLinear(layer, entry.grouped, output))
+            continue
         kind = integer_layer if entry.executed == INT8 else FloatLayer
         made.set_submodule(name, kind(layer, entry, row))
     return Deployable(made, row, rows)

@@ -22,7 +22,7 @@ from ptq_exp.runtime.deployable import Deployable, deployable
 from ptq_exp.runtime.export_onnx import SESSION, check_installed, onnx_model, write_onnx
 from ptq_exp.runtime.graph import executed_layers, kernels_of
 from ptq_exp.runtime.openvino import CompiledNetwork
-from ptq_exp.runtime.plan import FLOAT, INT8, Plan, check_weights, integer_plan
+from ptq_exp.runtime.plan import FLOAT, INT8, Plan, check_weights, entry_of, integer_plan
 from ptq_exp.runtime.probe import saturation
 
 FORMATS = {"openvino": "model.xml", "onnx": "model.onnx"}
@@ -162,7 +162,7 @@ def _planned(plan: Plan, network: nn.Module, example: Sequence[Any]) -> Executio
     """List the operations as they are planned, for engines that are not here."""
     made = []
     for row in describe(network, tuple(example)).rows:
-        entry = plan.get(row.name) or plan.get(row.name.rpartition(".")[0])
+        entry = entry_of(plan, row)
         integer = entry is not None and entry.executed == INT8
         reason = (row.reason or "not quantized") if entry is None else entry.reason
         made.append(ExecutedLayer(row.name, row.type, INT8 if integer else FLOAT, "", row.macs, reason))

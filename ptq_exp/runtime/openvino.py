@@ -18,8 +18,9 @@ from ptq_exp.runtime.compilation import Compiled, Files, compiled, import_openvi
 from ptq_exp.runtime.deployable import deployable
 from ptq_exp.runtime.fingerprint import fingerprint
 from ptq_exp.runtime.graph import executed_layers
-from ptq_exp.runtime.plan import check_weights, integer_plan
-from ptq_exp.runtime.probe import check_sums
+from ptq_exp.runtime.grouped import group_settings
+from ptq_exp.runtime.plan import GROUPS, WEIGHTS, check_weights, integer_plan
+from ptq_exp.runtime.probe import check_sums, probed_groups
 from ptq_exp.storage.cache import ArtifactCache
 
 PRECISIONS = ("f32", "bf16")
@@ -31,7 +32,8 @@ class OpenVINO:
 
     Args:
         precision: of what is not executed as integers, one of `PRECISIONS`; bf16 adds errors of its own.
-        weights: one of `ptq_exp.runtime.plan.WEIGHTS`.
+        weights: one of `ptq_exp.runtime.plan.WEIGHTS`, or "groups": linear layers of 4-bit weights keep their groups,
+            and the engine quantizes their inputs itself (`ptq_exp.runtime.grouped`).
         regrid: quantize weights with several scales per output channel anew, 8 bits per channel.
         threads: of one evaluation; None = those of torch.
         cache: where compiled models are kept; None = nowhere.
@@ -51,7 +53,7 @@ class OpenVINO:
     ) -> None:
         if precision not in PRECISIONS:
             raise ConfigError(f"runtime.precision={precision}: choose one of {', '.join(PRECISIONS)}")
-        check_weights(weights)
+        check_weights(weights, (*WEIGHTS, GROUPS))
         self.version = import_openvino().__version__.partition("-")[0]
         self.precision, self.weights, self.regrid, self.threads = precision, weights, regrid, threads
         self.cache, self.saturation = cache, None
@@ -64,11 +66,14 @@ class OpenVINO:
         Raises:
             ConfigError: a layer cannot be executed, or the sums saturate; it says what to choose.
         """
-        self.saturation = check_sums(
-            lambda probe: CompiledNetwork(probe, threads=self.threads, try_first=False, cache=self.cache),
-            self.weights, self.name,
-        )
-        plan = integer_plan(network, regrid=self.regrid, seven_bits=self.weights == "7bit")
+        def small(probe: nn.Module) -> CompiledNetwork:
+            return CompiledNetwork(probe, threads=self.threads, try_first=False, cache=self.cache)
+
+        self.saturation = check_sums(small, "7bit" if self.weights == "7bit" else "as_saved", self.name)
+        groups = self.weights == GROUPS
+        plan = integer_plan(network, regrid=self.regrid, seven_bits=self.weights == "7bit", groups=groups)
+        if groups:
+            plan = probed_groups(plan, small)
         plain = deployable(network, plan)
         made = CompiledNetwork(
             plain, precision=self.precision, threads=self.threads, rows=plain.rows, cache=self.cache
@@ -124,7 +129,7 @@ class CompiledNetwork(nn.Module):
         self._source = [network]  # a list: its weights are not moved by `to`
         self._settings = {
             "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
+            "PERFORMANCE_HINT": "LATENCY", **group_settings(network),
         }
         self._rows, self._try_first, self._cache, self._files = rows, try_first, cache, files or Files()
         # before a trace leaves anything in it

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
+from ptq_exp.quantization import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear, Row
+from ptq_exp.quantization.products import QuantizedProduct
 from ptq_exp.quantization.quantizer import Quantizer
+from ptq_exp.quantization.trace.products import product_site
+from ptq_exp.runtime.grouped import SMALLEST, GroupedWeight, grouped_weight
 
 INT8, FLOAT = "int8", "float"
+ATTENTION, PRODUCT = "Attention", "Product"
 BYTE = 256
 """Levels of an 8-bit integer: activations and shifted weights with more are executed in float."""
 SEVEN_BITS = 64
@@ -21,12 +25,14 @@ SEVEN_BITS = 64
 
 WEIGHTS = ("as_saved", "7bit")
 """What weights are executed: the saved ones, or re-gridded to 7 bits for CPUs whose 8-bit sums saturate."""
+GROUPS = "groups"
+"""The saved ones, and of linear layers also 4-bit groups as they are: `ptq_exp.runtime.grouped`."""
 
 
-def check_weights(weights: str) -> None:
-    """Raise ConfigError unless `weights` is one of `WEIGHTS`."""
-    if weights not in WEIGHTS:
-        raise ConfigError(f"runtime.weights={weights}: choose one of {', '.join(WEIGHTS)}")
+def check_weights(weights: str, known: tuple[str, ...] = WEIGHTS) -> None:
+    """Raise ConfigError unless `weights` is one of the `known`."""
+    if weights not in known:
+        raise ConfigError(f"runtime.weights={weights}: choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -81,16 +87,17 @@ class IntegerWeight:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer, or the two products of one attention, is executed.
+    """How one layer, the two products of one attention, or one product of any other module is executed.
 
     Attributes:
-        kind: name of the layer's class.
+        kind: name of the layer's class; `ATTENTION` or `PRODUCT`.
         executed: INT8 or FLOAT, as planned; what an engine made of it stands in its own account.
         reason: why in float, or what had to be changed; empty otherwise.
         weights: for each segment of input channels.
         inputs: grids, one for each segment; none where the input is not quantized.
         output: grid of the output; None where it is not quantized.
         segments: input channels of each segment, empty for a single one.
+        grouped: the weight of a layer that is executed with its groups, whose input the engine quantizes.
     """
 
     name: str
@@ -101,18 +108,26 @@ class LayerPlan:
     inputs: tuple[Grid, ...] = ()
     output: Grid | None = None
     segments: tuple[int, ...] = ()
+    grouped: GroupedWeight | None = None
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a convolution or linear layer."""
+        return self.kind not in (ATTENTION, PRODUCT)
 
 
 Plan = dict[str, LayerPlan]
 
 
 def integer_plan(
-    network: nn.Module, *, regrid: bool = False, seven_bits: bool = False, asked: str = "runtime=openvino"
+    network: nn.Module, *, regrid: bool = False, seven_bits: bool = False, groups: bool = False,
+    asked: str = "runtime=openvino",
 ) -> Plan:
     """Plan the execution of every quantized layer of a calibrated `network`, by module name.
 
     Args:
         regrid: quantize weights with several scales per output channel anew, symmetric, 8 bits per channel.
+        groups: let linear layers keep 4-bit weights in groups, see `ptq_exp.runtime.grouped`.
         seven_bits: the same for weights with levels beyond +-64, for CPUs whose 8-bit sums saturate.
         asked: the setting that asks for it; the message of an error begins with it.
 
@@ -122,10 +137,21 @@ def integer_plan(
     plan: Plan = {}
     for name, layer in network.named_modules():
         if isinstance(layer, QuantConv1d | QuantConv2d | QuantLinear):
-            plan[name] = _layer(name, layer, regrid, seven_bits, asked)
+            grouped = grouped_weight(layer) if groups else None
+            plan[name] = _layer(name, layer, regrid, seven_bits, asked, grouped)
         elif isinstance(layer, QuantAttention):
             plan[name] = _attention(name, layer)
+        elif isinstance(layer, QuantizedProduct):
+            plan[name] = _product(name, layer)
     return plan
+
+
+def entry_of(plan: Plan, row: Row) -> LayerPlan | None:
+    """Return how the operation of a report's `row` is planned; None if it is not."""
+    if row.scope != "attention":
+        return plan.get(row.name)
+    module, _, key = row.name.rpartition(".")
+    return plan.get(product_site(module, key)) or plan.get(module)
 
 
 def grids(quantizer: nn.Module) -> tuple[Grid, ...]:
@@ -137,7 +163,9 @@ def grids(quantizer: nn.Module) -> tuple[Grid, ...]:
     return tuple(Grid(*(part.detach().clone() for part in column)) for column in columns)
 
 
-def _layer(name: str, layer: nn.Module, regrid: bool, seven_bits: bool, asked: str) -> LayerPlan:
+def _layer(
+    name: str, layer: nn.Module, regrid: bool, seven_bits: bool, asked: str, grouped: GroupedWeight | None
+) -> LayerPlan:
     inputs = grids(layer.input_quantizer)
     outputs = grids(layer.output_quantizer)
     made = LayerPlan(name, type(layer).__name__.removeprefix("Quant"), FLOAT, inputs=inputs,
@@ -158,6 +186,9 @@ def _layer(name: str, layer: nn.Module, regrid: bool, seven_bits: bool, asked: s
         return replace(made, reason="its input is not quantized")
     if any(grid.levels > BYTE for grid in inputs):
         return replace(made, reason=f"{layer.input_quantizer.bits}-bit input")
+    if grouped is not None and not made.segments:
+        reason = f"4-bit groups of {grouped.size}, the engine quantizes the input"
+        return replace(made, executed=INT8, reason=reason, inputs=(), grouped=grouped)
     weights, reason = _weights(name, layer, made.segments, regrid, seven_bits, asked)
     return replace(made, executed=INT8, reason=reason, weights=weights)
 
@@ -172,9 +203,11 @@ def _weights(
     if own not in ((), segments):
         if not regrid:
             size = max(own)
+            groups = asked == "runtime=openvino" and isinstance(layer, nn.Linear) and quantizer.bits <= 4
+            hint = f"runtime.weights=groups (with quantization.group_size={SMALLEST} or more), " if groups else ""
             raise ConfigError(
                 f"{asked}: {name} has a scale for every {size} input channels, which it cannot run: choose "
-                "quantization.weight_granularity=channel, or runtime.regrid=true"
+                f"quantization.weight_granularity=channel, {hint}or runtime.regrid=true"
             )
         return tuple(map(_regrid, parts)), f"re-gridded: it had {len(own)} scales per channel"
     lowest = (quantizer.qmin - quantizer.zero_point).int()
@@ -212,7 +245,7 @@ def _attention(name: str, attention: nn.Module) -> LayerPlan:
     softmax = grids(attention.softmax_quantizer)
     operands = [grids(getattr(layer, "output_quantizer", None)) for layer in (attention.to_q, attention.to_k,
                                                                               attention.to_v)]
-    made = LayerPlan(name, "Attention", FLOAT, output=softmax[0] if softmax else None)
+    made = LayerPlan(name, ATTENTION, FLOAT, output=softmax[0] if softmax else None)
     if any(len(found) != 1 for found in operands):
         return replace(made, reason="q, k or v is not quantized")
     inputs = tuple(found[0] for found in operands)
@@ -223,6 +256,21 @@ def _attention(name: str, attention: nn.Module) -> LayerPlan:
         return replace(made, reason="q, k or v is asymmetric")
     if not softmax or softmax[0].levels > BYTE:
         return replace(made, reason="the softmax map has more than 8 bits")
+    return replace(made, executed=INT8)
+
+
+def _product(name: str, product: QuantizedProduct) -> LayerPlan:
+    """Plan one product of two activations; its grids are those of its operands."""
+    left, right = grids(product.left_quantizer), grids(product.right_quantizer)
+    made = LayerPlan(name, PRODUCT, FLOAT, inputs=(*left, *right))
+    if not left or not right:
+        return replace(made, reason="an operand is not quantized")
+    if any(grid.levels > BYTE for grid in made.inputs):
+        return replace(made, reason="an operand has more than 8 bits")
+    if not all(grid.symmetric or grid.one_sided for grid in made.inputs):
+        return replace(made, reason="an operand is asymmetric")
+    if any(grid.rows > 1 for grid in made.inputs):
+        return replace(made, reason="its ranges change between sampling steps")
     return replace(made, executed=INT8)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.runtime.plan import Grid, IntegerWeight, LayerPlan
+from ptq_exp.runtime.grouped import GroupedLinear, GroupedWeight
+from ptq_exp.runtime.plan import FLOAT, Grid, IntegerWeight, LayerPlan, Plan
 
 CHANNELS = 64
 _LARGEST = {"as_saved": 127, "7bit": 63}
@@ -57,3 +60,31 @@ def check_sums(compile_network, weights: str = "as_saved", engine: str = "openvi
             f"{ratio:.2f} of the right one; choose runtime.weights=7bit, or runtime=simulate"
         )
     return ratio
+
+
+def quantizes_inputs(compile_network, size: int) -> bool:
+    """Whether an engine multiplies 4-bit weights in groups of `size` by inputs that it has quantized to 8 bits.
+
+    Its answer then differs from float arithmetic by their rounding; otherwise by that of float32.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (CHANNELS, 4, size)
+    levels = torch.randint(16, shape, generator=generator, dtype=torch.uint8)
+    weight = GroupedWeight(levels, torch.full((*shape[:2], 1), 8, dtype=torch.uint8), torch.ones(*shape[:2], 1))
+    layer = GroupedLinear(nn.utils.skip_init(nn.Linear, 4 * size, CHANNELS, bias=False), weight, nn.Identity())
+    x = torch.randn(1, CHANNELS, 4 * size, generator=generator)
+    with torch.no_grad():
+        wanted = layer(x)
+        return float((compile_network(layer.eval())(x) - wanted).norm() / wanted.norm()) > 1e-4
+
+
+def probed_groups(plan: Plan, compile_network) -> Plan:
+    """Return the plan with its grouped layers in float where the engine does not quantize their inputs."""
+    sizes = {entry.grouped.size for entry in plan.values() if entry.grouped is not None}
+    if not sizes or quantizes_inputs(compile_network, min(sizes)):
+        return plan
+    reason = "4-bit groups; on this processor the engine leaves the input in float"
+    return {
+        name: entry if entry.grouped is None else replace(entry, executed=FLOAT, reason=reason)
+        for name, entry in plan.items()
+    }

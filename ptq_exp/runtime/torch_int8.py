@@ -14,7 +14,7 @@ from ptq_exp.quantization.cost.account import describe
 from ptq_exp.runtime.base import ExecutedLayer, Execution
 from ptq_exp.runtime.deployable import Deployable, deployable
 from ptq_exp.runtime.plain_layers import IntegerLayer, Row
-from ptq_exp.runtime.plan import FLOAT, INT8, Plan, check_weights, integer_plan, layers_of
+from ptq_exp.runtime.plan import FLOAT, INT8, Plan, check_weights, entry_of, integer_plan, layers_of
 from ptq_exp.runtime.probe import check_sums
 from ptq_exp.runtime.torch_kernels import IntMMLayer, OneDNNLayer, fits_int_mm, kernel_of
 
@@ -105,7 +105,7 @@ def integer_network(
     plan = integer_plan(network, regrid=regrid, seven_bits=seven_bits, asked="runtime=torch")
     if kind is IntMMLayer:
         for name, layer, entry in list(layers_of(network, plan)):
-            if entry.kind != "Attention" and entry.executed == INT8 and not fits_int_mm(layer):
+            if entry.is_layer and entry.executed == INT8 and not fits_int_mm(layer):
                 plan[name] = replace(entry, executed=FLOAT, reason="torch._int_mm multiplies matrices, not this kernel")
     plain = deployable(network, plan, kind).to(next(network.parameters()).device)
     plain.network.to(memory_format=torch.channels_last)
@@ -114,12 +114,12 @@ def integer_network(
 
 def _executed(row: Any, plan: Plan, network: nn.Module) -> ExecutedLayer:
     """Say how an operation of the report is executed."""
-    if row.name not in plan or plan[row.name].kind == "Attention":
-        attention = plan.get(row.name.rpartition(".")[0])
+    entry = entry_of(plan, row)
+    if entry is None or not entry.is_layer:
         reason = row.reason or "not quantized"
-        if attention is not None and attention.kind == "Attention" and row.name not in plan:
-            reason = _PRODUCT if attention.executed == INT8 else attention.reason
+        if entry is not None:
+            reason = _PRODUCT if entry.executed == INT8 else entry.reason
         return ExecutedLayer(row.name, row.type, FLOAT, "torch", row.macs, reason)
-    entry, layer = plan[row.name], network.get_submodule(row.name)
+    layer = network.get_submodule(row.name)
     executed = INT8 if isinstance(layer, IntegerLayer) else FLOAT
     return ExecutedLayer(row.name, row.type, executed, kernel_of(layer), row.macs, entry.reason)

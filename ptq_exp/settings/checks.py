@@ -7,6 +7,7 @@ from ptq_exp.quantization import group_bits, transforms_of
 from ptq_exp.quantization.ranges.range_search import check_metric
 from ptq_exp.quantization.widths import SOFTMAX_BITS, check_bits
 from ptq_exp.runtime import runtime_of
+from ptq_exp.settings.check_scores import check_scores
 from ptq_exp.settings.field import check_section
 from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig, RuntimeConfig
 
@@ -23,11 +24,15 @@ def check(config: ExperimentConfig) -> None:
         raise ConfigError(f"model.ema: a checkpoint of model={config.model.name} has one set of weights, not two")
     if config.model.conditions is not None and "conditions" not in config.model.build:
         raise ConfigError(f"model.conditions: model={config.model.name} takes none but its own; set it to null")
-    if config.evaluation.extractor is not None and config.evaluation.reference is None:
+    for name in ("prompts", "call", "config", "component"):
+        if getattr(config.model, name) is not None and name not in config.model.build:
+            raise ConfigError(f"model.{name}: model={config.model.name} is no pipeline; set it to null")
+    if config.evaluation.extractor is not None and reference is None and not config.evaluation.pairs:
         raise ConfigError(
             f"evaluation.reference is not set, but evaluation={config.evaluation.name} compares with real images: give "
             "an ADM .npz file, a folder of images, a folder of CIFAR-10's python files, or saved statistics"
         )
+    check_scores(config)
     _check_runtime(config)
     _check_analysis(config)
     if config.bits.name == FULL_PRECISION:

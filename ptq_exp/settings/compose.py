@@ -11,7 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -77,6 +79,20 @@ def config_folder() -> Path:
         if (folder / "config.yaml").is_file():
             return folder.resolve()
     raise ConfigError(f"no conf/config.yaml beside or inside {package}: install ptq-exp again")
+
+
+def composed_from(overrides: Sequence[str]) -> ExperimentConfig:
+    """Return the configuration that the command would have with these overrides, checked; for Python.
+
+    Raises:
+        ConfigError: as `validated`, or Hydra does not know an override.
+    """
+    with initialize_config_dir(str(config_folder()), version_base=None):
+        try:
+            found = compose("config", overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(one_line(error)) from error
+        return validated(found)
 
 
 def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConfig:
@@ -153,7 +169,7 @@ def _in_order(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: settings[key] for key in known} | settings
 
 
-_MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.channels_last", "model.compile")
+_MAY_DIFFER = ("seed", "sampler", "model.checkpoint", "model.prompts", "model.channels_last", "model.compile")
 
 
 def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfig:
@@ -174,6 +190,8 @@ def with_saved_settings(composed: DictConfig, given: Sequence[str]) -> DictConfi
             path = f"{section}.{key}" if key else section
             asked = next((k for k in keys if path == k or path.startswith(f"{k}.") or k.startswith(f"{path}.")), None)
             there = here.get(section, {}).get(key, value) if key else here.get(section, value)
+            if asked == "model" and there is None and here["model"].get("name") == "pipeline":
+                asked = None  # the group alone says nothing of which pipeline
             if asked is not None and (path in _MAY_DIFFER or section in _MAY_DIFFER):
                 continue
             if asked is not None and there != value:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.default_element import GroupDefault, ResultDefault
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from ptq_exp.errors import ConfigError, one_line
@@ -55,9 +55,12 @@ def check_composition(overrides: Sequence[str]) -> None:
     search_path = ConfigSearchPathImpl()
     for source in hydra.runtime.config_sources:
         search_path.append(source.provider, f"{source.schema}://{source.path}")
-    repository = ConfigRepository(search_path)
-    loader, everything = GlobalHydra.instance().config_loader(), [*hydra.overrides.hydra, *overrides]
-    defaults = loader.compute_defaults_list(hydra.job.config_name, everything, RunMode.RUN).defaults
+    repository = CachingConfigRepository(ConfigRepository(search_path))  # each file is parsed once
+    everything = OverridesParser.create().parse_overrides([*hydra.overrides.hydra, *overrides])
+    defaults = create_defaults_list(
+        repo=repository, config_name=hydra.job.config_name, overrides_list=everything, prepend_hydra=True,
+        skip_missing=False,
+    ).defaults
     ours = [default for default in defaults if not default.config_path.startswith("hydra/")]
     for default in ours:
         _check_hidden(default.config_path, repository)
@@ -66,7 +69,7 @@ def check_composition(overrides: Sequence[str]) -> None:
     _check_bits(files, hydra.runtime.choices.get(BITS), list(given(overrides)))
 
 
-def _file(default: ResultDefault, repository: ConfigRepository) -> ConfigFile:
+def _file(default: ResultDefault, repository: CachingConfigRepository) -> ConfigFile:
     path = default.config_path or ""
     loaded = repository.load_config(path)
     content = OmegaConf.to_container(loaded.config, resolve=False) if loaded else {}
@@ -124,7 +127,7 @@ def _check_package(default: ResultDefault) -> None:
         )
 
 
-def _check_hidden(path: str, repository: ConfigRepository) -> None:
+def _check_hidden(path: str, repository: CachingConfigRepository) -> None:
     """Raise ConfigError if the package's file is read where there is another one of the same name."""
     texts = {}
     for source in repository.get_sources():

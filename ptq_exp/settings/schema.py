@@ -67,11 +67,23 @@ class ModelConfig:
     conditions: str | None = setting(
         None, "File (npz) of what the network receives beside class labels; see docs/own_model.md.", path=True
     )
+    prompts: str | None = setting(
+        None, "Of a pipeline: file of prompts, one in each line, or of its arguments for each image (.json, .jsonl).",
+        path=True,
+    )
+    call: dict[str, Any] | None = setting(None, "Of a pipeline: arguments of its call, the same for all images.")
+    config: str | None = setting(
+        None, "Of a pipeline in a single file: folder of its settings and tokenizers; null: the hub's cache.", path=True
+    )
+    component: str | None = setting(None, "Of a pipeline: what is quantized; null: `unet` or `transformer`.")
     channels_last: bool = setting(False, "Memory layout NHWC: faster convolutions on GPUs in half precision.")
     compile: bool = setting(False, "Run the network through torch.compile.")
     build: dict[str, Any] = setting(dict, "Function that makes the `DiffusionModel`, and its arguments.", path=True)
     images: dict[str, Any] | None = setting(
         None, "Function that gives the model's real images, uint8 [N, H, W, C], and its arguments.", path=True
+    )
+    extractor: dict[str, Any] | None = setting(
+        None, "Feature extractor that suits the model's images, which `evaluation=pairs` takes.", path=True
     )
     groups: dict[str, str] = setting(
         dict, "Names for globs of layers, for `bits.groups`; the first that matches decides."
@@ -95,8 +107,31 @@ class EvaluationConfig:
         None, "Real images: a path (ADM .npz, folder, CIFAR-10, saved statistics), or a function and its arguments.",
         path=True,
     )
+    pairs: list[str] = setting(
+        list, "Scores of pairs of quantized and full-precision images, beside PSNR: `ssim`, `fid_to_fp`."
+    )
+    lpips: str | None = setting(
+        None, "File of torchvision's AlexNet, VGG16 or SqueezeNet: LPIPS is measured, too; null: it is not.", path=True
+    )
+    clip: str | None = setting(
+        None, "Folder of a CLIP model of transformers: the CLIP score is measured, too; null: it is not.", path=True
+    )
+    resamples: int = setting(10000, "Resamples of the bootstrap for the 95 % intervals of means over pairs; 0: none.",
+                             low=0)
+    fid_resamples: int = setting(
+        0, "Resamples for the intervals of changes of FID, sFID and IS, each of which is a new FID; 0: none.", low=0
+    )
+    gate: dict[str, float] | None = setting(
+        None, "Scores that a run must reach, such as {psnr: 30}; the command ends with exit code 3 where one does not."
+    )
     eps_error_samples: int = setting(0, "Trajectories on which the relative eps error per step is measured.", low=1)
     grid_images: int = setting(0, "Pairs of images in grid.png.", low=1)
+
+    @property
+    def pair_scores(self) -> list[str]:
+        """Names of the scores of pairs that are measured: PSNR, what `pairs` asks for, and what has its weights."""
+        given = ["lpips"] * (self.lpips is not None) + ["clip_score"] * (self.clip is not None)
+        return list(dict.fromkeys(["psnr", *self.pairs, *given]))
 
 
 @dataclass
@@ -156,8 +191,9 @@ class RuntimeConfig:
         "f32", "Type of what the engine does not execute as integers.", choices=("f32", "bf16")
     )
     weights: str = setting(
-        "as_saved", "Execute the saved weights, or re-grid them to 7 bits for CPUs whose 8-bit sums saturate.",
-        choices=("as_saved", "7bit"),
+        "as_saved", "Execute the saved weights; or re-grid them to 7 bits, for CPUs whose 8-bit sums saturate; or let "
+        "linear layers keep 4-bit groups, whose inputs OpenVINO quantizes itself (groups).",
+        choices=("as_saved", "7bit", "groups"),
     )
     regrid: bool = setting(False, "Quantize weights with several scales per output channel anew, 8 bits per channel.")
     compare: str | None = setting(

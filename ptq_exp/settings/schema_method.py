@@ -24,6 +24,9 @@ class CalibrationConfig:
     )
     n_samples: int = setting(0, "States in the calibration set.", low=1)
     batch_size: int = setting(0, "States per network evaluation while ranges are observed.", low=1)
+    steps_per_sample: int = setting(
+        1, "Of a pipeline: steps in which the calls of each trajectory are recorded.", low=1
+    )
     rounds: int = setting(
         1, "Calibrations in a row; every later one takes states of the model that the one before quantized.", low=1
     )

@@ -1,13 +1,16 @@
 """The coordinate search: decisions by hand, files by hand, and one real search in small."""
 
+import math
 import shlex
+from dataclasses import replace
 
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from quick_yaml import quick_yaml
 
 from ptq_exp.cli.coordinate_search import Search, Space, Stage, merged
-from ptq_exp.cli.search import experiment_file, main
+from ptq_exp.cli.search import experiment_file, main, markdown
 from ptq_exp.errors import ConfigError, PTQError
 from ptq_exp.settings.compose import config_folder, validated
 
@@ -31,6 +34,71 @@ def table(values: dict) -> callable:
 
 
 SCORES = {("0", "1"): 1.0, ("1", "1"): 3.0, ("2", "1"): 2.0, ("1", "2"): 5.0}
+
+
+def conditional(least: float = 0.995, shares: dict | None = None, path: str = "runtime.int8_share") -> Search:
+    """A search under one condition; `shares` holds runtime.int8_share by (a, b), for each of the two seeds."""
+
+    def run(overrides):
+        given = dict(one.split("=") for one in overrides)
+        found = table(SCORES)(overrides)
+        own = (shares or {}).get((given.get("a", "0"), given.get("b", "1")), (1.0, 1.0))
+        return found | {"runtime": {"int8_share": own[int(given["seed"]) - 7], "by": "engine", "nothing": None}}
+
+    return Search(replace(space(), require={path: least}), run)
+
+
+def test_a_trial_that_misses_a_condition_is_kept_with_its_reason_and_cannot_win():
+    search = conditional(shares={("1", "1"): (1.0, 0.99), ("1", "2"): (0.5, 1.0)})
+    assert search.best() == ("a=2", "b=1")  # without the condition: b=2, a=1
+    missed = search.trials[1]
+    assert missed.error == "runtime.int8_share is 0.99, the search requires 0.995"
+    assert missed.metrics == {"score": pytest.approx(3.75)} and not missed.chosen
+    assert search.trials[4].error == "runtime.int8_share is 0.5, the search requires 0.995"
+    assert [t.error for t in search.trials if t.chosen] == ["", ""]
+
+
+def test_a_condition_is_met_at_its_least_value_and_by_a_number_that_is_null():
+    assert conditional(shares={("1", "2"): (0.995, 1.0)}).best() == ("b=2", "a=1")
+    assert conditional(path="runtime.nothing").best() == ("b=2", "a=1")  # as attention's share without attention
+
+
+@pytest.mark.parametrize("share", [math.nan, "1.0", True])
+def test_what_is_no_number_misses_its_condition(share):
+    search = conditional(shares={("1", "1"): (1.0, share), ("1", "2"): (share, share)})
+    assert search.best() == ("a=2", "b=1")
+    assert search.trials[1].error == f"runtime.int8_share is {share}, the search requires 0.995"
+
+
+def test_a_stage_where_all_miss_ends_the_search():
+    message = "stage one of the search: no candidate gave score: runtime.int8_share is 1.0, the search requires 1.5"
+    with pytest.raises(PTQError, match=message):
+        conditional(1.5).best()
+
+
+@pytest.mark.parametrize("path", ["runtime.int8_shares", "runtime.int8_share.mean", "run", "runtime.by.name"])
+def test_a_condition_on_what_no_trial_has_is_an_error_that_names_it(path):
+    search = conditional(path=path)
+    with pytest.raises(ConfigError, match=f"require: {path}: results.json of no trial has it"):
+        search.best()
+    assert len(search.trials) == 3  # the first stage's are kept
+
+
+def test_a_trial_without_the_number_that_others_have_misses_the_condition():
+    def run(overrides):
+        engine = {} if "a=1" in overrides else {"runtime": {"int8_share": 1.0}}
+        return table(SCORES)(overrides) | engine
+
+    search = Search(replace(space(), require={"runtime.int8_share": 1.0}), run)
+    assert search.best() == ("a=2", "b=1")
+    assert search.trials[1].error == "results.json has no runtime.int8_share, of which the search requires 1.0"
+
+
+def test_the_table_of_trials_has_scores_and_reasons_of_what_missed():
+    search = conditional(shares={("1", "1"): (0.9, 0.9)})
+    search.best()
+    line = next(line for line in markdown(search.trials).splitlines() if "a=1" in line)
+    assert "the search requires 0.995" in line
 
 
 def test_each_stage_keeps_its_best_and_passes_it_on():
@@ -112,6 +180,10 @@ GOOD = {"objective": "psnr", "direction": "maximize", "tolerance": 0, "seeds": [
         ({"stages": [{"name": "s", "candidates": []}]}, "stage s has no candidates"),
         ({"stages": [{"name": "s", "candidates": ["w4a8"]}]}, "expected overrides such as bits=w4a8"),
         ({"extra": 1}, "expected the settings objective, direction"),
+        ({"require": ["runtime.int8_share"]}, "require: expected paths in results.json and least values"),
+        ({"require": {"runtime.int8_share": "all"}}, "require.runtime.int8_share=all: give a number"),
+        ({"require": {"runtime.int8_share": math.nan}}, "require.runtime.int8_share=nan: give a number"),
+        ({"require": {"runtime.int8_share": True}}, "require.runtime.int8_share=True: give a number"),
     ],
 )
 def test_a_wrong_space_is_named(tmp_path, change, message):
@@ -129,9 +201,16 @@ def test_unreadable_spaces(tmp_path):
         Space.load(tmp_path / "broken.yaml")
 
 
-def test_every_candidate_of_the_shipped_space_composes():
-    shipped = Space.load(config_folder() / "search" / "best.yaml")
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+def test_the_space_for_engines_asks_for_integers():
+    shipped = Space.load(config_folder() / "search" / "deploy.yaml")
+    assert shipped.require == {"runtime.int8_share": 0.995, "runtime.attention_int8_share": 1.0}
+    assert {"quantization=deploy", "runtime=openvino"} <= set(shipped.base)
+
+
+@pytest.mark.parametrize("name", ["best", "deploy"])
+def test_every_candidate_of_the_shipped_spaces_composes(name):
+    shipped = Space.load(config_folder() / "search" / f"{name}.yaml")
+    with quick_yaml(), initialize_config_dir(str(config_folder()), version_base="1.3"):
         for stage in shipped.stages:
             for candidate in stage.candidates:
                 for bits in ("bits=w8a8", "bits=w4a4"):
@@ -142,8 +221,9 @@ def test_a_real_search_in_small(tmp_path, capsys):
     path = tmp_path / "tiny.yaml"
     base = ["calibration=uniform", "sampler.steps=2", "calibration.n_samples=4", "evaluation.n_samples=4",
             "evaluation.eps_error_samples=2", "evaluation.grid_images=2", f"cache_dir={tmp_path / 'cache'}",
+            "evaluation=paired",
             "logger=none", "save_quantized=false"]
-    stages = [{"name": "metric", "candidates": ["metric=minmax", "metric=mse"]},
+    stages = [{"name": "metric", "candidates": ["metric=minmax"]},
               {"name": "eta", "candidates": ["", "sampler.eta=7"]}]
     path.write_text(yaml.safe_dump(GOOD | {"base": base, "seeds": [3], "stages": stages}))
     arguments = ["bits=w4a4", "--space", str(path), "--folder", str(tmp_path / "out")]
@@ -152,7 +232,7 @@ def test_a_real_search_in_small(tmp_path, capsys):
     assert "sampler.eta=7.0: choose 0..1" in said
     trials = sorted((tmp_path / "out" / "trials").glob("*/results.json"))
     before = [trial.stat().st_mtime_ns for trial in trials]
-    assert len(trials) == 2
+    assert len(trials) == 1  # what was decided is not run again in the next stage
     main(arguments)  # again: nothing that had finished is run
     assert [trial.stat().st_mtime_ns for trial in trials] == before
     assert capsys.readouterr().out == said

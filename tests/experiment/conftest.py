@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from guide_runs import SMALL
 from guide_text import PAGES, blocks
 from small_networks import (
     use_blank_pictures,
@@ -20,17 +21,19 @@ from ptq_exp.cli.main import main
 from ptq_exp.evaluation import SCORES
 from ptq_exp.quantization import METRICS
 
-SMALL = [
-    "sampler.steps=3", "evaluation.n_samples=10", "evaluation.batch_size=5", "evaluation.eps_error_samples=2",
-    "evaluation.grid_images=4", "calibration.n_samples=6", "calibration.batch_size=4", "trainer.progress_bar=false",
-    "trainer.accelerator=cpu", "correction.n_samples=4", "correction.batch_size=4",
-    "reconstruction.iterations=2",
-]
+
+@pytest.fixture(scope="session")
+def common_cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("common_cache")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache(request, tmp_path_factory, common_cache) -> Path:
+    """A cache of the module's own; the common one for modules that set COMMON_CACHE, whatever others left there.
+
+    Those search ranges as `small_networks` does: it is no setting, and the cache cannot tell such ranges from others.
+    """
+    return common_cache if getattr(request.module, "COMMON_CACHE", False) else tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ def guide_folder(tmp_path_factory):
     """A folder with the Python files of the guide, as the reader has it."""
     folder = tmp_path_factory.mktemp("here")
     for page in PAGES:
-        if page in ("saved_models", "published_models"):  # lines to type, no files
+        if page in ("saved_models", "published_models", "pipelines", "embedded_pipelines"):  # lines to type, no files
             continue
         for code in blocks(page, "python"):
             name = re.match(r"# (\w+\.py)\n", code)

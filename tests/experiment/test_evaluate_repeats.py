@@ -8,7 +8,7 @@ from ptq_exp.results.record import read_samples
 from ptq_exp.storage.plain_json import read_json
 
 SCHEDULED = ("bits=step_list", "bits.schedule='[8]*2+[4]'", "bits.candidates=[4,8]")
-pytestmark = pytest.mark.usefixtures("small_networks")
+pytestmark, COMMON_CACHE = pytest.mark.usefixtures("small_networks"), True
 
 
 def images(folder):

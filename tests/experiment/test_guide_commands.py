@@ -3,17 +3,19 @@
 Of a sweep those jobs run that have a method (an experiment, a metric, ...) which no command before has had, and at
 least one. Published models are replaced by the embedded one of their kind, for want of their weights, and each
 network by one of fewer layers of the same kinds. Experiment files as they stand, on the default model, run in
-test_experiment_files.
+test_experiment_files. A job that sets nothing which no other job or file sets on the same model is not run: it is
+planned up to the quantized network's report, which finds all that does not fit together.
 """
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
-from guide_runs import TINY, assert_recorded, is_plain, run_as_it_stands, runs
+from guide_runs import TINY, assert_recorded, chosen_by, run_or_plan, runs
+from small_pipelines import PROMPTS, SMALL
 
 ALL = runs()
-RUNS = [job for page, job in ALL if page != "reproduce" and not page.startswith("results/") and not is_plain(job)]
-pytestmark = pytest.mark.usefixtures("small_networks")
+RUNS = chosen_by(lambda page: page != "reproduce" and not page.startswith("results/"))
+pytestmark, COMMON_CACHE = pytest.mark.usefixtures("small_networks"), True
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,8 @@ def files(guide_folder):
         norm_num_groups=4, attention_head_dim=8,
     )
     DDPMPipeline(unet, DDIMScheduler(100)).save_pretrained(guide_folder / "my_folder")
+    SMALL["sd15"].build().save_pretrained(guide_folder / "FOLDER")
+    (guide_folder / "prompts.txt").write_text("\n".join(PROMPTS))
     return guide_folder
 
 
@@ -34,12 +38,12 @@ def test_there_are_as_many_as_the_guide_has():
     assert {"+experiment=ptqd_mp", "+experiment=ndtc_w8a8"} <= {word for _, job in ALL for word in job}
 
 
-@pytest.mark.parametrize("job", RUNS, ids=[" ".join(job)[:80] for job in RUNS])
+@pytest.mark.parametrize("job", RUNS)
 def test_it_ends_well_with_the_default_logger(job, command, files, monkeypatch):
     monkeypatch.chdir(files)
     if "my_weights.pt" in " ".join(job) or "one_slope.npz" in " ".join(job):
         pytest.skip("run with its files in test_guide_python")
-    run_as_it_stands(job, command)
+    run_or_plan(job, command)
 
 
 def test_a_saved_model_is_evaluated_with_the_default_logger(command, files, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from guide_text import conf, run_of
+from small_pipelines import SMALL
 
 from ptq_exp.calibration import CalibrationSet, StateRequest, source
 from ptq_exp.embedded import digits_model
@@ -33,6 +34,12 @@ def test_a_diffusers_folder(command, here):
     DDPMPipeline(unet, DDIMScheduler(100)).save_pretrained(here / "my_folder")
     results = read_json(command(*run_of("own_model", "ndtc_w8a8 model=diffusers"), *QUICK) / "results.json")
     assert results["status"] == "finished" and results["quantization"]["coverage_conv_linear"] == 1
+
+
+def test_a_pipeline_in_three_lines(here):
+    SMALL["sd15"].build().save_pretrained(here / "my-model")
+    made = runpy.run_path("three_lines.py")
+    assert made["image"].size == (16, 16) and made["quantized"].report.totals["coverage"]["conv_linear"] == 1
 
 
 def weights(here):

@@ -146,13 +146,27 @@ def test_channels_last_denoisers_give_the_same_account(command):
     assert other["metrics"]["psnr"] == pytest.approx(plain["metrics"]["psnr"], abs=3)
 
 
+PIPELINES = ("digits_text", "digits_flow")
 LARGE = ("ddim_imagenet64", "ldm4_imagenet256", "ldm4_lsun_bedrooms256")
+
+
+OF_FOLDERS = {"diffusers", "pipeline", *PIPELINES}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_embedded_pipelines_draw_as_their_settings_say(name):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = validated(compose("config", overrides=[f"model={name}"])).model
+    model = load_model(name)
+    assert (config.sampler.steps, config.sampler.guidance_scale) == (model.steps, model.sampler.guidance_scale)
+    assert model.image_shape == (1, 32, 32) and config.images["size"] == 32
+    assert model.asked(range(12), 0) == [*range(10), 0, 1] and "zero" in model.prompts([0], 0)[0]
 
 
 @pytest.mark.filterwarnings("ignore:model .*random weights")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.large) if n in LARGE else n for n in sorted(set(MODELS) - {"diffusers"})],
+    [pytest.param(n, marks=pytest.mark.large) if n in LARGE else n for n in sorted(set(MODELS) - OF_FOLDERS)],
 )
 def test_the_command_and_python_sample_alike_and_images_have_the_size_of_the_data(name):
     with initialize_config_dir(str(config_folder()), version_base="1.3"):

@@ -5,11 +5,21 @@ import json
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
+from small_networks import use_blank_pictures, use_one_composition
 
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.storage.plain_json import read_json
 
 QUICK = ("metric=minmax", "logger=none", "calibration=uniform")
+TINY = ("sampler.steps=1", "evaluation=paired", "evaluation.n_samples=2", "evaluation.eps_error_samples=1",
+        "evaluation.grid_images=1", "calibration.n_samples=1", "save_quantized=false")
+"""For whole networks, of which coverage alone is looked at."""
+
+
+@pytest.fixture
+def drawn_blank(monkeypatch):
+    use_blank_pictures(monkeypatch)
+    use_one_composition(monkeypatch)
 
 
 def quantizers_of(folder) -> dict[str, dict]:
@@ -112,8 +122,8 @@ def test_the_operation_study_runs_at_both_sites(command):
 
 
 @pytest.mark.parametrize("model, attention_weights", [("digits", None), ("digits_ldm", 8)])
-def test_the_set_of_tfmqs_code_on_both_families_of_networks(command, model, attention_weights):
-    folder = command(*QUICK, f"model={model}", "+experiment=tfmq_release", "reconstruction=none")
+def test_the_set_of_tfmqs_code_on_both_families_of_networks(command, drawn_blank, model, attention_weights):
+    folder = command(*QUICK, *TINY, f"model={model}", "+experiment=tfmq_release", "reconstruction=none")
     account = json.loads((folder / "quantization.json").read_text())["layers"]
     kept = ("conv_in", "conv_out", "time_embedding.linear_1", "conv_shortcut", "downsamplers.0.conv", ".qk", ".av")
     widths = {row["name"]: (row["weight_bits"], row["activation_bits"]) for row in account}
@@ -128,7 +138,7 @@ def test_the_set_of_tfmqs_code_on_both_families_of_networks(command, model, atte
         assert coverage == pytest.approx(0.8427, abs=1e-4)  # 82.3 % in the code, which also skips two inputs (2.0 %)
 
 
-def test_any_method_takes_the_set(command):
-    folder = command(*QUICK, "+experiment=best_w8a8", "quantization.keep_fp=[tfmq]", "name=equal_coverage")
+def test_any_method_takes_the_set(command, drawn_blank):
+    folder = command(*QUICK, *TINY, "+experiment=best_w8a8", "quantization.keep_fp=[tfmq]", "name=equal_coverage")
     coverage = read_json(folder / "results.json")["quantization"]["coverage"]["everything"]
     assert coverage == pytest.approx(0.8427, abs=1e-4)

@@ -19,7 +19,8 @@ from ptq_exp.storage.plain_json import read_json
 def test_every_metric_gives_a_working_model(metric, command, monkeypatch):
     for use in (use_small_networks, use_blank_pictures, use_one_composition):
         use(monkeypatch)
-    results = read_json(command("+experiment=ndtc_w8a8", f"metric={metric}", "logger=none") / "results.json")
+    small = ("logger=none", "evaluation=paired", "evaluation.n_samples=2", "save_quantized=false")
+    results = read_json(command("+experiment=ndtc_w8a8", f"metric={metric}", *small) / "results.json")
     assert results["metrics"]["eps_error"] < 0.1
 
 

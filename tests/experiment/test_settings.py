@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from quick_yaml import quick_yaml
 
 from ptq_exp.diffusion.zoo.registry import MODELS
 from ptq_exp.errors import ConfigError
@@ -29,7 +30,7 @@ PUBLISHED = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if not 
 
 
 def composed(*overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with quick_yaml(), initialize_config_dir(str(CONF), version_base="1.3"):
         return validated(compose("config", overrides=list(overrides)))
 
 
@@ -134,7 +135,7 @@ def test_every_model_composes_with_an_experiment_and_its_own_sampler_and_evaluat
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_every_method_composes_for_every_model(model):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with quick_yaml(), initialize_config_dir(str(CONF), version_base="1.3"):
         for name in METHODS:
             config = validated(compose("config", overrides=[f"+experiment={name}", f"model={model}"]))
             assert config.model.name == model and config.sampler.steps == config.model.sampler.steps
@@ -229,7 +230,7 @@ def test_build_names_a_missing_constructor():
 
 
 def test_hydra_names_the_run_folder_after_the_run():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with quick_yaml(), initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides=["+experiment=fp32"], return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     folder = Path(HydraConfig.get().run.dir)

@@ -81,7 +81,7 @@ def keys():
     config = ExperimentConfig()
     config.bits.weight, config.bits.activation, config.reconstruction.granularity = 4, 8, "block"
     grid = SimpleNamespace(timesteps=torch.arange(2), alphas_cumprod=torch.ones(2), eta=0.0, solver="ddim")
-    return Keys(config, SimpleNamespace(digest="d", blocks=()), grid, 1.0)
+    return Keys(config, SimpleNamespace(digest="d", blocks=(), drawing={}), grid, 1.0)
 
 
 def test_another_version_of_a_kind_changes_what_is_made_of_it_and_nothing_else(keys, monkeypatch):

@@ -5,6 +5,7 @@ import shlex
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from quick_yaml import quick_yaml
 
 from ptq_exp.cli.table import layout_list, layout_table
 from ptq_exp.reports.tables.layouts import layouts
@@ -39,7 +40,7 @@ def jobs(command: str) -> list[list[str]]:
 
 
 def composed(overrides):
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+    with quick_yaml(), initialize_config_dir(str(config_folder()), version_base="1.3"):
         return validated(compose("config", overrides=overrides))
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from quick_yaml import quick_yaml
 
 from ptq_exp.cli.commands import COMMANDS
 from ptq_exp.settings.compose import config_folder, validated
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAMES = ("README", "reproduce", "tables", "own_model", "extend", "differences", "sweeps", "saved_models",
-         "published_models", "embedded_models", "embedded_pipelines", "results/digits", "results/low_bits",
+         "published_models", "pipelines", "embedded_models", "embedded_pipelines", "results/digits", "results/low_bits",
          "results/noise")
 PAGES = {name: (DOCS / f"{name}.md").read_text() for name in NAMES}
 
@@ -64,7 +65,7 @@ def jobs(arguments: list[str]) -> list[list[str]]:
 
 def conf(*overrides: str):
     """The validated configuration."""
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+    with quick_yaml(), initialize_config_dir(str(config_folder()), version_base="1.3"):
         return validated(compose("config", overrides=list(overrides)))
 
 

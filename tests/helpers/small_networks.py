@@ -5,6 +5,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from hydra._internal.hydra import Hydra
 from matplotlib.figure import Figure
 from PIL import Image
+from quick_yaml import use_quick_yaml
 from torch import nn
 
 from ptq_exp.diffusion import ClassConditionalUNet
@@ -51,7 +52,7 @@ def use_small_networks(monkeypatch) -> None:
 
 def use_few_candidate_ranges(monkeypatch) -> None:
     """Let the search of ranges try as few candidates as it can, whatever the metric."""
-    for name in ("BUDGET", "COARSE_BUDGET", "ENDS_BUDGET"):
+    for name in ("BUDGET", "COARSE_BUDGET", "ENDS_BUDGET", "COARSE_SPACING"):
         monkeypatch.setattr(search, name, 1)
 
 
@@ -71,3 +72,4 @@ def use_blank_pictures(monkeypatch) -> None:
 def use_one_composition(monkeypatch) -> None:
     """Keep Hydra from composing all settings twice, the first time for `hydra.mode` alone, which none of ours sets."""
     monkeypatch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
+    use_quick_yaml(monkeypatch)

@@ -3,20 +3,15 @@
 import importlib.util
 import os
 import signal
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
+import traceback
 
 import pytest
 import torch
 
-import ptq_exp
-
 SCRIPT = textwrap.dedent('''
-    """Reconstruct a tiny network: FOLDER, and the iteration (over all blocks, from 1) to be killed before, or 0."""
-    import os, signal, sys
-    from pathlib import Path
+    """Reconstruct a tiny network; see `main`."""
+    import os, signal
 
     import numpy as np
     import torch
@@ -60,6 +55,7 @@ SCRIPT = textwrap.dedent('''
         return full, quantized, calibration_set, find_blocks(quantized, (), example)
 
     def main(folder, kill_at, kill_in):
+        """Into `folder`; killed at the call number `kill_at`, from 1, of the method or function `kill_in`; 0: never."""
         full, quantized, calibration_set, blocks = networks()
         settings = Settings(Annealing(6), batch_size=8, lr=0.1, step_lr=1e-3, input_prob=0.5, drop_prob=0.5)
         made = Reconstruction(quantized, full, blocks, calibration_set, settings, seed=0, batch_size=8,
@@ -82,35 +78,35 @@ SCRIPT = textwrap.dedent('''
         reports = reconstruct_network(made, folder / "blocks.ckpt", accelerator="cpu", progress_bar=False)
         plain = [{k: v for k, v in report.to_dict().items() if k != "seconds"} for report in reports]
         torch.save({"state": quantized.state_dict(), "reports": plain, "calls": calls}, folder / "result.pt")
-
-    if __name__ == "__main__":
-        main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
 ''')
 
 
 @pytest.fixture(scope="module")
-def script(tmp_path_factory) -> Path:
+def toy(tmp_path_factory):
+    """The script as a module."""
     path = tmp_path_factory.mktemp("script") / "reconstruct_toy.py"
     path.write_text(SCRIPT)
-    return path
-
-
-@pytest.fixture(scope="module")
-def toy(script):
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("reconstruct_toy", script)
+    spec = importlib.util.spec_from_file_location("reconstruct_toy", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def killed(script, folder, kill_at, kill_in) -> bool:
-    """Whether a process that runs the script was killed."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(ptq_exp.__file__).parents[1])}
-    command = [sys.executable, str(script), str(folder), str(kill_at), kill_in]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
-    assert run.returncode in (0, -signal.SIGKILL), run.stderr
-    return run.returncode == -signal.SIGKILL
+def killed(toy, folder, kill_at, kill_in) -> bool:
+    """Whether a process that runs the script was killed; it is forked from this one, which has loaded torch already."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            toy.main(folder, kill_at, kill_in)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert ended in (0, -signal.SIGKILL)
+    return ended == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +121,9 @@ def uninterrupted(toy, tmp_path_factory) -> dict:
     ("kill_at", "kill_in", "done"), [(3, "step", 0), (9, "step", 1), (2, "end", 1), (2, "write", 1)]
 )
 def test_a_killed_run_goes_on_at_its_block_and_ends_bit_identical(
-    kill_at, kill_in, done, script, toy, uninterrupted, tmp_path
+    kill_at, kill_in, done, toy, uninterrupted, tmp_path
 ):
-    assert killed(script, tmp_path, kill_at, kill_in)
+    assert killed(toy, tmp_path, kill_at, kill_in)
     assert not (tmp_path / "result.pt").exists()
     checkpoint = tmp_path / "blocks.ckpt"
     assert checkpoint.exists() == bool(done)

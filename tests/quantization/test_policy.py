@@ -86,10 +86,10 @@ def test_rules_in_one_call_are_those_of_the_policy():
 def test_symmetric_operands_of_attention_leave_all_other_activations_as_they_are():
     plain, symmetric = (Policy(qkv_symmetric=on).rules(Widths(8, 8)) for on in (False, True))
     changed = [(a, b) for a, b in zip(plain, symmetric, strict=True) if a != b]
-    assert [a.pattern for a, _ in changed] == ["*to_[qkv]"]
-    (before, after), = changed
-    assert after.spec == dataclasses.replace(
-        before.spec, output=dataclasses.replace(before.spec.output, symmetric=True)
-    )
+    assert [a.pattern for a, _ in changed] == ["*to_[qkv]", "*"]
+    operand = dataclasses.replace(plain[0].spec.input, bits=8, metric=None, headroom=1.0, symmetric=True)
+    (before, after), (all_before, all_after) = changed
+    assert after.spec == dataclasses.replace(before.spec, output=operand) and after.spec.is_operand
+    assert all_after.spec == dataclasses.replace(all_before.spec, product=operand)
     everywhere = Policy(qkv_symmetric=True, attention=False)
     assert everywhere.rules(Widths(8, 8)) == Policy(attention=False).rules(Widths(8, 8))

@@ -184,13 +184,14 @@ def test_bits_of_attention_products(unet, example):
     assert av.bops == av.macs * 7 * 12
 
 
-def test_attention_written_as_a_function_is_counted_as_other():
+def test_attention_written_as_a_function_is_counted_by_product():
     class Fused(nn.Module):
         def forward(self, x):
             return nn.functional.scaled_dot_product_attention(x, x, x)
 
-    (row,) = describe(Fused(), (torch.randn(1, 2, 5, 8),)).rows
-    assert (row.name, row.macs, row.covered) == ("(other)", 2 * 2 * 5 * 5 * 8, False)
+    rows = describe(Fused(), (torch.randn(1, 2, 5, 8),)).rows
+    found = [(row.name, row.type, row.macs, row.covered) for row in rows]
+    assert found == [(name, f"Fused.{name}", 2 * 5 * 5 * 8, False) for name in ("qk", "av")]
 
 
 def test_a_quantized_model_is_described_as_when_it_was_quantized(unet, example):

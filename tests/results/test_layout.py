@@ -5,20 +5,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_networks import use_small_networks
+from small_networks import use_blank_pictures, use_one_composition, use_small_networks
 
 from ptq_exp.results.layout import LAYOUT, Entry, as_markdown, entry_of, leaves
 from ptq_exp.storage.plain_json import read_json
 
 SMALL = [
     "sampler.steps=3", "evaluation.n_samples=4", "evaluation.batch_size=4", "evaluation.eps_error_samples=2",
-    "evaluation.grid_images=2", "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
+    "evaluation.grid_images=2", "evaluation.fid_resamples=2",
+    "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
     "trainer.accelerator=cpu", "correction.n_samples=4", "correction.batch_size=4", "reconstruction.iterations=1",
     "metric=minmax", "logger=none",
 ]
 EVERYTHING = [
     "+experiment=ptqd_w4a8", "bits=step_list", "bits.schedule=[8,4,4]", "quantization.smooth=true",
-    "reconstruction=adaround",
+    "reconstruction=adaround", "evaluation.pairs=[ssim,fid_to_fp]",
+    "evaluation.gate={psnr: 1000, eps_error: 1000}",
 ]
 ANALYSED = [
     "bits=w8a8", "evaluation=paired", "analysis.active=true", "analysis.n_samples=2", "analysis.sensitivity_samples=1",
@@ -26,8 +28,10 @@ ANALYSED = [
     "runtime.measure=1", "runtime.measure_memory=true",
 ]
 INFEASIBLE = ["bits=w8a8", "bits.min_bops_ratio=1000"]
-ELSEWHERE = {"weights.model", "environment.gpu", "environment.commit", "quantization.not_counted"}
-"""What depends on the machine, or on a network that none of the runs has."""
+ELSEWHERE = {"weights.model", "environment.gpu", "environment.commit", "quantization.not_counted"} | {
+    "metric_spec.lpips", "metric_spec.clip", "metrics.lpips", "metrics.clip_score", "metrics.clip_score_change",
+}
+"""What depends on the machine, or on a network or weights that none of the runs has; see experiment/test_pairs.py."""
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +41,15 @@ def runs(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("layout")
     with pytest.MonkeyPatch.context() as patch:
-        use_small_networks(patch)
+        for use in (use_small_networks, use_blank_pictures, use_one_composition):
+            use(patch)
         for name, overrides in [("all", EVERYTHING), ("analysed", ANALYSED), ("no", INFEASIBLE)]:
             given = [f"cache_dir={folder}/cache", f"hydra.run.dir={folder}/{name}", *overrides]
             patch.setattr(sys, "argv", ["ptq_exp", *SMALL, *given])
-            if name != "no":
+            if name == "analysed":
                 main()
             else:
-                with pytest.raises(SystemExit):
+                with pytest.raises(SystemExit):  # a missed gate, an infeasible configuration
                     main()
     return [read_json(folder / name / "results.json") for name in ("all", "analysed", "no")]
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from small_networks import use_small_networks
+from small_networks import use_blank_pictures, use_one_composition, use_small_networks
 
 import ptq_exp.experiment.experiment  # noqa: F401  loaded before the fork
 from ptq_exp.cli.main import main
 
 SMALL = [
     "sampler.steps=2", "evaluation.n_samples=6", "evaluation.batch_size=2", "evaluation.eps_error_samples=2",
-    "evaluation.grid_images=2", "calibration.n_samples=4", "calibration.batch_size=2", "correction.n_samples=4",
+    "evaluation.grid_images=2", "evaluation.fid_resamples=2",
+    "calibration.n_samples=4", "calibration.batch_size=2", "correction.n_samples=4",
     "correction.batch_size=2", "metric=minmax", "logger=none", "trainer.progress_bar=false", "trainer.accelerator=cpu",
 ]
 TICK = 1 / os.sysconf("SC_CLK_TCK")
@@ -51,8 +52,11 @@ def job(tmp_path_factory):
         log = tmp_path_factory.mktemp("output") / "output.txt"
         pid = os.fork()
         if pid == 0:
+            patch = pytest.MonkeyPatch()
+            use_blank_pictures(patch)
+            use_one_composition(patch)
             if small:
-                use_small_networks(pytest.MonkeyPatch())
+                use_small_networks(patch)
             _child([*SMALL, *overrides], log, limit_kb)
         while kill_at is not None and (spent := _cpu_seconds(pid)) is not None:
             if spent >= kill_at:

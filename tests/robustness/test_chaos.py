@@ -1,5 +1,6 @@
 """The main job, killed with SIGKILL at random points and started again, ends as one that nobody disturbed."""
 
+import itertools
 import random
 
 import numpy as np
@@ -11,7 +12,7 @@ from ptq_exp.storage.entries import PARTS, entries
 from ptq_exp.storage.npz import npz_arrays
 from ptq_exp.storage.plain_json import read_json
 
-KILLS = 20
+KILLS = 12
 JOB = ["+experiment=ptqd_w4a8"]
 
 
@@ -47,15 +48,23 @@ def check_files(folder):
     return seen + len(found)
 
 
-def test_twenty_kills_at_random_points_change_nothing(start):
+def points(rng):
+    """Shares of a run's CPU time at which to kill it, one at random from each of KILLS equal parts, shuffled."""
+    edges = np.linspace(0.02, 0.95, KILLS + 1)
+    found = [rng.uniform(*part) for part in itertools.pairwise(edges)]
+    rng.shuffle(found)
+    return found
+
+
+def test_kills_at_random_points_of_every_part_of_a_run_change_nothing(start):
     folder, undisturbed = start("undisturbed")
     assert undisturbed.status == 0, undisturbed.output
     numbers, images, model = outcome(folder)
-    rng, kills, chain, in_chain, seen, resumed = random.Random(0), 0, 0, 0, 0, 0
+    at, kills, chain, in_chain, seen, resumed = points(random.Random(0)), 0, 0, 0, 0, 0
     while kills < KILLS:
         # every fifth start of a chain is left alone, so that it ends; a short one may end before its time
         spare = in_chain == 4
-        kill_at = None if spare else rng.uniform(0.02, 0.95) * undisturbed.cpu_seconds
+        kill_at = None if spare else at[kills] * undisturbed.cpu_seconds
         folder, ended = start(chain, kill_at=kill_at)
         assert ended.status in (0, -9), ended.output
         seen += check_files(folder)

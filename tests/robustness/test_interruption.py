@@ -7,19 +7,21 @@ import sys
 import time
 
 import pytest
-from small_networks import use_small_networks
+from small_networks import use_blank_pictures, use_one_composition, use_small_networks
 
 from ptq_exp.cli.coordinate_search import Search, Space, Stage
 from ptq_exp.cli.main import main
 from ptq_exp.errors import Interrupted, command_line, interruptible, interruption
 from ptq_exp.experiment import experiment, images, stages
+from ptq_exp.experiment.pairs import PairScorer
 from ptq_exp.lightning import EvaluationModule
 from ptq_exp.results.record import Results
 from ptq_exp.storage.plain_json import read_json
 
 SMALL = [
     "sampler.steps=2", "evaluation=paired", "evaluation.n_samples=6", "evaluation.batch_size=2", "metric=minmax",
-    "evaluation.eps_error_samples=2", "evaluation.grid_images=2", "calibration.n_samples=4", "logger=none",
+    "evaluation.eps_error_samples=2", "evaluation.grid_images=2", "evaluation.fid_resamples=2",
+    "calibration.n_samples=4", "logger=none",
     "calibration.batch_size=4", "trainer.progress_bar=false", "trainer.accelerator=cpu", "save_quantized=false",
 ]
 
@@ -40,7 +42,8 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, capsys, cache):
     """Run the command in small, on a small network; returns its exit status and what it says on standard error."""
-    use_small_networks(monkeypatch)
+    for use in (use_small_networks, use_blank_pictures, use_one_composition):
+        use(monkeypatch)
 
     def run(*arguments):
         flags = [argument for argument in arguments if argument.startswith("-")]
@@ -68,7 +71,7 @@ def sent(number):
 
 
 PLACES = [(images, "draw_images"), (stages, "calibrate"), (experiment, "eps_error"),
-          (experiment, "mean_psnr"), (EvaluationModule, "predict_step")]
+          (PairScorer, "__call__"), (EvaluationModule, "predict_step")]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -105,13 +108,13 @@ def test_what_was_drawn_before_is_not_drawn_again(command, monkeypatch, tmp_path
 
 
 def test_a_sweep_stops_and_its_resume_does_the_rest(command, monkeypatch, tmp_path):
-    folder, psnr, jobs = tmp_path / "s", experiment.mean_psnr, []
+    folder, psnr, jobs = tmp_path / "s", PairScorer.__call__, []
 
     def second(*images):
         jobs.append(images)
         return sent(signal.SIGTERM)() if len(jobs) == 2 else psnr(*images)
 
-    monkeypatch.setattr(experiment, "mean_psnr", second)
+    monkeypatch.setattr(PairScorer, "__call__", second)
     sweep = ("-m", "+experiment=ndtc_w8a8", "seed=0,1,2", f"hydra.sweep.dir={folder}")
     status, said = command(*sweep)
     assert status == 143 and len(jobs) == 2

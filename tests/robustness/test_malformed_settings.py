@@ -46,7 +46,7 @@ BASES = {
     "budget": ["bits=step_budget"],
 }
 COPIES = {"model.images": "evaluation.reference", "model.sampler.steps": "sampler.steps",
-          "model.sampler.eta": "sampler.eta"}
+          "model.sampler.eta": "sampler.eta", "model.sampler.guidance_scale": "sampler.guidance_scale"}
 """Settings that another one takes over, which is then the one that is named."""
 QUICK = ["trainer.accelerator=cpu", "logger=none", "trainer.progress_bar=false", "cache_dir=nowhere"]
 

@@ -15,7 +15,7 @@ WIDTHS = [(8, 8), (4, 8), (8, 4), (7, 6), (2, 3), (3, 8)]
 
 
 def error(found, wanted) -> float:
-    return float((found - wanted).norm() / wanted.norm())
+    return float(((found - wanted).norm() / wanted.norm()).detach())
 
 
 def on_the_same_input(network, plain: Deployable, x) -> dict[str, float]:

@@ -28,7 +28,7 @@ def test_ways_take_turns_and_the_first_call_does_not_count():
     clock = Clock()
     ways = {"slow": clock.way("slow", 9.0, 0.3, 0.5, 0.4), "fast": clock.way("fast", 5.0, 0.1, 0.2, 0.1)}
     times = interleaved(ways, 3, clock=clock)
-    assert clock.calls == ["slow", "fast"] * 4
+    assert clock.calls == ["slow", "fast"] * 2 + ["fast", "slow"] + ["slow", "fast"]  # every other turn backwards
     assert times["slow"].ms == pytest.approx((300, 500, 400)) and times["slow"].median == pytest.approx(400)
     assert ratio(times, "slow", "fast") == pytest.approx(3)  # of 3, 2.5 and 4
     assert ratio(times, "slow", "none") is None

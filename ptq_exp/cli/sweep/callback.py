@@ -72,11 +72,16 @@ def _expand(config: DictConfig, setting: str) -> None:
             config.hydra.overrides.hydra.append(f"{setting}={quoted(expanded)}")
 
 
-def end_of_sweep() -> list[str]:
-    """Print and write what a sweep that was started ends with; returns its failed jobs (none without a sweep)."""
-    failed = []
+def end_of_sweep() -> tuple[list[str], list[str]]:
+    """Print and write what a sweep that was started ends with.
+
+    Returns:
+        Its failed jobs, and those whose scores miss evaluation.gate; none without a sweep.
+    """
+    failed, missed = [], []
     if _folders:
         from ptq_exp.cli.sweep.end import finish_sweep  # loads numpy: help does without
     while _folders:
-        failed += finish_sweep(_folders.pop()[0])
-    return failed
+        its_failed, its_missed = finish_sweep(_folders.pop()[0])
+        failed, missed = failed + its_failed, missed + its_missed
+    return failed, missed

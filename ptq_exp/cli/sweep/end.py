@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from ptq_exp.cli.sweep.record import SweepRecord, plain_key
 from ptq_exp.cli.sweep.resume import RESUME
 from ptq_exp.errors import DataError, PTQError
+from ptq_exp.evaluation.gate import gate_line
 from ptq_exp.results.record import INTERRUPTED
 from ptq_exp.settings.overrides import to_type
 from ptq_exp.storage.plain_json import read_json, write_json
@@ -17,14 +19,14 @@ from ptq_exp.storage.plain_json import read_json, write_json
 DONE = ("finished", "infeasible")
 
 
-def finish_sweep(folder: Path) -> list[str]:
-    """Print the end of the sweep in `folder`; returns the names of its failed jobs."""
+def finish_sweep(folder: Path) -> tuple[list[str], list[str]]:
+    """Print the end of the sweep in `folder`; returns the names of its failed jobs, and of those that miss the gate."""
     from ptq_exp.reports.html import write_sweep_report  # pandas and matplotlib take seconds
     from ptq_exp.reports.tables.sweep_table import sweep_table
 
     jobs = read_jobs(folder)
     if not jobs:
-        return []
+        return [], []
     print(f"\nsweep {folder}")
     swept = SweepRecord.load(folder).swept
     if any(key.startswith("bits.groups") for key in swept):
@@ -43,7 +45,10 @@ def finish_sweep(folder: Path) -> list[str]:
         print(f"{word}: {name} ({_changed(values, swept)}): {values['error']}")
     if failed:
         print(f"again: python -m ptq_exp {to_type(RESUME, str(folder))}")
-    return list(failed)
+    missed = {name: line for name, values in jobs.items() if (line := gate_line(values.get("gate", {})))}
+    for name, line in missed.items():
+        print(f"{name} (seed {jobs[name]['seed']}): {line}", file=sys.stderr)
+    return list(failed), list(missed)
 
 
 def leave_interrupted(folder: Path) -> str:

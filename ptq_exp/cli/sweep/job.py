@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from ptq_exp.cli.sweep.processes import check_devices, only_process
 from ptq_exp.cli.sweep.record import SweepRecord, plain_key
 from ptq_exp.errors import DataError, InfeasibleError, PTQError
+from ptq_exp.evaluation.gate import gate_line, judged
 from ptq_exp.reports.tables.identity import decides_numbers
 from ptq_exp.reports.tables.runs import completed, flatten
 from ptq_exp.settings.compose import validated
@@ -56,24 +57,29 @@ class Job:
         return [tag[:_TAG_LENGTH] for tag in tags]
 
 
-def run_job(composed: DictConfig) -> Objectives:
-    """Run one composed experiment and return what a sweeper minimises: FID (else eps error), or that and the BOPs.
+def run_job(composed: DictConfig) -> tuple[Objectives, str]:
+    """Run one composed experiment.
 
-    In a sweep an error goes to the job's results.json and to standard error, and None is returned. A job of a sweep
-    that is resumed is left alone if it is done already.
+    In a sweep an error goes to the job's results.json and to standard error, and its objective is None. A job of a
+    sweep that is resumed is left alone if it is done already.
+
+    Returns:
+        What a sweeper minimises, FID (else eps error), or that and the BOPs; and the line that says which scores of a
+        single run miss evaluation.gate, "" where none does. The end of a sweep says it of its jobs.
 
     Raises:
         PTQError: in a single run, something the user can mend.
     """
     job = Job.current()
     if job.record is None:
-        return _objectives(_run(composed, job), job.n_objectives)
+        values = _run(composed, job)
+        return _objectives(values, job.n_objectives), gate_line(values.get("gate", {}))
     try:
         values = _run(composed, job)
     except Exception as error:  # whatever it is, the other jobs go on
         _tell(error, job)
-        return None
-    return _objectives(values, job.n_objectives)
+        return None, ""
+    return _objectives(values, job.n_objectives), ""
 
 
 def _run(composed: DictConfig, job: Job) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def _run(composed: DictConfig, job: Job) -> dict[str, Any]:
         if values["status"] == "infeasible":
             raise InfeasibleError(values["error"])
         log.info("%s: finished already", job.folder)
-        return values
+        return _judged_again(done, values, config)
     return _experiment(config, job, job.record.started)
 
 
@@ -121,6 +127,16 @@ def _done(path: Path, config: ExperimentConfig) -> dict[str, Any] | None:
                 "%s was made with %s=%s, now it is %s: running it again", path, key, found.get(key), wanted.get(key)
             )
             return None
+    return values
+
+
+def _judged_again(path: Path, values: dict[str, Any], config: ExperimentConfig) -> dict[str, Any]:
+    """Return the results of a finished job with the verdict of the gate that is set now, on disk, too."""
+    gate = config.evaluation.gate or {}
+    if gate != values.get("gate", {}).get("bounds", {}):
+        values = {key: value for key, value in values.items() if key != "gate"}
+        values |= {"gate": judged(values["metrics"], gate)} if gate else {}
+        write_json(path, values)
     return values
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ptq_exp.diffusion import DiffusionModel, SampleNoise, StepRecord, TimeGrid, sample
-from ptq_exp.diffusion.call import on_device
+from ptq_exp.diffusion import DiffusionModel, StepRecord, TimeGrid
 from ptq_exp.diffusion.noise import CALIBRATION
 from ptq_exp.diffusion.sampler import Denoiser
 from ptq_exp.errors import DataError
@@ -28,12 +27,9 @@ def propagated(
         (cause, effect), float64 [N, len(steps)]: mean over elements of (eps_q - eps)^2 in the step, and of the squared
         difference of the final states.
     """
-    conditions = on_device(model.draw_conditions(indices, seed, CALIBRATION), device)
 
     def run(estimates: Denoiser, on_record: Callable[[StepRecord], None] | None = None) -> Tensor:
-        noise = SampleNoise(seed, indices, model.sample_shape, CALIBRATION)
-        settings = {"conditions": conditions, "clip_sample": model.clip_sample, "device": device}
-        return sample(estimates, grid, noise, on_step=on_record, **settings)
+        return model.run(estimates, grid, indices, seed, stream=CALIBRATION, device=device, on_step=on_record)
 
     records: list[Tensor] = []
     wrong: dict[int, Tensor] = {}
@@ -41,8 +37,7 @@ def propagated(
     def record(r: StepRecord) -> None:
         records.append(r.eps)
         if r.step in steps:
-            t = grid.network_time(r.step, len(r.x)).to(r.x.device)
-            wrong[r.step] = quantized(r.x, t, **conditions)
+            wrong[r.step] = r.call.evaluate(quantized)
 
     final = run(denoiser, record)
     cause, effect = [], []

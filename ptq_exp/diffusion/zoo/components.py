@@ -23,8 +23,10 @@ from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.finite import is_finite, require_finite
 
 
-def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Module:
-    """Read a module of class `cls` in float32 from `root/component` (or `root` itself, for early repositories).
+def load_component(
+    cls: type[nn.Module], root: Path, component: str, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Read a module of class `cls` in `dtype` from `root/component` (or `root` itself, for early repositories).
 
     Raises:
         CheckpointError: weights are missing, left over, of another shape, or in a file that cannot be read safely.
@@ -40,7 +42,7 @@ def load_component(cls: type[nn.Module], root: Path, component: str) -> nn.Modul
     try:
         with _quiet():  # what does not fit is reported below, in one line
             module, info = cls.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32,
+                folder, local_files_only=True, output_loading_info=True, torch_dtype=dtype,
                 low_cpu_mem_usage=False, variant=weights.variant, use_safetensors=weights.safe,
             )
     except Exception as error:  # whatever a damaged folder makes the library stumble over

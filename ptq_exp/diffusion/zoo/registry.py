@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 MODELS = {
     "digits": "ptq_exp.embedded:digits_model",
     "digits_ldm": "ptq_exp.embedded:digits_ldm_model",
+    "digits_text": "ptq_exp.embedded.prompted:digits_text",
+    "digits_flow": "ptq_exp.embedded.prompted:digits_flow",
     "ddim_cifar10": "ptq_exp.diffusion.zoo:ddim_cifar10",
     "ddim_imagenet64": "ptq_exp.diffusion.zoo:ddim_imagenet64",
     "ddpm_cifar10": "ptq_exp.diffusion.zoo:ddpm_cifar10",
     "ldm4_imagenet256": "ptq_exp.diffusion.zoo:ldm4_imagenet256",
     "ldm4_lsun_bedrooms256": "ptq_exp.diffusion.zoo:ldm4_lsun_bedrooms256",
     "diffusers": "ptq_exp.diffusion.zoo:diffusers_folder",
+    "pipeline": "ptq_exp.pipelines.folder:pipeline_folder",
 }
 """Name -> `module:function`, imported when the model is built. Add your own: (checkpoint, *, name, dtype) -> model."""
 

@@ -22,6 +22,7 @@ from ptq_exp.embedded.training.pipeline_modules import FlowTraining, KLAutoencod
 from ptq_exp.embedded.training.prompt_quality import prompt_quality
 from ptq_exp.embedded.weights_file import load_weights
 from ptq_exp.evaluation.images import mean_psnr, to_uint8
+from ptq_exp.storage.atomic import file_digest
 
 STEPS = {"kl_autoencoder": 600, "digits_text": 2250, "digits_flow": 1750}
 """Default number of optimizer steps of each."""
@@ -108,9 +109,16 @@ def export(network: str, module: EMATraining, weights: Path, samples: int) -> di
     """Write the EMA weights into the folder of `network`, and return what its card says of their quality."""
     trained = module.ema.module.eval()
     if network == "kl_autoencoder":
-        return _export_autoencoder(trained, weights / "digits_text" / "vae")
+        folder = weights / "digits_text" / "vae"
+        return _export_autoencoder(trained, folder) | {"files": file_digests(folder, weights)}
     save_pipeline(trained.pipeline(trained_autoencoder(weights)), weights / network)
-    return prompt_quality(network, weights / network, samples)
+    return prompt_quality(network, weights / network, samples) | {"files": file_digests(weights / network, weights)}
+
+
+def file_digests(folder: Path, weights: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of weights in a folder, by its path below `weights`; for a card."""
+    found = sorted(folder.rglob("*.safetensors"))
+    return {path.relative_to(weights).as_posix(): file_digest(path) for path in found}
 
 
 def _export_autoencoder(vae: AutoencoderKL, folder: Path) -> dict:

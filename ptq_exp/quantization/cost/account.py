@@ -15,7 +15,9 @@ from ptq_exp.quantization.cost.operands import Operands, Products, operands_of
 from ptq_exp.quantization.cost.report import Bits, Report, Row
 from ptq_exp.quantization.layers import FULL_PRECISION, QUANTIZED, QuantAttention, attention_obstacle, bits_of
 from ptq_exp.quantization.obstacles import layer_obstacles
+from ptq_exp.quantization.products import full_precision_class
 from ptq_exp.quantization.quantizer import WeightQuantizer
+from ptq_exp.quantization.trace.products import kind_of, product_site
 
 
 def describe(model: nn.Module, example_inputs: tuple, reasons: Mapping[str, str] | None = None) -> Report:
@@ -34,6 +36,15 @@ def describe(model: nn.Module, example_inputs: tuple, reasons: Mapping[str, str]
     return build_report(model, counted, reasons or {}, quantized_operands(model, example_inputs))
 
 
+def multipliers(model: nn.Module, example_inputs: tuple) -> list[str]:
+    """Names of the modules that multiply activations themselves and can be quantized, by one forward.
+
+    `Attention` of `diffusers` that is quantized by its softmax map is not among them.
+    """
+    with disabled(model):
+        return [name for name, found in trace(model, example_inputs).multipliers.items() if not found.obstacle]
+
+
 def quantized_operands(model: nn.Module, example_inputs: tuple) -> Operands:
     """Return what the multiplications of `model` read, by one forward with quantizers off; nothing if it has none."""
     if next(quantizers(model), None) is None:
@@ -49,10 +60,12 @@ def build_report(model: nn.Module, counted: Trace, reasons: Mapping[str, str], p
     holders = dict(parameter_holders(model))
     rows: list[Row] = []
     for name, module in model.named_modules():
+        if name in counted.multipliers:
+            rows += _product_rows(name, module, counted, reasons, products)
         if name in layers:
             macs = counted.layer_macs.get(name, 0)
             rows.append(_layer_row(name, module, macs, reasons, products.layers.get(name)))
-        elif isinstance(module, Attention):
+        elif isinstance(module, Attention) and name not in counted.multipliers:
             macs = counted.attention_macs[name]
             rows += _attention_rows(name, module, macs, reasons, products.attention.get(name))
         elif name in holders:
@@ -136,6 +149,22 @@ def _attention_rows(
     return rows
 
 
+def _product_rows(
+    name: str, module: nn.Module, counted: Trace, reasons: Mapping[str, str], products: Operands
+) -> list[Row]:
+    """Return the rows of the products of a module that multiplies activations."""
+    multiplier, rows = counted.multipliers[name], []
+    for key in multiplier.keys:
+        site, kind = product_site(name, key), f"{_type_name(module)}.{kind_of(key)}"
+        pairs = products.products.get(site, [])
+        bits = _common_bits(pairs, 1), _common_bits(pairs, 0)
+        why = f"left alone: {multiplier.obstacle}" if multiplier.obstacle else "an operand has no quantizer"
+        reason = "" if None not in bits else reasons.get(name) or why
+        rows.append(Row(f"{name}.{key}" if name else key, kind, "attention", 0, counted.product_macs[site], *bits, 0.0,
+                        reason))
+    return rows
+
+
 def _common_bits(products: Products, number: int) -> Bits:
     """Bits of operand `number` of each of `products`; None where one is FP, or they have different ones."""
     found = {bits_of(operands[number].quantizer) for operands in products}
@@ -158,7 +187,7 @@ def _why_fp(layer: nn.Module, weight_bits: int | None, activation_bits: Bits) ->
 
 
 def _type_name(module: nn.Module) -> str:
-    return FULL_PRECISION.get(type(module), type(module)).__name__
+    return FULL_PRECISION.get(type(module), full_precision_class(type(module))).__name__
 
 
 def _own_params(module: nn.Module) -> int:

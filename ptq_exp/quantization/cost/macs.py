@@ -20,12 +20,15 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.cost.operators import as_layers_do, counted, macs_of, without_products
 from ptq_exp.quantization.cost.owners import Owners, place_of
+from ptq_exp.quantization.layers import mapped_attention
 from ptq_exp.quantization.trace.evaluate import evaluate
+from ptq_exp.quantization.trace.products import Multiplier, ProductTrace, product_site
 
 
 @dataclass
@@ -34,7 +37,10 @@ class Trace:
 
     Attributes:
         layer_macs: per convolution and linear layer (subclasses included), summed over its calls.
-        attention_macs: per `Attention`, of the products (q k^T, softmax(.) v) over all heads.
+        attention_macs: per `Attention` that is quantized by its softmax map, of the products (q k^T, softmax(.) v) over
+            all heads.
+        multipliers: all other modules that multiply activations.
+        product_macs: {product: multiply-accumulates} of theirs, see `product_site`.
         total_macs: of all convolutions and matrix products, counted at the level of operators.
         outside_macs: of convolutions and products with a parameter (as `F.linear` computes) outside all layers.
         uncounted: {operator: calls} of those whose multiplications are not known.
@@ -43,6 +49,8 @@ class Trace:
 
     layer_macs: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     attention_macs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    multipliers: dict[str, Multiplier] = field(default_factory=dict)
+    product_macs: dict[str, int] = field(default_factory=dict)
     total_macs: int = 0
     outside_macs: int = 0
     uncounted: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -50,9 +58,9 @@ class Trace:
 
     @property
     def other_macs(self) -> int:
-        """Multiply-accumulates outside convolutions, linear layers and `Attention` products."""
+        """Multiply-accumulates outside convolutions, linear layers and products of activations in known modules."""
         named = sum(self.layer_macs.values()) + sum(sum(pair) for pair in self.attention_macs.values())
-        return self.total_macs - named
+        return self.total_macs - named - sum(self.product_macs.values())
 
 
 def multiplying_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -75,7 +83,8 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
     Raises:
         QuantizationError: the example holds more than one sample.
     """
-    sizes = [value.shape[0] for value in example_inputs if isinstance(value, Tensor) and value.ndim]
+    leaves = pytree.tree_leaves(tuple(example_inputs))
+    sizes = [value.shape[0] for value in leaves if isinstance(value, Tensor) and value.ndim]
     if not sizes or sizes[0] != 1:
         raise QuantizationError(
             f"example_inputs: expected one sample (first dimension 1), found sizes {sizes}"
@@ -85,6 +94,8 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
     layers, attentions = dict(multiplying_layers(model)), dict(attention_modules(model))
     places = {place_of(parameter) for parameter in model.parameters()} - {None}
     census = _Census(Owners(layers, attentions), places)
+    plain = {name for name, attention in attentions.items() if mapped_attention(attention)}
+    products = ProductTrace(model, layers, plain, census.owners.within)
 
     def record(layer: nn.Module, args: tuple, kwargs: dict, output: Any, name: str) -> None:
         if isinstance(output, Tensor):
@@ -92,7 +103,7 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
             by_shape[name] += layer_macs(layer, x.shape, output.shape)
             shapes[name].append(output.shape)
 
-    with plainly(model), census.owners, ExitStack() as hooks:
+    with plainly(model), census.owners, ExitStack() as hooks, products:
         for name, layer in layers.items():
             hook = layer.register_forward_hook(partial(record, name=name), prepend=True, with_kwargs=True)
             hooks.callback(hook.remove)
@@ -105,7 +116,12 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
     for (_, operator), calls in census.uncounted.items():
         result.uncounted[operator] += calls
     result.layer_macs |= {name: census.macs[name] for name in layers if census.macs[name]}
+    result.multipliers = products.multipliers()
+    for name, multiplier in result.multipliers.items():
+        result.product_macs |= _product_macs(name, multiplier, census.macs, products.halves)
     for name in attentions:
+        if name in result.multipliers:
+            continue
         prefix = f"{name}." if name else ""
         qk, av = _attention_macs(*(shapes[f"{prefix}to_{operand}"] for operand in "qkv"))
         qk = min(qk, census.macs[name])  # a processor may compute less than the two products of its q, k and v
@@ -121,6 +137,23 @@ def layer_macs(layer: nn.Module, input_shape: torch.Size, output_shape: torch.Si
     if isinstance(layer, _ConvTransposeNd):
         return input_shape.numel() * layer.out_channels // layer.groups * window
     return output_shape.numel() * layer.in_channels // layer.groups * window
+
+
+def _product_macs(
+    name: str, multiplier: Multiplier, macs: dict[str | None, int], halves: dict[str, tuple[int, int]]
+) -> dict[str, int]:
+    """{product: multiply-accumulates} of one module; those of a fused function are shared out by its two widths."""
+    found = {}
+    for call in multiplier.calls:
+        names = [product_site(name, key) for key in call.keys]
+        if len(names) == 2:
+            first, second = halves[names[0]]
+            both = macs[names[0]]
+            found[names[0]] = both * first // (first + second)
+            found[names[1]] = both - found[names[0]]
+        elif names:
+            found[names[0]] = macs[names[0]]
+    return found
 
 
 class _Census(TorchDispatchMode):

@@ -20,17 +20,15 @@ from torch import Tensor, nn
 from ptq_exp.quantization.calibrate import quantizers
 from ptq_exp.quantization.cost.macs import attention_modules, multiplying_layers, plainly
 from ptq_exp.quantization.cost.owners import Owners
+from ptq_exp.quantization.products import quantized_products
 from ptq_exp.quantization.quantizer import Quantizer
 from ptq_exp.quantization.trace.evaluate import evaluate
+from ptq_exp.quantization.trace.products import ATTENTION, MATRICES, places_of_factors, plain_arguments
 from ptq_exp.quantization.trace.provenance import MOVES, Notes
 
 # which positional arguments are multiplied
 _LAYERS = {F.linear: (0, 1), F.conv1d: (0, 1), F.conv2d: (0, 1)}
-_PRODUCTS = {
-    torch.bmm: (0, 1), torch.Tensor.bmm: (0, 1), torch.matmul: (0, 1), torch.Tensor.matmul: (0, 1),
-    torch.Tensor.__matmul__: (0, 1), torch.baddbmm: (1, 2), torch.Tensor.baddbmm: (1, 2),
-}
-_KEYWORDS = {"input": 0, "weight": 1, "query": 0, "key": 1, "value": 2, "batch1": 1, "batch2": 2, "mat2": 1, "other": 1}
+_KEYWORDS = {"input": 0, "weight": 1, "query": 0, "key": 1, "value": 2}
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,14 @@ class Operands:
 
     Attributes:
         layers: {layer: (input, weight) of each}, of convolutions and linear layers.
-        attention: {attention: pairs}, two for each call: (q, k), (softmax map, v).
+        attention: {attention: pairs}, two for each call: (q, k), (softmax map, v); of `QuantAttention`.
+        products: {product: pairs} of all other modules that multiply quantized activations.
         called: names of the layers that were called.
     """
 
     layers: dict[str, Products] = field(default_factory=lambda: defaultdict(list))
     attention: dict[str, Products] = field(default_factory=lambda: defaultdict(list))
+    products: dict[str, Products] = field(default_factory=lambda: defaultdict(list))
     called: set[str] = field(default_factory=set)
 
 
@@ -79,22 +79,26 @@ def operands_of(model: nn.Module, inputs: tuple, *, values: bool = False) -> Ope
         values: also compare the operands with the grids of their quantizers, which are calibrated and on.
     """
     layers, attentions = dict(multiplying_layers(model)), dict(attention_modules(model))
-    found, owners = Operands(), Owners(layers, attentions)
+    products = dict(quantized_products(model))
+    found, owners = Operands(), Owners(layers, {**attentions, **products})
 
     def carry(function: Callable, args: tuple, kwargs: dict, output: Tensor, notes: Notes) -> Source | None:
-        given = dict(enumerate(args)) | {_KEYWORDS.get(key, key): value for key, value in kwargs.items()}
+        args = plain_arguments(function, args)
+        given = dict(enumerate(args)) | {_KEYWORDS.get(key, key): value for key, value in kwargs.items()} | kwargs
 
-        def operand(number: int) -> Operand:
-            return _operand(given.get(number), notes.of(given.get(number)), values)
+        def operand(place: int | str) -> Operand:
+            return _operand(given.get(place), notes.of(given.get(place)), values)
 
-        if not (function in _LAYERS or function in _PRODUCTS or function is F.scaled_dot_product_attention):
+        if not (function in _LAYERS or function in MATRICES or function is ATTENTION):
             return notes.of(given.get(0)) if function in MOVES else None
         name = owners.of(tuple(given.values()))
         if function in _LAYERS and name in layers:
             found.layers[name].append(tuple(map(operand, _LAYERS[function])))
-        elif name in attentions and function in _PRODUCTS:
-            found.attention[name].append(tuple(map(operand, _PRODUCTS[function])))
-        elif name in attentions and function is F.scaled_dot_product_attention:
+        elif name in products and function in MATRICES:
+            found.products[name].append(_factors(function, args, kwargs, operand))
+        elif name in attentions and function in MATRICES:
+            found.attention[name].append(_factors(function, args, kwargs, operand))
+        elif name in attentions and function is ATTENTION:
             found.attention[name] += [(operand(0), operand(1)), (Operand(None), operand(2))]
         elif name in layers:  # its weight, in a product that is no layer's
             found.layers[name].append((Operand(None), Operand(None)))
@@ -108,6 +112,14 @@ def operands_of(model: nn.Module, inputs: tuple, *, values: bool = False) -> Ope
         # not model(...): a compiled one would be compiled again because of the hooks
         evaluate(model.forward, inputs)
     return found
+
+
+def _factors(
+    function: Callable, args: tuple, kwargs: dict, operand: Callable[[int | str], Operand]
+) -> tuple[Operand, Operand]:
+    """Return the two matrices that are multiplied; full precision where they are not two."""
+    places = places_of_factors(function, args, kwargs)
+    return (Operand(None), Operand(None)) if places is None else (operand(places[0]), operand(places[1]))
 
 
 @contextmanager

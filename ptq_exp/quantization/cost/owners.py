@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +41,15 @@ class Owners:
             return name
         found = (self._by_weight.get(place_of(operand)) for operand in operands)
         return next((layer for layer in found if layer is not None), name)
+
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """Let what is multiplied inside the context belong to `name`, as to a module that is running."""
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._running.pop()
 
     def derive(self, layer: str, made: Any) -> None:
         """Note that `made` was computed from the weight of `layer`; of another size it is no weight in its place."""

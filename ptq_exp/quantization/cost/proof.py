@@ -11,6 +11,7 @@ from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.cost.operands import Operands, Products, operands_of
 from ptq_exp.quantization.cost.report import Report, Row
 from ptq_exp.quantization.quantizer.time_step import step_of
+from ptq_exp.quantization.trace.products import product_site
 
 
 def proven(model: nn.Module, report: Report, inputs: tuple) -> Report:
@@ -53,7 +54,8 @@ def _checked(row: Row, seen: Operands) -> Row:
         activation, weight = _faults(products, 0), _faults(products, 1)
     else:
         name, _, product = row.name.rpartition(".")
-        products = seen.attention.get(name, [])[product == "av" :: 2]
+        site = product_site(name, product)
+        products = seen.products.get(site) or seen.attention.get(name, [])[product == "av" :: 2]
         called = bool(products)
         activation, weight = _faults(products, 0), _faults(products, 1)
     if not products:

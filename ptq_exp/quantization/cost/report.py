@@ -37,10 +37,12 @@ class Row:
     """One operation.
 
     Attributes:
-        name: module name; ``<attention>.qk`` and ``<attention>.av`` for the products q k^T and softmax(.) v;
+        name: module name; ``<module>.qk`` and ``<module>.av`` for the products q k^T and softmax(.) v of attention,
+            ``<module>.product`` for any other one of two activations, numbered from the second one of a module on;
             ``(outside)`` for convolutions and products with a parameter outside of layers, ``(other)`` for all other
             multiplications outside known modules.
-        type: class of the full-precision module, ``Attention.qk``, ``Attention.av``, ``(outside)`` or ``(other)``.
+        type: class of the full-precision module, with the kind of a product behind it (``Attention.qk``);
+            ``(outside)`` or ``(other)``.
         scope: ``conv_linear`` for layers and what is computed as they do, ``attention`` for products, ``other``.
         params: parameters of the module itself.
         macs: multiply-accumulates per sample; 0 for a layer that the example never called.

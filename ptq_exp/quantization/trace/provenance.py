@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 # Same values, perhaps in another place or shape (dropout: evaluation mode).
 MOVES = {
@@ -18,7 +19,7 @@ MOVES = {
     torch.Tensor.contiguous, torch.Tensor.clone, torch.clone, torch.Tensor.unsqueeze, torch.unsqueeze,
     torch.Tensor.squeeze, torch.squeeze, torch.Tensor.expand, torch.Tensor.__getitem__, torch.Tensor.detach,
     torch.Tensor.chunk, torch.chunk, torch.Tensor.split, torch.split, torch.Tensor.to, torch.Tensor.float,
-    F.dropout, F.pad, F.max_pool2d,
+    torch.Tensor.repeat_interleave, torch.repeat_interleave, F.dropout, F.pad, F.max_pool2d,
 }
 
 
@@ -33,8 +34,8 @@ class Notes(TorchFunctionMode):
     def __init__(self, carry: Callable[[Callable, tuple, dict, Tensor, Notes], Any]) -> None:
         super().__init__()
         self.carry = carry
-        # the tensors are kept too: the identity of one that is gone may be given to another
-        self._noted: dict[int, tuple[Tensor, Any]] = {}
+        # by identity, and weak: what the network drops is free
+        self._noted = WeakIdKeyDictionary()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -47,14 +48,14 @@ class Notes(TorchFunctionMode):
 
     def of(self, tensor: Any) -> Any:
         """Return the note on `tensor`, None if there is none."""
-        return self._noted.get(id(tensor), (None, None))[1]
+        return self._noted.get(tensor) if isinstance(tensor, Tensor) else None
 
     def set(self, tensor: Tensor, note: Any) -> None:
         """Note `note` on `tensor`; None takes its note away."""
         if note is None:
-            self._noted.pop(id(tensor), None)
+            self._noted.pop(tensor, None)
         else:
-            self._noted[id(tensor)] = (tensor, note)
+            self._noted[tensor] = note
 
 
 @contextmanager

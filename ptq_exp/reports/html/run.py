@@ -17,6 +17,7 @@ from ptq_exp.reports.html.page import file_uri, write_page
 from ptq_exp.reports.html.picture import drawn
 from ptq_exp.reports.html.section import Image, Section
 from ptq_exp.reports.html.table import Table, number, text
+from ptq_exp.reports.html.worst import worst_section
 from ptq_exp.results.environment import run_command
 from ptq_exp.storage.plain_json import read_json
 
@@ -32,9 +33,9 @@ def write_run_report(folder: Path) -> Path:
     if not isinstance(results, Mapping) or results.get("status") != "finished":
         raise DataError(f"{folder / 'results.json'} is not of a finished run, which alone has a report: run it again")
     found = [
-        _summary(results), _images(results, folder), _eps_error(results), _noise(folder),
-        activation_section(folder), sensitivity_section(folder), _schedule(results), execution_section(results, folder),
-        cost_section(folder), _reproduce(results, folder),
+        _summary(results), _images(results, folder), worst_section(results, folder), _eps_error(results),
+        _noise(folder), activation_section(folder), sensitivity_section(folder), _schedule(results),
+        execution_section(results, folder), cost_section(folder), _reproduce(results, folder),
     ]
     config = results["config"]
     sampler = config["sampler"]
@@ -70,9 +71,15 @@ def _summary(results: Mapping[str, Any]) -> Section:
     if unit is not None:
         note += (" FID increase over FP32 of the same seeds in units of the FID between two random halves of the real "
                  f"data ({unit:.4g}).")
+    intervals = results.get("intervals", {})
+    if intervals:
+        note += (f" In square brackets: 95 % interval of a paired bootstrap over images "
+                 f"({', '.join(f'{n} resamples for {kind}' for kind, n in results['resamples'].items())}).")
+    own = {id(results["metrics"]): intervals}  # of the quantized images alone
     table = Table(
         [("", False), *((SCORES[key].heading, True) for key in keys)],
-        [[text(name), *(number(scores.get(key)) for key in keys)] for name, scores in rows.items() if scores],
+        [[text(name), *(number(scores.get(key), interval=own.get(id(scores), {}).get(key)) for key in keys)]
+         for name, scores in rows.items() if scores],
         "Scores", sortable=False, note=note,
     )
     return Section("summary", "Summary", tables=[table])

@@ -27,6 +27,7 @@ class Section:
     text: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
+    gallery: list[Image] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     folded_tables: list[tuple[str, Table]] = field(default_factory=list)
     code: list[str] = field(default_factory=list)

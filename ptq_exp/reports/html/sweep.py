@@ -67,7 +67,7 @@ def _compared(table: ResultTable) -> Section:
     rows = [
         [
             *(text(row[key]) for key in keys), text(seeds),
-            *(number(row[name], _form(name), row[f"{name}.std"]) for name in values),
+            *(number(row[name], _form(name), row[f"{name}.std"], _interval(row, name)) for name in values),
         ]
         for row, (_, seeds) in zip(frame.to_dict("records"), table.rows, strict=True)
     ]
@@ -121,6 +121,11 @@ def _scaled(row: dict, name: str) -> float | None:
     """Return a value of one run in the unit of its column."""
     found = row[VALUES[name].column]
     return None if is_missing(found) else float(found) * VALUES[name].factor
+
+
+def _interval(row: dict, name: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of a single run, of a row of a `ResultTable`."""
+    return (row[f"{name}.low"], row[f"{name}.high"]) if f"{name}.low" in row else None
 
 
 def _form(name: str) -> str:

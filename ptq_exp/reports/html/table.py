@@ -39,14 +39,16 @@ class Table:
     order: tuple[int, str] | None = None
 
 
-def number(value: Any, form: str = "{:.4g}", deviation: Any = None) -> Cell:
-    """Return a number, with its standard deviation where there is one; a dash where it is missing or NaN."""
+def number(value: Any, form: str = "{:.4g}", deviation: Any = None, interval: Sequence[float] | None = None) -> Cell:
+    """Return a number, with its standard deviation or interval if there is one; a dash where it is missing or NaN."""
     if is_missing(value):
         return Cell(MISSING)
     value = float(value)
     if math.isinf(value):
         return Cell(*("∞", "Infinity") if value > 0 else ("−∞", "-Infinity"))
     spread = "" if is_missing(deviation) else f" ± {form.format(float(deviation))}"
+    if interval is not None and not is_missing(interval[0]):
+        spread += f" [{', '.join(form.format(bound) for bound in interval)}]".replace("-", "−")
     return Cell(form.format(value).replace("-", "−") + spread, value)
 
 

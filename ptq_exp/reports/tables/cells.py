@@ -26,7 +26,7 @@ class Cell:
     """Hold the runs of one row and column that were scored alike.
 
     `numbers` holds a series for each value, indexed by what tells the runs apart (their seeds), without missing ones.
-    `position` is that of its first run among all.
+    `intervals` are those of a single run. `position` is that of its first run among all.
     """
 
     row: Key
@@ -34,6 +34,7 @@ class Cell:
     spec: str
     full_precision: bool
     numbers: dict[str, pd.Series] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     members: tuple[Key, ...] = ()
     position: int = 0
 
@@ -115,6 +116,9 @@ def _cell(
         numbers = group.get(value.column, pd.Series(dtype=float, index=group.index))
         series = pd.to_numeric(numbers, errors="coerce").astype(float) * value.factor
         cell.numbers[name] = series.set_axis(pd.Index(members, tupleize_cols=False, dtype=object)).dropna()
+        interval = first.get(value.interval)
+        if len(group) == 1 and isinstance(interval, list):
+            cell.intervals[name] = (interval[0] * value.factor, interval[1] * value.factor)
     return cell
 
 
@@ -137,7 +141,7 @@ def _same_settings(group: pd.DataFrame, allowed: Iterable[str]) -> None:
 class Entry:
     """Hold what is shown of a cell; `n` counts runs, `delta` is the mean difference to full precision.
 
-    A cell that no run fills has no entry.
+    `low` and `high` are the 95 % interval of a single run. A cell that no run fills has no entry.
     """
 
     mean: float = nan
@@ -145,6 +149,8 @@ class Entry:
     n: int | None = None
     delta: float = nan
     best: bool = False
+    low: float = nan
+    high: float = nan
 
 
 def shares(settings: Sequence[str], reference: Key, key: Key) -> bool:
@@ -181,7 +187,9 @@ def entries(
                     deviation = cell.deviation(name, value.column.startswith("quantization."))
                     # over the runs that both have: the same seeds
                     delta = float((cell.numbers[name] - reference.numbers[name]).mean()) if reference else nan
-                    entry = found[rows.index(key), place, name] = Entry(cell.mean(name), deviation, n, delta)
+                    entry = found[rows.index(key), place, name] = Entry(
+                        cell.mean(name), deviation, n, delta, False, *cell.intervals.get(name, (nan, nan))
+                    )
                     if value.better and not cell.full_precision and not isnan(entry.mean):
                         competing[place, name, cell.spec, repr(block_of[key])].append(entry)
     for (_, name, *_), several in competing.items():

@@ -31,6 +31,11 @@ class Value:
     digits: int = 2
     factor: float = 1.0
 
+    @property
+    def interval(self) -> str:
+        """The column of its 95 % interval [low, high], which not every run has."""
+        return f"intervals.{self.column.removeprefix('metrics.')}"
+
 
 def _of_scores() -> dict[str, Value]:
     """Return a value for each score, and one in percent where it is read so."""

@@ -12,7 +12,8 @@ from ptq_exp.results.missing import is_missing
 
 NO_EFFECT = (
     "name", "imports", "cache", "cache_dir", "save_quantized", "analysis", "logger", "trainer",
-    "evaluation.batch_size", "evaluation.grid_images", "reconstruction.cache_gb",
+    "evaluation.batch_size", "evaluation.grid_images", "evaluation.resamples", "evaluation.fid_resamples",
+    "evaluation.gate", "model.extractor", "reconstruction.cache_gb",
 )
 """Settings that change no number of a run: how it is called, where and how it is executed and recorded.
 

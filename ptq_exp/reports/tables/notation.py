@@ -12,7 +12,7 @@ import pandas as pd
 from ptq_exp.errors import ConfigError
 from ptq_exp.results.missing import is_missing
 
-COMPANIONS = (".std", ".n", ".runs", ".delta", ".best")
+COMPANIONS = (".std", ".n", ".runs", ".delta", ".best", ".low", ".high")
 """Endings of columns that belong to another one."""
 
 
@@ -54,7 +54,7 @@ def to_markdown(
 
     A column v with a companion f"{v}.std" is printed as mean ± std; a missing cell as a dash, infinity as ∞. Where
     there are f"{v}.best" (bool), f"{v}.n" (a count to show) and f"{v}.delta" (a difference), the cell is bold, and
-    count and difference follow it in brackets.
+    count and difference follow it in brackets; an interval f"{v}.low", f"{v}.high" in square ones.
 
     Args:
         table: the frame of a `ResultTable`, or any other.
@@ -167,6 +167,8 @@ def _cell(row: Mapping[str, Any], column: str, digits: int, notation: _Notation)
     text = notation.plus_minus.join(_number(part, digits, notation) for part in parts)
     if row.get(f"{column}.best") is True:
         text = notation.bold.format(text)
+    if not is_missing(low := row.get(f"{column}.low")):
+        text += f" [{_number(low, digits, notation)}, {_number(row[f'{column}.high'], digits, notation)}]"
     if not is_missing(count := row.get(f"{column}.n")):
         text += notation.count.format(int(count))
     if not is_missing(delta := row.get(f"{column}.delta")):

@@ -13,6 +13,8 @@ from ptq_exp.reports.tables.labels import label, letter, natural
 from ptq_exp.reports.tables.request import REFERENCE, Request
 from ptq_exp.results.missing import is_missing
 
+INTERVALS = "in square brackets: 95 % interval over the images of a run (paired bootstrap), not over seeds"
+
 
 def members_of(cells: Iterable[Cell]) -> str:
     """Name what tells the runs of some cells apart, once each: their seeds."""

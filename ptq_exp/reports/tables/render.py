@@ -44,7 +44,10 @@ def render(table: ResultTable, form: str = "markdown", label: str = "results") -
 
 
 def plain_frame(table: ResultTable) -> pd.DataFrame:
-    """Numbers for further use: a column of text per key; per value v the columns v, v.std, v.n and v.delta."""
+    """Numbers for further use: a column of text per key; per value v the columns v, v.std, v.n, v.delta, v.low, v.high.
+
+    Those of deviations, differences and intervals only where a row has one.
+    """
     frame = table.frame.drop(columns=[column for column in table.frame if column.endswith((".n", ".best"))])
     empty = [column for column in frame if column.endswith((".std", ".delta")) and frame[column].isna().all()]
     return frame.drop(columns=empty).rename(columns=lambda column: re.sub(r"\.runs$", ".n", column))

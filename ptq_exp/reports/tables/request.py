@@ -67,7 +67,7 @@ class ResultTable:
     """A table to print: `frame`, and for its columns headings, headings above these, and digits; then its notes.
 
     A column v has companions in `frame`: v.std, v.runs (how many), v.n (the same, where it is
-    unusual), v.delta, v.best.
+    unusual), v.delta, v.best, and v.low and v.high (95 % interval of a single run) where there is one.
 
     Attributes:
         blocks: columns; a LaTeX table has a rule between two rows that differ in one of them.

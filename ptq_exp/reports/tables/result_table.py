@@ -26,7 +26,7 @@ from ptq_exp.reports.tables.columns import (
 )
 from ptq_exp.reports.tables.identity import plain, telling_apart
 from ptq_exp.reports.tables.labels import condition, label, letter, natural, word
-from ptq_exp.reports.tables.notes import fate_of, members_of, scored
+from ptq_exp.reports.tables.notes import INTERVALS, fate_of, members_of, scored
 from ptq_exp.reports.tables.published import PublishedRow, published_keys
 from ptq_exp.reports.tables.request import BY_RUN, REFERENCE, Request, ResultTable
 
@@ -127,6 +127,8 @@ class _Builder:
         usual = max(set(counts), key=lambda n: (counts.count(n), n)) if counts else 0
         numbers = self._measured(table, rows, columns, usual) | self._published(table, rows)
         table.notes.extend(scored(self.cells, specs, (usual, counts), self.request))
+        if any(name.endswith(".low") for name in numbers):
+            table.notes.append(INTERVALS)
         table.notes.extend([*self.notes, *fate_of(self.unfinished), *self.lost])
         table.notes.extend(
             f"{entry.heading}: {entry.source}; published, not measured here" for entry in self.request.published
@@ -151,6 +153,9 @@ class _Builder:
                 unusual = [None if entry.n == usual else entry.n for entry in shown]
                 numbers[f"{place}.n"] = pd.Series(unusual, dtype=float)
                 numbers[f"{place}.best"] = pd.Series([entry.best for entry in shown], dtype=bool)
+                if not all(isnan(entry.low) for entry in shown):
+                    numbers[f"{place}.low"] = pd.Series([entry.low for entry in shown], dtype=float)
+                    numbers[f"{place}.high"] = pd.Series([entry.high for entry in shown], dtype=float)
                 if self.request.delta:
                     numbers[f"{place}.delta"] = pd.Series([entry.delta for entry in shown], dtype=float)
                 table.titles[place], table.groups[place] = value.heading + _ARROWS[value.better], group

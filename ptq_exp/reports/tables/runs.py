@@ -14,8 +14,8 @@ import pandas as pd
 from ptq_exp.errors import DataError
 from ptq_exp.storage.plain_json import read_json
 
-_LABELS, _RUNTIME = "config.calibration.labels", "config.runtime.name"
-"""Settings that older runs lack: they paired states and times, and executed the simulation."""
+_LABELS, _RUNTIME, _PAIRS = "config.calibration.labels", "config.runtime.name", "config.evaluation.pairs"
+"""Settings that older runs lack: they paired states and times, executed the simulation, and measured PSNR of pairs."""
 _WEIGHTS = {"weights.model": "config.model.weights"}
 _log = logging.getLogger(__name__)
 
@@ -87,6 +87,8 @@ def completed(flat: dict[str, Any]) -> dict[str, Any]:
     flat = with_weights(flat)
     if "config.calibration.name" in flat:
         flat = {_LABELS: "paired"} | flat
+    if "config.evaluation.name" in flat:
+        flat = {_PAIRS: []} | flat
     if "config.bits.name" in flat and flat.setdefault(_RUNTIME, "simulate") == "simulate":
         flat = {key: value for key, value in flat.items() if key == _RUNTIME or not key.startswith("config.runtime.")}
     return flat

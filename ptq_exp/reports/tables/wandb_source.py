@@ -15,7 +15,7 @@ from ptq_exp.storage.plain_json import restore
 
 TABLE_TAG = "ptq-exp-table"
 """Tag of the W&B runs that hold nothing but a table: no experiments."""
-_SECTIONS = ("metric_spec", "quantization", "real", "weights")  # as they are in results.json
+_SECTIONS = ("metric_spec", "quantization", "real", "weights", "intervals")  # as they are in results.json
 _OF_QUANTIZATION = ("coverage_conv_linear", "bops_ratio", "bops_ratio_everything")  # logged beside the scores
 _SERVICE = ("_wandb", "trainer", "graph")
 

@@ -10,7 +10,8 @@ from ptq_exp.storage.plain_json import read_json
 
 SMALL = [
     "sampler.steps=2", "evaluation.n_samples=4", "evaluation.batch_size=4", "evaluation.eps_error_samples=2",
-    "evaluation.grid_images=2", "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
+    "evaluation.grid_images=2", "evaluation.fid_resamples=2",
+    "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
     "trainer.accelerator=cpu", "save_quantized=false", "metric=minmax",
 ]
 

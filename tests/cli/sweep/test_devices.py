@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from small_networks import use_blank_pictures, use_small_networks
 
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.lightning import EvaluationModule, draw_images, make_trainer
@@ -10,13 +11,16 @@ from ptq_exp.storage.plain_json import read_json
 
 SMALL = [
     "sampler.steps=2", "evaluation.n_samples=6", "evaluation.batch_size=2", "evaluation.eps_error_samples=2",
-    "evaluation.grid_images=2", "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
+    "evaluation.grid_images=2", "evaluation.fid_resamples=2",
+    "calibration.n_samples=4", "calibration.batch_size=4", "trainer.progress_bar=false",
     "trainer.accelerator=cpu", "trainer.threads=1", "metric=minmax", "logger=none",
 ]
 
 
-def test_two_devices_give_the_metrics_of_one(command, tmp_path):
+def test_two_devices_give_the_metrics_of_one(command, tmp_path, monkeypatch):
     """Three batches of images for two devices, one batch of calibration states, one of trajectories for the error."""
+    use_small_networks(monkeypatch)  # processes are forked and have it, too
+    use_blank_pictures(monkeypatch)
     results, images = [], []
     for devices in ("trainer.devices=1", "trainer.devices=2"):
         folder = tmp_path / devices

@@ -75,7 +75,7 @@ def test_ldm4_imagenet256(golden, shrink, saved, monkeypatch, portable_sines):
     assert (model.n_classes, model.null_label, model.sampler.guidance_scale) == (1000, 1000, 3.0)
     assert sum(p.numel() for p in model.denoiser.unet.parameters()) == 400_920_579
     x, t, _ = golden.inputs(golden.file("ldm4_imagenet256.unet"), 0)
-    null = torch.full((1,), 1000)
+    x, null = x[..., :16, :16], torch.full((1,), 1000)
     assert torch.equal(model.denoiser(x, t, None), model.denoiser(x, t, null))
     denoiser_agrees(golden, shrink, model, model.denoiser, "ldm4_imagenet256.unet", "ldm4_imagenet256.unet_small")
     first_stage_agrees(golden, shrink, model.first_stage)

@@ -1,10 +1,13 @@
 """report.html of a run: what stands in it, what does not, and that it needs nothing but itself."""
 
 import base64
+import io
 import json
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ptq_exp.cli.report import main
 from ptq_exp.errors import DataError
@@ -167,3 +170,31 @@ def test_an_engine_has_a_section_with_times_and_layers_by_kernel(make_run, read_
     assert [row["layer"] for row in page.table("layer")] == ["conv_in", "a", "b"]
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert "99.80% of the MACs" in text and "53.1 dB from the simulation" in text
+
+
+def test_the_worst_pairs_come_first_with_prompt_and_scores_with_interval(make_run, read_page, tmp_path):
+    interval = {"psnr": [28.5, 31.25]}
+    folder = make_run(tmp_path / "run", intervals=interval, resamples={"pairs": 10000})
+    rng = np.random.default_rng(0)
+    fp = rng.integers(0, 256, (4, 16, 16, 1), dtype=np.uint8)
+    images = rng.integers(0, 256, fp.shape, dtype=np.uint8)
+    np.savez(folder / "samples.npz", arr_0=images, arr_1=np.array([7, 7, 3, 3]))
+    scores = np.array([30.0, 12.5, 40.0, 20.0])
+    np.savez(folder / "pairs.npz", psnr=scores, worst=[1, 3], worst_fp32=fp[[1, 3]])
+    page = read_page(write_run_report(folder))
+    assert page.sections.index("worst-pairs") == page.sections.index("images") + 1
+    captions = [text for text in page.texts if text.startswith("class ")]
+    assert captions == ["class 7, image 1: PSNR 12.5 dB", "class 3, image 3: PSNR 20.0 dB"]
+    pictures = [attributes["src"] for tag, attributes in page.elements if "in full precision and in" in
+                attributes.get("alt", "")]
+    for uri, i in zip(pictures, (1, 3), strict=True):
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+        tile = picture[4:100:6, 4:100:6, 0], picture[4:100:6, 104:200:6, 0]
+        assert np.array_equal(tile[0], fp[i, ..., 0]) and np.array_equal(tile[1], images[i, ..., 0])
+    scored = page.tables[0]
+    row = dict(zip(scored[0], scored[-1], strict=True))
+    assert row[""] == "W8A8" and row["PSNR dB"] == "30 [28.5, 31.25]"
+    assert "10000 resamples for pairs" in " ".join(page.texts)
+
+    np.savez(folder / "pairs.npz", psnr=scores, worst=[1], worst_fp32=fp[[1]], prompts=["", "a <b> fox", "", ""])
+    assert "a <b> fox, image 1: PSNR 12.5 dB" in read_page(write_run_report(folder)).texts

@@ -320,3 +320,21 @@ def test_a_label_stands_for_a_choice_and_orders_it(two_by_two):
 def test_a_run_that_lacks_a_value_is_named(two_by_two, write_run):
     write_run(two_by_two / "lacking", "w8a8", "ndtc", 2, metrics={"fid": math.nan})
     assert "no FID in lacking: the mean is that of the other runs" in table_of(two_by_two, cols=["bits"]).notes
+
+
+def test_an_interval_is_shown_of_a_single_run_and_a_deviation_of_several(write_run, tmp_path):
+    scores, interval = {"psnr": 49.1, "eps_error": 0.0123}, {"psnr": [48.6, 49.54]}
+    write_run(tmp_path / "a", bits="w8a8", metrics=scores, intervals=interval)
+    for seed in (0, 1):
+        write_run(tmp_path / f"b{seed}", bits="w4a4", seed=seed, metrics={"psnr": 30.0 + seed}, intervals=interval)
+    table = result_table(gather([tmp_path]), Request(rows=["bits"], values=["psnr", "eps_error_percent"]))
+    text = render(table)
+    assert "**49.10** [48.60, 49.54]" in text and "30.50 ± 0.71" in text and text.count("[48.60") == 1
+    assert "1.23 " in text and "paired bootstrap" in text
+    assert r"$\mathbf{49.10} [48.60, 49.54]" in render(table, "latex")
+    plain = plain_frame(table).set_index("bits")
+    assert (plain.loc["w8a8", "psnr.low"], plain.loc["w8a8", "psnr.high"]) == (48.6, 49.54)
+    assert plain.loc["w4a4"].isna()["psnr.low"] and "eps_error_percent.low" not in plain
+    write_run(tmp_path / "a", bits="w8a8", metrics=scores)
+    older = render(result_table(gather([tmp_path]), Request(rows=["bits"], values=["psnr"], where={"bits": ["w8a8"]})))
+    assert "[" not in older and "bootstrap" not in older

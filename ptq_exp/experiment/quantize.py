@@ -1,0 +1,67 @@
+"""Quantize a model that is in memory, with the settings that the command has: for `ptq_exp.quantize`."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ptq_exp.deploy.quantized_model import QuantizedModel
+from ptq_exp.diffusion import DiffusionModel, check_network
+from ptq_exp.experiment.keys import Keys
+from ptq_exp.experiment.making import make_quantized
+from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.run import Run
+from ptq_exp.experiment.stage import Record, Stages
+from ptq_exp.settings.compose import composed_from
+from ptq_exp.settings.schema import ExperimentConfig
+from ptq_exp.storage.cache import ArtifactCache
+
+log = logging.getLogger("ptq_exp")
+
+
+def quantize_with(
+    model: DiffusionModel, overrides: Sequence[str], *, steps: int | None = None, guidance_scale: float | None = None,
+    progress: bool = True,
+) -> QuantizedModel:
+    """Make the quantized model that the command makes with `overrides`; nothing is left on disk.
+
+    Args:
+        steps, guidance_scale: of the sampler; None = the model's own.
+
+    Raises:
+        PTQError: one line that names the setting, as on the command line.
+    """
+    grid = model.time_grid(steps)
+    scale = model.sampler.guidance_scale if guidance_scale is None else guidance_scale
+    device = next(model.denoiser.parameters()).device
+    given = [*overrides, f"sampler.steps={len(grid)}", "cache=off", f"trainer.progress_bar={str(progress).lower()}"]
+    config = composed_from([*given, f"trainer.accelerator={'cpu' if device.type == 'cpu' else 'gpu'}"])
+    trainer = {"accelerator": config.trainer.accelerator, "devices": 1, "strategy": "auto", "progress_bar": progress}
+    with tempfile.TemporaryDirectory(prefix="ptq_exp_") as folder:
+        cache = ArtifactCache(folder, "off")
+        run = Run(model, grid, scale, config.seed, device, cache, None, trainer)
+        check_network(model, grid, config.seed, device)
+        stages = Stages(cache, _Unwritten())
+        keys = Keys(config, model, grid, scale)
+        with torch.random.fork_rng():
+            return make_quantized(run, Plan.of(config, grid), config, keys, stages, None)
+
+
+class _Unwritten:
+    """Takes the records of stages, which here nobody reads."""
+
+    def write(self, stage: str, record: Record, **numbers: Any) -> None:
+        """Log the seconds of a stage."""
+        log.info("%s: %s s", stage, numbers.get("seconds", {}).get(stage))
+
+
+def overrides_of(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings by name as overrides of the command line; those that are None are left out."""
+    return [f"{name}={value}" for name, value in settings.items() if value is not None]
+
+
+__all__ = ["ExperimentConfig", "overrides_of", "quantize_with"]
