@@ -57,13 +57,13 @@ def test_an_unknown_runtime_is_refused_with_the_valid_ones(tmp_path):
     ("name", "options", "message"),
     [
         ("openvino", {"precision": "f16"}, "runtime.precision=f16: choose one of f32, bf16"),
-        ("openvino", {"weights": "6bit"}, "runtime.weights=6bit: choose one of as_saved, 7bit"),
+        ("openvino", {"weights": "6bit"}, "runtime.weights=6bit: choose one of as_saved, 7bit, groups"),
         ("openvino", {"speed": 2}, "runtime=openvino has no option speed"),
         (
             "torch", {"precision": "bf16"},
             "runtime.precision=bf16: runtime=torch computes the rest in f32: leave it out",
         ),
-        ("torch", {"weights": "6bit"}, "runtime.weights=6bit: choose one of as_saved, 7bit"),
+        ("torch", {"weights": "6bit"}, "runtime.weights=6bit: choose one of as_saved, 7bit, groups"),
         ("torch", {"threads": 1}, "runtime=torch has no option threads"),
     ],
 )
