@@ -63,7 +63,7 @@ def test_an_unknown_runtime_is_refused_with_the_valid_ones(tmp_path):
             "torch", {"precision": "bf16"},
             "runtime.precision=bf16: runtime=torch computes the rest in f32: leave it out",
         ),
-        ("torch", {"weights": "6bit"}, "runtime.weights=6bit: choose one of as_saved, 7bit, groups"),
+        ("torch", {"weights": "6bit"}, "runtime.weights=6bit: choose one of as_saved, 7bit"),
         ("torch", {"threads": 1}, "runtime=torch has no option threads"),
     ],
 )
