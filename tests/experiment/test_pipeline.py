@@ -84,3 +84,19 @@ def test_rows_of_one_image_stand_behind_each_other():
     rows = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 2, 3, 3)
     folded = model.by_image(rows, 2)
     assert folded.shape == (2, 2, 6, 3) and folded[1, 0, :, 0].tolist() == [1, 1, 1, 3, 3, 3]
+
+
+def test_a_saved_pipeline_has_a_card_and_is_evaluated_as_it_was_saved(command, folder):
+    where = (*SMALLEST, f"model.checkpoint={folder / 'sd15'}", f"model.prompts={folder / 'prompts.txt'}")
+    made = command(*where, "+experiment=uniform_w8a8", "evaluation.pairs=[ssim]")
+    card = (made / "quantized" / "README.md").read_text()
+    values = read_json(made / "results.json")["metrics"]
+    assert [text for text in (
+        "library_name: diffusers", f"| PSNR to full precision, same seeds (dB) | {values['psnr']:.4g}", "ptq_exp.load_quantized(",
+        "DiffusionPipeline.from_pretrained(",
+    ) if text not in card] == []
+    again = command(*where, "+experiment=evaluate", "evaluation.pairs=[ssim]", f"quantized={made}")
+    drawn = [np.load(path / "samples.npz")["arr_0"] for path in (made, again)]
+    assert np.array_equal(*drawn)
+    found = read_json(again / "results.json")["metrics"]
+    assert {name: found[name] for name in ("psnr", "ssim")} == {name: values[name] for name in ("psnr", "ssim")}
