@@ -92,8 +92,8 @@ def test_a_saved_pipeline_has_a_card_and_is_evaluated_as_it_was_saved(command, f
     card = (made / "quantized" / "README.md").read_text()
     values = read_json(made / "results.json")["metrics"]
     assert [text for text in (
-        "library_name: diffusers", f"| PSNR to full precision, same seeds (dB) | {values['psnr']:.4g}", "ptq_exp.load_quantized(",
-        "DiffusionPipeline.from_pretrained(",
+        "library_name: diffusers", f"| PSNR to full precision, same seeds (dB) | {values['psnr']:.4g}",
+        "ptq_exp.load_quantized(", "DiffusionPipeline.from_pretrained(",
     ) if text not in card] == []
     again = command(*where, "+experiment=evaluate", "evaluation.pairs=[ssim]", f"quantized={made}")
     drawn = [np.load(path / "samples.npz")["arr_0"] for path in (made, again)]
