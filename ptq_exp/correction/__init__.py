@@ -26,11 +26,12 @@ from ptq_exp.correction.statistics import (
     mean_square_error,
     relative_error,
 )
+from ptq_exp.correction.trajectory import check_grid, final_error_db, fit_on_trajectory, nearest
 
 __all__ = [
     "CONVENTIONS", "EDGES", "POWERS", "BitSchedule", "Corrected", "Merged", "MomentChunks", "NoiseStatistics",
-    "Scheduled", "VarianceFit", "budget_rows", "fit_moments", "fit_statistics", "fixed_pattern_share", "forward_snr",
-    "gains",
-    "mean_square_error", "measured_steps", "parse_widths", "propagated", "relative_error", "residual_histogram",
-    "sample_moments", "share_of_noise", "snr_rows", "standardised_residual", "step_correlation", "step_products",
+    "Scheduled", "VarianceFit", "budget_rows", "check_grid", "final_error_db", "fit_moments", "fit_on_trajectory",
+    "fit_statistics", "fixed_pattern_share", "forward_snr", "gains", "mean_square_error", "measured_steps", "nearest",
+    "parse_widths", "propagated", "relative_error", "residual_histogram", "sample_moments", "share_of_noise",
+    "snr_rows", "standardised_residual", "step_correlation", "step_products",
 ]

@@ -54,7 +54,7 @@ def shrunk_slope(moments: Tensor, k: Tensor, stderr: Tensor) -> Tensor:
     ((k - k')^2 X + R) / (1 + k')^2 of an estimate of variance X is least at k' = k + R / (X (1 + k)): negative slopes
     go up to there, at most to 0. At k <= -1 the quantized estimate carries nothing of the other: 0.
     """
-    safe = k * _trust(k, stderr)
+    safe = trusted(k, stderr)
     x = (at(moments, 2, 0) - at(moments, 1, 0) ** 2).mean(1)
     centre = residual_moment(moments, 1, safe.view(-1, 1), torch.zeros(()))
     residual = residual_moment(moments, 2, safe.view(-1, 1), centre).mean(1)
@@ -64,12 +64,13 @@ def shrunk_slope(moments: Tensor, k: Tensor, stderr: Tensor) -> Tensor:
 
 def shrunk_bias(bias: Tensor, stderr: Tensor) -> Tensor:
     """Biases [S, C] pulled towards 0 by their uncertainty."""
-    return bias * _trust(bias, stderr)
+    return trusted(bias, stderr)
 
 
-def _trust(value: Tensor, stderr: Tensor) -> Tensor:
+def trusted(value: Tensor, stderr: Tensor) -> Tensor:
+    """Multiply estimates by max(0, 1 - (standard error / value)^2), of the same shape."""
     factor = 1 - (stderr / value) ** 2
-    return torch.where(value == 0, 0.0, factor.nan_to_num(0.0, neginf=0.0).clamp(min=0))
+    return value * torch.where(value == 0, 0.0, factor.nan_to_num(0.0, neginf=0.0).clamp(min=0))
 
 
 def _of_mean(squares: Tensor, counts: Tensor) -> Tensor:

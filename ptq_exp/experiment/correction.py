@@ -13,6 +13,7 @@ from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.noise import collect, fit, noise_of_widths
 from ptq_exp.experiment.plan import Plan, given_schedule
 from ptq_exp.experiment.run import Run
+from ptq_exp.experiment.trajectory import trajectory_statistics
 from ptq_exp.settings.schema import RULES, CorrectionConfig
 from ptq_exp.storage.plain_json import to_plain
 
@@ -29,6 +30,8 @@ def fit_correction(
     if config.statistics is not None:
         statistics = _given_statistics(config)
         _check_made_for(statistics, made_for, config.statistics)
+    elif config.fit == "trajectory":
+        statistics = replace(trajectory_statistics(run, config, keys, quantized), made_for=made_for)
     else:
         chunks = _noise_of(run, plan, config, keys, quantized)
         statistics = replace(fit(run, config, chunks), made_for=made_for)
@@ -83,6 +86,8 @@ def _given_statistics(config: CorrectionConfig) -> NoiseStatistics:
 def _made_for(config: CorrectionConfig, keys: Keys, schedule: BitSchedule | None) -> dict[str, Any]:
     """Return what noise statistics belong to: network, grid, widths, and the parts that they are fitted for."""
     parts = {name: getattr(config, name) for name in ("correlation", "bias", "convention")}
+    if config.fit != "estimates":
+        parts["fit"] = config.fit
     return to_plain(keys.scheduled(schedule) | {"correction": parts})
 
 

@@ -19,6 +19,7 @@ from ptq_exp.storage.atomic import file_digest
 VERSIONS = {
     "sampling": 1, "calibration": 2, "transform": 1, "ranges": 1, "reconstruction": 1, "noise": 1, "propagation": 1,
     "schedule": 1, "correction": 1, "images": 1, "features": 1, "reference": 1, "activations": 1, "sensitivity": 1,
+    "trajectory": 1,
 }
 """Raise a kind's number when its values change while the settings stay: what was stored is computed anew then.
 
@@ -125,6 +126,8 @@ class Keys:
         if not corrected:
             return scheduled | {"correction": None}
         correction = asdict(self.config.correction)
+        if correction["fit"] == "estimates":
+            del correction["fit"]  # what was made before there was a choice is still that
         if correction["statistics"]:
             correction["statistics"] = file_digest(correction["statistics"])
         return versioned("correction", scheduled) | {"correction": correction}

@@ -29,6 +29,11 @@ def check_pipeline(config: ExperimentConfig) -> None:
         raise ConfigError(
             "bits.schedule=snr: a pipeline's scheduler says no noise levels; set bits.schedule=budget, or a list"
         )
+    if config.correction.active and config.correction.fit == "trajectory":
+        raise ConfigError(
+            "correction.fit=trajectory: a pipeline's scheduler makes the steps, which the fit would have to know; set "
+            "correction.fit=estimates"
+        )
     if config.correction.active and config.correction.variance:
         log.warning(
             "correction.variance: a pipeline's scheduler makes no room for noise of the estimates; their mean alone is "

@@ -209,6 +209,16 @@ def _check_correction(config: ExperimentConfig) -> None:
     check_section("correction", correction)
     if correction.statistics is not None and not correction.active:
         raise ConfigError("correction.statistics is set, but correction=none corrects nothing: choose correction=ptqd")
+    if correction.fit == "trajectory":
+        for setting, value, only in (
+            ("variance", correction.variance, False), ("convention", correction.convention, "paper"),
+            ("follow", correction.follow, "fp32"),
+        ):
+            if value != only:
+                raise ConfigError(
+                    f"correction.{setting}={str(value).lower()} belongs to correction.fit=estimates: leave it out, or "
+                    "choose correction=ptqd"
+                )
 
 
 def _at_least(setting: str, value: float, least: float) -> None:

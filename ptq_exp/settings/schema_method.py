@@ -141,6 +141,11 @@ class CorrectionConfig:
         choices="ptq_exp.correction.statistics.CONVENTIONS",
     )
     shrink: bool = setting(True, "Pull slopes and biases towards 0 as far as they are not significant (paper alone).")
+    fit: str = setting(
+        "estimates", "Fit each step to the errors of its estimates (PTQD), or step after step to the states that the "
+        "corrected model reaches, keeping of nothing, bias and all parts what serves other trajectories (trajectory).",
+        choices=("estimates", "trajectory"),
+    )
     follow: str = setting(
         "fp32", "Trajectories on which the noise is measured: those of the fp32 or of the quantized model.",
         choices="ptq_exp.diffusion.paired.FOLLOW",

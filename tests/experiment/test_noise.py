@@ -181,3 +181,26 @@ def test_the_experiments_of_ldm4_run_on_the_small_latent_model(name, results_of)
     layers = json.loads((folder / "quantization.json").read_text())["layers"]
     shortcuts = [row for row in layers if "conv_shortcut" in row["name"]]
     assert all((row["weight_bits"] is None) == (not name.endswith("mp")) for row in shortcuts) and shortcuts
+
+
+def test_a_correction_on_its_own_trajectory_says_what_it_keeps_and_is_evaluated_as_saved(results_of, command):
+    folder, results = results_of("+experiment=ptqd_w3a8", "correction=trajectory")
+    log = next(folder.glob("*.log")).read_text()
+    assert "final states of 2 other trajectories: nothing +0.00 dB, bias " in log and "; kept: " in log
+    kept = log.split("; kept: ")[1].splitlines()[0]
+    correction = results["correction"]
+    assert any(correction["k"]) == (kept == "correlation and bias") and "variance" not in correction
+    again = command(*QUICK, "+experiment=evaluate", f"quantized={folder}")
+    assert np.array_equal(read_samples(folder / "samples.npz")[0], read_samples(again / "samples.npz")[0])
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    (("correction=ptqd", "correction.fit=trajectory"), "correction.variance=true belongs to correction.fit=estimates"),
+    (("correction=trajectory", "correction.convention=code"), "correction.convention=code belongs to"),
+    (("correction=trajectory", "correction.follow=quantized"), "correction.follow=quantized belongs to"),
+    (("correction=trajectory", "sampler=euler"), "correction.fit=trajectory follows the steps of sampler=ddim"),
+])
+def test_what_a_correction_on_its_own_trajectory_cannot_do_is_refused(overrides, said, command, small_networks, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(*QUICK, "+experiment=ptqd_w3a8", "sampler.eta=0", *overrides)
+    assert said in str(stop.value) + capsys.readouterr().err
