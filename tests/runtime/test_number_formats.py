@@ -32,6 +32,6 @@ def test_weights_are_executed_in_float_with_the_values_that_they_have(weight, ac
 @pytest.mark.parametrize("name", ["mxfp8_e4m3", "nvfp4", "fp8_e5m2"])
 def test_activations_are_refused_by_the_setting(name):
     network, x = quantized(8, name)
-    with pytest.raises(ConfigError, match=f"runtime=torch: 2.input_quantizer rounds to the number format {name}, which is "
-                       "simulated only: choose runtime=simulate, or integer activations"):
+    message = f"runtime=torch: 2.input_quantizer rounds to the number format {name}, which is simulated only: choose "
+    with pytest.raises(ConfigError, match=message):
         runtime_of("torch").compile(network, (x[:1],))
