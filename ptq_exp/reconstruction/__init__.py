@@ -14,6 +14,7 @@ from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_
 from ptq_exp.reconstruction.block_report import BlockError, BlockReport, summary, table
 from ptq_exp.reconstruction.blocks import Block, find_blocks
 from ptq_exp.reconstruction.capture import Arena, Calls, capture
+from ptq_exp.reconstruction.gptq_rounding import gptq
 from ptq_exp.reconstruction.optimise import BlockData, BlockOptimisation, Settings, block_error
 from ptq_exp.reconstruction.run import Reconstruction, split
 from ptq_exp.reconstruction.time_block import TimeBlock, find_time_blocks
@@ -21,6 +22,6 @@ from ptq_exp.reconstruction.time_block import TimeBlock, find_time_blocks
 __all__ = [
     "Annealing", "Arena", "Block", "BlockData", "BlockError", "BlockOptimisation", "BlockReport", "Calls",
     "Reconstruction", "Rounding", "Settings", "StepSizes", "TimeBlock", "block_error", "capture", "dropping",
-    "find_blocks", "find_time_blocks", "reconstruction_loss", "rectified_sigmoid", "regulariser", "split", "summary",
-    "table",
+    "find_blocks", "find_time_blocks", "gptq", "reconstruction_loss", "rectified_sigmoid", "regulariser", "split",
+    "summary", "table",
 ]
