@@ -111,6 +111,9 @@ class Keys:
             return self.ranges()
         settings = asdict(self.config.reconstruction)
         del settings["cache_gb"]  # where rows lie changes nothing
+        of_gptq = {name: settings.pop(name) for name in ("method", "act_order", "damping", "hessian_gb")}
+        if of_gptq["method"] == "gptq":
+            settings = of_gptq | {"name": settings["name"], "granularity": settings["granularity"]}
         settings["blocks"] = list(self.model.blocks) if settings["granularity"] == "block" else []
         return versioned("reconstruction", self.ranges()) | {"reconstruction": settings}
 

@@ -109,6 +109,8 @@ LAYOUT = (
     Entry("reconstruction.error*", "relative error of the blocks' outputs on held-out samples, mean over blocks; "
           "`_fp`: on full-precision inputs, `_before`: with nearest rounding", "1", "reconstruction.summary",
           "runs with a reconstruction"),
+    Entry("reconstruction.objective", "squared error of a layer's output on calibration data over that of the nearest "
+          "rounding, mean over layers", "1", "reconstruction.summary", "runs with reconstruction=gptq"),
     Entry("reconstruction.optimiser_seconds", "wall time of the optimiser", "s", "reconstruction.summary",
           "runs with a reconstruction"),
     Entry("bit_schedule.rule", "how the widths were found: snr, budget or list", "word",
