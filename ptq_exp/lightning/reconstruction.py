@@ -33,7 +33,7 @@ class ReconstructionModule(pl.LightningModule):
 
     def train_dataloader(self) -> DataLoader:
         # an item is the number of an iteration: the block draws its rows itself, from the seed and its name
-        return DataLoader(range(self.reconstruction.iterations), batch_size=None)
+        return DataLoader(range(max(1, self.reconstruction.iterations)), batch_size=None)
 
     def on_train_start(self) -> None:
         self.network.eval()  # dropout

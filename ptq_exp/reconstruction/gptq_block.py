@@ -150,12 +150,12 @@ class GPTQBlock:
         with self._watched(range(number, len(self.layers)), enter, quantized=False):
             self._run(slice(0, 1))
         chosen, room = {}, self.settings.hessian_bytes
-        for n in range(number, len(self.layers)):
-            if number in read and n in read and len(read[n]) == len(read[number]) and all(map(_is, read[n], read[number])):
+        for n, tensors in sorted(read.items()) if number in read else ():
+            if [*map(id, tensors)] == [*map(id, read[number])]:
                 room -= hessian_bytes(self.layers[n])
                 if room < 0:
                     break
-                chosen[n] = len(read[n])
+                chosen[n] = len(tensors)
         return chosen
 
     def _summed(self, wanted: dict[int, int]) -> dict[int, InputHessian]:
@@ -203,7 +203,3 @@ class GPTQBlock:
 
 class _Ended(Exception):
     """All layers that are asked about were called."""
-
-
-def _is(one: Tensor, other: Tensor) -> bool:
-    return one is other

@@ -103,12 +103,12 @@ class ReconstructionConfig:
         "that nothing has to be stored for it.",
     )
     damping: float = setting(
-        0.01, "GPTQ: share of the mean of the Hessian's diagonal that is added to it; raised where it does not suffice.",
+        0.01, "GPTQ: share of the mean of the Hessian's diagonal that is added to it; raised where that is too little.",
         low=0, high=1,
     )
     hessian_gb: float = setting(
-        2.0, "GPTQ: layers whose Hessian (the square of in-channels times kernel, 8 bytes each) takes more GB keep their "
-        "nearest rounding, as the log and reconstruction.json say.", low=0,
+        2.0, "GPTQ: layers whose Hessian (the square of in-channels times kernel, 8 bytes each) takes more GB keep "
+        "their nearest rounding, as the log and reconstruction.json say.", low=0,
     )
     iterations: int = setting(0, "Optimiser steps per block; the papers take 20000.", low=1)
     batch_size: int = setting(0, "Samples per iteration.", low=1)
