@@ -27,7 +27,8 @@ def quantize(
     """Quantize a pipeline of diffusers, a `DiffusionModel`, or any network with recorded calls; `model` is untouched.
 
     Args:
-        bits: such as "w8a8", a name in conf/bits.
+        bits: such as "w8a8" or "mxfp4", a name in conf/bits; or "nvfp4:8", a width or number format of weights and one
+            of activations (16: these are not quantized).
         prompts: of a pipeline: what calibration draws, texts or arguments by name for each image, or a file of them.
         calls: of a network: arguments of its calls, each a mapping by name, or in order with a mapping at the end.
         n: calibration states: network calls that ranges are chosen on, a row each (of a pipeline: those of one image).
@@ -47,16 +48,16 @@ def quantize(
     Raises:
         PTQError: one line that says which argument cannot be, and what is valid.
     """
-    from ptq_exp.experiment.quantize import overrides_of, quantize_with  # loads Hydra and Lightning
+    from ptq_exp.experiment.quantize import bits_overrides, overrides_of, quantize_with  # loads Hydra and Lightning
 
     wanted, scale = _model_of(model, prompts, calls, steps, call)
     settings = {
-        "bits": bits, "calibration": calibration, "metric": metric, "reconstruction": reconstruction,
+        "calibration": calibration, "metric": metric, "reconstruction": reconstruction,
         "runtime": runtime, "seed": seed,
     }
     if isinstance(policy, str):
         settings["quantization"] = policy
-    given = overrides_of(settings) + [f"quantization.{key}={value}" for key, value in dict(
+    given = [*bits_overrides(bits), *overrides_of(settings)] + [f"quantization.{key}={value}" for key, value in dict(
         policy if isinstance(policy, Mapping) else {}
     ).items()]
     if transforms:

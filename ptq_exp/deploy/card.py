@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq_exp.evaluation.scores import SCORES
+from ptq_exp.quantization.widths import at_least
 from ptq_exp.storage.atomic import atomic_path
 
 _CARD = """---
@@ -102,7 +103,7 @@ def card(description: dict[str, Any], results: dict[str, Any], command: str) -> 
         bits_name=bits["name"], title=bits["name"].upper(), model=model["name"], digest=model["digest"],
         others="".join(f", `{name}`" for name in beside), weight=bits["weight"], softmax=bits["softmax"],
         activation=activation + (", chosen for each sampling step" if "/" in activation else ""),
-        first_last=max(bits["first_last"], bits["weight"]), boundary=bits["boundary"],
+        first_last=at_least(bits["weight"], bits["first_last"]), boundary=bits["boundary"],
         coverage=_both(totals["coverage"], "{:.2%}"), bops=_both(totals["bops_reduction"], "{:.1f}"),
         size=description["file"]["bytes"] / 1e6, fp32=totals["fp32_bytes"] / 1e6,
         metrics="\n".join(["| metric | value |", "| --- | ---: |", *scored]),

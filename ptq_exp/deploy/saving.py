@@ -20,7 +20,6 @@ from ptq_exp.quantization.save import (
     COMPONENT_TENSORS_FILE,
     DESCRIPTION_FILE,
     TENSORS_FILE,
-    VERSION,
     save_quantized,
 )
 from ptq_exp.storage.atomic import atomic_path, file_digest
@@ -78,7 +77,7 @@ def save_component(quantized: QuantizedModel, folder: str | Path, **_: Any) -> N
     config = json.loads(component.to_json_string())
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD, "bits": description["settings"]["bits"]["name"],
-        "dtype": description["network"]["dtype"], "format_version": VERSION,
+        "dtype": description["network"]["dtype"], "format_version": description["version"],
     }
     config.pop("_name_or_path", None)
     with atomic_path(folder / "config.json") as temporary:

@@ -23,7 +23,8 @@ class Plan:
         quantization, bits: the settings.
         metric: that the range search minimises.
         batch_size: calibration states per evaluation of the network.
-        widths: that activations are calibrated for, ascending; one, unless they differ between steps.
+        widths: that activations are calibrated for, ascending; one, unless they differ between steps, which may be a
+            number format.
         time_bins: row of the activation ranges that each sampling step uses, int64 [S].
         groups: setting -> (glob, weight bits, activation bits) of groups of layers with widths of their own.
     """
@@ -32,9 +33,9 @@ class Plan:
     bits: BitsConfig
     metric: str
     batch_size: int
-    widths: list[int]
+    widths: list[int | str]
     time_bins: Tensor
-    groups: Mapping[str, tuple[str, int, int]]
+    groups: Mapping[str, tuple[str, int | str, int | str]]
 
     @classmethod
     def of(cls, config: ExperimentConfig, grid: TimeGrid) -> Plan:
@@ -56,8 +57,8 @@ class Plan:
         return int(self.time_bins.max()) + 1
 
 
-def activation_widths(bits: BitsConfig, grid: TimeGrid) -> list[int]:
-    """List the widths that activations are calibrated for, ascending."""
+def activation_widths(bits: BitsConfig, grid: TimeGrid) -> list[int | str]:
+    """List the widths that activations are calibrated for, ascending, or their number format."""
     if bits.schedule is None:
         return [bits.activation]
     if bits.schedule not in RULES:
@@ -65,8 +66,8 @@ def activation_widths(bits: BitsConfig, grid: TimeGrid) -> list[int]:
     return sorted(set(bits.candidates or given_schedule(bits, grid).widths))
 
 
-def bit_groups(bits: BitsConfig, named: Mapping[str, str]) -> dict[str, tuple[str, int, int]]:
-    """Map setting -> (glob, weight bits, activation bits) for the groups of layers that have widths of their own.
+def bit_groups(bits: BitsConfig, named: Mapping[str, str]) -> dict[str, tuple[str, int | str, int | str]]:
+    """Map setting -> (glob, weight bits, activation bits) for the groups of layers that have bits of their own.
 
     Globs on the command line come before the names that the model declares: they are narrower.
 

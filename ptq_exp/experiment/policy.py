@@ -42,7 +42,8 @@ def policy(plan: Plan, model: DiffusionModel, network: nn.Module, example: Call)
     names += [name for name in found if name not in names]
     of_network = replace(quantization, attention=quantization.attention and (operands or bool(found)),
                          first=first, last=last)
-    widths = Widths(bits.weight, tuple(plan.widths), bits.softmax, bits.first_last, bits.boundary)
+    activation = plan.widths[0] if len(plan.widths) == 1 else tuple(plan.widths)
+    widths = Widths(bits.weight, activation, bits.softmax, bits.first_last, bits.boundary)
     rules = kept(quantization.keep_fp, names) + of_network.rules(widths, plan.n_bins)
     if not operands:  # a rule that matches nothing is an error, but not this one
         rules = [rule for rule in rules if rule.pattern != OPERANDS]
@@ -50,7 +51,7 @@ def policy(plan: Plan, model: DiffusionModel, network: nn.Module, example: Call)
         parts = find_concats(network, example, through_maps=quantization.shortcut == "split_all")
         _say("quantization.shortcut", f"{len(parts)} layers read concatenations, with a range for each part", parts)
         rules = segmented(rules, parts)
-    if quantization.time_embedding != "none":
+    if quantization.time_embedding != "none" and widths.quantizes_activations:
         parts = find_chunks(network, example)
         split = quantization.time_embedding == "split"
         each = "a range for each piece" if split else "one range for all pieces"

@@ -16,6 +16,7 @@ from ptq_exp.experiment.making import make_quantized
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Record, Stages
+from ptq_exp.quantization import group_bits
 from ptq_exp.settings.compose import composed_from
 from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.storage.cache import ArtifactCache
@@ -59,9 +60,21 @@ class _Unwritten:
         log.info("%s: %s s", stage, numbers.get("seconds", {}).get(stage))
 
 
+def bits_overrides(bits: str) -> list[str]:
+    """Return the choice of bits as overrides; "nvfp4:8" names a width or number format of weights and of activations.
+
+    Raises:
+        ConfigError: it names something else.
+    """
+    if ":" not in str(bits):
+        return [f"bits={bits}"]
+    weight, activation = group_bits("bits", bits)
+    return ["bits=w8a8", f"bits.name={weight}_{activation}", f"bits.weight={weight}", f"bits.activation={activation}"]
+
+
 def overrides_of(settings: Mapping[str, Any]) -> list[str]:
     """Return settings by name as overrides of the command line; those that are None are left out."""
     return [f"{name}={value}" for name, value in settings.items() if value is not None]
 
 
-__all__ = ["ExperimentConfig", "overrides_of", "quantize_with"]
+__all__ = ["ExperimentConfig", "bits_overrides", "overrides_of", "quantize_with"]

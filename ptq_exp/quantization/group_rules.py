@@ -1,4 +1,4 @@
-"""Bit-widths per group of layers, as a refinement of rules."""
+"""Bit-widths and number formats per group of layers, as a refinement of rules."""
 
 from __future__ import annotations
 
@@ -10,35 +10,52 @@ from fnmatch import fnmatchcase
 
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization.specs import QuantSpec, Rule, first_match
-from ptq_exp.quantization.widths import check_bits
+from ptq_exp.quantization.widths import UNQUANTIZED, check_width
 
 GROUP_BITS = re.compile(r"w(\d+)a(\d+)")
 
 
-def group_bits(setting: str, bits: str) -> tuple[int, int]:
-    """Return the weight and activation width that `bits` spells out, such as (4, 8) for "w4a8".
+def group_bits(setting: str, bits: str) -> tuple[int | str, int | str]:
+    """Return widths or number formats of weights and activations.
+
+    "w4a8" is (4, 8), "w4a16" leaves activations as they are, "mxfp4" is that format for both, and "nvfp4:8" has one
+    for each.
 
     Raises:
         ConfigError: it is something else; the message begins with `setting`.
     """
-    found = GROUP_BITS.fullmatch(bits) if isinstance(bits, str) else None
-    if found is None:
+    given = str(bits) if isinstance(bits, str) else ""
+    if found := GROUP_BITS.fullmatch(given):
+        weight, activation = map(int, found.groups())
+    elif not given or given.isdigit():
         raise ConfigError(f"{setting}={bits}: give a weight and an activation width, such as w4a8")
-    weight, activation = map(int, found.groups())
-    check_bits(setting, weight)
-    check_bits(setting, activation)
+    else:
+        weight, _, activation = given.partition(":")
+        weight, activation = (int(part) if part.isdigit() else part for part in (weight, activation or weight))
+    try:
+        check_width(setting, weight)
+        check_width(setting, activation, activation=True)
+    except ConfigError as error:
+        if isinstance(weight, int) and isinstance(activation, int):
+            raise
+        raise ConfigError(
+            f"{setting}={bits}: give a weight and an activation width, such as w4a8, a number format such as mxfp4, or "
+            f"one for each, such as nvfp4:8 ({error})"
+        ) from error
     return weight, activation
 
 
 def with_groups(
-    rules: Sequence[Rule], groups: Mapping[str, tuple[str, int, int]], names: Collection[str], fixed: Collection[str]
+    rules: Sequence[Rule], groups: Mapping[str, tuple[str, int | str, int | str]], names: Collection[str],
+    fixed: Collection[str],
 ) -> list[Rule]:
     """Return `rules` where groups of layers have widths of their own, for weights and for activations.
 
     Softmax maps and layers that a rule keeps in full precision stay as they are.
 
     Args:
-        groups: setting -> (glob, weight bits, activation bits); the first whose glob matches a layer decides.
+        groups: setting -> (glob, weight bits, activation bits), widths or number formats; the first whose glob matches
+            a layer decides.
         names: of the network's layers.
         fixed: globs of layers that no group changes: the first and the last ones.
 
@@ -64,7 +81,9 @@ def with_groups(
     return [*made.values(), *rules]
 
 
-def _at_widths(spec: QuantSpec, weight: int, activation: int) -> QuantSpec:
+def _at_widths(spec: QuantSpec, weight: int | str, activation: int | str) -> QuantSpec:
+    if activation == UNQUANTIZED:
+        return QuantSpec(spec.weight and replace(spec.weight, bits=weight))
     widths = {"weight": weight, "input": activation, "output": activation, "product": activation}
     changed = {role: getattr(spec, role) and replace(getattr(spec, role), bits=bits) for role, bits in widths.items()}
     return replace(spec, **changed)

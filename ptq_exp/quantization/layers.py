@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from ptq_exp.quantization.quantizer.formats import activation_quantizer, weight_quantizer
 from ptq_exp.quantization.specs import QuantSpec, TensorSpec
 
 
@@ -118,22 +118,16 @@ def layer_quantizers(
     groups = getattr(layer, "groups", 1)
     return {
         "weight_quantizer": _build(
-            WeightQuantizer, spec.weight, in_channels, axis, f"{name}.weight_quantizer", out_channels
+            spec.weight, in_channels, axis, f"{name}.weight_quantizer", tuple(layer.weight.shape)
         ),
-        "input_quantizer": _build(
-            ActivationQuantizer, spec.input, in_channels * groups, axis, f"{name}.input_quantizer"
-        ),
-        "output_quantizer": _build(
-            ActivationQuantizer, spec.output, out_channels, axis, f"{name}.output_quantizer"
-        ),
+        "input_quantizer": _build(spec.input, in_channels * groups, axis, f"{name}.input_quantizer"),
+        "output_quantizer": _build(spec.output, out_channels, axis, f"{name}.output_quantizer"),
     }
 
 
 def attention_quantizers(attention: Attention, spec: QuantSpec, name: str) -> dict[str, nn.Module]:
     """Return the quantizer of the softmax map that `spec` asks for (it must not be None there)."""
-    return {
-        "softmax_quantizer": _build(ActivationQuantizer, spec.softmax, None, -1, f"{name}.softmax_quantizer")
-    }
+    return {"softmax_quantizer": _build(spec.softmax, None, -1, f"{name}.softmax_quantizer")}
 
 
 def attention_obstacle(attention: Attention) -> str | None:
@@ -161,14 +155,14 @@ def bits_of(quantizer: nn.Module | None) -> int | tuple[int, ...] | None:
 
 
 def _build(
-    quantizer: type[Quantizer],
-    spec: TensorSpec | None,
-    channels: int | None,
-    axis: int,
-    name: str,
-    out_channels: int = 1,
+    spec: TensorSpec | None, channels: int | None, axis: int, name: str, weight: tuple[int, ...] | None = None
 ) -> nn.Module:
-    """Build one quantizer; `channels`: length of the channel axis (None: it varies, as in a softmax map)."""
+    """Build one quantizer.
+
+    Args:
+        channels: length of the channel axis; None = it varies, as in a softmax map.
+        weight: shape of the weight; None = of an activation.
+    """
     if spec is None:
         return nn.Identity()
     segments = None if channels is None else spec.granularity.segments(channels)
@@ -176,8 +170,7 @@ def _build(
         raise QuantizationError(
             f"{name}: segments {segments} sum to {sum(segments)}, but there are {channels} channels"
         )
-    settings = {"symmetric": spec.symmetric, "segments": segments, "metric": spec.metric}
-    # an activation's rows follow from its widths or bins
-    activation = {"headroom": spec.headroom, "bins": spec.bins}
-    settings |= activation if quantizer is ActivationQuantizer else {"rows": spec.granularity.rows(out_channels)}
-    return quantizer(spec.bits, axis=axis, name=name, **settings)
+    settings = {"symmetric": spec.symmetric, "segments": segments, "metric": spec.metric, "axis": axis, "name": name}
+    if weight is None:  # an activation's rows follow from its widths or bins
+        return activation_quantizer(spec.bits, headroom=spec.headroom, bins=spec.bins, **settings)
+    return weight_quantizer(spec.bits, weight, rows=spec.granularity.rows(weight[0]), **settings)

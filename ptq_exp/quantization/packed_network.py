@@ -1,9 +1,10 @@
 """A quantized network as a plain state dict, and back: packed integers under the weights' names, ranges beside them.
 
-* ``<layer>.weight``: uint8, the integers q - qmin of a quantized weight, packed (`ptq_exp.quantization.packing`);
+* ``<layer>.weight``: uint8, the integers q - qmin of a quantized weight, or its codes in a number format, packed
+  (`ptq_exp.quantization.packing`);
 * ``<quantizer>.scale``, float32 ``[rows, segments]``, and ``<quantizer>.zero_point`` in the smallest type that holds
   it, left out where it is 0 by symmetry; ``<quantizer>.qmin`` and ``.qmax``, float32, where they do not follow from
-  width and symmetry;
+  width and symmetry; of a weight in a block format its scales, such as ``<quantizer>.block_scale``;
 * every other parameter and persistent buffer under its own name, in its own type and shape.
 
 Whatever reads safetensors finds the weights under the names that the network's own checkpoint has. The layout, a
@@ -23,6 +24,7 @@ from ptq_exp.quantization.affine import QRange, check_range, integer_range
 from ptq_exp.quantization.calibrate import quantizers
 from ptq_exp.quantization.packing import pack, unpack
 from ptq_exp.quantization.quantizer import Quantizer, WeightQuantizer
+from ptq_exp.quantization.quantizer.formats import format_of
 from ptq_exp.storage.finite import bad_values, is_finite
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32)
@@ -41,7 +43,7 @@ def packed_state(network: nn.Module) -> tuple[dict[str, Tensor], dict]:
         bits = layer.weight_quantizer.bits
         packed = pack(layer.weight_quantizer.integers(layer.weight).cpu().numpy(), bits)
         tensors[name] = torch.from_numpy(packed.copy())
-        layout["weights"][name] = {"bits": bits, "shape": list(layer.weight.shape)}
+        layout["weights"][name] = weight_entry(layer)
     for name, quantizer in quantizers(network):
         found, layout["ranges"][name] = _pack_ranges(name, quantizer)
         tensors |= {f"{name}.{field}": value for field, value in found.items()}
@@ -64,6 +66,11 @@ def restore_state_(network: nn.Module, tensors: Mapping[str, Tensor], layout: Ma
         found = _unpack_ranges(name, quantizer, layout["ranges"][name], left)
         check_range(name, found)
         quantizer.set_range(found)
+        for field in quantizer.scale_names:
+            buffer = getattr(quantizer, field)
+            buffer.copy_(_taken(left, f"{name}.{field}", buffer.shape, type_name(buffer)))
+            if not is_finite(buffer):
+                raise DataError(f"{name}.{field} holds {bad_values(buffer)}; quantize the model again")
     for name, value in other_state(network).items():
         found = _taken(left, name, value.shape, type_name(value))
         check_finite(network, name, found)
@@ -109,6 +116,7 @@ def _pack_ranges(name: str, quantizer: Quantizer) -> tuple[dict[str, Tensor], di
     if not quantizer.ready:
         raise QuantizationError(f"{name}: not calibrated, it has no range to save; calibrate the model first")
     entry, tensors = signature(quantizer) | {"zero_point": None, "levels": None}, {"scale": quantizer.scale}
+    tensors |= {field: getattr(quantizer, field) for field in quantizer.scale_names}
     zero_point = quantizer.zero_point
     if not (quantizer.symmetric and bool((zero_point == 0).all())):
         kind = next((kind for kind in INTEGERS if torch.equal(zero_point.to(kind).float(), zero_point)), torch.float32)
@@ -137,6 +145,8 @@ def _unpack_ranges(name: str, quantizer: Quantizer, entry: Mapping, tensors: dic
 def known_limits(quantizer: Quantizer) -> dict[str, tuple[Tensor, Tensor]]:
     """(qmin, qmax), each like the scale, by name: what `choose_qparams` makes of width and symmetry."""
     rows, like = len(quantizer.scale), torch.ones_like(quantizer.scale)
+    if format_of(quantizer):
+        return {"format": quantizer.limits(like)}
     widths = quantizer.bits if isinstance(quantizer.bits, tuple) else (quantizer.bits,)
     widths = widths if len(widths) == rows else widths[:1] * rows
 
@@ -159,8 +169,7 @@ def check_layout(network: nn.Module, layout: Mapping, more: Mapping[str, Mapping
     """
     expected = {
         "weights": {
-            name: {"bits": layer.weight_quantizer.bits, "shape": list(layer.weight.shape)}
-            for name, layer in packed_layers(network)
+            name: weight_entry(layer) for name, layer in packed_layers(network)
         },
         "ranges": {name: signature(quantizer) for name, quantizer in quantizers(network)},
         **more,
@@ -178,6 +187,13 @@ def check_layout(network: nn.Module, layout: Mapping, more: Mapping[str, Mapping
                     )
 
 
+def weight_entry(layer: nn.Module) -> dict:
+    """Describe the packed weight of a layer."""
+    quantizer = layer.weight_quantizer
+    named = {"format": format_of(quantizer)} if format_of(quantizer) else {}
+    return {"bits": quantizer.bits, "shape": list(layer.weight.shape), **named}
+
+
 def signature(quantizer: Quantizer) -> dict:
     """Describe the shape of a quantizer, by which a saved one is recognised."""
     bits, segments = quantizer.bits, quantizer.segments
@@ -186,6 +202,7 @@ def signature(quantizer: Quantizer) -> dict:
         "symmetric": quantizer.symmetric,
         "segments": list(segments) if segments else None,
         "shape": list(quantizer.scale.shape),
+        **({"format": format_of(quantizer)} if format_of(quantizer) else {}),
     }
 
 
@@ -199,8 +216,8 @@ def packed_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def other_state(network: nn.Module) -> dict[str, Tensor]:
     """Name -> parameter or persistent buffer that is neither a packed weight nor a range, in the order of the state."""
     known = {name for name, _ in packed_layers(network)}
-    for name, _ in quantizers(network):
-        known |= {f"{name}.{buffer}" for buffer in (*QRange._fields, *_FOLLOWS)}
+    for name, quantizer in quantizers(network):
+        known |= {f"{name}.{buffer}" for buffer in (*QRange._fields, *_FOLLOWS, *quantizer.scale_names)}
     return {name: value for name, value in network.state_dict().items() if name not in known}
 
 

@@ -33,7 +33,7 @@ def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
 
 def _to_plain(spec: TensorSpec) -> dict[str, Any]:
     values = {field.name: getattr(spec, field.name) for field in fields(spec)}
-    bits = spec.bits if isinstance(spec.bits, int) else list(spec.bits)
+    bits = list(spec.bits) if isinstance(spec.bits, tuple) else spec.bits
     return values | {"bits": bits, "granularity": granularity.to_plain(spec.granularity)}
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode
+from ptq_exp.quantization.quantizer import Mode
+from ptq_exp.quantization.quantizer.formats import activation_quantizer
 from ptq_exp.quantization.specs import QuantSpec, TensorSpec
 from ptq_exp.quantization.trace.products import (
     ATTENTION,
@@ -112,9 +113,11 @@ def product_quantizers(multiplier: Multiplier, spec: QuantSpec, name: str) -> di
         for key in call.keys:
             site = product_site(name, key)
             left_is_map, right_is_map = (kind_of(key) == "av", False) if call.fused else call.maps
+            # the axis that is summed over: keys of a fused call are not transposed yet
+            summed = -1 if call.fused and kind_of(key) == "qk" else -2
             made[key] = QuantizedProduct(
-                _build(spec.softmax if left_is_map else spec.product, f"{site}.left_quantizer"),
-                _build(spec.softmax if right_is_map else spec.product, f"{site}.right_quantizer"),
+                _build(spec.softmax if left_is_map else spec.product, f"{site}.left_quantizer", -1),
+                _build(spec.softmax if right_is_map else spec.product, f"{site}.right_quantizer", summed),
             )
     return made
 
@@ -219,11 +222,12 @@ def _active(quantizer: nn.Module) -> bool:
     return watched or getattr(quantizer, "mode", Mode.QUANTIZE) != Mode.OFF
 
 
-def _build(spec: TensorSpec | None, name: str) -> nn.Module:
+def _build(spec: TensorSpec | None, name: str, axis: int) -> nn.Module:
     if spec is None:
         return nn.Identity()
-    return ActivationQuantizer(
-        spec.bits, symmetric=spec.symmetric, metric=spec.metric, headroom=spec.headroom, bins=spec.bins, name=name
+    return activation_quantizer(
+        spec.bits, symmetric=spec.symmetric, metric=spec.metric, headroom=spec.headroom, bins=spec.bins, name=name,
+        axis=axis if spec.format is not None else -1,
     )
 
 

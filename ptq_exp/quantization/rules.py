@@ -11,7 +11,7 @@ from ptq_exp.errors import ConfigError
 from ptq_exp.quantization.granularity import segmented_as
 from ptq_exp.quantization.policy import Policy
 from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec, first_match
-from ptq_exp.quantization.widths import LAYER_BITS, Widths
+from ptq_exp.quantization.widths import LAYER_BITS, Widths, at_least, width_of
 
 BOUNDARY_HEADROOM = 2.0
 FIRST, LAST = ("*conv_in",), ("*conv_out",)
@@ -31,6 +31,8 @@ KEPT_SETS = {
 def policy_rules(policy: Policy, widths: Widths, bins: int = 1) -> list[Rule]:
     """Return the ordered rules of `policy`; see `Policy.rules`."""
     weight = TensorSpec(widths.weight, policy.weight_symmetric, policy.granularity)
+    if not widths.quantizes_activations:
+        return [*_rules_of_weights(policy, widths, weight), Rule("*", QuantSpec(weight))]
     operand = TensorSpec(widths.activation, policy.activation_symmetric, bins=bins)
     at_input, at_output = (operand, None) if policy.activation_site == "input" else (None, operand)
     softmax = TensorSpec(widths.softmax, symmetric=True, bins=bins) if policy.attention else None
@@ -42,8 +44,8 @@ def policy_rules(policy: Policy, widths: Widths, bins: int = 1) -> list[Rule]:
 
 
 def default_rules(
-    weight_bits: int, activation_bits: int | Sequence[int], *, softmax_bits: int = 8, first_last_bits: int = 8,
-    boundary_bits: int = 16, bins: int = 1, **policy: Any,
+    weight_bits: int | str, activation_bits: int | str | Sequence[int], *, softmax_bits: int = 8,
+    first_last_bits: int = 8, boundary_bits: int = 16, bins: int = 1, **policy: Any,
 ) -> list[Rule]:
     """Return the ordered rules of a `Policy` at some `Widths`, in one call.
 
@@ -55,7 +57,7 @@ def default_rules(
     """
     if policy.get("group_size", 0) is None:  # of no effect without weight_granularity="group"
         del policy["group_size"]
-    candidates = activation_bits if isinstance(activation_bits, int) else tuple(activation_bits)
+    candidates = activation_bits if isinstance(activation_bits, int | str) else tuple(activation_bits)
     widths = Widths(weight_bits, candidates, softmax_bits, first_last_bits, boundary_bits)
     return Policy(**policy).rules(widths, bins)
 
@@ -68,6 +70,16 @@ def _rules_at_the_ends(policy: Policy, widths: Widths, weight: TensorSpec, opera
     edge_weight = _weight_at_the_ends(weight, widths.first_last)
     of_first = QuantSpec(edge_weight, edge if policy.quantize_state else read, at_output)
     of_last = QuantSpec(edge_weight, read, edge if policy.quantize_output else None)
+    return _at_both_ends(policy, of_first, of_last)
+
+
+def _rules_of_weights(policy: Policy, widths: Widths, weight: TensorSpec) -> list[Rule]:
+    """Rules of the first and last layers where no activation is quantized."""
+    edge = QuantSpec(_weight_at_the_ends(weight, widths.first_last))
+    return _at_both_ends(policy, edge, edge)
+
+
+def _at_both_ends(policy: Policy, of_first: QuantSpec, of_last: QuantSpec) -> list[Rule]:
     first = FIRST if policy.first is None else policy.first
     last = LAST if policy.last is None else policy.last
     return [Rule(pattern, spec) for patterns, spec in ((first, of_first), (last, of_last)) for pattern in patterns]
@@ -75,15 +87,16 @@ def _rules_at_the_ends(policy: Policy, widths: Widths, weight: TensorSpec, opera
 
 def _weight_at_the_ends(weight: TensorSpec, first_last_bits: int) -> TensorSpec:
     """Weights of the first and last layers: `first_last_bits` or more; at 8 bits they keep their whole range."""
-    edge = replace(weight, bits=max(weight.bits, first_last_bits))
-    return replace(edge, metric="minmax") if edge.bits >= LAYER_BITS[1] else edge
+    edge = replace(weight, bits=at_least(weight.bits, first_last_bits))
+    return replace(edge, metric="minmax") if width_of(edge.bits) >= LAYER_BITS[1] else edge
 
 
 def _at_the_ends(operand: TensorSpec, widths: Widths) -> tuple[TensorSpec, TensorSpec]:
     """Activations of the first and last layers, at one width: found as the others are, and as the boundary's are."""
-    edge = replace(operand, bits=max(widths.widest, widths.first_last))
-    boundary = replace(edge, bits=max(edge.bits, widths.boundary))
-    if boundary.bits > LAYER_BITS[1]:
+    widest = widths.widest if isinstance(operand.bits, tuple) else operand.bits
+    edge = replace(operand, bits=at_least(widest, widths.first_last))
+    boundary = replace(edge, bits=at_least(edge.bits, widths.boundary))
+    if width_of(boundary.bits) > LAYER_BITS[1]:
         boundary = replace(boundary, metric="minmax", headroom=BOUNDARY_HEADROOM)
     return edge, boundary
 

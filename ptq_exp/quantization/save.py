@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,17 @@ from ptq_exp.quantization.packed_network import packed_state, restore_state_
 from ptq_exp.quantization.packed_network_1 import restore_joined_
 from ptq_exp.quantization.place import quantize_
 from ptq_exp.quantization.plain_rules import rule_from_dict, rule_to_dict
-from ptq_exp.quantization.specs import Rule
+from ptq_exp.quantization.specs import Rule, TensorSpec
 from ptq_exp.storage.atomic import atomic_path, file_digest
 
 FORMAT, VERSION = "ptq-exp quantized network", 2
+VERSION_OF_FORMATS = 3
+"""Of networks with number formats: what reads version 2 alone refuses them, and all others stay readable for it."""
 TENSORS_FILE, DESCRIPTION_FILE = "quantized.safetensors", "quantization.json"
 COMPONENT_TENSORS_FILE = "diffusion_pytorch_model.safetensors"
 TENSORS_FILES = (TENSORS_FILE, COMPONENT_TENSORS_FILE)
 _HASH = "description_sha256"
-_RESTORE = {1: restore_joined_, 2: restore_state_}
+_RESTORE = {1: restore_joined_, VERSION: restore_state_, VERSION_OF_FORMATS: restore_state_}
 
 
 def save_quantized(
@@ -61,12 +64,13 @@ def save_quantized(
         PTQError: a file cannot be written.
     """
     tensors, layout = packed_state(network)
+    version = version_of(rules)
     description = {
-        "format": FORMAT, "version": VERSION, **about, **report.to_dict(), "rules": [rule_to_dict(r) for r in rules],
+        "format": FORMAT, "version": version, **about, **report.to_dict(), "rules": [rule_to_dict(r) for r in rules],
         "quantizers": range_table(network), "tensors": layout,
     }
     path = Path(folder) / tensors_file
-    metadata = {"format": FORMAT, "version": str(VERSION), _HASH: _description_hash(description)}
+    metadata = {"format": FORMAT, "version": str(version), _HASH: _description_hash(description)}
     with atomic_path(path) as temporary:
         save_file({name.removeprefix(prefix): value for name, value in tensors.items()}, temporary, metadata)
     description["file"] = {
@@ -76,6 +80,13 @@ def save_quantized(
     with atomic_path(path.with_name(DESCRIPTION_FILE)) as temporary:
         temporary.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return description
+
+
+def version_of(rules: Sequence[Rule]) -> int:
+    """Return the version of the files of a network with these rules."""
+    specs = [getattr(rule.spec, field.name) for rule in rules if rule.spec is not None for field in fields(rule.spec)]
+    formats = any(isinstance(spec, TensorSpec) and spec.format is not None for spec in specs)
+    return VERSION_OF_FORMATS if formats else VERSION
 
 
 def read_description(folder: str | os.PathLike) -> dict[str, Any]:
@@ -94,7 +105,7 @@ def read_description(folder: str | os.PathLike) -> dict[str, Any]:
     if type(description.get("version")) is not int or description["version"] not in _RESTORE:
         raise DataError(
             f"{path} has version {one_line(description.get('version'))} of the format, this code reads "
-            f"{' and '.join(map(str, _RESTORE))}: install the ptq-exp that wrote it, or quantize again"
+            f"{', '.join(map(str, _RESTORE))}: install the ptq-exp that wrote it, or quantize again"
         )
     _check_tensors_file(path.with_name(tensors_file_of(description)), description)
     return description

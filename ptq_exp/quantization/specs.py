@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from ptq_exp.errors import ConfigError
+from ptq_exp.quantization.formats import FORMATS, BlockFormat, FloatFormat
 from ptq_exp.quantization.granularity import Granularity, PerTensor, splits_channels
 from ptq_exp.quantization.ranges.range_search import METRICS
-from ptq_exp.quantization.widths import SOFTMAX_BITS, check_bits, checked_widths
+from ptq_exp.quantization.widths import SOFTMAX_BITS, check_bits, check_width, checked_widths
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,21 @@ class TensorSpec:
     """How one tensor is quantized.
 
     Attributes:
-        bits: width of the integer, 2 to 16; for an activation also a tuple of candidate widths, ascending, of which
-            every sampling step uses one. A tuple of one is the same as the number.
+        bits: width of the integer, 2 to 16; or the name of a number format in `FORMATS`; for an activation also a
+            tuple of candidate widths, ascending, of which every sampling step uses one. A tuple of one is the same as
+            the number.
         symmetric: zero point 0.
-        granularity: which elements share a range.
+        granularity: which elements share a range. Formats of blocks have their own; others have a scale per range.
         metric: error measure of the range search; None = the one of the run.
         headroom: factor >= 1 by which an activation's range is widened after the search.
         bins: rows of an activation's ranges, of which every sampling step uses one; not together with candidate widths.
+            Formats of blocks take their scales from the data of each step and have one row.
 
     Raises:
         ConfigError: a value is outside the above.
     """
 
-    bits: int | tuple[int, ...]
+    bits: int | str | tuple[int, ...]
     symmetric: bool = False
     granularity: Granularity = field(default_factory=PerTensor)
     metric: str | None = None
@@ -45,6 +48,8 @@ class TensorSpec:
         if isinstance(self.bits, tuple):
             # the dataclass is frozen
             object.__setattr__(self, "bits", checked_widths("TensorSpec.bits", self.bits, SOFTMAX_BITS))
+        elif isinstance(self.bits, str):
+            check_width("TensorSpec.bits", self.bits)
         else:
             check_bits("TensorSpec.bits", self.bits, SOFTMAX_BITS)
         if not isinstance(self.granularity, Granularity):
@@ -62,6 +67,11 @@ class TensorSpec:
         if self.metric is not None and self.metric not in METRICS:
             raise ConfigError(f"TensorSpec.metric={self.metric!r}: choose one of {', '.join(METRICS)}")
 
+    @property
+    def format(self) -> FloatFormat | BlockFormat | None:
+        """The number format; None of integers."""
+        return FORMATS[self.bits] if isinstance(self.bits, str) else None
+
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -74,8 +84,8 @@ class QuantSpec:
     itself.
 
     Raises:
-        ConfigError: an activation asks for one range per channel, the softmax map for a zero point, an operand of a
-            product for segments, or a weight for several widths or bins.
+        ConfigError: an activation asks for one range per channel, the softmax map for a zero point or a number format,
+            an operand of a product for segments, or a weight for several widths or bins.
     """
 
     weight: TensorSpec | None = None
@@ -95,10 +105,14 @@ class QuantSpec:
             raise ConfigError(f"QuantSpec.weight: bins={self.weight.bins}, but a weight is the same at every step")
         for role in ("input", "output", "softmax", "product"):
             spec = getattr(self, role)
+            if spec is not None and isinstance(spec.bits, str):
+                check_width(f"QuantSpec.{role}: bits", spec.bits, activation=True)
             if spec is not None and splits_channels(spec.granularity):
                 raise ConfigError(
                     f"QuantSpec.{role}: activations are quantized per tensor; use Segments to split them"
                 )
+        if self.softmax is not None and isinstance(self.softmax.bits, str):
+            raise ConfigError(f"QuantSpec.softmax: bits={self.softmax.bits}, but the softmax map takes integers alone")
         if self.softmax is not None and (not self.softmax.symmetric or self.softmax.granularity != PerTensor()):
             raise ConfigError(
                 "QuantSpec.softmax: the softmax map takes symmetric=True (zero point 0) and no segments"

@@ -14,11 +14,14 @@ from ptq_exp.quantization.calibrate import freeze_weights_, quantizers
 
 
 def range_arrays(model: nn.Module) -> dict[str, np.ndarray]:
-    """Return the ranges of all quantizers: {"<quantizer>.<field>": [rows, segments]}, fields of `QRange`."""
+    """Return the ranges of all quantizers: {"<quantizer>.<field>": [rows, segments]}, fields of `QRange`.
+
+    Of weights in block formats their scales, too.
+    """
     return {
         f"{name}.{field}": getattr(quantizer, field).cpu().numpy()
         for name, quantizer in quantizers(model)
-        for field in QRange._fields
+        for field in (*QRange._fields, *quantizer.scale_names)
     }
 
 
@@ -28,7 +31,7 @@ def restore_ranges_(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
         DataError: the arrays are those of other quantizers, or no ranges; the model is left unchanged.
     """
-    wanted = {f"{name}.{field}": q for name, q in quantizers(model) for field in QRange._fields}
+    wanted = {f"{name}.{field}": q for name, q in quantizers(model) for field in (*QRange._fields, *q.scale_names)}
     wrong = sorted(set(wanted) ^ set(arrays)) or [
         key for key, q in wanted.items() if arrays[key].shape != getattr(q, key.rsplit(".", 1)[1]).shape
     ]
@@ -42,4 +45,6 @@ def restore_ranges_(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
         check_range(name, qrange)
     for name, quantizer in quantizers(model):
         quantizer.set_range(found[name])
+        for field in quantizer.scale_names:
+            getattr(quantizer, field).copy_(torch.from_numpy(np.array(arrays[f"{name}.{field}"])))
     freeze_weights_(model)

@@ -82,6 +82,8 @@ LAYOUT = (
           _REPORT, QUANTIZED),
     Entry("quantization.fp32_bytes", "size of all parameters in FP32", "bytes", _REPORT, QUANTIZED),
     Entry("quantization.size_reduction", "FP32 size over the quantized size", "factor", _REPORT, QUANTIZED),
+    Entry("quantization.bits_per_weight", "size of the quantized weights with their scales, per value", "bits", _REPORT,
+          QUANTIZED),
     Entry("quantization.macs.*", f"multiply-accumulates of one evaluation; {_BOTH}", "MACs", _REPORT, QUANTIZED),
     Entry("quantization.coverage.*", "share of the MACs with both operands quantized; null where it is not known",
           "0 to 1", _REPORT, QUANTIZED),

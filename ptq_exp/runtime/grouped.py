@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ptq_exp.quantization.quantizer.formats import format_of
+
 LEVELS = 16
 SMALLEST = 32
 """Input channels of a group from which on OpenVINO quantizes inputs itself and gains time by it."""
@@ -45,6 +47,8 @@ def grouped_weight(layer: nn.Module) -> GroupedWeight | None:
     quantizer = layer.weight_quantizer
     sizes = set(quantizer.segments or ())
     if not isinstance(layer, nn.Linear) or len(sizes) != 1 or min(sizes) < SMALLEST or quantizer.bits > 4:
+        return None
+    if format_of(quantizer):
         return None
     size = sizes.pop()
     zero = (quantizer.zero_point - quantizer.qmin).unsqueeze(2)

@@ -12,8 +12,10 @@ from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear, Row
 from ptq_exp.quantization.products import QuantizedProduct
 from ptq_exp.quantization.quantizer import Quantizer
+from ptq_exp.quantization.quantizer.formats import format_of
 from ptq_exp.quantization.trace.products import product_site
 from ptq_exp.runtime.grouped import SMALLEST, GroupedWeight, grouped_weight
+from ptq_exp.runtime.number_formats import check_formats
 
 INT8, FLOAT = "int8", "float"
 ATTENTION, PRODUCT = "Attention", "Product"
@@ -132,8 +134,10 @@ def integer_plan(
         asked: the setting that asks for it; the message of an error begins with it.
 
     Raises:
-        ConfigError: a layer has a scale for each group of input channels, and `regrid` is off.
+        ConfigError: a layer has a scale for each group of input channels, and `regrid` is off; or activations have a
+            number format.
     """
+    check_formats(network, asked)
     plan: Plan = {}
     for name, layer in network.named_modules():
         if isinstance(layer, QuantConv1d | QuantConv2d | QuantLinear):
@@ -180,6 +184,8 @@ def _layer(
     made = replace(made, segments=tuple(segments or ()))
     if not isinstance(weight_quantizer, Quantizer):
         return replace(made, reason="its weight is not quantized")
+    if made_of := format_of(weight_quantizer):
+        return replace(made, reason=f"number format {made_of}: simulated only")
     if weight_quantizer.bits > 8:
         return replace(made, reason=f"{weight_quantizer.bits}-bit weights")
     if not inputs:

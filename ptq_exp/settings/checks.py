@@ -5,8 +5,9 @@ from __future__ import annotations
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import group_bits, transforms_of
 from ptq_exp.quantization.ranges.range_search import check_metric
-from ptq_exp.quantization.widths import SOFTMAX_BITS, check_bits
+from ptq_exp.quantization.widths import LAYER_BITS, SOFTMAX_BITS, check_bits, check_width
 from ptq_exp.runtime import runtime_of
+from ptq_exp.settings.check_formats import check_formats
 from ptq_exp.settings.check_scores import check_scores
 from ptq_exp.settings.field import check_section
 from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig, RuntimeConfig
@@ -41,6 +42,7 @@ def check(config: ExperimentConfig) -> None:
         _check_quantization(config)
         _check_bits(config.bits)
         _check_groups(config)
+        check_formats(config)
         _check_reconstruction(config)
         _check_correction(config)
 
@@ -131,13 +133,18 @@ def _check_placement(config: ExperimentConfig) -> None:
 
 
 def _check_bits(bits: BitsConfig) -> None:
-    check_bits("bits.weight", bits.weight)
+    check_width("bits.weight", bits.weight)
     check_bits("bits.softmax", bits.softmax, SOFTMAX_BITS)
     check_bits("bits.first_last", bits.first_last)
     check_bits("bits.boundary", bits.boundary, SOFTMAX_BITS)
     if bits.schedule is None:
-        check_bits("bits.activation", bits.activation)
+        check_width("bits.activation", bits.activation, activation=True)
         return
+    if isinstance(bits.weight, str):
+        raise ConfigError(
+            f"bits.weight={bits.weight}: with bits.schedule weights are integers: choose {LAYER_BITS[0]}.."
+            f"{LAYER_BITS[1]}, or bits without a schedule"
+        )
     if not isinstance(bits.schedule, str | list):
         raise ConfigError(f"bits.schedule={bits.schedule}: give snr, budget, a list of one width per step, or its file")
     if bits.activation is not None:

@@ -52,9 +52,10 @@ class BitsConfig:
     """
 
     name: str = setting("", NAME)
-    weight: int | None = setting(None, "Width of weights.", low=2, high=8)
-    activation: int | None = setting(
-        None, "Width of the activations that layers read, and of q, k and v; null with a schedule.", low=2, high=8
+    weight: int | str | None = setting(None, "Width of weights, or a number format such as `mxfp4`.", low=2, high=8)
+    activation: int | str | None = setting(
+        None, "Width of the activations that layers read, and of q, k and v, or a number format; 16: no activation is "
+        "quantized; null with a schedule.", low=2, high=16
     )
     softmax: int | None = setting(None, "Width of the attention map behind the softmax.", low=2, high=16)
     first_last: int | None = setting(
@@ -78,7 +79,8 @@ class BitsConfig:
     )
     gain_samples: int = setting(64, "With schedule=budget: trajectories that the effect is measured on.")
     groups: dict[str, Any] = setting(
-        dict, "Widths such as `w4a8` for groups of layers, by a name in `model.groups` or a glob; null: as all others."
+        dict, "Widths such as `w4a8`, number formats such as `mxfp4`, or one for each (`nvfp4:8`) for groups of "
+        "layers, by a name in `model.groups` or a glob; null: as all others."
     )
     min_bops_ratio: float | None = setting(
         None, "Configurations with more BOPs than FP32 / this end before anything is computed."

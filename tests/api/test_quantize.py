@@ -88,3 +88,15 @@ def test_what_cannot_be_is_said_in_one_line(pipe, arguments, kind, said):
     with pytest.raises(kind, match=said) as error:
         ptq_exp.quantize(**given, progress=False)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("bits", "expected"), [
+    ("mxfp4", ("mxfp4", "mxfp4")), ("fp8", ("fp8_e4m3fn", "fp8_e4m3fn")), ("w4a16", (4, 16)), ("nvfp4:8", ("nvfp4", 8)),
+])
+def test_number_formats(bits, expected):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    quantized = ptq_exp.quantize(network, bits, calls=[(torch.randn(8, 32),)], **QUICK)
+    settings = quantized.recipe["settings"]["bits"]
+    assert (settings["weight"], settings["activation"]) == expected
+    assert bool(quantized.component(torch.randn(2, 32)).isfinite().all())

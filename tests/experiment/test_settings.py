@@ -23,7 +23,7 @@ REQUIRED = {
     "naive_last_w8a8", "ndtc_w6a6", "ndtc_w4a8", "ndtc_w4a4", "ptqd_w8a8", "ptqd_w4a8", "ptqd_w3a8", "ptqd_mp",
     "ptqd_ldm4_w8a8", "ptqd_ldm4_w4a8", "ptqd_ldm4_mp", "di2n_w8a8", "qdiffusion_w8a8", "qdiffusion_w4a8",
     "qdiffusion_w4a4", "tfmq_w4a8", "tfmq_w4a4", "tfmq_release", "ptq4dm_release", "brecq_w4a8", "qdrop_w4a4",
-    "best_w8a8", "best_w6a6", "best_w4a8", "best_w4a4", "deploy_w8a8", "deploy_w4a8",
+    "best_w8a8", "best_w6a6", "best_w4a8", "best_w4a4", "deploy_w8a8", "deploy_w4a8", "nvfp4", "mxfp4", "fp8",
 }
 METHODS = sorted(n for n in REQUIRED if n.startswith(("di2n", "qdiff", "tfmq", "brecq", "qdrop", "ptq4dm", "best")))
 PUBLISHED = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if not path.stem.startswith("digits"))
@@ -47,7 +47,7 @@ def test_every_experiment_composes_and_is_called_as_its_file(name):
     if prefix in ("brecq", "qdrop"):
         assert config.reconstruction.name == prefix
         prefix = f"{config.calibration.name}_{prefix}"
-    assert config.name == ("fp32" if name == "fp32" else f"{prefix}_{config.bits.name}")
+    assert config.name == (f"{prefix}_{config.bits.name}" if prefix else name)
 
 
 def test_the_promised_experiments_are_there():

@@ -17,6 +17,7 @@ from ptq_exp.quantization.layers import FULL_PRECISION, QUANTIZED, QuantAttentio
 from ptq_exp.quantization.obstacles import layer_obstacles
 from ptq_exp.quantization.products import full_precision_class
 from ptq_exp.quantization.quantizer import WeightQuantizer
+from ptq_exp.quantization.quantizer.formats import format_of
 from ptq_exp.quantization.trace.products import kind_of, product_site
 
 
@@ -99,6 +100,7 @@ def range_table(model: nn.Module) -> dict[str, dict]:
             "bits": list(quantizer.bits) if isinstance(quantizer.bits, tuple) else quantizer.bits,
             "symmetric": quantizer.symmetric,
             "segments": quantizer.segments,
+            **({"format": format_of(quantizer)} if format_of(quantizer) else {}),
         }
         for buffer in ("scale", "zero_point", "qmin", "qmax"):
             found[name][buffer] = getattr(quantizer, buffer).tolist()
@@ -123,11 +125,17 @@ def _layer_row(
         weights = {operand.quantizer is quantizer for _, operand in operands}
         bits = bits[0] if weights == {True} else None, _common_bits(operands, 0)
     size = 4.0 * _own_params(layer)
+    stored = 0.0
     if isinstance(quantizer, WeightQuantizer):
-        per_range = 4 if quantizer.symmetric else 4 + -(-quantizer.bits // 8)
-        size += layer.weight.numel() * (quantizer.bits / 8 - 4) + quantizer.scale.numel() * per_range
+        stored = quantizer.stored_bytes(layer.weight)
+        size += stored - 4 * layer.weight.numel()
     reason = "" if None not in bits else reasons.get(name) or _why_fp(layer, *bits)
-    return Row(name, _type_name(layer), "conv_linear", _own_params(layer), macs, *bits, size, reason)
+    row = Row(name, _type_name(layer), "conv_linear", _own_params(layer), macs, *bits, size, reason)
+    return replace(
+        row, weight_format=format_of(quantizer) if bits[0] else "", quantized_bytes=stored,
+        activation_format=(_common_format(products or [], 0) if macs else format_of(own_input)) if bits[1] else "",
+        quantized_params=layer.weight.numel() if stored else 0,
+    )
 
 
 def _attention_rows(
@@ -144,7 +152,8 @@ def _attention_rows(
         reason = reasons.get(name) or obstacle or "q, k, v or the softmax map has no quantizer"
         reason = "" if None not in pair else reason
         rows.append(
-            Row(f"{prefix}{product}", f"Attention.{product}", "attention", 0, count, *pair, 0.0, reason)
+            Row(f"{prefix}{product}", f"Attention.{product}", "attention", 0, count, *pair, 0.0, reason,
+                **_formats(pairs))
         )
     return rows
 
@@ -161,7 +170,7 @@ def _product_rows(
         why = f"left alone: {multiplier.obstacle}" if multiplier.obstacle else "an operand has no quantizer"
         reason = "" if None not in bits else reasons.get(name) or why
         rows.append(Row(f"{name}.{key}" if name else key, kind, "attention", 0, counted.product_macs[site], *bits, 0.0,
-                        reason))
+                        reason, **_formats(pairs)))
     return rows
 
 
@@ -169,6 +178,16 @@ def _common_bits(products: Products, number: int) -> Bits:
     """Bits of operand `number` of each of `products`; None where one is FP, or they have different ones."""
     found = {bits_of(operands[number].quantizer) for operands in products}
     return found.pop() if len(found) == 1 else None
+
+
+def _common_format(products: Products, number: int) -> str:
+    """Return the format of operand `number` of each of `products`; "" of integers, or of different ones."""
+    found = {format_of(operands[number].quantizer) for operands in products}
+    return found.pop() if len(found) == 1 else ""
+
+
+def _formats(products: Products) -> dict[str, str]:
+    return {"weight_format": _common_format(products, 1), "activation_format": _common_format(products, 0)}
 
 
 def _fp_row(name: str, kind: str, params: int, macs: int, reason: str) -> Row:

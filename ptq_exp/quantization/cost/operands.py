@@ -33,10 +33,28 @@ _KEYWORDS = {"input": 0, "weight": 1, "query": 0, "key": 1, "value": 2}
 
 @dataclass(frozen=True)
 class Source:
-    """Where an operand comes from: `quantizer`, which returned it in `dtype`."""
+    """Where an operand comes from: `quantizer`, which returned it in `dtype`.
+
+    Of a quantizer whose scales follow the data, and where values are looked at: the `levels` that it returned, and how
+    many elements were `off_grid` there. Views cut its blocks, so that these cannot be found in an operand.
+    """
 
     quantizer: Quantizer
     dtype: torch.dtype
+    levels: Tensor | None = None
+    off_grid: int = 0
+
+    def off_grid_of(self, x: Tensor) -> int:
+        """Count the elements of an operand `x`, in `dtype`, that are no level of the quantizer."""
+        if self.levels is None:
+            return self.quantizer.off_grid(x)
+        return self.off_grid + int((~torch.isin(x, self.levels)).sum())
+
+
+def _source(quantizer: Quantizer, output: Tensor, values: bool) -> Source:
+    if not (values and quantizer.dynamic):
+        return Source(quantizer, output.dtype)
+    return Source(quantizer, output.dtype, output.unique(), quantizer.off_grid(output))
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,7 @@ def operands_of(model: nn.Module, inputs: tuple, *, values: bool = False) -> Ope
         return None
 
     notes = Notes(carry)
-    with plainly(model), owners, _noting(model, notes), ExitStack() as hooks, notes:
+    with plainly(model), owners, _noting(model, notes, values), ExitStack() as hooks, notes:
         for name, layer in layers.items():
             hook = layer.register_forward_pre_hook(lambda *_, name=name: found.called.add(name))
             hooks.callback(hook.remove)
@@ -123,13 +141,13 @@ def _factors(
 
 
 @contextmanager
-def _noting(model: nn.Module, notes: Notes) -> Iterator[None]:
+def _noting(model: nn.Module, notes: Notes, values: bool) -> Iterator[None]:
     """Note on every tensor that a quantizer of `model` returns which one it was."""
 
     def note(quantizer: Quantizer, _: tuple, output: Tensor) -> Tensor:
         # one that is off returns its argument, which others may read, too: another name for the same values
         returned = output.view_as(output)
-        notes.set(returned, Source(quantizer, output.dtype))
+        notes.set(returned, _source(quantizer, output, values))
         return returned
 
     with ExitStack() as handles:
@@ -145,4 +163,4 @@ def _operand(tensor: Any, source: Source | None, values: bool) -> Operand:
         return Operand(source.quantizer)
     original = tensor.to(source.dtype)  # a wider type holds the same values
     changed = int((original.to(tensor.dtype) != tensor).sum())
-    return Operand(source.quantizer, changed + source.quantizer.off_grid(original))
+    return Operand(source.quantizer, changed + source.off_grid_of(original))

@@ -27,6 +27,8 @@ Bits = int | tuple[int, ...] | None
 """Width of an operand: a number, candidates of which each sampling step uses one, or None = FP."""
 FP_BITS = 32
 SCOPES = ("conv_linear", "everything")
+_FORMATS = ("weight_format", "activation_format")
+_UNLISTED = ("quantized_params", "quantized_bytes")
 HOW_OFTEN = (
     "activations have candidate widths; say how often each width is used: report.mixed(shares) or report.at(row)"
 )
@@ -52,6 +54,8 @@ class Row:
             together.
         weight_bytes: size of the module's parameters, with scales and zero points.
         reason: why an operand stays FP; empty if both are quantized.
+        weight_format, activation_format: number format of the two operands; empty of integers.
+        quantized_params, quantized_bytes: of the quantized weight alone: how many values, and their size with scales.
     """
 
     name: str
@@ -63,6 +67,10 @@ class Row:
     activation_bits: Bits
     weight_bytes: float
     reason: str = ""
+    weight_format: str = ""
+    activation_format: str = ""
+    quantized_params: int = 0
+    quantized_bytes: float = 0.0
 
     @property
     def covered(self) -> bool:
@@ -144,7 +152,8 @@ class Report:
     def totals(self) -> dict:
         """Sums over the network.
 
-        Keys: ``params``, ``weight_bytes``, ``fp32_bytes``, ``size_reduction``; and, each a dictionary with
+        Keys: ``params``, ``weight_bytes``, ``fp32_bytes``, ``size_reduction``; where weights are quantized
+        ``bits_per_weight``, of these alone, with their scales; and, each a dictionary with
         the keys ``conv_linear`` and ``everything``: ``macs``, ``coverage`` (0 to 1; None: not known), ``bops``,
         ``bops_fp32``, ``bops_reduction`` (how many times fewer BOPs than FP32).
 
@@ -157,13 +166,16 @@ class Report:
         size = sum(row.weight_bytes for row in self.rows) + 4 * self.other_params
         totals = {"params": params, "weight_bytes": size, "fp32_bytes": 4 * params}
         totals["size_reduction"] = 4 * params / size if size else 1.0
+        if quantized := sum(row.quantized_params for row in self.rows):
+            totals["bits_per_weight"] = 8 * sum(row.quantized_bytes for row in self.rows) / quantized
         scopes = [self._accounting(scope) for scope in SCOPES]
         return totals | {key: dict(zip(SCOPES, [s[key] for s in scopes], strict=True)) for key in scopes[0]}
 
     def to_dict(self) -> dict:
         """Return totals, rows and, where known, shares as plain numbers, strings, lists and dictionaries (JSON)."""
         layers = [
-            {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(row).items()}
+            {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(row).items()
+             if key not in _UNLISTED and (value or key not in _FORMATS)}
             for row in self.rows
         ]
         shares = {} if self.shares is None else {"shares": list(self.shares)}
@@ -178,11 +190,10 @@ class Report:
         """Return a few lines: operations by type and bits, totals, then what stays FP and why."""
         total = self.totals
         lines = [f"{'operation':<18}{'count':>6}{'params':>12}{'MACs':>9}{'weight':>8}{'act.':>6}"]
-        for (kind, *bits), rows in _grouped(self.rows).items():
+        for (kind, width, act), rows in _grouped(self.rows).items():
             share = sum(r.macs for r in rows) / max(1, total["macs"]["everything"])
-            width, act = (_shown(b) for b in bits)
             lines.append(
-                f"{kind:<18}{len(rows):>6}{sum(r.params for r in rows):>12,}{share:>9.2%}{width:>8}{act:>6}"
+                f"{kind:<18}{len(rows):>6}{sum(r.params for r in rows):>12,}{share:>9.2%} {width:>7} {act:>5}"
             )
         for scope, title in zip(SCOPES, ("conv + linear", "everything"), strict=True):
             lines.append(
@@ -248,5 +259,6 @@ def _shown(bits: Bits) -> str:
 def _grouped(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.type, row.weight_bits, row.activation_bits), []).append(row)
+        shown = row.weight_format or _shown(row.weight_bits), row.activation_format or _shown(row.activation_bits)
+        groups.setdefault((row.type, *shown), []).append(row)
     return groups

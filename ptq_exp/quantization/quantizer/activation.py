@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.affine import QRange
 from ptq_exp.quantization.quantizer.base import Mode, Quantizer, columns
 from ptq_exp.quantization.quantizer.time_step import Step
 from ptq_exp.quantization.ranges.range_search import RangeSketch
@@ -59,6 +60,11 @@ class ActivationQuantizer(Quantizer):
         return super().off_grid(x, row if self.step is None else self.step.index(x, self.name))
 
     @property
+    def needs_data(self) -> bool:
+        """Whether ranges have to be found from data."""
+        return True
+
+    @property
     def saw_data(self) -> bool:
         """Whether values passed, in each segment, in mode ``observe`` since the last `finish` or `forget`."""
         sketches = [sketch for bin_sketches in self._sketches.values() for sketch in bin_sketches]
@@ -94,7 +100,7 @@ class ActivationQuantizer(Quantizer):
             raise QuantizationError(f"{self.name}: saw no data during calibration")
         for bin_, sketches in sorted(self._sketches.items()):
             for row, bits in enumerate(self.widths, start=bin_):
-                found = [sketch.search(bits, self.symmetric, self.metric or metric) for sketch in sketches]
+                found = [self.found(sketch, bits, self.metric or metric) for sketch in sketches]
                 found = [qrange._replace(scale=qrange.scale * self.headroom) for qrange in found]
                 for field, value in columns(found, rows=1)._asdict().items():
                     getattr(self, field)[row].copy_(value[0])
@@ -103,6 +109,10 @@ class ActivationQuantizer(Quantizer):
             self.calibrated.fill_(True)
             self.ready = True
         self.forget()
+
+    def found(self, sketch: RangeSketch, bits: int, metric: str) -> QRange:
+        """Return the range that the search finds for what a sketch saw, at a width."""
+        return sketch.search(bits, self.symmetric, metric)
 
     def forget(self) -> None:
         """Drop the observed data."""

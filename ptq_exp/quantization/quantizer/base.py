@@ -44,6 +44,11 @@ class Quantizer(nn.Module):
         name: module name used in error messages.
     """
 
+    # Whether scales follow the data, so that values are looked at where they are quantized.
+    dynamic = False
+    # Names of further buffers that hold scales, beside those of `QRange`.
+    scale_names: tuple[str, ...] = ()
+
     def __init__(
         self,
         bits: int | tuple[int, ...],
@@ -87,7 +92,10 @@ class Quantizer(nn.Module):
             raise QuantizationError(
                 f"{self.name}: not calibrated, it cannot quantize; calibrate the model or load its state dict"
             )
-        kept = None if self.kept is None else self.kept(x)
+        return self.rounded(x, row, None if self.kept is None else self.kept(x))
+
+    def rounded(self, x: Tensor, row: Tensor | None, kept: Tensor | None = None) -> Tensor:
+        """Return `x` on the grid; `row` as in `forward`, `kept` as in `fake_quantize`."""
         # ranges that are no 0-d tensors are float32, which would win over the bfloat16 of x
         return fake_quantize(x, *self.cells(x, row), kept).to(x.dtype)
 

@@ -35,24 +35,29 @@ class WeightQuantizer(Quantizer):
             QuantizationError: the weight is already frozen, i.e. no longer the full-precision one.
             PTQError: `weight` holds NaN or infinity; the message names the layer.
         """
+        self.check_fresh()
+        found = [self.range_search(part, self.metric or metric) for part in self.split(weight)]
+        self.set_range(columns(found, self.scale.shape[0]))
+
+    def range_search(self, part: Tensor, metric: str) -> QRange:
+        """Search the ranges of a segment of the weight."""
+        axis = 0 if self.scale.shape[0] > 1 else None
+        return search_range(
+            part, self.bits, symmetric=self.symmetric, channel_axis=axis, metric=metric, name=self.name
+        )
+
+    def check_fresh(self) -> None:
+        """Raise QuantizationError if the weight is frozen."""
         if self.baked:
             raise QuantizationError(
                 f"{self.name}: the weight is already quantized and frozen; "
                 "start from the full-precision model to calibrate it again"
             )
-        rows = self.scale.shape[0]
-        found = [
-            search_range(
-                part,
-                self.bits,
-                symmetric=self.symmetric,
-                channel_axis=0 if rows > 1 else None,
-                metric=self.metric or metric,
-                name=self.name,
-            )
-            for part in self.split(weight)
-        ]
-        self.set_range(columns(found, rows))
+
+    def stored_bytes(self, weight: Tensor) -> float:
+        """Return the size of the integers of `weight`, 4 bytes per scale and ceil(bits / 8) per zero point."""
+        per_range = 4 if self.symmetric else 4 + -(-self.bits // 8)
+        return weight.numel() * self.bits / 8 + self.scale.numel() * per_range
 
     @torch.no_grad()
     def freeze(self, weight: nn.Parameter) -> None:

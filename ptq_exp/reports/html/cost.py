@@ -23,6 +23,8 @@ def cost_section(folder: Path) -> Section | None:
     shares = report.get("shares") or [1.0]
     size = (f"Weights take {totals['weight_bytes'] / 1e6:.3f} MB of {totals['fp32_bytes'] / 1e6:.3f} MB in FP32 "
             f"(/ {totals['size_reduction']:.2f}).")
+    if bits := totals.get("bits_per_weight"):
+        size += f" Quantized weights take {bits:.2f} bits each, with their scales."
     if not_counted := report.get("not_counted"):
         size += f" Not counted, so that the coverage of everything is unknown: {', '.join(not_counted)}."
     return Section(
@@ -65,7 +67,7 @@ def _kinds(layers: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> Ta
     """One row per type of operation and bits."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for layer in layers:
-        key = layer["type"], _width(layer["weight_bits"]), _width(layer["activation_bits"])
+        key = layer["type"], _width(layer, "weight"), _width(layer, "activation")
         groups.setdefault(key, []).append(layer)
     everything = max(1, totals["macs"]["everything"])
     rows = [
@@ -84,7 +86,7 @@ def _operations(layers: Sequence[Mapping[str, Any]], shares: Sequence[float]) ->
     rows = [
         [
             text(layer["name"]), text(layer["type"]), number(layer["params"], "{:,.0f}"),
-            number(layer["macs"] / 1e6), text(_width(layer["weight_bits"])), text(_width(layer["activation_bits"])),
+            number(layer["macs"] / 1e6), text(_width(layer, "weight")), text(_width(layer, "activation")),
             number(layer_bops(layer, shares) / 1e6), text(layer["reason"] or None),
         ]
         for layer in layers
@@ -94,7 +96,11 @@ def _operations(layers: Sequence[Mapping[str, Any]], shares: Sequence[float]) ->
     return Table(columns, rows, "All operations")
 
 
-def _width(bits: int | Sequence[int] | None) -> str:
+def _width(layer: Mapping[str, Any], operand: str) -> str:
+    """Return the number format of an operand, or its width."""
+    if made := layer.get(f"{operand}_format"):
+        return made
+    bits = layer[f"{operand}_bits"]
     if isinstance(bits, Sequence):
         return "/".join(map(str, bits))
     return "FP" if bits is None else str(bits)
