@@ -84,6 +84,8 @@ LAYOUT = (
     Entry("quantization.size_reduction", "FP32 size over the quantized size", "factor", _REPORT, QUANTIZED),
     Entry("quantization.bits_per_weight", "size of the quantized weights with their scales, per value", "bits", _REPORT,
           QUANTIZED),
+    Entry("quantization.dynamic_scales", "activation ranges that are found from the data, per sample and evaluation",
+          "count", _REPORT, "runs with `quantization.activation=dynamic_*`"),
     Entry("quantization.macs.*", f"multiply-accumulates of one evaluation; {_BOTH}", "MACs", _REPORT, QUANTIZED),
     Entry("quantization.coverage.*", "share of the MACs with both operands quantized; null where it is not known",
           "0 to 1", _REPORT, QUANTIZED),

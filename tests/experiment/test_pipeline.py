@@ -48,6 +48,12 @@ def test_reconstruction_block_by_block(run, method):
     assert values["status"] == "finished" and values["metrics"]["psnr"] > 15
 
 
+def test_dynamic_ranges_record_nothing(run):
+    values = run("+experiment=dynamic", "save_quantized=false")
+    assert values["status"] == "finished" and values["metrics"]["psnr"] > 25
+    assert values["evaluations"] == 0 and values["quantization"]["dynamic_scales"] > 0
+
+
 @pytest.mark.parametrize(("override", "said"), [
     ("calibration=raw", "calibration.source=raw: of a pipeline the calls"),
     ("calibration.labels=reversed", "calibration.labels=reversed: of a pipeline"),
