@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.cost.account import describe, multipliers, range_table
     from ptq_exp.quantization.cost.proof import proven, refuted
     from ptq_exp.quantization.cost.report import Report, Row
+    from ptq_exp.quantization.formats import FORMATS
     from ptq_exp.quantization.granularity import Granularity, PerChannel, PerGroup, PerTensor, Segments
     from ptq_exp.quantization.group_rules import group_bits, with_groups
     from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
@@ -53,6 +54,7 @@ _HOME = {
     "cost.account": "describe multipliers range_table",
     "cost.proof": "proven refuted",
     "cost.report": "Report Row",
+    "formats": "FORMATS",
     "granularity": "Granularity PerChannel PerGroup PerTensor Segments",
     "group_rules": "group_bits with_groups",
     "layers": "QuantAttention QuantConv1d QuantConv2d QuantLinear",

@@ -19,7 +19,7 @@ from ptq_exp import MODELS
 from ptq_exp.calibration import SOURCES
 from ptq_exp.cli.main import main
 from ptq_exp.evaluation import SCORES
-from ptq_exp.quantization import METRICS
+from ptq_exp.quantization import FORMATS, METRICS
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +104,7 @@ def guide_folder(tmp_path_factory):
             name = re.match(r"# (\w+\.py)\n", code)
             assert name, f"a code block of {page} has no file name"
             (folder / name[1]).write_text(code)
-    registries = [(registry, dict(registry)) for registry in (MODELS, METRICS, SOURCES, SCORES)]
+    registries = [(registry, dict(registry)) for registry in (MODELS, METRICS, SOURCES, SCORES, FORMATS)]
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))

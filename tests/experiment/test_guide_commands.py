@@ -3,8 +3,9 @@
 Of a sweep those jobs run that have a method (an experiment, a metric, ...) which no command before has had, and at
 least one. Published models are replaced by the embedded one of their kind, for want of their weights, and each
 network by one of fewer layers of the same kinds. Experiment files as they stand, on the default model, run in
-test_experiment_files. A job that sets nothing which no other job or file sets on the same model is not run: it is
-planned up to the quantized network's report, which finds all that does not fit together.
+test_experiment_files; number formats in tests of their own. A job that sets nothing which no other job or file sets
+on the same model is not run: it is planned up to the quantized network's report, which finds all that does not fit
+together.
 """
 
 import pytest
@@ -14,7 +15,7 @@ from guide_runs import TINY, assert_recorded, chosen_by, run_or_plan, runs
 from small_pipelines import PROMPTS, SMALL
 
 ALL = runs()
-RUNS = chosen_by(lambda page: page != "reproduce" and not page.startswith("results/"))
+RUNS = chosen_by(lambda page: page not in ("reproduce", "number_formats") and not page.startswith("results/"))
 pytestmark, COMMON_CACHE = pytest.mark.usefixtures("small_networks"), True
 
 

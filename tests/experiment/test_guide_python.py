@@ -17,7 +17,7 @@ from ptq_exp.evaluation import Comparison, FeatureStatistics
 from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.run import Run, calibration_images
 from ptq_exp.experiment.stages import make_calibration_set
-from ptq_exp.quantization import METRICS, Policy, Widths, calibrate_, fake_quantize, quantize_, search_range
+from ptq_exp.quantization import FORMATS, METRICS, Policy, Widths, calibrate_, fake_quantize, quantize_, search_range
 from ptq_exp.storage.plain_json import read_json
 
 QUICK = ("logger=none", "evaluation=paired", "evaluation.n_samples=2", "evaluation.batch_size=2",
@@ -144,3 +144,12 @@ def test_statistics_of_a_rule_of_ones_own_go_through_the_command(command, here):
     values = read_json(second / "results.json")
     assert values["status"] == "finished" and values["name"] == "one_slope_w4a8"
     assert values["eps_error_per_step"] != read_json(first / "results.json")["eps_error_per_step"]
+
+
+def test_number_formats_and_one_more(here):
+    made = SimpleNamespace(**runpy.run_path("show_formats.py"))
+    assert made.bits == 4.25 and made.codes.dtype == torch.uint8 and made.scales["block_scale"].shape == (4, 2)
+    config = conf(*run_of("number_formats", "imports=[my_format]"))
+    assert config.bits.weight == "seventh" and FORMATS["seventh"].bits == 4
+    x = torch.linspace(-1, 1, 64)[None]
+    assert torch.allclose(FORMATS["seventh"].fake_quantize(x) * 7, (x * 7).round())

@@ -297,3 +297,9 @@ def test_words_for_groups(bits, expected):
 def test_impossible_formats_are_refused_by_name(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_nan_of_activations_is_seen(tiny, x):
+    quantized(tiny, "fp4_e2m1", "fp4_e2m1", (x,), (x[:1],))
+    x[0, 0, 0, 0] = torch.nan
+    assert bool(answer(tiny, (x,))[0].isnan().any())

@@ -94,6 +94,14 @@ def test_a_block_with_nan_becomes_nan_and_infinity_saturates(name):
         assert not bool(made.fake_quantize(x).isinf().any())
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_nan_is_not_hidden(name):
+    x = torch.ones(2, 128)
+    x[0, 3] = torch.nan
+    found = FORMATS[name].fake_quantize(x, torch.ones(()))
+    assert bool(found[0, : FORMATS[name].block].isnan().all()) and not bool(found[1].isnan().any())
+
+
 @pytest.mark.parametrize(("name", "level"), [("nvfp4", "two_level"), ("nvfp4_one_level", "one_level")])
 def test_nvfp4_scales_and_codes(name, level):
     stored, made = golden("nvfp4"), FORMATS[name]

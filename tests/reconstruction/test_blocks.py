@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ptq_exp.errors import PTQError, QuantizationError
-from ptq_exp.quantization import Policy, Widths, calibrate_weights_, quantize_
+from ptq_exp.quantization import Policy, QuantSpec, Rule, TensorSpec, Widths, calibrate_weights_, quantize_
 from ptq_exp.reconstruction import Arena, Block, capture, find_blocks
 
 EXAMPLE = (torch.zeros(1, 1, 6, 6), torch.zeros(1))
@@ -109,3 +109,10 @@ def test_rows_that_cannot_be_written_say_which_setting_to_change(toy, calibratio
 def test_a_block_names_its_modules(toy):
     block = Block("resnets.0", ("conv1", "conv2"))
     assert block.module(toy) is toy.resnets[0] and block.modules(toy) == [toy.resnets[0].conv1, toy.resnets[0].conv2]
+
+
+def test_number_formats_are_refused_by_name():
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    quantize_(network, [Rule("*", QuantSpec(TensorSpec(4), TensorSpec("mxfp4")))], (torch.randn(1, 4),))
+    with pytest.raises(QuantizationError, match="0 is quantized to the number format mxfp4.*reconstruction=none"):
+        find_blocks(network, (), (torch.randn(1, 4),))

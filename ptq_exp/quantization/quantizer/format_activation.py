@@ -22,7 +22,8 @@ class ElementwiseQuantizer(Quantizer):
     def rounded(self, x: Tensor, row: Tensor | None, kept: Tensor | None = None) -> Tensor:
         """Return `x` as values of the format times the scale."""
         scale = self.cells(x, row).scale
-        return (self.format.cast(widened(x) / scale) * scale).to(x.dtype)
+        found = (self.format.cast(widened(x) / scale) * scale).to(x.dtype)
+        return found if self.format.nan else torch.where(x.isnan(), x, found)  # NaN is to be seen, not to become 0
 
     @torch.no_grad()
     def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:
