@@ -36,9 +36,10 @@ def check_feasible(run: Run, plan: Plan, config: ExperimentConfig) -> Made:
             reconstructed, steps without calibration states.
     """
     calibration = config.calibration
-    distribution = build(calibration.distribution, "calibration.distribution")
-    drawn = positions(distribution, calibration.n_samples, len(run.grid), run.seed)
-    check_bins(plan.time_bins, labelled(drawn, run.grid, calibration.labels).step)
+    if calibration.source is not None:
+        distribution = build(calibration.distribution, "calibration.distribution")
+        drawn = positions(distribution, calibration.n_samples, len(run.grid), run.seed)
+        check_bins(plan.time_bins, labelled(drawn, run.grid, calibration.labels).step)
     report = planned_report(run, plan, config.reconstruction)
     return Made(report, Record(_budget(plan.bits.min_bops_ratio, report)))
 

@@ -112,6 +112,9 @@ class Keys:
             return self.ranges()
         settings = asdict(self.config.reconstruction)
         del settings["cache_gb"]  # where rows lie changes nothing
+        of_gptq = {name: settings.pop(name) for name in ("method", "act_order", "damping", "hessian_gb")}
+        if of_gptq["method"] == "gptq":
+            settings = of_gptq | {"name": settings["name"], "granularity": settings["granularity"]}
         settings["blocks"] = list(self.model.blocks) if settings["granularity"] == "block" else []
         return versioned("reconstruction", self.ranges()) | {"reconstruction": settings}
 
@@ -136,11 +139,16 @@ class Keys:
         bits, settings = asdict(self.config.bits), self.config
         # with the defaults of what is not given
         transforms = [transform.to_dict() for transform in transforms_of(settings.quantization.transforms)]
+        quantization = asdict(settings.quantization)
+        if quantization["activation"] == "static":
+            del quantization["activation"]
+        if settings.quantization.activation != "dynamic_group":
+            del quantization["activation_group_size"]
         widths = {key: bits[key] for key in ("weight", "softmax", "first_last", "boundary")}
         groups = bit_groups(settings.bits, settings.model.groups)
         return {
             "metric": settings.metric.name,
             "bits": widths | {"activation": activation_widths(settings.bits, self.grid)},
-            "quantization": asdict(settings.quantization) | {"transforms": transforms},
+            "quantization": quantization | {"transforms": transforms},
             "groups": list(groups.values()),
         }

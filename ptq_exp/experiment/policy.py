@@ -56,7 +56,8 @@ def policy(plan: Plan, model: DiffusionModel, network: nn.Module, example: Call)
         split = quantization.time_embedding == "split"
         each = "a range for each piece" if split else "one range for all pieces"
         _say("quantization.time_embedding", f"{len(parts)} embedding projections are cut into pieces, {each}", parts)
-        output = TensorSpec(widths.activation, quantization.activation_symmetric, bins=plan.n_bins)
+        output = TensorSpec(widths.activation, quantization.activation_symmetric, bins=plan.n_bins,
+                            dynamic=quantization.dynamic)
         rules = with_outputs(rules, parts if split else dict.fromkeys(parts), output)
     if plan.groups:
         rules = with_groups(rules, plan.groups, names, [*first, *last])

@@ -48,7 +48,7 @@ def calibrate(run: Run, plan: Plan, network: nn.Module, report: Report, calibrat
     bin_of_state = plan.time_bins[torch.from_numpy(np.array(calibration_set.step))]
     check_bins(plan.time_bins, torch.from_numpy(np.array(calibration_set.step)))
     if not any(q.needs_data for _, q in quantizers(network) if isinstance(q, ActivationQuantizer)):
-        log.info("bits.activation=%s: no activation has a range to calibrate", plan.bits.activation)
+        log.info("activation ranges: none is calibrated")
         finish_calibration(network, plan.metric)
         return
     of_time, others = _time_quantizers(run, plan, network)

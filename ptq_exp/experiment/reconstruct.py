@@ -25,6 +25,7 @@ from ptq_exp.reconstruction import (
     Annealing,
     Block,
     BlockReport,
+    GPTQSettings,
     Reconstruction,
     Settings,
     TimeBlock,
@@ -45,7 +46,7 @@ def reconstruct(
     run: Run, plan: Plan, config: ReconstructionConfig, key: Key, quantized: QuantizedModel,
     calibration_set: CalibrationSet,
 ) -> Made:
-    """Learn (or reuse) roundings and step sizes of the quantized network, where `config` asks for that; in place.
+    """Find (or reuse) roundings and step sizes of the quantized network, where `config` asks for that; in place.
 
     With candidate widths of activations the network is at the widest: its weights are those of all widths. With ranges
     for bins of sampling steps each calibration sample uses those of its own step. The layers that depend on the time
@@ -75,9 +76,22 @@ def reconstruct(
         "%d blocks, %d of them better than nearest rounding; relative error %.4f -> %.4f on held-out samples",
         found["blocks"], found["kept"], found["error_before"], found["error"],
     )
+    _log_left_alone(reports)
     numbers = {"calibration_seconds": calibration_seconds(run.cache, reports), "reconstruction": found}
     plain = {"summary": found, "blocks": [report.to_dict() for report in reports]}
     return Made(quantized, Record(numbers, {"reconstruction.json": lambda path: write_json(path, plain)}))
+
+
+def _log_left_alone(reports: list[BlockReport]) -> None:
+    """Log which layers kept their nearest rounding, and why."""
+    reasons: dict[str, list[str]] = {}
+    for report in reports:
+        for detail in report.details:
+            if detail.note:
+                reasons.setdefault(detail.note, []).append(f"{report.name}.{detail.layer}".rstrip("."))
+    for note, layers in reasons.items():
+        shown = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
+        log.info("nearest rounding stays: %d layers (%s): %s", len(layers), shown, note)
 
 
 def calibration_seconds(cache: ArtifactCache, reports: list[BlockReport]) -> dict[str, float | None]:
@@ -96,8 +110,10 @@ def calibration_seconds(cache: ArtifactCache, reports: list[BlockReport]) -> dic
     return {part: None if math.isnan(value) else round(value, 2) for part, value in parts.items()}
 
 
-def settings_of(config: ReconstructionConfig) -> Settings:
+def settings_of(config: ReconstructionConfig) -> Settings | GPTQSettings:
     """Return the settings of every block."""
+    if config.method == "gptq":
+        return GPTQSettings(config.act_order, config.damping, 1e9 * config.hessian_gb)
     return Settings(
         Annealing(config.iterations, config.weight, config.warmup, config.b_start, config.b_end),
         batch_size=config.batch_size, lr=config.lr, step_lr=config.step_lr, power=config.power,

@@ -43,6 +43,9 @@ def make_calibration_set(
     """
     if isinstance(run.model, RecordedModel):
         return _given_calls(run.model, run.grid)
+    if config.source is None:
+        log.info("calibration=%s: no states are collected, as no activation has a range to calibrate", config.name)
+        return _noise_alone(run)
 
     def make(folder: Path) -> CalibrationSet:
         distribution = build(config.distribution, "calibration.distribution")
@@ -71,6 +74,20 @@ def make_calibration_set(
         load=CalibrationSet.load,
         detail=lambda s: f", {len(s)} states, {int(s.evaluations.sum())} network evaluations",
     )
+
+
+def _noise_alone(run: Run) -> CalibrationSet:
+    """Return two states of noise at the first step, to prove a quantized network by; nothing is calibrated on them."""
+    example = run.model.example_inputs().expanded(2)
+    draw = torch.Generator().manual_seed(run.seed)
+    x = torch.randn(example.x.shape, generator=draw)
+    first = run.grid.network_time(torch.zeros(2, dtype=torch.long))
+    conditions = {
+        name: (value.float() if value.is_floating_point() else value).cpu().numpy()
+        for name, value in example.conditions.items()
+    }
+    zeros = np.zeros(2, np.int64)
+    return CalibrationSet(x.numpy(), zeros, first.float().cpu().numpy(), zeros, conditions)
 
 
 def _given_calls(model: RecordedModel, grid: TimeGrid) -> CalibrationSet:

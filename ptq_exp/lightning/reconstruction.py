@@ -33,7 +33,7 @@ class ReconstructionModule(pl.LightningModule):
 
     def train_dataloader(self) -> DataLoader:
         # an item is the number of an iteration: the block draws its rows itself, from the seed and its name
-        return DataLoader(range(self.reconstruction.settings.annealing.iterations), batch_size=None)
+        return DataLoader(range(max(1, self.reconstruction.iterations)), batch_size=None)
 
     def on_train_start(self) -> None:
         self.network.eval()  # dropout
@@ -95,6 +95,7 @@ def reconstruct_network(
     trainer = make_trainer(
         "reconstruction", accelerator=accelerator, devices=1, progress_bar=progress_bar, callbacks=callbacks,
         max_epochs=len(reconstruction.blocks), enable_checkpointing=True,
+        reload_dataloaders_every_n_epochs=1,  # blocks may take different numbers of steps
     )
     trainer.fit(
         ReconstructionModule(reconstruction), ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.place import quantize_
     from ptq_exp.quantization.policy import Policy
     from ptq_exp.quantization.probe import one_layer_quantized, probe_of, quantized_layers
-    from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
+    from ptq_exp.quantization.quantizer import ActivationQuantizer, DynamicQuantizer, Mode, Quantizer, WeightQuantizer
     from ptq_exp.quantization.quantizer.time_step import Step, of_samples, select_row, step_of
     from ptq_exp.quantization.ranges.elementwise import HistogramMetric
     from ptq_exp.quantization.ranges.range_search import METRICS, RangeSketch, search_range
@@ -61,7 +61,7 @@ _HOME = {
     "place": "quantize_",
     "policy": "Policy",
     "probe": "one_layer_quantized probe_of quantized_layers",
-    "quantizer": "ActivationQuantizer Mode Quantizer WeightQuantizer",
+    "quantizer": "ActivationQuantizer DynamicQuantizer Mode Quantizer WeightQuantizer",
     "quantizer.time_step": "Step of_samples select_row step_of",
     "ranges.elementwise": "HistogramMetric",
     "ranges.range_search": "METRICS RangeSketch search_range",

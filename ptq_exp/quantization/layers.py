@@ -120,14 +120,16 @@ def layer_quantizers(
         "weight_quantizer": _build(
             spec.weight, in_channels, axis, f"{name}.weight_quantizer", tuple(layer.weight.shape)
         ),
-        "input_quantizer": _build(spec.input, in_channels * groups, axis, f"{name}.input_quantizer"),
+        "input_quantizer": _build(
+            spec.input, in_channels * groups, axis, f"{name}.input_quantizer", linear=isinstance(layer, nn.Linear)
+        ),
         "output_quantizer": _build(spec.output, out_channels, axis, f"{name}.output_quantizer"),
     }
 
 
 def attention_quantizers(attention: Attention, spec: QuantSpec, name: str) -> dict[str, nn.Module]:
     """Return the quantizer of the softmax map that `spec` asks for (it must not be None there)."""
-    return {"softmax_quantizer": _build(spec.softmax, None, -1, f"{name}.softmax_quantizer")}
+    return {"softmax_quantizer": _build(spec.softmax, None, -1, f"{name}.softmax_quantizer", non_negative=True)}
 
 
 def attention_obstacle(attention: Attention) -> str | None:
@@ -155,13 +157,16 @@ def bits_of(quantizer: nn.Module | None) -> int | tuple[int, ...] | None:
 
 
 def _build(
-    spec: TensorSpec | None, channels: int | None, axis: int, name: str, weight: tuple[int, ...] | None = None
+    spec: TensorSpec | None, channels: int | None, axis: int, name: str, weight: tuple[int, ...] | None = None, *,
+    linear: bool = False, non_negative: bool = False,
 ) -> nn.Module:
     """Build one quantizer.
 
     Args:
         channels: length of the channel axis; None = it varies, as in a softmax map.
         weight: shape of the weight; None = of an activation.
+        linear: what a linear layer reads, whose positions may have ranges of their own.
+        non_negative: a softmax map.
     """
     if spec is None:
         return nn.Identity()
@@ -172,5 +177,13 @@ def _build(
         )
     settings = {"symmetric": spec.symmetric, "segments": segments, "metric": spec.metric, "axis": axis, "name": name}
     if weight is None:  # an activation's rows follow from its widths or bins
-        return activation_quantizer(spec.bits, headroom=spec.headroom, bins=spec.bins, **settings)
+        return activation_quantizer(
+            spec.bits, headroom=spec.headroom, bins=spec.bins, dynamic=shared(spec, linear), non_negative=non_negative,
+            **settings,
+        )
     return weight_quantizer(spec.bits, weight, rows=spec.granularity.rows(weight[0]), **settings)
+
+
+def shared(spec: TensorSpec, linear: bool) -> str | int | None:
+    """Return what has a dynamic range of its own: in inputs of linear layers what `spec` says, else each sample."""
+    return spec.dynamic if linear or spec.dynamic is None else "tensor"

@@ -200,6 +200,7 @@ def signature(quantizer: Quantizer) -> dict:
     return {
         "bits": list(bits) if isinstance(bits, tuple) else bits,
         "symmetric": quantizer.symmetric,
+        **({"dynamic": quantizer.share} if hasattr(quantizer, "share") else {}),
         "segments": list(segments) if segments else None,
         "shape": list(quantizer.scale.shape),
         **({"format": format_of(quantizer)} if format_of(quantizer) else {}),

@@ -34,6 +34,8 @@ def rule_from_dict(plain: Mapping[str, Any]) -> Rule:
 def _to_plain(spec: TensorSpec) -> dict[str, Any]:
     values = {field.name: getattr(spec, field.name) for field in fields(spec)}
     bits = list(spec.bits) if isinstance(spec.bits, tuple) else spec.bits
+    if spec.dynamic is None:
+        del values["dynamic"]
     return values | {"bits": bits, "granularity": granularity.to_plain(spec.granularity)}
 
 

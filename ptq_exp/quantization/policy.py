@@ -47,6 +47,11 @@ class Policy:
             or one for each (split).
         temporal: activation ranges along the sampling steps: static, binned, per_step.
         temporal_bins: of temporal=binned.
+        activation: static = ranges that calibration finds; dynamic_tensor, dynamic_token, dynamic_group = those of the
+            values of each evaluation: of each sample, in the inputs of linear layers of each token, or of each group of
+            `activation_group_size` channels of a token. Of all activations: the softmax map and what enters the first
+            and the last layer, too, at their own widths, so that nothing needs calibration.
+        activation_group_size: of activation=dynamic_group.
         time_layers: what layers of the time alone are calibrated on: calibration_set, or the times of all_steps.
         quantize_state: x_t at the widest of the other activations' bits and `Widths.first_last`, its range found as
             theirs, in place of `Widths.boundary`; at either site.
@@ -91,6 +96,12 @@ class Policy:
     temporal_bins: int = _setting(
         4, "Bins of consecutive steps for temporal=binned, at most sampler.steps.", bounds=(1, None)
     )
+    activation: str = _setting(
+        "static", "Activation ranges: calibrated, or those of the values of each evaluation: one per sample, one per "
+        "token in inputs of linear layers, or one per group of a token's channels.",
+        choices=("static", "dynamic_tensor", "dynamic_token", "dynamic_group"),
+    )
+    activation_group_size: int = _setting(64, "Channels per group for activation=dynamic_group.", bounds=(1, None))
     time_layers: str = _setting(
         "calibration_set", "Times that layers which depend on the time alone are calibrated on: those in the "
         "calibration set, or all sampling steps (TFMQ-DM).", choices=("calibration_set", "all_steps"),
@@ -147,6 +158,13 @@ class Policy:
         if self.weight_granularity == "group":
             return PerGroup(self.group_size)
         return PerChannel() if self.weight_granularity == "channel" else PerTensor()
+
+    @property
+    def dynamic(self) -> str | int | None:
+        """Return what of a linear layer's input has a dynamic range of its own, see `TensorSpec`; None = static."""
+        return {"dynamic_tensor": "tensor", "dynamic_token": "token", "dynamic_group": self.activation_group_size}.get(
+            self.activation
+        )
 
     def rules(self, widths: Widths, bins: int = 1) -> list[Rule]:
         """Return the ordered rules of this policy for any network, without `keep_fp` and what has to be found in one.

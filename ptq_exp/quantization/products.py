@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.layers import shared
 from ptq_exp.quantization.quantizer import Mode
 from ptq_exp.quantization.quantizer.formats import activation_quantizer
-from ptq_exp.quantization.specs import QuantSpec, TensorSpec
+from ptq_exp.quantization.specs import QuantSpec
 from ptq_exp.quantization.trace.products import (
     ATTENTION,
     MATRICES,
@@ -116,8 +117,8 @@ def product_quantizers(multiplier: Multiplier, spec: QuantSpec, name: str) -> di
             # the axis that is summed over: keys of a fused call are not transposed yet
             summed = -1 if call.fused and kind_of(key) == "qk" else -2
             made[key] = QuantizedProduct(
-                _build(spec.softmax if left_is_map else spec.product, f"{site}.left_quantizer", -1),
-                _build(spec.softmax if right_is_map else spec.product, f"{site}.right_quantizer", summed),
+                _build(spec, left_is_map, f"{site}.left_quantizer", -1),
+                _build(spec, right_is_map, f"{site}.right_quantizer", summed),
             )
     return made
 
@@ -222,12 +223,13 @@ def _active(quantizer: nn.Module) -> bool:
     return watched or getattr(quantizer, "mode", Mode.QUANTIZE) != Mode.OFF
 
 
-def _build(spec: TensorSpec | None, name: str, axis: int) -> nn.Module:
+def _build(of: QuantSpec, is_map: bool, name: str, axis: int) -> nn.Module:
+    spec = of.softmax if is_map else of.product
     if spec is None:
         return nn.Identity()
     return activation_quantizer(
         spec.bits, symmetric=spec.symmetric, metric=spec.metric, headroom=spec.headroom, bins=spec.bins, name=name,
-        axis=axis if spec.format is not None else -1,
+        axis=axis if spec.format is not None else -1, dynamic=shared(spec, linear=False), non_negative=is_map,
     )
 
 

@@ -33,9 +33,9 @@ def policy_rules(policy: Policy, widths: Widths, bins: int = 1) -> list[Rule]:
     weight = TensorSpec(widths.weight, policy.weight_symmetric, policy.granularity)
     if not widths.quantizes_activations:
         return [*_rules_of_weights(policy, widths, weight), Rule("*", QuantSpec(weight))]
-    operand = TensorSpec(widths.activation, policy.activation_symmetric, bins=bins)
+    operand = TensorSpec(widths.activation, policy.activation_symmetric, bins=bins, dynamic=policy.dynamic)
     at_input, at_output = (operand, None) if policy.activation_site == "input" else (None, operand)
-    softmax = TensorSpec(widths.softmax, symmetric=True, bins=bins) if policy.attention else None
+    softmax = TensorSpec(widths.softmax, True, bins=bins, dynamic=policy.dynamic) if policy.attention else None
     made = replace(operand, symmetric=operand.symmetric or policy.qkv_symmetric) if policy.attention else None
     rules = _rules_at_the_ends(policy, widths, weight, operand)
     if policy.attention:
@@ -156,5 +156,7 @@ def with_outputs(rules: Sequence[Rule], parts: Mapping[str, tuple[int, ...] | No
 
 
 def _segmented(spec: TensorSpec | None, segments: tuple[int, ...] | None) -> TensorSpec | None:
-    """`spec` with a range for each segment; None stays None."""
-    return spec and replace(spec, granularity=segmented_as(spec.granularity, segments))
+    """`spec` with a range for each segment; None stays None, and dynamic ranges stay as they are."""
+    if spec is None or spec.dynamic is not None:  # a dynamic range is narrow anyway
+        return spec
+    return replace(spec, granularity=segmented_as(spec.granularity, segments))

@@ -32,6 +32,9 @@ class TensorSpec:
         headroom: factor >= 1 by which an activation's range is widened after the search.
         bins: rows of an activation's ranges, of which every sampling step uses one; not together with candidate widths.
             Formats of blocks take their scales from the data of each step and have one row.
+        dynamic: of an activation, ranges that follow the data: one for each sample ("tensor"), or in the inputs of
+            linear layers for each position ("token"), or for so many channels of each position (a number). Everything
+            else then has one for each sample. `metric` and `headroom` have no effect. None = calibrated ranges.
 
     Raises:
         ConfigError: a value is outside the above.
@@ -43,6 +46,7 @@ class TensorSpec:
     metric: str | None = None
     headroom: float = 1.0
     bins: int = 1
+    dynamic: str | int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, tuple):
@@ -62,10 +66,22 @@ class TensorSpec:
                 f"TensorSpec.bins={self.bins}: give 1 or more, and 1 with candidate widths (bits={self.bits}): each "
                 "sampling step chooses one row, either its bin or its width"
             )
+        if self.dynamic is not None:
+            self._check_dynamic()
         if not self.headroom >= 1:
             raise ConfigError(f"TensorSpec.headroom={self.headroom}: choose 1 or more")
         if self.metric is not None and self.metric not in METRICS:
             raise ConfigError(f"TensorSpec.metric={self.metric!r}: choose one of {', '.join(METRICS)}")
+
+    def _check_dynamic(self) -> None:
+        group = isinstance(self.dynamic, int) and not isinstance(self.dynamic, bool) and self.dynamic >= 1
+        if self.dynamic not in ("tensor", "token") and not group:
+            raise ConfigError(f"TensorSpec.dynamic={self.dynamic!r}: choose tensor, token, or a number of channels")
+        if self.bins > 1 or isinstance(self.bits, tuple) or self.granularity != PerTensor():
+            raise ConfigError(
+                f"TensorSpec.dynamic={self.dynamic}: ranges follow the data: give one width, no bins of steps and "
+                "granularity PerTensor()"
+            )
 
     @property
     def format(self) -> FloatFormat | BlockFormat | None:
@@ -101,6 +117,8 @@ class QuantSpec:
                 f"QuantSpec.weight: bits={self.weight.bits}, but a weight is quantized once: give one width (only "
                 "activations can change theirs from one sampling step to the next)"
             )
+        if self.weight is not None and self.weight.dynamic is not None:
+            raise ConfigError(f"QuantSpec.weight: dynamic={self.weight.dynamic}, but a weight is always the same")
         if self.weight is not None and self.weight.bins > 1:
             raise ConfigError(f"QuantSpec.weight: bins={self.weight.bins}, but a weight is the same at every step")
         for role in ("input", "output", "softmax", "product"):

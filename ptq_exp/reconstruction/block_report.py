@@ -22,6 +22,27 @@ class BlockError:
 
 
 @dataclass(frozen=True)
+class LayerRounding:
+    """One layer's rounding by GPTQ.
+
+    Attributes:
+        layer: name within its block.
+        before, after: squared error of its output, tr(E H E^T) per input (token or position), of the nearest rounding
+            and of the one in force; None without a Hessian.
+        damping: of the Hessian, in the end.
+        inputs: how many there were.
+        note: why the layer keeps its nearest rounding; "" where it does not.
+    """
+
+    layer: str
+    before: float | None = None
+    after: float | None = None
+    damping: float | None = None
+    inputs: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class BlockReport:
     """One block, before (nearest rounding, calibrated step sizes) and after its optimisation.
 
@@ -38,6 +59,7 @@ class BlockReport:
         loss: mean of the loss over the last tenth of the iterations, without the regulariser.
         iterations: of the optimiser.
         seconds: wall time, with the capture of inputs.
+        details: of each layer, where they were rounded one after the other (GPTQ).
     """
 
     index: int
@@ -53,16 +75,20 @@ class BlockReport:
     loss: float
     iterations: int
     seconds: float
+    details: tuple[LayerRounding, ...] = ()
 
     def to_dict(self) -> dict:
-        """Plain numbers, strings and dictionaries (JSON)."""
-        return asdict(self)
+        """Plain numbers, strings, lists and dictionaries (JSON); without `details` where there are none."""
+        plain = asdict(self)
+        details = [dict(detail) for detail in plain.pop("details")]
+        return plain | {"details": details} if details else plain
 
     @classmethod
     def from_dict(cls, plain: dict) -> BlockReport:
         """Return the report that `to_dict` gave."""
         errors = {key: BlockError(**value) for key, value in plain.items() if isinstance(value, dict)}
-        return cls(**plain | errors)
+        details = tuple(LayerRounding(**detail) for detail in plain.get("details", ()))
+        return cls(**plain | errors | {"details": details})
 
 
 def table(reports: Sequence[BlockReport]) -> pd.DataFrame:
@@ -71,10 +97,15 @@ def table(reports: Sequence[BlockReport]) -> pd.DataFrame:
 
 
 def summary(reports: Sequence[BlockReport]) -> dict:
-    """Summarise all blocks of a run: numbers of blocks, mean relative errors of what is in force, seconds."""
+    """Summarise all blocks of a run: numbers of blocks, mean relative errors of what is in force, seconds.
+
+    Of GPTQ also `objective`: squared error of a layer's output over that of its nearest rounding, mean over layers.
+    """
     if not reports:
         return {"blocks": 0}
     n = len(reports)
+    rounded = [detail for report in reports if report.kept for detail in report.details if detail.before]
+    objective = {"objective": sum(d.after / d.before for d in rounded) / len(rounded)} if rounded else {}
     in_force = [(r.after_fp, r.after_quantized) if r.kept else (r.before_fp, r.before_quantized) for r in reports]
     return {
         "blocks": n,
@@ -85,4 +116,4 @@ def summary(reports: Sequence[BlockReport]) -> dict:
         "error_before": sum(r.before_quantized.relative for r in reports) / n,
         "error": sum(quantized.relative for _, quantized in in_force) / n,
         "optimiser_seconds": sum(r.seconds for r in reports),
-    }
+    } | objective

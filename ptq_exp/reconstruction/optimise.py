@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from ptq_exp.reconstruction.activations import StepSizes, dropping
 from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss
-from ptq_exp.reconstruction.block_report import BlockError
+from ptq_exp.reconstruction.block_report import BlockError, LayerRounding
 from ptq_exp.reconstruction.blocks import Block
 from ptq_exp.reconstruction.capture import Calls, single_tensor
 from ptq_exp.reconstruction.randomness import block_generator, random_mask
@@ -50,21 +50,34 @@ class Settings:
     drop_prob: float = 0.0
     inner_weight: float = 0.0
 
+    reads_reference = True
+    """Whether the optimisation needs outputs of the full-precision network."""
+
+    def iterations(self, block: Block) -> int:
+        """Return the number of steps of one block."""
+        return self.annealing.iterations
+
+    def start(
+        self, block: Block, network: nn.Module, reference: nn.Module, data: BlockData, seed: int
+    ) -> BlockOptimisation:
+        """Return the optimisation of one block."""
+        return BlockOptimisation(block, network, reference, data, self, seed=seed)
+
 
 @dataclass
 class BlockData:
     """What one block is optimised or measured on: the same rows in both networks.
 
     Attributes:
-        full: calls in the full-precision network, with output.
+        full: calls in the full-precision network, with output; None where nobody reads them.
         quantized: calls in the quantized network, without output.
     """
 
-    full: Calls
+    full: Calls | None
     quantized: Calls
 
     def __len__(self) -> int:
-        return len(self.full)
+        return len(self.quantized)
 
 
 class BlockOptimisation:
@@ -99,7 +112,8 @@ class BlockOptimisation:
         self.optimizer = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
         self.rows_generator = block_generator(seed, block.name, "rows", torch.device("cpu"))
         self.generator = block_generator(seed, block.name, "elements", self.device)
-        self.t = 0
+        self.t, self.weights = 0, self.rounding.v.numel()
+        self.details: list[LayerRounding] = []
         self.before = [tensor.clone() for tensor in self._tensors()]
         self._losses: list[Tensor] = []
 
@@ -153,7 +167,7 @@ class BlockOptimisation:
     def changed(self) -> float:
         """Share of the weights that now differ from what they were before."""
         differ = sum(int((layer.weight != old).sum()) for layer, old in zip(self.layers, self.before, strict=False))
-        return differ / self.rounding.v.numel()
+        return differ / self.weights
 
     def _tensors(self) -> list[Tensor]:
         """Return what the optimisation chooses, in the network: weights, then step sizes."""

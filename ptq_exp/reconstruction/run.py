@@ -14,6 +14,7 @@ from ptq_exp.errors import DataError
 from ptq_exp.reconstruction.block_report import BlockError, BlockReport
 from ptq_exp.reconstruction.blocks import Block
 from ptq_exp.reconstruction.capture import Arena, capture
+from ptq_exp.reconstruction.gptq_block import GPTQBlock, GPTQSettings
 from ptq_exp.reconstruction.optimise import BlockData, BlockOptimisation, Settings, block_error
 from ptq_exp.reconstruction.time_block import TimeBlock
 
@@ -39,7 +40,7 @@ class Reconstruction:
 
     for block in reconstruction.remaining:
         reconstruction.begin()
-        for _ in range(reconstruction.settings.annealing.iterations):
+        for _ in range(reconstruction.iterations):
             reconstruction.step()
         reconstruction.end()
 
@@ -51,7 +52,7 @@ class Reconstruction:
         reference: the full-precision network it was made from.
         blocks: in execution order, see `find_blocks` and `find_time_blocks`.
         calibration_set: at least two samples.
-        settings: of every block.
+        settings: of every block: `Settings` (learned roundings) or `GPTQSettings`.
         seed: of all draws.
         batch_size: samples per forward while inputs are captured.
         cache_bytes: memory for captured rows of one block; the rest goes to files.
@@ -62,7 +63,7 @@ class Reconstruction:
 
     def __init__(
         self, network: nn.Module, reference: nn.Module, blocks: Sequence[Block], calibration_set: CalibrationSet,
-        settings: Settings, *, seed: int, batch_size: int, cache_bytes: float, folder: Path,
+        settings: Settings | GPTQSettings, *, seed: int, batch_size: int, cache_bytes: float, folder: Path,
         row_of_step: Tensor | None = None,
     ) -> None:
         self.network, self.reference, self.blocks = network, reference, list(blocks)
@@ -71,7 +72,7 @@ class Reconstruction:
         self.arena = Arena(cache_bytes, folder)
         self.row_of_step = row_of_step
         self.reports: list[BlockReport] = []
-        self.current: BlockOptimisation | None = None
+        self.current: BlockOptimisation | GPTQBlock | None = None
 
     @property
     def block(self) -> Block | None:
@@ -83,6 +84,11 @@ class Reconstruction:
         """The blocks that have no report yet."""
         return self.blocks[len(self.reports) :]
 
+    @property
+    def iterations(self) -> int:
+        """Steps of the block whose turn it is."""
+        return 0 if self.block is None else self.settings.iterations(self.block)
+
     def begin(self) -> None:
         """Capture what the block needs."""
         self._started = time.perf_counter()
@@ -90,11 +96,10 @@ class Reconstruction:
         if isinstance(self.block, TimeBlock):
             data = self._judged_by = self._capture_times(self.block)
         else:
-            data, self._judged_by = self._capture(self.optimised_on), self._capture(self.held_out)
+            data = self._capture(self.optimised_on, reference=self.settings.reads_reference)
+            self._judged_by = self._capture(self.held_out)
         self._before = self._errors()
-        self.current = BlockOptimisation(
-            self.block, self.network, self.reference, data, self.settings, seed=self.seed
-        )
+        self.current = self.settings.start(self.block, self.network, self.reference, data, self.seed)
 
     def step(self) -> Tensor:
         """One iteration; returns the loss of its batch, 0-d."""
@@ -111,9 +116,10 @@ class Reconstruction:
             done.revert()
         report = BlockReport(
             index=len(self.reports), name=self.block.name, layers=len(self.block.layers),
-            weights=done.rounding.v.numel(), changed=done.changed(), kept=kept,
+            weights=done.weights, changed=done.changed(), kept=kept,
             before_fp=self._before[0], after_fp=after[0], before_quantized=self._before[1], after_quantized=after[1],
             loss=done.loss, iterations=done.t, seconds=round(time.perf_counter() - self._started, 2),
+            details=tuple(done.details),
         )
         self.reports.append(report)
         self.current = self._judged_by = None
@@ -126,7 +132,7 @@ class Reconstruction:
         inputs = (data.full, data.quantized)
         return tuple(block_error(module, calls, data.full.output, self.block.name) for calls in inputs)
 
-    def _capture(self, samples: CalibrationSet) -> BlockData:
+    def _capture(self, samples: CalibrationSet, *, reference: bool = True) -> BlockData:
         device = next(self.network.parameters()).device
         steps = samples.batch_steps(self.batch_size)  # with guidance, of both halves
         step_rows = None if self.row_of_step is None else self.row_of_step[steps]
@@ -138,7 +144,7 @@ class Reconstruction:
                 step_rows=step_rows,
             )
 
-        return BlockData(calls(self.reference, True), calls(self.network, False))
+        return BlockData(calls(self.reference, True) if reference else None, calls(self.network, False))
 
     def _capture_times(self, block: TimeBlock) -> BlockData:
         """All times that there are: no other ones will ever come, that a block could be judged by."""

@@ -84,6 +84,8 @@ LAYOUT = (
     Entry("quantization.size_reduction", "FP32 size over the quantized size", "factor", _REPORT, QUANTIZED),
     Entry("quantization.bits_per_weight", "size of the quantized weights with their scales, per value", "bits", _REPORT,
           QUANTIZED),
+    Entry("quantization.dynamic_scales", "activation ranges that are found from the data, per sample and evaluation",
+          "count", _REPORT, "runs with `quantization.activation=dynamic_*`"),
     Entry("quantization.macs.*", f"multiply-accumulates of one evaluation; {_BOTH}", "MACs", _REPORT, QUANTIZED),
     Entry("quantization.coverage.*", "share of the MACs with both operands quantized; null where it is not known",
           "0 to 1", _REPORT, QUANTIZED),
@@ -111,6 +113,8 @@ LAYOUT = (
     Entry("reconstruction.error*", "relative error of the blocks' outputs on held-out samples, mean over blocks; "
           "`_fp`: on full-precision inputs, `_before`: with nearest rounding", "1", "reconstruction.summary",
           "runs with a reconstruction"),
+    Entry("reconstruction.objective", "squared error of a layer's output on calibration data over that of the nearest "
+          "rounding, mean over layers", "1", "reconstruction.summary", "runs with reconstruction=gptq"),
     Entry("reconstruction.optimiser_seconds", "wall time of the optimiser", "s", "reconstruction.summary",
           "runs with a reconstruction"),
     Entry("bit_schedule.rule", "how the widths were found: snr, budget or list", "word",

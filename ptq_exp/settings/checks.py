@@ -7,6 +7,7 @@ from ptq_exp.quantization import group_bits, transforms_of
 from ptq_exp.quantization.ranges.range_search import check_metric
 from ptq_exp.quantization.widths import LAYER_BITS, SOFTMAX_BITS, check_bits, check_width
 from ptq_exp.runtime import runtime_of
+from ptq_exp.settings.check_dynamic import check_dynamic
 from ptq_exp.settings.check_formats import check_formats
 from ptq_exp.settings.check_scores import check_scores
 from ptq_exp.settings.field import check_section
@@ -83,9 +84,9 @@ def _check_quantization(config: ExperimentConfig) -> None:
     check_section("metric", config.metric)
     check_metric(config.metric.name)
     _check_placement(config)
+    check_dynamic(config)
     if calibration.source is None:
-        raise ConfigError(f"calibration={calibration.name} has no samples, but bits={bits.name} needs some to choose "
-                          "activation ranges: choose calibration=ndtc or another")
+        return
     check_section("calibration", calibration)
     if calibration.rounds > 1 and calibration.source != "denoise":
         raise ConfigError(

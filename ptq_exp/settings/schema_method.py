@@ -89,12 +89,28 @@ class BitsConfig:
 
 @dataclass
 class ReconstructionConfig:
-    """How weight roundings and activation step sizes are learned."""
+    """How weights are rounded, where not to the nearest level, and how activation step sizes are learned."""
 
     name: str = setting("", NAME)
     granularity: str = setting(
-        "none", "Learn the blocks that the model names as one piece each, every layer by itself, or nothing.",
+        "none", "Take the blocks that the model names as one piece each, every layer by itself, or nothing.",
         choices=("block", "layer", "none"),
+    )
+    method: str = setting(
+        "learned", "Learn roundings by an optimiser, or compute them by GPTQ, column by column; settings of the other "
+        "one have no effect.", choices=("learned", "gptq"),
+    )
+    act_order: bool = setting(
+        True, "GPTQ: round columns of inputs with much energy first; the grids are those of the original weights, so "
+        "that nothing has to be stored for it.",
+    )
+    damping: float = setting(
+        0.01, "GPTQ: share of the mean of the Hessian's diagonal that is added to it; raised where that is too little.",
+        low=0, high=1,
+    )
+    hessian_gb: float = setting(
+        2.0, "GPTQ: layers whose Hessian (the square of in-channels times kernel, 8 bytes each) takes more GB keep "
+        "their nearest rounding, as the log and reconstruction.json say.", low=0,
     )
     iterations: int = setting(0, "Optimiser steps per block; the papers take 20000.", low=1)
     batch_size: int = setting(0, "Samples per iteration.", low=1)

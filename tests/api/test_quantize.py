@@ -61,6 +61,10 @@ def test_a_network_with_recorded_calls():
     x = torch.randn(5, 8)
     found, exact = quantized.component(x), network(x)
     assert 0 < float((found - exact).norm() / exact.norm()) < 0.05
+    rounded = ptq_exp.quantize(network, "w4a8", calls=calls, reconstruction="gptq", **QUICK)
+    assert rounded.component[0].weight_quantizer.off_grid(rounded.component[0].weight) == 0
+    nearest = ptq_exp.quantize(network, "w4a8", calls=calls, **QUICK)
+    assert any(not torch.equal(rounded.component[n].weight, nearest.component[n].weight) for n in (0, 2))
     with pytest.raises(ConfigError, match="no sampler"):
         quantized.sample(1)
     with pytest.raises(ConfigError, match="no pipeline"):

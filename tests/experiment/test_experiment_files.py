@@ -14,11 +14,13 @@ from ptq_exp.storage.plain_json import read_json
 
 OTHERS = ("evaluate", "analyze")  # tested in files of their own
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem not in OTHERS)
-RECONSTRUCTED = ("best_w4", "best_w6", "brecq", "deploy_w4", "qdiffusion", "qdrop", "tfmq")
+RECONSTRUCTED = ("best_w4", "best_w6", "brecq", "deploy_w4", "gptq", "qdiffusion", "qdrop", "tfmq")
 # coverage of convolutions and linear layers, and (weight, activation) bits of the first and the last convolution
 AS_PUBLISHED = {
     "ptq4dm_release": (0.002, [(8, None), (8, None)]), "tfmq_release": (0.8715, [(None, None), (None, None)]),
 }
+WITH_BITS = {"dynamic": "dynamic_w8a8", "gptq": "uniform_gptq_w4a8"}
+"""Names of runs of the files that are named by their method alone."""
 DRAWN = ("brecq_w4a8", "fp32", "ndtc_w8a8", "ptqd_mp", "ptqd_w4a8", "tfmq_w4a4")
 """Of each kind of picture one is really drawn; the others are blank, of the same size."""
 COMMON_CACHE = True
@@ -39,6 +41,7 @@ def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
     assert_recorded(folder)
     called = f"uniform_{name}" if name.startswith(("brecq", "qdrop")) else name.replace("_mp", "_step_budget")
     called = f"{name}_w8a8" if name in AS_PUBLISHED else called
+    called = WITH_BITS.get(name, called)
     assert (results["status"], results["name"]) == ("finished", called)
     assert set(results["metrics"]) >= {"is", "fid", "sfid", "precision", "recall"}
     assert set(results["metric_spec"]) == {"extractor", "preprocessing", "reference", "n_samples", "seed"}

@@ -42,9 +42,16 @@ def test_ranges_of_each_step_and_a_mean_correction(run):
     assert 0 < before < 0.2 and after != before and abs(after / before - 1) < 0.1
 
 
-def test_reconstruction_block_by_block(run):
-    values = run("+experiment=brecq_w4a8", "reconstruction.iterations=3", "save_quantized=false")
+@pytest.mark.parametrize("method", [("+experiment=brecq_w4a8", "reconstruction.iterations=3"), ("+experiment=gptq",)])
+def test_reconstruction_block_by_block(run, method):
+    values = run(*method, "save_quantized=false")
     assert values["status"] == "finished" and values["metrics"]["psnr"] > 15
+
+
+def test_dynamic_ranges_record_nothing(run):
+    values = run("+experiment=dynamic", "save_quantized=false")
+    assert values["status"] == "finished" and values["metrics"]["psnr"] > 25
+    assert values["evaluations"] == 0 and values["quantization"]["dynamic_scales"] > 0
 
 
 @pytest.mark.parametrize(("override", "said"), [

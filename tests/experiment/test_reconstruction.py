@@ -13,7 +13,7 @@ LAYERS, BLOCKS, ATTENTIONS, SMOOTHED, OF_THE_TIME = 51, 18, 4, 3, 10
 pytestmark = pytest.mark.usefixtures("small_networks")
 
 
-@pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop"])
+@pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop", "gptq"])
 def test_a_second_run_reuses_the_reconstruction_and_repeats_every_number(method, command):
     overrides = (*FAST, f"reconstruction={method}")
     folders = [command(*overrides) for _ in range(2)]
@@ -26,6 +26,9 @@ def test_a_second_run_reuses_the_reconstruction_and_repeats_every_number(method,
     assert took["total"] == pytest.approx(took["calibration_set"] + took["ranges"] + took["reconstruction"], abs=0.02)
     blocks = read_json(folders[0] / "reconstruction.json")["blocks"]
     assert len(blocks) == first["reconstruction"]["blocks"] == {"adaround": LAYERS}.get(method, BLOCKS)
+    details = [detail for block in blocks for detail in block.get("details", [])]
+    assert len(details) == (LAYERS if method == "gptq" else 0)
+    assert ("objective" in first["reconstruction"]) == (method == "gptq")
     assert {"before_fp", "after_fp", "before_quantized", "after_quantized", "kept"} <= set(blocks[0])
 
 

@@ -5,7 +5,7 @@ def run(made):
     """Its reports."""
     for _ in made.remaining:
         made.begin()
-        for _ in range(made.settings.annealing.iterations):
+        for _ in range(made.iterations):
             made.step()
         made.end()
     return made.reports

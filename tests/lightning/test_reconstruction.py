@@ -9,6 +9,8 @@ import traceback
 import pytest
 import torch
 
+from ptq_exp.reconstruction import GPTQSettings
+
 SCRIPT = textwrap.dedent('''
     """Reconstruct a tiny network; see `main`."""
     import os, signal
@@ -157,3 +159,30 @@ def test_the_progress_bar_names_block_and_loss(toy, tmp_path, capsys):
     for text in ("block 1 of 3: layers.0", "block 3 of 3: layers.2", "loss="):
         assert text in said.out + said.err
     assert not full.training and not quantized.training
+
+
+def test_gptq_that_broke_off_goes_on_at_its_block(toy, tmp_path):
+    def made(folder):
+        full, quantized, calibration_set, blocks = toy.networks()
+        return quantized, toy.Reconstruction(
+            quantized, full, blocks, calibration_set, GPTQSettings(), seed=0, batch_size=8, cache_bytes=1000,
+            folder=folder / "rows", row_of_step=torch.tensor([0, 1]),
+        )
+
+    def fit(reconstruction, folder):
+        reports = toy.reconstruct_network(
+            reconstruction, folder / "blocks.ckpt", accelerator="cpu", progress_bar=False
+        )
+        return [{k: v for k, v in report.to_dict().items() if k != "seconds"} for report in reports]
+
+    whole, reconstruction = made(tmp_path / "whole")
+    expected = fit(reconstruction, tmp_path / "whole")
+    _, reconstruction = made(tmp_path)
+    step = reconstruction.step
+    reconstruction.step = lambda: step() if len(reconstruction.reports) < 2 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fit(reconstruction, tmp_path)
+    continued, reconstruction = made(tmp_path)
+    assert fit(reconstruction, tmp_path) == expected and all(report["details"] for report in expected)
+    state = whole.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in continued.state_dict().items())

@@ -16,7 +16,7 @@ from ptq_exp.quantization.cost.report import Bits, Report, Row
 from ptq_exp.quantization.layers import FULL_PRECISION, QUANTIZED, QuantAttention, attention_obstacle, bits_of
 from ptq_exp.quantization.obstacles import layer_obstacles
 from ptq_exp.quantization.products import full_precision_class
-from ptq_exp.quantization.quantizer import WeightQuantizer
+from ptq_exp.quantization.quantizer import DynamicQuantizer, WeightQuantizer
 from ptq_exp.quantization.quantizer.formats import format_of
 from ptq_exp.quantization.trace.products import kind_of, product_site
 
@@ -101,6 +101,7 @@ def range_table(model: nn.Module) -> dict[str, dict]:
             "symmetric": quantizer.symmetric,
             "segments": quantizer.segments,
             **({"format": format_of(quantizer)} if format_of(quantizer) else {}),
+            **({"dynamic": quantizer.share} if hasattr(quantizer, "share") else {}),
         }
         for buffer in ("scale", "zero_point", "qmin", "qmax"):
             found[name][buffer] = getattr(quantizer, buffer).tolist()
@@ -135,6 +136,7 @@ def _layer_row(
         row, weight_format=format_of(quantizer) if bits[0] else "", quantized_bytes=stored,
         activation_format=(_common_format(products or [], 0) if macs else format_of(own_input)) if bits[1] else "",
         quantized_params=layer.weight.numel() if stored else 0,
+        dynamic_scales=_dynamic_scales(layer, own_input, macs),
     )
 
 
@@ -186,8 +188,21 @@ def _common_format(products: Products, number: int) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def _formats(products: Products) -> dict[str, str]:
-    return {"weight_format": _common_format(products, 1), "activation_format": _common_format(products, 0)}
+def _formats(products: Products) -> dict[str, str | int]:
+    return {
+        "weight_format": _common_format(products, 1), "activation_format": _common_format(products, 0),
+        "dynamic_scales": sum(isinstance(operand.quantizer, DynamicQuantizer) for pair in products for operand in pair),
+    }
+
+
+def _dynamic_scales(layer: nn.Module, quantizer: nn.Module | None, macs: int) -> int:
+    """Return how many ranges the input of `layer` has per sample that follow the data."""
+    if not isinstance(quantizer, DynamicQuantizer) or not macs:
+        return 0
+    if not isinstance(layer, nn.Linear) or quantizer.share == "tensor":
+        return 1
+    groups = 1 if quantizer.share == "token" else -(-layer.in_features // quantizer.share)
+    return macs // layer.weight.numel() * groups
 
 
 def _fp_row(name: str, kind: str, params: int, macs: int, reason: str) -> Row:

@@ -51,10 +51,10 @@ class Source:
         return self.off_grid + int((~torch.isin(x, self.levels)).sum())
 
 
-def _source(quantizer: Quantizer, output: Tensor, values: bool) -> Source:
+def _source(quantizer: Quantizer, read: Tensor, output: Tensor, values: bool) -> Source:
     if not (values and quantizer.dynamic):
         return Source(quantizer, output.dtype)
-    return Source(quantizer, output.dtype, output.unique(), quantizer.off_grid(output))
+    return Source(quantizer, output.dtype, output.unique(), quantizer.returned_off_grid(read, output))
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,10 @@ def _factors(
 def _noting(model: nn.Module, notes: Notes, values: bool) -> Iterator[None]:
     """Note on every tensor that a quantizer of `model` returns which one it was."""
 
-    def note(quantizer: Quantizer, _: tuple, output: Tensor) -> Tensor:
+    def note(quantizer: Quantizer, read: tuple, output: Tensor) -> Tensor:
         # one that is off returns its argument, which others may read, too: another name for the same values
         returned = output.view_as(output)
-        notes.set(returned, _source(quantizer, output, values))
+        notes.set(returned, _source(quantizer, read[0], output, values))
         return returned
 
     with ExitStack() as handles:

@@ -27,7 +27,7 @@ Bits = int | tuple[int, ...] | None
 """Width of an operand: a number, candidates of which each sampling step uses one, or None = FP."""
 FP_BITS = 32
 SCOPES = ("conv_linear", "everything")
-_FORMATS = ("weight_format", "activation_format")
+_WHERE_GIVEN = ("weight_format", "activation_format", "dynamic_scales")
 _UNLISTED = ("quantized_params", "quantized_bytes")
 HOW_OFTEN = (
     "activations have candidate widths; say how often each width is used: report.mixed(shares) or report.at(row)"
@@ -55,6 +55,7 @@ class Row:
         weight_bytes: size of the module's parameters, with scales and zero points.
         reason: why an operand stays FP; empty if both are quantized.
         weight_format, activation_format: number format of the two operands; empty of integers.
+        dynamic_scales: ranges that are found from the data, per sample and evaluation.
         quantized_params, quantized_bytes: of the quantized weight alone: how many values, and their size with scales.
     """
 
@@ -69,6 +70,7 @@ class Row:
     reason: str = ""
     weight_format: str = ""
     activation_format: str = ""
+    dynamic_scales: int = 0
     quantized_params: int = 0
     quantized_bytes: float = 0.0
 
@@ -153,7 +155,8 @@ class Report:
         """Sums over the network.
 
         Keys: ``params``, ``weight_bytes``, ``fp32_bytes``, ``size_reduction``; where weights are quantized
-        ``bits_per_weight``, of these alone, with their scales; and, each a dictionary with
+        ``bits_per_weight``, of these alone, with their scales; where ranges follow the data ``dynamic_scales``, how
+        many are found per sample and evaluation; and, each a dictionary with
         the keys ``conv_linear`` and ``everything``: ``macs``, ``coverage`` (0 to 1; None: not known), ``bops``,
         ``bops_fp32``, ``bops_reduction`` (how many times fewer BOPs than FP32).
 
@@ -168,6 +171,8 @@ class Report:
         totals["size_reduction"] = 4 * params / size if size else 1.0
         if quantized := sum(row.quantized_params for row in self.rows):
             totals["bits_per_weight"] = 8 * sum(row.quantized_bytes for row in self.rows) / quantized
+        if dynamic := sum(row.dynamic_scales for row in self.rows):
+            totals["dynamic_scales"] = dynamic
         scopes = [self._accounting(scope) for scope in SCOPES]
         return totals | {key: dict(zip(SCOPES, [s[key] for s in scopes], strict=True)) for key in scopes[0]}
 
@@ -175,7 +180,7 @@ class Report:
         """Return totals, rows and, where known, shares as plain numbers, strings, lists and dictionaries (JSON)."""
         layers = [
             {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(row).items()
-             if key not in _UNLISTED and (value or key not in _FORMATS)}
+             if key not in _UNLISTED and (value or key not in _WHERE_GIVEN)}
             for row in self.rows
         ]
         shares = {} if self.shares is None else {"shares": list(self.shares)}
@@ -208,6 +213,8 @@ class Report:
             f"weights: {total['weight_bytes'] / 1e6:.3f} MB of {total['fp32_bytes'] / 1e6:.3f} MB in FP32 "
             f"(/ {total['size_reduction']:.2f})"
         )
+        if "dynamic_scales" in total:
+            lines.append(f"activation ranges from the data: {total['dynamic_scales']:,} per sample and evaluation")
         kept: dict[str, list[str]] = {}
         for row in self.rows:
             if row.reason:

@@ -117,22 +117,11 @@ class Quantizer(nn.Module):
 
         NaN is no level.
         """
-        scale, zero_point, qmin, qmax = self.cells(x, row)
-        if torch.equal(fake_quantize(x, scale, zero_point, qmin, qmax).to(x.dtype), x):
-            return 0
-        # as `fake_quantize` multiplies: a 0-d scale takes the type of x
-        kind = torch.promote_types(x.dtype, scale.dtype) if scale.ndim else x.dtype
-        step = scale.to(kind).double()
-        lowest, highest = (qmin - zero_point).double(), (qmax - zero_point).double()
-        ratio, on = x.double() / step, torch.zeros_like(x, dtype=torch.bool)
-        for shift in (0, -1, 1):  # in 16-bit types two levels can be one number
-            level = ratio.round().add_(shift).clamp_(lowest, highest)
-            on |= level.to(kind).mul_(scale).to(x.dtype) == x
-            on |= level.float().mul_(scale).to(x.dtype) == x  # a learned rounding multiplies before it rounds
-        # where levels lie closer than the numbers of the type, each of these is one
-        within = (ratio >= lowest - 1) & (ratio <= highest + 1)
-        on |= within & (step <= torch.finfo(x.dtype).eps * x.double().abs())
-        return x.numel() - int(on.sum())
+        return off_levels(x, self.cells(x, row))
+
+    def returned_off_grid(self, x: Tensor, y: Tensor) -> int:
+        """Count the elements of `y`, returned for `x` and laid out as it, that are no level of their range."""
+        return self.off_grid(y)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the segments of `x` along the channel axis (the whole of it when there is one segment)."""
@@ -172,3 +161,23 @@ def columns(ranges: list[QRange], rows: int) -> QRange:
             for field in fields
         )
     )
+
+
+def off_levels(x: Tensor, cells: QRange) -> int:
+    """Count the elements of `x` that are no level of `cells`, which broadcast against it; see `Quantizer.off_grid`."""
+    scale, zero_point, qmin, qmax = cells
+    if torch.equal(fake_quantize(x, scale, zero_point, qmin, qmax).to(x.dtype), x):
+        return 0
+    # as `fake_quantize` multiplies: a 0-d scale takes the type of x
+    kind = torch.promote_types(x.dtype, scale.dtype) if scale.ndim else x.dtype
+    step = scale.to(kind).double()
+    lowest, highest = (qmin - zero_point).double(), (qmax - zero_point).double()
+    ratio, on = x.double() / step, torch.zeros_like(x, dtype=torch.bool)
+    for shift in (0, -1, 1):  # in 16-bit types two levels can be one number
+        level = ratio.round().add_(shift).clamp_(lowest, highest)
+        on |= level.to(kind).mul_(scale).to(x.dtype) == x
+        on |= level.float().mul_(scale).to(x.dtype) == x  # a learned rounding multiplies before it rounds
+    # where levels lie closer than the numbers of the type, each of these is one
+    within = (ratio >= lowest - 1) & (ratio <= highest + 1)
+    on |= within & (step <= torch.finfo(x.dtype).eps * x.double().abs())
+    return x.numel() - int(on.sum())

@@ -10,6 +10,7 @@ from ptq_exp.quantization.affine import QRange
 from ptq_exp.quantization.formats import FORMATS, BlockFormat, Encoded
 from ptq_exp.quantization.formats.blocks import widened
 from ptq_exp.quantization.quantizer.activation import ActivationQuantizer
+from ptq_exp.quantization.quantizer.dynamic import DynamicQuantizer, Share
 from ptq_exp.quantization.quantizer.format_activation import (
     BlockActivationQuantizer,
     ElementwiseQuantizer,
@@ -132,8 +133,19 @@ def _checked(quantizer: WeightQuantizer, codes: Tensor, values: Tensor, weight: 
     return codes.int()
 
 
-def activation_quantizer(bits: int | str | tuple[int, ...], **settings) -> ActivationQuantizer:
-    """Make the quantizer of an activation: of integers, or of a number format."""
+def activation_quantizer(
+    bits: int | str | tuple[int, ...], *, dynamic: Share | None = None, non_negative: bool = False, **settings
+) -> ActivationQuantizer:
+    """Make the quantizer of an activation: of integers, or of a number format.
+
+    Args:
+        dynamic: what has a range of its own that follows the data; None = calibrated ranges. Formats of blocks have
+            scales that follow the data anyway.
+        non_negative: of a tensor without negative values, see `DynamicQuantizer`.
+    """
+    if dynamic is not None and not (isinstance(bits, str) and isinstance(FORMATS[bits], BlockFormat)):
+        settings = {key: value for key, value in settings.items() if key not in ("segments", "headroom", "bins")}
+        return DynamicQuantizer(bits, share=dynamic, non_negative=non_negative, **settings)
     if not isinstance(bits, str):
         return ActivationQuantizer(bits, **settings)
     blocks = isinstance(FORMATS[bits], BlockFormat)

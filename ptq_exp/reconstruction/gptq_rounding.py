@@ -1,0 +1,200 @@
+"""GPTQ: weights are rounded column by column, and the columns to come make up for each error.
+
+Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", algorithm 1.
+For a layer y = W x the squared error of y over all inputs is tr(E H E^T), E = W - Q, H = sum x x^T. With H^-1 = U^T U,
+U upper triangular, rounding column j by e = (w_j - q_j) / U_jj costs least if w_k -= e U_jk for all k > j.
+
+Three things differ from public code: ranges are those of the original weights (static groups), so that none is stale
+and any order of columns needs no stored permutation; an input that was always zero keeps its nearest rounding; U comes
+from one Cholesky factor of H read backwards, without an explicit inverse.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptq_exp.errors import DataError, QuantizationError
+from ptq_exp.quantization.affine import SCALE_FLOOR, integer_range, symmetric_levels
+
+LAZY = 128
+"""Columns whose errors are passed on to all later columns in one product; it changes no result."""
+LEAST_RETRY, RETRIES = 1e-3, 32
+"""Where the factorization fails the damping doubles, from at least the first, at most so many times."""
+
+
+class Levels(NamedTuple):
+    """The grid of each weight, counted from the zero point: `scale` times an integer from `lowest` to `highest`.
+
+    All float64 [groups, out, in].
+    """
+
+    scale: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    def nearest(self, values: Tensor, column: int | slice = slice(None)) -> Tensor:
+        """Return the levels nearest to `values`, ties to even, of one or all columns."""
+        scale, lowest, highest = (part[..., column] for part in self)
+        return torch.div(values, scale).round_().clamp_(lowest, highest)
+
+
+class RoundedWeight(NamedTuple):
+    """Outcome of `round_columns`.
+
+    Attributes:
+        levels: integers from the zero point, float64 [groups, out, in].
+        before, after: tr(E H E^T) of the nearest rounding and of this one, without damping.
+        damping: share of the mean of the diagonal that was added to it in the end.
+    """
+
+    levels: Tensor
+    before: float
+    after: float
+    damping: float
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, *, act_order: bool = False,
+    damping: float = 0.01,
+) -> Tensor:
+    """Round `weight` by GPTQ to ``scale * (q - zero_point)``, q an integer from 0 to 2^bits - 1.
+
+    The signed grid of a symmetric weight, -2^(b-1)..2^(b-1)-1, is written with zero_point 2^(b-1); in terms of a
+    `QRange` the zero point here is ``zero_point - qmin``. A `zero_point` of None, or of nothing but zeros, is the
+    symmetric grid as `choose_qparams` makes it: signed, or all levels on one side for a group that lies on that side.
+    There the level -2^(b-1) exists in groups that have a weight which is nearest to it; a scale of the largest
+    magnitude over 2^(b-1) - 1 gives levels that lie symmetrically.
+
+    Args:
+        weight: [out, in], or of a convolution [out, in, *kernel].
+        hessian: sum x x^T over all inputs (unfolded patches of a convolution), times any positive number; [in, in].
+        scale, zero_point: [out, 1] per row, or [out, groups] for groups of equally many columns (the last one may be
+            smaller); any shape that broadcasts to one of them. Ranges of the original weight.
+        bits: 2 to 16.
+        act_order: columns in the order of falling diagonal of `hessian`, rather than from left to right.
+        damping: share of the mean of the diagonal that is added to it; raised where the factorization fails.
+
+    Returns:
+        The dequantized weight, in shape and type of `weight`.
+
+    Raises:
+        DataError: shapes do not fit, or a value is NaN or infinite.
+        QuantizationError: `hessian` is no positive semi-definite matrix.
+    """
+    flat = weight.detach().flatten(1).double()[None]
+    if hessian.shape != (flat.shape[2], flat.shape[2]):
+        raise DataError(f"gptq: the Hessian is {list(hessian.shape)}, a weight {list(weight.shape)} needs "
+                        f"[{flat.shape[2]}, {flat.shape[2]}]")
+    grid = _grid(flat[0], scale, zero_point, bits)
+    done = round_columns(flat, hessian.detach().to(flat)[None], grid, act_order=act_order, damping=damping)
+    return (done.levels * grid.scale)[0].reshape(weight.shape).to(weight.dtype)
+
+
+def _grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Levels:
+    """Return the grid that `gptq` is given in its own terms."""
+    highest = integer_range(bits, signed=False)[1]
+    rows, columns = weight.shape
+    scale = torch.as_tensor(scale).to(weight).clamp(min=SCALE_FLOOR)
+    zero = torch.zeros_like(scale) if zero_point is None else torch.as_tensor(zero_point).to(weight)
+    groups = max((part.shape[1] if part.ndim > 1 else 1) for part in (scale, zero))
+    size = -(-columns // groups)
+    group = torch.arange(columns, device=weight.device) // size
+    if int(group[-1]) + 1 != groups:
+        raise DataError(f"gptq: {columns} columns are not {groups} groups of {size} columns")
+    try:
+        scale, zero = (part.expand(rows, groups)[:, group] for part in (scale, zero))
+    except RuntimeError as error:
+        raise DataError(f"gptq: scale {list(scale.shape)} and zero_point {list(zero.shape)} do not broadcast to "
+                        f"[{rows}, {groups}]") from error
+    if bool(zero.any()):
+        return Levels(*(part[None] for part in (scale, -zero, highest - zero)))
+    index = group.expand(rows, columns)
+    ends = [torch.zeros(rows, groups).to(weight).scatter_reduce(1, index, weight, kind, include_self=False)[:, group]
+            for kind in ("amin", "amax")]
+    # what rounds to zero makes no group two-sided
+    lo, hi = (torch.where(end.abs() <= scale / 2, 0, end) for end in ends)
+    lowest, highest = (part.to(weight) for part in symmetric_levels(lo, hi, bits))
+    # a scale of amax / (2^(b-1) - 1) is one of levels that lie symmetrically
+    narrow = (lowest < 0) & (highest > 0) & ((lo / scale).round() > lowest)
+    return Levels(scale[None], (lowest + narrow)[None], highest[None])
+
+
+@torch.no_grad()
+def round_columns(
+    weight: Tensor, hessian: Tensor, grid: Levels, *, act_order: bool, damping: float
+) -> RoundedWeight:
+    """Round ``weight`` [groups, out, in] float64, with a Hessian [groups, in, in] for each group, see `gptq`.
+
+    Raises:
+        DataError: a value is NaN or infinite.
+        QuantizationError: a Hessian is not positive semi-definite.
+    """
+    if not (bool(torch.isfinite(weight).all()) and bool(torch.isfinite(hessian).all())):
+        raise DataError("gptq: the weight or the Hessian of its inputs holds NaN or infinity")
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    nearest = grid.nearest(weight)
+    before = objective(weight - nearest * grid.scale, hessian)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True) if act_order else None
+    factor, used = _inverse_factor(_permuted(hessian, order), damping)
+    ordered = Levels(*(_columns(part.expand_as(weight), order) for part in grid))
+    levels = _rounded(_columns(weight, order).clone(), factor, ordered)
+    if order is not None:
+        levels = _columns(levels, order.argsort(dim=-1))
+    return RoundedWeight(levels, before, objective(weight - levels * grid.scale, hessian), used)
+
+
+def objective(error: Tensor, hessian: Tensor) -> float:
+    """Return tr(E H E^T), summed over groups: the squared error of the layer's output, E [groups, out, in]."""
+    return float(((error @ hessian) * error).sum())
+
+
+def _rounded(weight: Tensor, factor: Tensor, grid: Levels) -> Tensor:
+    """Return the levels of `weight` (overwritten), column by column; `factor` is U of H^-1 = U^T U."""
+    levels, columns = torch.empty_like(weight), weight.shape[-1]
+    for start in range(0, columns, LAZY):
+        end = min(start + LAZY, columns)
+        errors = torch.empty_like(weight[..., start:end])
+        for j in range(start, end):
+            levels[..., j] = grid.nearest(weight[..., j], j)
+            error = (weight[..., j] - levels[..., j] * grid.scale[..., j]) / factor[:, j, j, None]
+            weight[..., j + 1 : end] -= error[..., None] * factor[:, None, j, j + 1 : end]
+            errors[..., j - start] = error
+        weight[..., end:] -= errors @ factor[:, start:end, end:]
+    return levels
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Return the upper triangular U of which U^T U is the inverse of the damped Hessian, and the damping in the end.
+
+    With J the reversal of rows, J H J = L L^T gives H = M M^T, M = J L J upper triangular, and so U = M^-1.
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.sum(-1, keepdim=True) / (diagonal != 0).sum(-1, keepdim=True).clamp(min=1)
+    # an input that was always zero takes no part; public code lets it count as 1 in the mean, which depends on units
+    dead = (diagonal == 0) * torch.where(mean > 0, mean, 1).clamp(max=1)
+    whole = hessian + torch.diag_embed(dead)
+    mean = whole.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    for _ in range(RETRIES):
+        lower, info = torch.linalg.cholesky_ex((whole + damping * mean[..., None] * identity).flip(-2, -1))
+        if not bool(info.any()):
+            factor = torch.linalg.solve_triangular(lower.flip(-2, -1), identity.expand_as(whole), upper=True)
+            if bool(torch.isfinite(factor).all()):
+                return factor, damping
+        damping = max(2 * damping, LEAST_RETRY)
+    raise QuantizationError(f"gptq: the Hessian has no Cholesky factor, not even with a damping of {damping:g}")
+
+
+def _columns(values: Tensor, order: Tensor | None) -> Tensor:
+    """Return ``values`` [groups, out, in] with the columns of each group in `order` [groups, in]."""
+    return values if order is None else values.gather(-1, order[:, None].expand_as(values))
+
+
+def _permuted(hessian: Tensor, order: Tensor | None) -> Tensor:
+    """Return the Hessians [groups, in, in] with rows and columns in `order` [groups, in]."""
+    if order is None:
+        return hessian
+    return _columns(_columns(hessian, order).mT.contiguous(), order).mT
