@@ -1,4 +1,4 @@
-"""Splitting a weight by the iteration of SVDQuant: errors and products of the reference, and what holds of any split."""
+"""Splitting a weight by the iteration of SVDQuant: errors and products of the reference, and what holds of any."""
 
 from pathlib import Path
 
