@@ -2,10 +2,28 @@
 
 import pytest
 import torch
-from conftest import Network
+from diffusers.models.attention_processor import Attention
+from torch import nn
 
 from ptq_exp.quantization import Applied, Fitting, Policy, Widths, applied_to, calibrate_, quantize_, transforms_of
 from ptq_exp.runtime import runtime_of
+
+
+class Network(nn.Module):
+    """A strided convolution, attention and a linear layer between two layers of 16-bit inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, stride=2)
+        self.attention, self.linear = Attention(16, heads=2, dim_head=8), nn.Linear(16, 16)
+        self.last = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x):
+        h = nn.functional.silu(self.second(nn.functional.silu(self.first(x))))
+        tokens = h.flatten(2).transpose(1, 2)
+        tokens = nn.functional.gelu(self.linear(tokens + self.attention(tokens)))
+        return self.last(tokens.transpose(1, 2).reshape(h.shape))
+
 
 ENTRIES = ["rotate", {"name": "low_rank", "rank": 2, "conv3x3": True}]
 
@@ -20,7 +38,7 @@ def network_and_x():
         tensors = transform.fit(network, sites, Fitting(lambda network: network(x), rules))
         applied_to(network, (x[:1],), Applied(transform, sites, tensors))
     quantize_(network, rules, (x[:1],))
-    calibrate_(network, "mse", [(x,)])
+    calibrate_(network, "minmax", [(x,)])
     return network, x
 
 
@@ -43,5 +61,8 @@ def test_engines_compute_online_parts_in_float_and_the_layers_behind_them_as_int
 def test_without_the_branch_the_answer_is_another(network_and_x):
     network, x = network_and_x
     made, wanted = runtime_of("torch", {}).compile(network, (x[:1],)), network(x)
-    made.plain.network.second.branch = None
-    assert error(made(x), wanted) > 0.05
+    near = error(made(x), wanted)
+    for module in made.modules():
+        if getattr(module, "branch", None) is not None:
+            module.branch = None
+    assert error(made(x), wanted) > 5 * near

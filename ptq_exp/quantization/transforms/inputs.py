@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq_exp.quantization.online import read_by
 from ptq_exp.quantization.trace.provenance import watching
+from ptq_exp.quantization.transforms.layers import channel_axis
 
 ROWS = 1024
 """Rows that are kept of each layer, at least where it reads as many."""
@@ -53,7 +55,7 @@ def unfolded(layer: nn.Module, x: Tensor) -> Tensor:
         for axis, stride in enumerate(layer.stride, start=2):
             x = x[(slice(None),) * axis + (slice(None, None, stride),)]
         return x.flatten(2).transpose(1, 2).flatten(0, 1)
-    sizes, x = (layer.kernel_size, layer.padding, layer.dilation, layer.stride), x
+    sizes = layer.kernel_size, layer.padding, layer.dilation, layer.stride
     if x.ndim == 3:  # `unfold` takes images
         x, sizes = x.unsqueeze(2), tuple((neutral, *size) for neutral, size in zip((1, 0, 1, 1), sizes, strict=True))
     kernel, padding, dilation, stride = sizes
@@ -61,30 +63,44 @@ def unfolded(layer: nn.Module, x: Tensor) -> Tensor:
     return columns.transpose(1, 2).flatten(0, 1)
 
 
-def rows_read(
-    network: nn.Module, names: Collection[str], run: Callable[[nn.Module], object], *, unfold: bool = True,
-) -> dict[str, Tensor]:
-    """Run the calibration set, and return rows of what each layer multiplies, behind its online parts, by name.
+@dataclass(frozen=True)
+class Read:
+    """What a layer multiplies on the calibration set.
+
+    Attributes:
+        rows: some of them, [n, in * kernel], see `unfolded`.
+        largest: magnitude of each channel in all of them, [in].
+    """
+
+    rows: Tensor
+    largest: Tensor
+
+
+def read_by_layers(
+    network: nn.Module, names: Collection[str], run: Callable[[nn.Module], object], *, rows: bool = True
+) -> dict[str, Read]:
+    """Run the calibration set, and return what each layer multiplies, behind its online parts, by name.
 
     Args:
         names: of linear layers and convolutions without groups.
         run: see `Fitting.run`.
-        unfold: rows [n, in * kernel], see `unfolded`; otherwise [n, in] of single positions.
+        rows: whether they are kept; otherwise there are none.
     """
-    found = {name: Rows() for name in names}
+    kept, largest = {name: Rows() for name in names}, {}
 
     def see(name: str, layer: nn.Module, x: Tensor) -> None:
-        x = read_by(layer, x)
-        found[name].show(unfolded(layer, x) if unfold else positions(layer, x))
+        x = read_by(layer, x).detach()
+        if rows:
+            kept[name].show(unfolded(layer, x))
+        now = x.abs().movedim(channel_axis(layer), 0).flatten(1).amax(1)
+        largest[name] = torch.maximum(largest[name], now) if name in largest else now
 
     with watching(network) as watch:
         for name in names:
             layer = network.get_submodule(name)
             watch(layer, before=lambda x, name=name, layer=layer: see(name, layer, x))
         run(network)
-    return {name: rows.kept for name, rows in found.items()}
-
-
-def positions(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return what a layer reads as rows of channels [n, in]."""
-    return x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x.transpose(0, 1).flatten(1).T
+    return {
+        name: Read(kept[name].kept, largest.get(name, torch.zeros(network.get_submodule(name).weight.shape[1])))
+        for name in names
+    }

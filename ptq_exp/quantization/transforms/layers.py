@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization.cost.macs import Trace, trace
 from ptq_exp.quantization.obstacles import layer_obstacles
 from ptq_exp.quantization.online import ORDINARY, OnlineLayer, Rotation, online_parts
 from ptq_exp.quantization.specs import QuantSpec, Rule, first_match
+from ptq_exp.quantization.trace.evaluate import evaluate
+from ptq_exp.quantization.trace.provenance import watching
 from ptq_exp.quantization.transforms.base import Applied, Cost, Sites
 
 KINDS = (*ORDINARY, *ORDINARY.values())
@@ -104,3 +106,36 @@ def check_flag(setting: str, value: object) -> None:
 def weights_of(network: nn.Module, sites: Mapping[str, tuple[str, ...]]) -> dict[str, nn.Module]:
     """{name: layer} of all layers of `sites`."""
     return {name: network.get_submodule(name) for layers in sites.values() for name in layers}
+
+
+def sharing(
+    network: nn.Module, layers: Mapping[str, nn.Module], example_inputs: tuple
+) -> dict[str, tuple[str, ...]]:
+    """{first layer: layers of one module that read the same tensor, as q, k and v do}; convolutions are alone.
+
+    Args:
+        layers: of `network`, by name.
+    """
+    found: dict[tuple, list[str]] = {}
+    for name, read in _inputs(network, layers, example_inputs).items():
+        alone = not isinstance(layers[name], nn.Linear) or len(read) != 1
+        found.setdefault((name,) if alone else (name.rpartition(".")[0], *read), []).append(name)
+    return {names[0]: tuple(names) for names in found.values()}
+
+
+def _inputs(network: nn.Module, layers: Mapping[str, nn.Module], example_inputs: tuple) -> dict[str, set[tuple]]:
+    """{layer: the tensors that it reads}, each by its number and by what is computed on it online, in module order."""
+    numbers: dict[int, int] = {}
+    held: list[Tensor] = []  # the identity of a tensor that is gone may be given to another
+    found: dict[str, set[tuple]] = {name: set() for name in layers}
+
+    def see(name: str, layer: nn.Module, x: Tensor) -> None:
+        held.append(x)
+        parts = tuple(part.meaning for part in layer.online) if isinstance(layer, OnlineLayer) else ()
+        found[name].add((numbers.setdefault(id(x), len(numbers)), parts))
+
+    with watching(network) as watch:
+        for name, layer in layers.items():
+            watch(layer, before=lambda x, name=name, layer=layer: see(name, layer, x))
+        evaluate(network, example_inputs)
+    return found

@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from ptq_exp.quantization.online import Branch, OnlineLayer, make_online_
 from ptq_exp.quantization.specs import QuantSpec, Rule
-from ptq_exp.quantization.trace.evaluate import evaluate
-from ptq_exp.quantization.trace.provenance import watching
 from ptq_exp.quantization.transforms.base import Fitting, Sites, Transform
-from ptq_exp.quantization.transforms.inputs import matrix_of, rows_read
+from ptq_exp.quantization.transforms.inputs import matrix_of, read_by_layers
 from ptq_exp.quantization.transforms.layers import (
     changeable,
     check_flag,
     check_number,
     globs,
     quantized_by,
+    sharing,
     spec_of,
     without,
 )
@@ -94,12 +93,12 @@ class LowRankBranch(Transform):
 
     def fit(self, network: nn.Module, sites: Sites, fitting: Fitting) -> dict[str, Tensor]:
         """Return "SITE.down" [rank, in] of each site, and "LAYER.up" [out, rank] of each layer, float32."""
-        rows = rows_read(network, [layers[0] for layers in sites.values()], fitting.run)
+        read = read_by_layers(network, [layers[0] for layers in sites.values()], fitting.run)
         tensors = {}
         for site, names in sites.items():
             layers = [network.get_submodule(name) for name in names]
             specs = [spec_of(fitting.rules, name) or QuantSpec() for name in names]
-            up, down, _ = self.split(layers, specs, rows[names[0]])
+            up, down, _ = self.split(layers, specs, read[names[0]].rows)
             tensors[f"{site}.down"] = down.float()
             sizes = [len(layer.weight) for layer in layers]
             tensors |= {f"{name}.up": part.float() for name, part in zip(names, up.split(sizes), strict=True)}
@@ -152,11 +151,7 @@ class LowRankBranch(Transform):
         """{first layer: layers that can share a factor with it} of all that can have a branch."""
         layers = changeable(network, example_inputs)
         names = [name for name in without(list(layers), self.skip) if self._suits(layers[name])]
-        found: dict[tuple, list[str]] = {}
-        for name, read in _inputs(network, names, example_inputs).items():
-            alone = not isinstance(layers[name], nn.Linear) or len(read) != 1
-            found.setdefault((name,) if alone else (name.rpartition(".")[0], *read), []).append(name)
-        return {names[0]: tuple(names) for names in found.values()}
+        return sharing(network, {name: layers[name] for name in names}, example_inputs)
 
     def _suits(self, layer: nn.Module) -> bool:
         if isinstance(layer, OnlineLayer) and layer.branch is not None:
@@ -165,22 +160,3 @@ class LowRankBranch(Transform):
             return True
         plain = layer.groups == 1 and (layer.padding_mode == "zeros" or not any(layer.padding))
         return plain and not isinstance(layer.padding, str) and (self.conv3x3 or set(layer.kernel_size) == {1})
-
-
-def _inputs(network: nn.Module, names: Sequence[str], example_inputs: tuple) -> dict[str, set[tuple]]:
-    """{layer: the tensors that it reads}, each by its number and by what is computed on it online, in module order."""
-    numbers: dict[int, int] = {}
-    held: list[Tensor] = []  # the identity of a tensor that is gone may be given to another
-    found: dict[str, set[tuple]] = {name: set() for name in names}
-
-    def see(name: str, layer: nn.Module, x: Tensor) -> None:
-        held.append(x)
-        parts = tuple(part.meaning for part in layer.online) if isinstance(layer, OnlineLayer) else ()
-        found[name].add((numbers.setdefault(id(x), len(numbers)), parts))
-
-    with watching(network) as watch:
-        for name in names:
-            layer = network.get_submodule(name)
-            watch(layer, before=lambda x, name=name, layer=layer: see(name, layer, x))
-        evaluate(network, example_inputs)
-    return found

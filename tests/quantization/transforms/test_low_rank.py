@@ -111,7 +111,7 @@ def test_quantized_with_a_branch_is_nearer_and_more_rank_is_nearer_still(net, x)
         if rank:
             branched_(network, x.float(), rank=rank, conv3x3=True)
         quantize_(network, RULES, (x[:1].float(),))
-        calibrate_(network, "mse", [(x.float(),)])
+        calibrate_(network, "minmax", [(x.float(),)])
         errors.append(float((network(x.float()) - wanted).norm() / wanted.norm()))
     assert errors[2] < errors[1] < 0.8 * errors[0]
 
@@ -121,7 +121,7 @@ def test_the_branch_reads_the_turned_input_before_it_is_quantized(net, x):
     applied_to(net, (x[:1],), Applied(Rotate(), Rotate().find(net, (x[:1],))))
     branched_(net, x)
     quantize_(net, RULES, (x[:1],))
-    calibrate_(net, "mse", [(x,)])
+    calibrate_(net, "minmax", [(x,)])
     layer, seen = net.point, {}
     layer.branch.register_forward_pre_hook(lambda _, args: seen.update(branch=args[0]))
     layer.register_forward_pre_hook(lambda _, args: seen.update(layer=args[0]))
@@ -136,7 +136,7 @@ def test_operands_of_attention_are_quantized_with_the_branch_inside(net, x):
     rules = Policy(first=(), last=()).rules(Widths(4, 8))
     branched_(net, x, rules=rules)
     report = quantize_(net, rules, (x[:1],))
-    calibrate_(net, "mse", [(x,)])
+    calibrate_(net, "minmax", [(x,)])
     checked = proven(net, report, (x,))
     uncovered = {row.name for row in checked.rows if not row.covered}
     assert uncovered and all(name.endswith(".branch") for name in uncovered)
@@ -177,7 +177,7 @@ def test_saved_and_loaded_bit_for_bit_and_all_quantizers_off_is_the_same_functio
     report = quantize_(net, RULES, (x[:1],))
     with disabled(net):
         assert torch.equal(net(x), before)
-    calibrate_(net, "mse", [(x,)])
+    calibrate_(net, "minmax", [(x,)])
     saved = save_quantized(tmp_path, net, RULES, report, {})
     assert saved["totals"]["weight_bytes"] == report.totals["weight_bytes"]
     fresh = Net().eval().requires_grad_(False)

@@ -168,7 +168,7 @@ def test_quantizers_see_turned_inputs_and_a_saved_network_is_the_same(net, x, tm
     seen = []
     hook = net.tokens.input_quantizer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     taken = net.tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    calibrate_(net, "mse", [(x,)])
+    calibrate_(net, "minmax", [(x,)])
     hook.remove(), taken.remove()
     torch.testing.assert_close(seen[1], seen[0] @ net.tokens.online[0].matrix.float())
     checked = proven(net, report, (x,))
