@@ -13,7 +13,7 @@ from ptq_exp.quantization.online import read_by
 from ptq_exp.quantization.trace.provenance import watching
 from ptq_exp.quantization.transforms.layers import channel_axis
 
-ROWS = 1024
+ROWS = 512
 """Rows that are kept of each layer, at least where it reads as many."""
 
 

@@ -16,8 +16,8 @@ from ptq_exp.quantization.specs import QuantSpec
 
 WEIGHT_METRIC = "minmax"
 """Of the range of weights, as the methods have it: it holds all of them."""
-SHARES = [1 - n / 20 for n in range(18)]
-"""Of the range of inputs, tried for the range that they are quantized by: 1 to 0.15."""
+SHARES = [1 - n / 10 for n in range(9)]
+"""Of the range of inputs, tried for the range that they are quantized by: 1 to 0.2."""
 Round = Callable[[Tensor], Tensor]
 
 
