@@ -21,8 +21,9 @@ STATES, TRAJECTORIES = 256, 16
 def quantize(
     model: Any, bits: str, *, prompts: Sequence[Any] | str | None = None, calls: Sequence[Any] | None = None,
     n: int | None = None, steps: int | None = None, calibration: str = "uniform", metric: str = "mse",
-    policy: str | Mapping[str, Any] | None = None, reconstruction: str | None = None, transforms: Sequence[str] = (),
-    runtime: str = "simulate", seed: int = 0, progress: bool = True, **call: Any,
+    policy: str | Mapping[str, Any] | None = None, reconstruction: str | None = None,
+    transforms: Sequence[str | Mapping[str, Any]] = (), runtime: str = "simulate", seed: int = 0,
+    progress: bool = True, **call: Any,
 ) -> QuantizedModel:
     """Quantize a pipeline of diffusers, a `DiffusionModel`, or any network with recorded calls; `model` is untouched.
 
@@ -36,7 +37,7 @@ def quantize(
         steps: sampling steps; None = the model's own (20 of a pipeline).
         calibration, metric, reconstruction, runtime: choices of these groups, as on the command line.
         policy: a choice of the group `quantization`, or its settings by name, such as {"shortcut": "split_all"}.
-        transforms: such as ("smooth",), in order.
+        transforms: such as ("smooth", {"name": "low_rank", "rank": 16}), in order.
         seed: of the noise that calibration starts from.
         progress: show progress bars.
         call: further arguments of the pipeline's call, such as height=512; of a model, guidance_scale.
@@ -57,11 +58,11 @@ def quantize(
     }
     if isinstance(policy, str):
         settings["quantization"] = policy
-    given = [*bits_overrides(bits), *overrides_of(settings)] + [f"quantization.{key}={value}" for key, value in dict(
-        policy if isinstance(policy, Mapping) else {}
-    ).items()]
-    if transforms:
-        given.append(f"quantization.transforms=[{','.join(transforms)}]")
+    own = dict(policy) if isinstance(policy, Mapping) else {}
+    own |= {"transforms": list(transforms)} if transforms else {}
+    given = [
+        *bits_overrides(bits), *overrides_of(settings | {f"quantization.{key}": value for key, value in own.items()})
+    ]
     return quantize_with(
         wanted, [*_model_overrides(wanted), *given, *_sizes(wanted, n)], guidance_scale=scale, progress=progress,
         steps=steps if type(wanted) is DiffusionModel else None,

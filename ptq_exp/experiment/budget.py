@@ -54,7 +54,7 @@ def planned_report(run: Run, plan: Plan, reconstruction: ReconstructionConfig) -
     with _silent():  # all of it is said again when it is done
         rules = policy(plan, run.model, network, example)
         for transform in transforms_of(plan.quantization.transforms):
-            transform.install_(network, transform.find(network, example))
+            transform.install_(network, transform.chosen(transform.find(network, example), rules))
         report = quantize_(network, rules, example)
         _check_called(run.grid, network, report, example)
         if reconstruction.active:

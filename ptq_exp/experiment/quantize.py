@@ -18,6 +18,7 @@ from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Record, Stages
 from ptq_exp.quantization import group_bits
 from ptq_exp.settings.compose import composed_from
+from ptq_exp.settings.overrides import quoted
 from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.storage.cache import ArtifactCache
 
@@ -74,7 +75,18 @@ def bits_overrides(bits: str) -> list[str]:
 
 def overrides_of(settings: Mapping[str, Any]) -> list[str]:
     """Return settings by name as overrides of the command line; those that are None are left out."""
-    return [f"{name}={value}" for name, value in settings.items() if value is not None]
+    return [f"{name}={_written(value)}" for name, value in settings.items() if value is not None]
+
+
+def _written(value: Any, inside: bool = False) -> str:
+    """Return a value as the command line has it: lists and mappings in its notation, texts in them in quotes."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_written(part, True)}" for key, part in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_written(part, True) for part in value) + "]"
+    if inside and isinstance(value, str):
+        return quoted(value)
+    return "null" if inside and value is None else str(value)
 
 
 __all__ = ["ExperimentConfig", "bits_overrides", "overrides_of", "quantize_with"]

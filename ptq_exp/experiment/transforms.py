@@ -14,8 +14,7 @@ from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import cached
-from ptq_exp.quantization import Applied, Fitting, Rule, Transform, transforms_of
-from ptq_exp.quantization.cost.macs import trace
+from ptq_exp.quantization import Applied, Fitting, Rule, Transform, applied_to, transforms_of
 
 log = logging.getLogger("ptq_exp")
 
@@ -38,11 +37,9 @@ def transform_(
             call.to(run.device).evaluate(network)
 
     example = run.example()
-    wanted = transforms_of(plan.quantization.transforms)
-    macs = trace(network, example).layer_macs if wanted else {}
     applied: list[Applied] = []
-    for transform in wanted:
-        sites = transform.find(network, example)
+    for transform in transforms_of(plan.quantization.transforms):
+        sites, left = transform.chosen(transform.find(network, example), rules), transform.left(network, example)
 
         def make(folder: Path, transform: Transform = transform, sites=sites) -> dict[str, np.ndarray]:
             fitted = transform.fit(network, sites, Fitting(show, rules))
@@ -51,10 +48,11 @@ def transform_(
         key = keys.transform(calibration_round, [*(done.transform for done in applied), transform])
         arrays = cached(run.cache, "transform", key, make, f"transform {transform.name}")
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-        applied.append(Applied(transform, sites, tensors, transform.cost(network, sites, macs)))
-        applied[-1].apply_(network)
+        applied.append(applied_to(network, example, Applied(transform, sites, tensors, left=left)))
         places = "; ".join(f"{site} -> {', '.join(layers)}" for site, layers in sites.items())
         log.info("quantization.transforms: %s: %d places qualify: %s", transform.name, len(sites), places or "none")
+        for name, reason in left.items():
+            log.info("quantization.transforms: %s: %s: %s", transform.name, name, reason)
     return tuple(applied)
 
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.trace.concats import depending_on_alone, find_chunks, find_concats
     from ptq_exp.quantization.trace.tap import ActivationTap
     from ptq_exp.quantization.transforms.base import Applied, Cost, Fitting, Transform
+    from ptq_exp.quantization.transforms.layers import applied_to
     from ptq_exp.quantization.transforms.registry import TRANSFORMS, applied_from_dict, transforms_of
     from ptq_exp.quantization.widths import Widths
 
@@ -71,6 +72,7 @@ _HOME = {
     "trace.concats": "depending_on_alone find_chunks find_concats",
     "trace.tap": "ActivationTap",
     "transforms.base": "Applied Cost Fitting Transform",
+    "transforms.layers": "applied_to",
     "transforms.registry": "TRANSFORMS applied_from_dict transforms_of",
     "widths": "Widths",
 }

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor, nn
 
 from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.online import ORDINARY, OnlineConv1d, OnlineConv2d, OnlineLayer, OnlineLinear
 from ptq_exp.quantization.quantizer.formats import activation_quantizer, weight_quantizer
 from ptq_exp.quantization.specs import QuantSpec, TensorSpec
 
@@ -33,8 +34,11 @@ class QuantConv1d(nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the quantized input (padded after quantization) with the quantized weight."""
-        y = self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
-        return self.output_quantizer(y)
+        return self.output_quantizer(self.product(input))
+
+    def product(self, x: Tensor) -> Tensor:
+        """As `forward`, before the output is quantized."""
+        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
 class QuantConv2d(nn.Conv2d):
@@ -44,8 +48,11 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve the quantized input (padded after quantization) with the quantized weight."""
-        y = self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
-        return self.output_quantizer(y)
+        return self.output_quantizer(self.product(input))
+
+    def product(self, x: Tensor) -> Tensor:
+        """As `forward`, before the output is quantized."""
+        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
 class QuantLinear(nn.Linear):
@@ -55,8 +62,33 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply the quantized input by the quantized weight."""
-        y = nn.functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
-        return self.output_quantizer(y)
+        return self.output_quantizer(self.product(input))
+
+    def product(self, x: Tensor) -> Tensor:
+        """As `forward`, before the output is quantized."""
+        return nn.functional.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantOnline(OnlineLayer):
+    """What quantized layers with online parts have in common: the branch reads what is not quantized yet."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the quantized layer, on the input that `online` returns, with the branch before outputs are quantized."""
+        x = self.online(input)
+        y = self.product(x)
+        return self.output_quantizer(y if self.branch is None else y + self.branch(x))
+
+
+class QuantOnlineConv1d(QuantOnline, QuantConv1d):
+    """`QuantConv1d` with online parts."""
+
+
+class QuantOnlineConv2d(QuantOnline, QuantConv2d):
+    """`QuantConv2d` with online parts."""
+
+
+class QuantOnlineLinear(QuantOnline, QuantLinear):
+    """`QuantLinear` with online parts."""
 
 
 class QuantAttention(Attention):
@@ -77,9 +109,18 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Linear: QuantLinear,
+    OnlineConv1d: QuantOnlineConv1d,
+    OnlineConv2d: QuantOnlineConv2d,
+    OnlineLinear: QuantOnlineLinear,
     Attention: QuantAttention,
 }
 FULL_PRECISION = {quantized: original for original, quantized in QUANTIZED.items()}
+
+
+def ordinary_type(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer before anything was done to it."""
+    kind = FULL_PRECISION.get(type(module), type(module))
+    return ORDINARY.get(kind, kind)
 
 
 def retype_(module: nn.Module, quantizers: dict[str, nn.Module]) -> None:

@@ -109,8 +109,8 @@ class Policy:
     quantize_state: bool = _setting(False, "Quantize x_t to the width of the other activations, not to bits.boundary.")
     quantize_output: bool = _setting(False, "Quantize the network's output as well.")
     transforms: tuple[Any, ...] = _setting(
-        (), "Exact changes of the full-precision network before it is quantized, in order: names such as smooth, or "
-        "mappings such as {name: smooth, alpha: 0.3}.",
+        (), "Exact changes of the full-precision network before it is quantized, in order: smooth, rotate, low_rank, "
+        "or mappings such as {name: smooth, alpha: 0.3}; see docs/transforms.md.",
     )
     smooth: bool = _setting(False, "Short for transforms=[smooth]: move outliers of activation channels into the "
                             "weights that read them (SmoothQuant).")

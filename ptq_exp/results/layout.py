@@ -102,7 +102,8 @@ LAYOUT = (
           _QUANTIZATION, QUANTIZED),
     Entry("quantization.not_counted", "operations whose MACs are not counted", "list of names", _QUANTIZATION,
           "quantized runs of networks that have any"),
-    Entry("transforms", "what the full-precision network went through before: name, settings, sites, macs, bytes",
+    Entry("transforms", "what the full-precision network went through before: name, settings, sites, macs, bytes, and "
+          "`left`, {layer: reason} of those that a transform could not work on",
           "list of transforms", "experiment.transforms.transform_", "runs with `quantization.transforms`"),
     Entry("reconstruction.blocks", "blocks that were reconstructed", "count", "reconstruction.summary",
           "runs with a reconstruction"),

@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ptq_exp.runtime.grouped import GroupedLinear
+from ptq_exp.runtime.online import with_online
 from ptq_exp.runtime.plain_layers import FloatLayer, GridQuantizer, IntegerLayer, Row
 from ptq_exp.runtime.plan import ATTENTION, BYTE, INT8, PRODUCT, LayerPlan, Plan, grids, layers_of
 from ptq_exp.runtime.sixteen_bits import store_
@@ -124,8 +125,8 @@ def deployable(network: nn.Module, plan: Plan, integer_layer: type[IntegerLayer]
             entry = LayerPlan(**{**vars(entry), "output": None})  # on the heads instead
         if entry.grouped is not None:
             output = nn.Identity() if entry.output is None else GridQuantizer(entry.output, row)
-            made.set_submodule(name, GroupedLinear(layer, entry.grouped, output))
+            made.set_submodule(name, with_online(layer, GroupedLinear(layer, entry.grouped, output)))
             continue
         kind = integer_layer if entry.executed == INT8 else FloatLayer
-        made.set_submodule(name, kind(layer, entry, row))
+        made.set_submodule(name, with_online(layer, kind(layer, entry, row)))
     return Deployable(made, row, rows)

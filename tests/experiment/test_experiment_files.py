@@ -21,6 +21,8 @@ AS_PUBLISHED = {
 }
 WITH_BITS = {"dynamic": "dynamic_w8a8", "gptq": "uniform_gptq_w4a8"}
 """Names of runs of the files that are named by their method alone."""
+WITH_TRANSFORMS = {"convrot": 0.8779, "svdquant": 0.8359}
+"""Coverage of the small network: what transforms compute at run time is not covered."""
 DRAWN = ("brecq_w4a8", "fp32", "ndtc_w8a8", "ptqd_mp", "ptqd_w4a8", "tfmq_w4a4")
 """Of each kind of picture one is really drawn; the others are blank, of the same size."""
 COMMON_CACHE = True
@@ -42,6 +44,7 @@ def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
     called = f"uniform_{name}" if name.startswith(("brecq", "qdrop")) else name.replace("_mp", "_step_budget")
     called = f"{name}_w8a8" if name in AS_PUBLISHED else called
     called = WITH_BITS.get(name, called)
+    called = f"{name}_{'w4a4' if name == 'svdquant' else 'w8a8'}" if name in WITH_TRANSFORMS else called
     assert (results["status"], results["name"]) == ("finished", called)
     assert set(results["metrics"]) >= {"is", "fid", "sfid", "precision", "recall"}
     assert set(results["metric_spec"]) == {"extractor", "preprocessing", "reference", "n_samples", "seed"}
@@ -51,10 +54,12 @@ def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
     if name == "fp32":
         assert results["metrics"] == results["fp32"] and not (folder / "quantization.json").exists()
         return
-    coverage, ends = AS_PUBLISHED.get(name, (1, [(8, 16), (8, 16)]))
+    coverage, ends = AS_PUBLISHED.get(name, (WITH_TRANSFORMS.get(name, 1), [(8, 16), (8, 16)]))
     assert results["quantization"]["coverage_conv_linear"] == pytest.approx(coverage, abs=1e-3)
     assert len(results["eps_error_per_step"]) == 3 and min(results["eps_error_per_step"]) > 0
     assert len(results["fixed_pattern_share_per_step"]) == 3 and Image.open(folder / "eps_error.png").width >= 800
+    assert [done["name"] for done in results.get("transforms", [])] == {
+        "convrot": ["rotate"], "svdquant": ["smooth", "low_rank"]}.get(name, [])
     assert ("correction" in results) == name.startswith("ptqd")
     assert ("reconstruction" in results) == (folder / "reconstruction.json").exists() == name.startswith(RECONSTRUCTED)
     layers = json.loads((folder / "quantization.json").read_text())

@@ -15,7 +15,9 @@ from guide_runs import TINY, assert_recorded, chosen_by, run_or_plan, runs
 from small_pipelines import PROMPTS, SMALL
 
 ALL = runs()
-RUNS = chosen_by(lambda page: page not in ("reproduce", "number_formats") and not page.startswith("results/"))
+RUNS = chosen_by(
+    lambda page: page not in ("reproduce", "number_formats", "transforms") and not page.startswith("results/")
+)
 pytestmark, COMMON_CACHE = pytest.mark.usefixtures("small_networks"), True
 
 

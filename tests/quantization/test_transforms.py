@@ -25,6 +25,7 @@ from ptq_exp.quantization import (
     Transform,
     Widths,
     applied_from_dict,
+    applied_to,
     calibrate_,
     describe,
     load_quantized_,
@@ -32,7 +33,6 @@ from ptq_exp.quantization import (
     save_quantized,
     transforms_of,
 )
-from ptq_exp.quantization.cost.macs import trace
 
 
 @dataclass(frozen=True)
@@ -110,27 +110,29 @@ def turned_is_registered(monkeypatch):
     monkeypatch.setitem(TRANSFORMS, "turned", Turned)
 
 
-CHAINS = [[name] for name in (*TRANSFORMS, "turned")] + [
-    ["smooth", "turned"], [{"name": "smooth", "alpha": 0.9}, {"name": "turned", "seed": 3}]
+RULES = Policy(attention=False, first=(), last=()).rules(Widths(4, 4))
+SMALL = {"name": "low_rank", "rank": 1, "conv3x3": True}
+CHAINS = [[SMALL if name == "low_rank" else name] for name in (*TRANSFORMS, "turned")] + [
+    ["smooth", "turned"], ["smooth", "rotate"], ["rotate", SMALL], ["smooth", "rotate", SMALL],
+    [{"name": "smooth", "alpha": 0.9}, {"name": "turned", "seed": 3}]
 ]
 
 
-def applied_to(network, entries, x) -> list[Applied]:
+def transformed(network, entries, x) -> list[Applied]:
     """Apply the transforms to `network`, one after the other."""
     done = []
     for transform in transforms_of(entries):
-        sites, macs = transform.find(network, (x[:1],)), trace(network, (x[:1],)).layer_macs
+        sites = transform.find(network, (x[:1],))
         assert sites, "the network has no place for it"
-        tensors = transform.fit(network, sites, Fitting(lambda network: network(x)))
-        done.append(Applied(transform, sites, tensors, transform.cost(network, sites, macs)))
-        done[-1].apply_(network)
+        tensors = transform.fit(network, sites, Fitting(lambda network: network(x), RULES))
+        done.append(applied_to(network, (x[:1],), Applied(transform, sites, tensors)))
     return done
 
 
 @pytest.mark.parametrize("entries", CHAINS, ids=str)
 def test_the_function_stays_and_the_weights_change(net, x, entries):
     before = copy.deepcopy(net)
-    for made in applied_to(net, entries, x):
+    for made in transformed(net, entries, x):
         for layers in made.sites.values():
             assert all(
                 not torch.equal(net.get_submodule(n).weight, before.get_submodule(n).weight) for n in layers
@@ -141,7 +143,7 @@ def test_the_function_stays_and_the_weights_change(net, x, entries):
 @pytest.mark.parametrize("entries", CHAINS, ids=str)
 def test_what_was_fitted_survives_a_file_and_makes_the_same_network_again(net, x, entries, tmp_path):
     again, loaded = copy.deepcopy(net), Net().double().eval().requires_grad_(False)
-    for n, made in enumerate(applied_to(net, entries, x)):
+    for n, made in enumerate(transformed(net, entries, x)):
         np.savez(tmp_path / f"{n}.npz", **{name: tensor.numpy() for name, tensor in made.tensors.items()})
         record = applied_from_dict(json.loads(json.dumps(made.to_dict())))
         assert (record.transform, record.sites, record.cost) == (made.transform, made.sites, made.cost)
@@ -156,16 +158,16 @@ def test_what_was_fitted_survives_a_file_and_makes_the_same_network_again(net, x
 @pytest.mark.parametrize("entries", CHAINS, ids=str)
 def test_the_report_counts_what_a_transform_costs(net, x, entries):
     before = describe(net, (x[:1],)).totals
-    cost = [made.cost for made in applied_to(net, entries, x)]
+    cost = [made.cost for made in transformed(net, entries, x)]
     after = describe(net, (x[:1],)).totals
     assert after["macs"]["everything"] - before["macs"]["everything"] == sum(c.macs for c in cost)
-    assert after["fp32_bytes"] - before["fp32_bytes"] == sum(c.bytes for c in cost)
-    assert (sum(c.macs for c in cost) > 0) == ("turned" in str(entries))
+    assert after["weight_bytes"] - before["weight_bytes"] == sum(c.bytes for c in cost)
+    assert (sum(c.macs for c in cost) > 0) == (entries != ["smooth"])
 
 
 def test_a_quantized_network_with_parts_at_run_time_is_saved_and_loaded(net, x, tmp_path):
     net, x = net.float(), x.float()
-    done = applied_to(net, ["smooth", "turned"], x)
+    done = transformed(net, ["smooth", "turned"], x)
     rules = Policy(attention=False, first=(), last=()).rules(Widths(4, 8))
     report = quantize_(net, rules, (x[:1],))
     calibrate_(net, "minmax", [(x,)])
@@ -181,7 +183,7 @@ def test_a_quantized_network_with_parts_at_run_time_is_saved_and_loaded(net, x, 
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ("smoth", "smoth: choose one of smooth, turned"),
+        ("smoth", "smoth: choose one of smooth, rotate, low_rank, turned"),
         ({"name": "smooth", "beta": 1}, "smooth has no setting beta; it has alpha"),
         ({"name": "smooth", "alpha": 2}, "smooth: alpha=2: choose 0..1"),
         ({"name": "smooth", "alpha": "much"}, "smooth: alpha=much: choose 0..1"),

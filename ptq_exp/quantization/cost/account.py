@@ -13,8 +13,16 @@ from ptq_exp.quantization.calibrate import disabled, quantizers
 from ptq_exp.quantization.cost.macs import Trace, multiplying_layers, trace
 from ptq_exp.quantization.cost.operands import Operands, Products, operands_of
 from ptq_exp.quantization.cost.report import Bits, Report, Row
-from ptq_exp.quantization.layers import FULL_PRECISION, QUANTIZED, QuantAttention, attention_obstacle, bits_of
+from ptq_exp.quantization.layers import (
+    FULL_PRECISION,
+    QUANTIZED,
+    QuantAttention,
+    attention_obstacle,
+    bits_of,
+    ordinary_type,
+)
 from ptq_exp.quantization.obstacles import layer_obstacles
+from ptq_exp.quantization.online import Online
 from ptq_exp.quantization.products import full_precision_class
 from ptq_exp.quantization.quantizer import DynamicQuantizer, WeightQuantizer
 from ptq_exp.quantization.quantizer.formats import format_of
@@ -63,7 +71,9 @@ def build_report(model: nn.Module, counted: Trace, reasons: Mapping[str, str], p
     for name, module in model.named_modules():
         if name in counted.multipliers:
             rows += _product_rows(name, module, counted, reasons, products)
-        if name in layers:
+        if isinstance(module, Online):
+            rows.append(_online_row(name, module, counted.layer_macs.get(name, 0)))
+        elif name in layers:
             macs = counted.layer_macs.get(name, 0)
             rows.append(_layer_row(name, module, macs, reasons, products.layers.get(name)))
         elif isinstance(module, Attention) and name not in counted.multipliers:
@@ -138,6 +148,11 @@ def _layer_row(
         quantized_params=layer.weight.numel() if stored else 0,
         dynamic_scales=_dynamic_scales(layer, own_input, macs),
     )
+
+
+def _online_row(name: str, part: Online, macs: int) -> Row:
+    """Return the row of what a transform computes at run time."""
+    return Row(name, type(part).__name__, "conv_linear", 0, macs, None, None, part.bytes, part.meaning, part.bits)
 
 
 def _attention_rows(
@@ -221,7 +236,7 @@ def _why_fp(layer: nn.Module, weight_bits: int | None, activation_bits: Bits) ->
 
 
 def _type_name(module: nn.Module) -> str:
-    return FULL_PRECISION.get(type(module), full_precision_class(type(module))).__name__
+    return full_precision_class(ordinary_type(module)).__name__
 
 
 def _own_params(module: nn.Module) -> int:

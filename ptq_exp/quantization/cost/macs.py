@@ -27,6 +27,7 @@ from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.cost.operators import as_layers_do, counted, macs_of, without_products
 from ptq_exp.quantization.cost.owners import Owners, place_of
 from ptq_exp.quantization.layers import mapped_attention
+from ptq_exp.quantization.online import Online, Scaling
 from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.quantization.trace.products import Multiplier, ProductTrace, product_site
 
@@ -64,8 +65,8 @@ class Trace:
 
 
 def multiplying_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) of the convolutions and linear layers, subclasses included, in module order."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear)))
+    """Yield (name, module) of convolutions and linear layers, subclasses included, and of online parts, in order."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear, Online)))
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, Attention]]:
@@ -111,6 +112,9 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
             evaluate(model, example_inputs)
     for owner in {owner for owner, _ in census.uncounted} & set(layers):
         census.macs[owner] = max(census.macs[owner], by_shape[owner])  # what it is for, by an unknown operator
+    for name, layer in layers.items():
+        if isinstance(layer, Scaling):  # no products that are summed, but what a transform adds is counted
+            census.macs[name] += by_shape[name]
     result = Trace(total_macs=sum(census.macs.values()), used_outside=census.used_outside)
     result.outside_macs = census.outside_macs
     for (_, operator), calls in census.uncounted.items():
@@ -130,7 +134,9 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
 
 
 def layer_macs(layer: nn.Module, input_shape: torch.Size, output_shape: torch.Size) -> int:
-    """Multiply-accumulates of one call of a convolution (transposed or not) or linear layer, without bias."""
+    """Multiply-accumulates of one call of a convolution (transposed or not), linear layer or online part."""
+    if isinstance(layer, Online):
+        return layer.macs(input_shape, output_shape)
     if isinstance(layer, nn.Linear):
         return output_shape.numel() * layer.in_features
     window = prod(layer.kernel_size)

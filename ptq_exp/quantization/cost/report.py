@@ -6,6 +6,8 @@ What is counted, per sample and network evaluation:
 * BOPs: sum of MACs * bits of one operand * bits of the other, an FP operand counting 32 (Wang et al. 2020,
   "Differentiable Joint Pruning and Quantization for Hardware Efficiency"), so that FP32 = MACs * 1024;
 * both twice: convolutions and linear layers alone, as papers count, and everything, with attention products;
+* what transforms compute at run time: part of MACs, coverage and BOPs, at widths of its own, and of the weight bytes,
+  but not of the FP32 network that reductions compare with;
 * weight bytes: bits / 8 per quantized weight, plus 4 bytes per scale and ceil(bits / 8) per zero point (none
   if symmetric); biases, norms and all other parameters 4 bytes each.
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 
 import pandas as pd
@@ -27,7 +29,7 @@ Bits = int | tuple[int, ...] | None
 """Width of an operand: a number, candidates of which each sampling step uses one, or None = FP."""
 FP_BITS = 32
 SCOPES = ("conv_linear", "everything")
-_WHERE_GIVEN = ("weight_format", "activation_format", "dynamic_scales")
+_WHERE_GIVEN = ("weight_format", "activation_format", "dynamic_scales", "added")
 _UNLISTED = ("quantized_params", "quantized_bytes")
 HOW_OFTEN = (
     "activations have candidate widths; say how often each width is used: report.mixed(shares) or report.at(row)"
@@ -57,6 +59,7 @@ class Row:
         weight_format, activation_format: number format of the two operands; empty of integers.
         dynamic_scales: ranges that are found from the data, per sample and evaluation.
         quantized_params, quantized_bytes: of the quantized weight alone: how many values, and their size with scales.
+        added: of what a transform computes at run time the widths of the two operands; None = the network's own.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Row:
     dynamic_scales: int = 0
     quantized_params: int = 0
     quantized_bytes: float = 0.0
+    added: tuple[int, int] | None = None
 
     @property
     def covered(self) -> bool:
@@ -93,7 +97,16 @@ class Row:
         """
         if self.candidates:
             raise QuantizationError(f"{self.name}: {HOW_OFTEN}")
-        return self.macs * (self.weight_bits or FP_BITS) * (self.activation_bits or FP_BITS)
+        weight, activation = self.added or (FP_BITS, FP_BITS)
+        return self.macs * (self.weight_bits or weight) * (self.activation_bits or activation)
+
+    @property
+    def plain(self) -> dict:
+        """What the report lists of it, as plain values for JSON."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+            if key not in _UNLISTED and (value or key not in _WHERE_GIVEN)
+        }
 
     def at(self, row: int) -> Row:
         """Return the operation at the `row`-th candidate of each operand that has several."""
@@ -178,18 +191,15 @@ class Report:
 
     def to_dict(self) -> dict:
         """Return totals, rows and, where known, shares as plain numbers, strings, lists and dictionaries (JSON)."""
-        layers = [
-            {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(row).items()
-             if key not in _UNLISTED and (value or key not in _WHERE_GIVEN)}
-            for row in self.rows
-        ]
+        layers = [row.plain for row in self.rows]
         shares = {} if self.shares is None else {"shares": list(self.shares)}
         not_counted = {"not_counted": list(self.not_counted)} if self.not_counted else {}
         return {"totals": self.totals, **shares, **not_counted, "layers": layers}
 
     def table(self) -> pd.DataFrame:
         """Return one line per operation, with its BOPs."""
-        return pd.DataFrame([asdict(row) | {"bops": self._bops(row)} for row in self.rows])
+        columns = [field.name for field in fields(Row) if field.name != "added"]
+        return pd.DataFrame([{n: getattr(row, n) for n in columns} | {"bops": self._bops(row)} for row in self.rows])
 
     def summary(self) -> str:
         """Return a few lines: operations by type and bits, totals, then what stays FP and why."""
@@ -230,14 +240,15 @@ class Report:
     def _accounting(self, scope: str) -> dict[str, float]:
         rows = self._in(scope)
         macs, bops = sum(row.macs for row in rows), sum(self._bops(row) for row in rows)
+        own = sum(row.macs for row in rows if row.added is None)
         known = scope != "everything" or not self.not_counted
         coverage = sum(row.macs for row in rows if row.covered) / macs if macs else 0.0
         return {
             "macs": macs,
             "coverage": coverage if known else None,
             "bops": bops,
-            "bops_fp32": macs * FP_BITS**2,
-            "bops_reduction": macs * FP_BITS**2 / bops if bops else 1.0,
+            "bops_fp32": own * FP_BITS**2,
+            "bops_reduction": own * FP_BITS**2 / bops if bops else 1.0,
         }
 
     def _bops(self, row: Row) -> float:

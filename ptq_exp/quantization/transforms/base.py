@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ptq_exp.quantization.specs import Rule
 
 Sites = Mapping[str, tuple[str, ...]]
-"""Where a transform works: name of a module -> the layers whose weights change with it."""
+"""Where a transform works: name of a module, or what layers have in common -> the layers whose weights change."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Cost:
 
     macs: int = 0
     bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Return the sum of both."""
+        return Cost(self.macs + other.macs, self.bytes + other.bytes)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,14 @@ class Transform(ABC):
             example_inputs: positional arguments of one sample.
         """
 
+    def chosen(self, sites: Sites, rules: Sequence[Rule]) -> Sites:
+        """Return those of `sites` where it is of use in a network quantized by `rules`; the default takes all."""
+        return sites
+
+    def left(self, network: nn.Module, example_inputs: tuple) -> dict[str, str]:
+        """Return {layer: reason} of the layers of `network` that it cannot work on and should; the default: none."""
+        return {}
+
     @abstractmethod
     def fit(self, network: nn.Module, sites: Sites, fitting: Fitting) -> dict[str, Tensor]:
         """Return what `apply_` needs, as plain tensors under names of its own; nothing is changed."""
@@ -74,6 +86,8 @@ class Transform(ABC):
 
     def cost(self, network: nn.Module, sites: Sites, layer_macs: Mapping[str, int]) -> Cost:
         """Return what `install_` adds; the report of the network counts the same. The default adds nothing.
+
+        What is made of `ptq_exp.quantization.online` is counted anyway and stands for itself.
 
         Args:
             layer_macs: multiply-accumulates per sample of each layer, before.
@@ -99,12 +113,14 @@ class Applied:
         sites: where it works.
         tensors: what was fitted; empty for a network that was loaded, whose weights are changed already.
         cost: at run time.
+        left: {layer: reason} of those that it could not work on.
     """
 
     transform: Transform
     sites: Sites
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     cost: Cost = Cost()
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def apply_(self, network: nn.Module) -> None:
         """Transform another copy of the network that this was fitted on, in place."""
@@ -117,4 +133,5 @@ class Applied:
     def to_dict(self) -> dict[str, Any]:
         """Return the record of it as plain values for JSON: settings, places and cost; see `applied_from_dict`."""
         sites = {site: list(layers) for site, layers in self.sites.items()}
-        return {**self.transform.to_dict(), "sites": sites, **asdict(self.cost)}
+        left = {"left": dict(self.left)} if self.left else {}
+        return {**self.transform.to_dict(), "sites": sites, **asdict(self.cost), **left}

@@ -8,11 +8,15 @@ from typing import Any
 
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.quantization.transforms.base import Applied, Cost, Transform
+from ptq_exp.quantization.transforms.low_rank import LowRankBranch
+from ptq_exp.quantization.transforms.rotate import Rotate
 from ptq_exp.quantization.transforms.smooth import Smooth
 
-TRANSFORMS: dict[str, type[Transform]] = {"smooth": Smooth}
+TRANSFORMS: dict[str, type[Transform]] = {"smooth": Smooth, "rotate": Rotate, "low_rank": LowRankBranch}
 """Name -> class. Add your own."""
 _SETTING = "quantization.transforms"
+_OF_RECORD = ("sites", "macs", "bytes", "left")
+_ORDER = ("smooth", "rotate", "low_rank")
 
 
 def transforms_of(entries: Sequence[str | Mapping[str, Any]]) -> list[Transform]:
@@ -24,7 +28,14 @@ def transforms_of(entries: Sequence[str | Mapping[str, Any]]) -> list[Transform]
     Raises:
         ConfigError: a name or a setting is unknown, or a value impossible.
     """
-    return [_transform(entry) for entry in entries]
+    found = [_transform(entry) for entry in entries]
+    places = [_ORDER.index(transform.name) for transform in found if transform.name in _ORDER]
+    if places != sorted(places):
+        raise ConfigError(f"{_SETTING}: the order is {', '.join(_ORDER)}: each works on what those before it left")
+    for name in _ORDER[1:]:
+        if sum(transform.name == name for transform in found) > 1:
+            raise ConfigError(f"{_SETTING}: {name} is listed twice: leave one out")
+    return found
 
 
 def applied_from_dict(record: Mapping[str, Any]) -> Applied:
@@ -34,10 +45,11 @@ def applied_from_dict(record: Mapping[str, Any]) -> Applied:
         DataError: it described something else.
     """
     try:
-        own = {key: value for key, value in record.items() if key not in ("sites", "macs", "bytes")}
+        own = {key: value for key, value in record.items() if key not in _OF_RECORD}
         sites = {site: tuple(layers) for site, layers in record["sites"].items()}
-        return Applied(_transform(own), sites, cost=Cost(record["macs"], record["bytes"]))
-    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        cost = Cost(record["macs"], record["bytes"])
+        return Applied(_transform(own), sites, cost=cost, left=dict(record.get("left", {})))
+    except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
         reason = error if isinstance(error, ConfigError) else f"{type(error).__name__} {error}"
         raise DataError(f"the record of a transform is damaged, or its module is not imported: {reason}") from error
 
