@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.affine import QRange, choose_qparams, dequantize, fake_quantize, integer_range, quantize
+    from ptq_exp.quantization.allocation import Allocation, Budget, Solution, tied
     from ptq_exp.quantization.calibrate import (
         calibrate_,
         calibrate_activations_,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
 
 _HOME = {
     "affine": "QRange choose_qparams dequantize fake_quantize integer_range quantize",
+    "allocation": "Allocation Budget Solution tied",
     "calibrate": "calibrate_ calibrate_activations_ calibrate_weights_ calibrating disabled finish_calibration "
     "freeze_weights_ quantizers set_mode",
     "cost.account": "describe multipliers range_table",
