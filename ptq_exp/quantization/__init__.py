@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
     from ptq_exp.quantization.place import quantize_
     from ptq_exp.quantization.policy import Policy
-    from ptq_exp.quantization.probe import one_layer_quantized, probe_of, quantized_layers
+    from ptq_exp.quantization.probe import layers_quantized, one_layer_quantized, probe_of, quantized_layers
     from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
     from ptq_exp.quantization.quantizer.time_step import Step, of_samples, select_row, step_of
     from ptq_exp.quantization.ranges.elementwise import HistogramMetric
@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.save import load_quantized_, save_quantized
     from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec
     from ptq_exp.quantization.trace.concats import depending_on_alone, find_chunks, find_concats
+    from ptq_exp.quantization.trace.readers import sharing
     from ptq_exp.quantization.trace.tap import ActivationTap
     from ptq_exp.quantization.transforms.base import Applied, Cost, Fitting, Transform
     from ptq_exp.quantization.transforms.registry import TRANSFORMS, applied_from_dict, transforms_of
@@ -60,7 +61,7 @@ _HOME = {
     "layers": "QuantAttention QuantConv1d QuantConv2d QuantLinear",
     "place": "quantize_",
     "policy": "Policy",
-    "probe": "one_layer_quantized probe_of quantized_layers",
+    "probe": "layers_quantized one_layer_quantized probe_of quantized_layers",
     "quantizer": "ActivationQuantizer Mode Quantizer WeightQuantizer",
     "quantizer.time_step": "Step of_samples select_row step_of",
     "ranges.elementwise": "HistogramMetric",
@@ -69,6 +70,7 @@ _HOME = {
     "save": "load_quantized_ save_quantized",
     "specs": "QuantSpec Rule TensorSpec",
     "trace.concats": "depending_on_alone find_chunks find_concats",
+    "trace.readers": "sharing",
     "trace.tap": "ActivationTap",
     "transforms.base": "Applied Cost Fitting Transform",
     "transforms.registry": "TRANSFORMS applied_from_dict transforms_of",

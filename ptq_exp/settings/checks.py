@@ -7,6 +7,7 @@ from ptq_exp.quantization import group_bits, transforms_of
 from ptq_exp.quantization.ranges.range_search import check_metric
 from ptq_exp.quantization.widths import SOFTMAX_BITS, check_bits
 from ptq_exp.runtime import runtime_of
+from ptq_exp.settings.check_budget import check_budget
 from ptq_exp.settings.check_scores import check_scores
 from ptq_exp.settings.field import check_section
 from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig, RuntimeConfig
@@ -41,6 +42,7 @@ def check(config: ExperimentConfig) -> None:
         _check_quantization(config)
         _check_bits(config.bits)
         _check_groups(config)
+        check_budget(config)
         _check_reconstruction(config)
         _check_correction(config)
 
