@@ -111,9 +111,10 @@ def _entry(choices: Choices, error: np.ndarray, found: list[Measured], best: Mea
             for one in found
         ],
         "layers": choices.layers(best.choice),
-        "eps_error": {
-            " + ".join(group): float(alone[number, best.choice[number]]) for number, group in enumerate(choices.groups)
-        },
+        "chosen": [
+            {"layers": list(group), "bits": choices.candidates[c], "eps_error": float(error[c])}
+            for group, c, error in zip(choices.groups, best.choice, alone, strict=True)
+        ],
     }
 
 

@@ -40,9 +40,9 @@ def check(config: ExperimentConfig) -> None:
         _check_full_precision(config)
     else:
         _check_quantization(config)
+        check_budget(config)
         _check_bits(config.bits)
         _check_groups(config)
-        check_budget(config)
         _check_reconstruction(config)
         _check_correction(config)
 
