@@ -10,6 +10,7 @@ import numpy as np
 
 from ptq_exp.errors import ConfigError, InfeasibleError
 from ptq_exp.experiment.budget import planned_report
+from ptq_exp.experiment.latency import latency_table
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.policy import ends
 from ptq_exp.experiment.run import Run
@@ -86,8 +87,16 @@ class Choices:
         groups = tuple(sharing(network, run.example(), layers))
         reports = [_report(run, with_candidates(config, groups, candidates, [number] * len(groups)))
                    for number in range(len(candidates))]
-        counted = tuple(_limit(name, value, groups, reports) for name, value in limits.items() if name in _COUNTED)
-        choices = cls(groups, candidates, counted)
+        counted = [_limit(name, value, groups, reports) for name, value in limits.items() if name in _COUNTED]
+        if "latency_ms" in limits:
+            cls(groups, candidates, tuple(counted)).check()  # before anything is timed
+
+            def at(number: int) -> ExperimentConfig:
+                return with_candidates(config, groups, candidates, [number] * len(groups))
+
+            cost, fixed = latency_table(run, at, len(candidates), groups)
+            counted.append(Limit("latency_ms", limits["latency_ms"], cost, fixed, limits["latency_ms"]))
+        choices = cls(groups, candidates, tuple(counted))
         choices.check()
         return choices
 

@@ -13,6 +13,7 @@ from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
 from ptq_exp.diffusion.noise import CALIBRATION
 from ptq_exp.diffusion.paired import paired_estimates
 from ptq_exp.errors import ConfigError, InfeasibleError
+from ptq_exp.experiment import latency
 from ptq_exp.experiment.choices import Choices, at_widths, with_candidates
 from ptq_exp.experiment.choose_bits import best_choice, measure_alone
 from ptq_exp.experiment.keys import Keys
@@ -20,6 +21,8 @@ from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.quantize import quantize_with
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stages import make_calibration_set, quantize_model
+from ptq_exp.runtime.simulate import Simulate
+from ptq_exp.runtime.timing import Times
 from ptq_exp.settings.compose import composed_from
 from ptq_exp.storage.cache import ArtifactCache
 from ptq_exp.storage.npz import npz_arrays
@@ -218,6 +221,26 @@ def test_what_no_choice_reaches_is_named_with_what_can_be(run):
 def test_nothing_is_chosen_without_a_budget(run):
     assert Choices.of(run, composed_from(["bits=w8a8"])) is None
     assert at_widths(settings("bits.budget.size_mb=1"), {"q": "w4a4"}).bits.groups["[q]"] == "w4a4"
+
+
+def test_the_latency_is_that_of_layers_on_the_engine(run, monkeypatch):
+    """With a clock that ticks as often as the network multiplies: layers and the rest add up to the whole network."""
+
+    def counted(ways, repeats):
+        (call,) = ways.values()
+        network = call.args[0]
+        return {"layer": Times((sum(m.weight.numel() for m in network.modules() if hasattr(m, "weight")),) * repeats)}
+
+    monkeypatch.setattr(latency, "interleaved", counted)
+    monkeypatch.setattr(latency, "runtime_of", lambda name, options: Simulate())
+    found = Choices.of(run, settings("runtime=torch", "bits.budget.latency_ms=2000"))
+    (limit,) = found.limits
+    network = run.model.denoiser
+    sizes = [sum(network.get_submodule(name).weight.numel() for name in group) for group in found.groups]
+    np.testing.assert_array_equal(limit.cost, np.array([sizes] * 3).T)
+    assert limit.fixed == 2 * 54  # the first and the last layer
+    with pytest.raises(InfeasibleError, match=r"latency_ms=10 is not met: the smallest .* is 1452"):
+        Choices.of(run, settings("runtime=torch", "bits.budget.latency_ms=10"))
 
 
 @pytest.mark.parametrize(
