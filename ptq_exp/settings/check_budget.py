@@ -6,10 +6,11 @@ import math
 
 from ptq_exp.errors import ConfigError, nearest
 from ptq_exp.quantization import group_bits
-from ptq_exp.settings.field import check_section
+from ptq_exp.settings.field import settings_of
 from ptq_exp.settings.schema import ExperimentConfig
 
 BUDGETS = ("size_mb", "bops_ratio", "latency_ms")
+SIZES = ("sensitivity_samples", "sensitivity_steps", "solutions", "solution_samples")
 
 
 def check_budget(config: ExperimentConfig) -> None:
@@ -26,7 +27,9 @@ def check_budget(config: ExperimentConfig) -> None:
             raise ConfigError(f"bits={bits.name} needs a budget: bits.budget.size_mb=1.2 (megabytes of weights) or "
                               "bits.budget.bops_ratio=25 (FP32 over these)")
         return
-    check_section("bits", bits)
+    for name, known in settings_of(bits):
+        if name in SIZES:
+            known.check(f"bits.{name}", getattr(bits, name))
     _check_candidates(bits.candidates)
     _check_contradictions(config)
 
