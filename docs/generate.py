@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,10 +49,15 @@ def _section(name: str, schema: type, defaults: dict[str, Any]) -> list[str]:
         if isinstance(hint, type) and is_dataclass(hint):
             inner += _section(key, hint, defaults[entry.name])
             continue
-        known, default = setting_of(entry), defaults.get(entry.name, entry.default)
+        known, default = setting_of(entry), defaults.get(entry.name, _default(entry))
         cells = [f"`{key}`", _type(hint), _valid(known, hint), _value(default), known.meaning]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [*lines, "", *inner]
+
+
+def _default(entry: Field[Any]) -> Any:
+    """Return the default of the schema, for a setting that only some files of a group have."""
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
 def _type(hint: Any) -> str:

@@ -15,7 +15,9 @@ from typing import Any
 import yaml
 
 from ptq_exp.cli.search_conditions import check_known, conditions, missed
+from ptq_exp.cli.search_pairs import Images, images_of
 from ptq_exp.errors import ConfigError, PTQError, one_line
+from ptq_exp.evaluation.bootstrap import Interval
 
 DIRECTIONS = ("maximize", "minimize")
 
@@ -41,21 +43,23 @@ class Space:
     Attributes:
         objective: name of a score in results.json.
         direction: one of `DIRECTIONS`.
-        tolerance: how much better a later candidate of a stage must be to replace an earlier one.
         seeds: of each trial; the objective is their mean.
         base: overrides of all trials.
         stages: decided one after the other, each with the earlier decisions in force.
         require: {path in results.json, such as runtime.int8_share: least value}; may be left out. A trial with less,
             for any seed, cannot win. A number that is null (of what the network does not have) meets any condition.
+        tolerance: by how much more than this a later candidate of a stage must be better to replace an earlier one; 0
+            if left out. Where the objective is a mean over images, as PSNR is, the 95 % interval of the gain, by a
+            paired bootstrap over them, must lie above 0 as well.
     """
 
     objective: str
     direction: str
-    tolerance: float
     seeds: Sequence[int]
     base: Sequence[str]
     stages: Sequence[Stage]
     require: Mapping[str, float] = field(default_factory=dict)
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
@@ -77,9 +81,10 @@ class Space:
         try:
             values = _section(cls, plain)
             return cls(
-                str(values["objective"]), str(values["direction"]), float(values["tolerance"]),
+                str(values["objective"]), str(values["direction"]),
                 [int(seed) for seed in values["seeds"]], _overrides(values["base"]),
                 [Stage(**_section(Stage, stage)) for stage in values["stages"]], conditions(values.get("require", {})),
+                float(values.get("tolerance", 0)),
             )
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path}: {error}") from error
@@ -95,16 +100,23 @@ class Space:
             raise ConfigError(f"no stage {stage} in the search: choose one of {', '.join(names)}")
         return replace(self, stages=self.stages[: names.index(stage) + 1])
 
-    def better(self, value: float, than: float) -> bool:
-        """Return whether `value` of the objective is better `than` another one by more than the tolerance."""
-        gain = value - than if self.direction == "maximize" else than - value
-        return gain > self.tolerance
+    @property
+    def sign(self) -> int:
+        """1 where more is better, -1 where less is."""
+        return 1 if self.direction == "maximize" else -1
+
+    def better(self, trial: Trial, than: Trial) -> bool:
+        """Return whether a later trial is better `than` an earlier one; the interval of the gain is noted in it."""
+        gain = self.sign * (trial.metrics[self.objective] - than.metrics[self.objective])
+        if trial.images is not None and than.images is not None:
+            trial.gain = trial.images.gain(than.images, self.sign)
+        return gain > self.tolerance and (trial.gain is None or trial.gain[0] > 0)
 
 
 def _section(kind: type, found: Any) -> dict[str, Any]:
     """Return `found` if it has the fields of the dataclass `kind`, and no others."""
     names = [one.name for one in fields(kind)]
-    optional = {one.name for one in fields(kind) if one.default_factory is not MISSING}
+    optional = {one.name for one in fields(kind) if (one.default, one.default_factory) != (MISSING, MISSING)}
     if isinstance(found, dict) and set(names) - optional <= set(found) <= set(names):
         return found
     shown = ", ".join(map(str, found)) if isinstance(found, dict) else found
@@ -140,6 +152,9 @@ class Trial:
         metrics: {name: mean over seeds}; empty where a run failed.
         error: why it failed or cannot win, or "".
         chosen: whether it stays.
+        gain: 95 % interval of how much better it is than the best of its stage before it; None where the objective is
+            none of single images, or there was none before it.
+        images: the objective of every image, where it is a mean of these.
     """
 
     stage: str
@@ -148,6 +163,12 @@ class Trial:
     metrics: dict[str, float]
     error: str = ""
     chosen: bool = False
+    gain: Interval | None = None
+    images: Images | None = field(default=None, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values for JSON, without its images."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "images"}
 
 
 @dataclass
@@ -193,7 +214,7 @@ class Search:
         best = None
         for n, trial in enumerate(trials):
             value = math.nan if trial.error else trial.metrics.get(objective, math.nan)
-            if not math.isnan(value) and (best is None or self.space.better(value, trials[best].metrics[objective])):
+            if not math.isnan(value) and (best is None or self.space.better(trial, trials[best])):
                 best = n
         if best is None:
             reason = trials[0].error or "results.json has no such score"
@@ -212,7 +233,8 @@ class Search:
                 results = [futures[run].result() for run in runs[one]]
                 metrics, error = _mean(results)
                 error = error or missed(self.space.require, results)
-                trial = Trial(stage.name, line or "(nothing)", one, metrics, error)
+                images = images_of(self.space.objective, results)
+                trial = Trial(stage.name, line or "(nothing)", one, metrics, error, images=images)
                 trials.append(trial)
                 self.trials.append(trial)
                 self.on_trial(trial)

@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pandas as pd
 import yaml
 
 from ptq_exp.cli.coordinate_search import Search, Space, Trial
+from ptq_exp.cli.search_pairs import with_pairs
 from ptq_exp.errors import AGAIN, ConfigError, DataError, command_line
 from ptq_exp.evaluation.scores import HEADLINE, shown
 from ptq_exp.reports.tables.notation import to_markdown
@@ -28,8 +28,10 @@ from ptq_exp.storage.plain_json import read_json, write_json
 
 _HELP = """
 A coordinate search: the stages of conf/search/SPACE.yaml are decided one after the other, each with the earlier
-decisions in force; every trial is an ordinary run. Under `require` a space has least values of numbers in results.json:
-a trial with less cannot win. The same command continues a search that was stopped: finished trials are read again.
+decisions in force; every trial is an ordinary run. A later candidate replaces an earlier one where the 95 % interval of
+its gain, by a paired bootstrap over images, lies above 0; `tolerance` asks for more. Under `require` a space has least
+values of numbers in results.json: a trial with less cannot win. The same command continues a search that was stopped:
+finished trials are read again.
 
 Leaves in the folder: search.json (all trials), search.md (their table), experiment.yaml (for conf/experiment).
 
@@ -99,7 +101,7 @@ def _write_trials(trials: list[Trial], folder: Path) -> None:
     if not trials:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "search.json", [asdict(trial) for trial in trials])
+    write_json(folder / "search.json", [trial.to_dict() for trial in trials])
     with atomic_path(folder / "search.md") as temporary:
         temporary.write_text(markdown(trials) + "\n", encoding="utf-8")
 
@@ -115,11 +117,11 @@ def run_trial(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Run the command with `overrides` in a process of its own, unless that run has finished before.
 
     Returns:
-        Its results.json; for a run that failed {"error": text}.
+        Its results.json, with the scores of every image; for a run that failed {"error": text}.
     """
     place = folder / "trials" / hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:16]
     if (found := _finished(place)) is not None:
-        return found
+        return with_pairs(found, place)
     place.mkdir(parents=True, exist_ok=True)
     ours = [f"hydra.run.dir={quoted(str(place))}", "trainer.progress_bar=false"]
     command = [sys.executable, "-m", "ptq_exp", *overrides, *ours]
@@ -130,7 +132,7 @@ def run_trial(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
         code = process.wait()
         _running.discard(process)
     if (found := _finished(place)) is not None:
-        return found
+        return with_pairs(found, place)
     lines = (place / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return {"error": lines[-1].removeprefix("error: ") if lines else f"ended with code {code}"}
 
@@ -151,14 +153,20 @@ def _finished(place: Path) -> dict[str, Any] | None:
 
 def markdown(trials: Sequence[Trial]) -> str:
     """Return a table, one row per trial, in the order of the stages; what was chosen is marked."""
+    compared = any(trial.gain is not None for trial in trials)
     measured = [name for name in shown(HEADLINE) if any(name in trial.metrics for trial in trials)]
     rows = [
         {"stage": trial.stage, "candidate": trial.candidate}
         | {name: trial.metrics.get(name) for name in measured}
+        | ({"gain": _interval(trial)} if compared else {})
         | {"": "chosen" if trial.chosen else trial.error}
         for trial in trials
     ]
     return to_markdown(pd.DataFrame(rows), digits=4)
+
+
+def _interval(trial: Trial) -> str:
+    return "" if trial.gain is None else f"[{trial.gain[0]:+.3g}, {trial.gain[1]:+.3g}]"
 
 
 def experiment_file(decided: Sequence[str], name: str, comment: str, groups: Sequence[str]) -> str:

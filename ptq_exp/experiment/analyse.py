@@ -121,8 +121,9 @@ def _sensitivity(
     """Measure the error of each layer alone; `networks`: the probe as sampled, the probe, the quantized network."""
     steps = measured_steps(len(run.grid), settings.sensitivity_steps)
     n = settings.sensitivity_samples
+    alone = [[name] for name in layers]
     module = SensitivityModule(
-        run.model, *networks, run.grid, layers, steps, range(n), seed=run.seed, batch_size=settings.batch_size
+        run.model, *networks, run.grid, alone, steps, range(n), seed=run.seed, batch_size=settings.batch_size
     )
     key = {**key, "layers": layers, "steps": steps, "samples": [n, settings.batch_size]}
 

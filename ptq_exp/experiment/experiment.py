@@ -14,6 +14,7 @@ from ptq_exp.diffusion import check_network
 from ptq_exp.evaluation.gate import judged
 from ptq_exp.experiment.analyse import analyse
 from ptq_exp.experiment.budget import check_budget, check_feasible
+from ptq_exp.experiment.choices import Choices
 from ptq_exp.experiment.correction import check_statistics
 from ptq_exp.experiment.execution import executed_by, measure_execution
 from ptq_exp.experiment.features import reference_features
@@ -72,7 +73,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         weights = {"weights": {"model": run.model.digest[:12]}} if config.model.checkpoint is not None else {}
         results.update("start", environment=environment(), command=run_command(folder), **weights)
         check_network(run.model, run.grid, config.seed, run.device, config.model.checkpoint)
-        images = None if plan is None else _checked(run, plan, config, keys, writer)
+        images, choices = (None, None) if plan is None else _checked(run, plan, config, keys, writer)
         quantized = stage("load_quantized", load_saved, run, saved, config.quantized) if saved else None
         scorer = Scorer(run, config.evaluation, stage("reference", reference_features, run, config.evaluation))
         pair_scorer = None if plan is saved is None else PairScorer(run, config.evaluation)
@@ -81,7 +82,8 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         spec = scorer.metric_spec() | (pair_scorer.spec() if pair_scorer else {})
         results.update("fp32", fp32=fp.scores, real=scorer.real_data, metric_spec=spec)
         if plan is not None:
-            quantized = make_quantized(run, plan, config, keys, stage, images)
+            quantized, config = make_quantized(run, config, stage, images, choices)
+            keys = Keys(config, run.model, run.grid, run.guidance_scale)
         elif quantized is not None:
             quantized = executed_by(quantized, config.runtime, run)
             writer.write("load_quantized", schedule_record(quantized, config.bits.name))
@@ -102,15 +104,20 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
     return results.values
 
 
-def _checked(run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, writer: RunWriter) -> Any:
-    """Raise what would end the run hours later; returns the real images that calibration starts from, if any."""
+def _checked(
+    run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, writer: RunWriter
+) -> tuple[Any, Choices | None]:
+    """Raise what would end the run hours later; returns the real images that calibration starts from, and choices.
+
+    Of both there may be none: choices are those of bits within a budget.
+    """
     check_statistics(run, plan, config.correction, keys)
     images = checked_images(run, config)
     report, budget = check_feasible(run, plan, config)
     if budget.numbers:
         writer.write("budget", budget)
     check_budget(config.bits.min_bops_ratio, report)
-    return images
+    return images, Choices.of(run, config)
 
 
 def _evaluated(

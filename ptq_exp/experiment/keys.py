@@ -19,7 +19,7 @@ from ptq_exp.storage.atomic import file_digest
 VERSIONS = {
     "sampling": 1, "calibration": 2, "transform": 1, "ranges": 1, "reconstruction": 1, "noise": 1, "propagation": 1,
     "schedule": 1, "correction": 1, "images": 1, "features": 1, "reference": 1, "activations": 1, "sensitivity": 1,
-    "trajectory": 1,
+    "trajectory": 1, "solution": 1,
 }
 """Raise a kind's number when its values change while the settings stay: what was stored is computed anew then.
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ptq_exp.calibration import CalibrationSet
 from ptq_exp.deploy.quantized_model import QuantizedModel
+from ptq_exp.experiment.choices import Choices, at_widths
+from ptq_exp.experiment.choose_bits import best_choice, measure_alone
 from ptq_exp.experiment.correction import fit_correction
 from ptq_exp.experiment.execution import executed_by
 from ptq_exp.experiment.keys import Keys
@@ -21,14 +24,37 @@ from ptq_exp.settings.schema import ExperimentConfig
 
 
 def make_quantized(
-    run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, stage: Stages, images: Any
+    run: Run, config: ExperimentConfig, stage: Stages, images: Any, choices: Choices | None
+) -> tuple[QuantizedModel, ExperimentConfig]:
+    """Make the quantized model: calibration set, bits, ranges, roundings, bit schedule, correction.
+
+    Args:
+        images: real images that calibration starts from, if any.
+        choices: of bits, where they are chosen.
+
+    Returns:
+        The model, and the settings that make it: those with the bits that were chosen.
+    """
+    states = None
+    if choices is not None:
+        keys = Keys(at_widths(config, {}), run.model, run.grid, run.guidance_scale)
+        states = stage("calibration_set", make_calibration_set, run, config.calibration, keys.calibration(1), images)
+        error = stage("sensitivity", measure_alone, run, config, choices, states)
+        config = stage("allocation", best_choice, run, config, choices, error, states)
+    keys, plan = Keys(config, run.model, run.grid, run.guidance_scale), Plan.of(config, run.grid)
+    return _made(run, plan, config, keys, stage, images, states), config
+
+
+def _made(
+    run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, stage: Stages, images: Any,
+    states: CalibrationSet | None,
 ) -> QuantizedModel:
-    """Make the quantized model: calibration set, ranges, roundings, bit schedule, correction."""
-    calibration, evaluations, previous, states = config.calibration, 0, None, None
+    calibration, evaluations, previous = config.calibration, 0, None
     for n in range(1, calibration.rounds + 1):
         suffix, which = ("", "") if n == 1 else (f"_{n}", f" of the quantized model, round {n}")
-        states = stage(f"calibration_set{suffix}", make_calibration_set, run, calibration, keys.calibration(n), images,
-                       previous, which)
+        if n > 1 or states is None:
+            states = stage(f"calibration_set{suffix}", make_calibration_set, run, calibration, keys.calibration(n),
+                           images, previous, which)
         quantized = stage(f"quantize{suffix}", quantize_model, run, plan, keys, states, n)
         previous = quantized
         evaluations += int(states.evaluations.sum())

@@ -34,8 +34,7 @@ def policy(plan: Plan, model: DiffusionModel, network: nn.Module, example: Call)
     `example`: one sample for the forward that finds concatenations and split embeddings.
     """
     quantization, bits = plan.quantization, plan.bits
-    first = model.first_layers if quantization.first is None else quantization.first
-    last = model.last_layers if quantization.last is None else quantization.last
+    first, last = ends(plan, model)
     names = [name for name, module in network.named_modules() if type(module) in QUANTIZED]
     operands = any(fnmatchcase(name, OPERANDS) for name, _ in network.named_modules())
     found = multipliers(network, example) if quantization.attention and (plan.groups or not operands) else []
@@ -62,6 +61,12 @@ def policy(plan: Plan, model: DiffusionModel, network: nn.Module, example: Call)
     if plan.groups:
         rules = with_groups(rules, plan.groups, names, [*first, *last])
     return rules
+
+
+def ends(plan: Plan, model: DiffusionModel) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the globs of the first and of the last layers: those of the settings, or the model's own."""
+    first, last = plan.quantization.first, plan.quantization.last
+    return model.first_layers if first is None else first, model.last_layers if last is None else last
 
 
 def _say(setting: str, what: str, found: dict) -> None:

@@ -11,9 +11,8 @@ import torch
 
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import DiffusionModel, check_network
-from ptq_exp.experiment.keys import Keys
+from ptq_exp.experiment.choices import Choices
 from ptq_exp.experiment.making import make_quantized
-from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Record, Stages
 from ptq_exp.quantization import group_bits
@@ -48,9 +47,8 @@ def quantize_with(
         run = Run(model, grid, scale, config.seed, device, cache, None, trainer)
         check_network(model, grid, config.seed, device)
         stages = Stages(cache, _Unwritten())
-        keys = Keys(config, model, grid, scale)
         with torch.random.fork_rng():
-            return make_quantized(run, Plan.of(config, grid), config, keys, stages, None)
+            return make_quantized(run, config, stages, None, Choices.of(run, config))[0]
 
 
 class _Unwritten:

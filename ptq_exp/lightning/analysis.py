@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.diffusion import Call, DiffusionModel, TimeGrid
+from ptq_exp.diffusion.noise import EVALUATION
 from ptq_exp.diffusion.sampler import StepRecord
 from ptq_exp.lightning.writer import predict_to_file, sample_indices
-from ptq_exp.quantization.probe import one_layer_quantized
+from ptq_exp.quantization.probe import layers_quantized
 from ptq_exp.quantization.trace.tap import ActivationTap
 from ptq_exp.storage.pieces import Parts
 
@@ -73,16 +74,16 @@ class _State(NamedTuple):
 
 
 class SensitivityModule(pl.LightningModule):
-    """`predict` on the number of a layer [1] -> {"error": [1, S]}: relative eps error with that layer alone quantized.
+    """`predict` on the number of a group of layers [1] -> {"error": [1, S]}: relative eps error with these quantized.
 
     ||eps_l - eps|| / ||eps|| over all samples of each of S steps, on full-precision trajectories.
 
     Args:
         denoiser: around `probe`, guided already.
         probe, quantized: see `ptq_exp.quantization.probe`.
-        layers: names of the layers, in the order of their numbers.
+        layers: groups of layers, in the order of their numbers: their names.
         steps: positions in `grid`, ascending.
-        samples: indices of the trajectories.
+        samples: indices of the trajectories, of noise from `stream`.
         batch_size: trajectories at a time.
     """
 
@@ -90,12 +91,14 @@ class SensitivityModule(pl.LightningModule):
 
     def __init__(
         self, model: DiffusionModel, denoiser: nn.Module, probe: nn.Module, quantized: nn.Module, grid: TimeGrid,
-        layers: Sequence[str], steps: Sequence[int], samples: Sequence[int], *, seed: int, batch_size: int,
+        layers: Sequence[Sequence[str]], steps: Sequence[int], samples: Sequence[int], *, seed: int, batch_size: int,
+        stream: int = EVALUATION,
     ) -> None:
         super().__init__()
         self.denoiser, self.probe, self.quantized = denoiser, probe, quantized
         self.model, self.grid, self.sample_seed = model, grid, seed
         self.layers, self.steps, self.samples, self.batch_size = list(layers), list(steps), list(samples), batch_size
+        self.stream = stream
         self._states: list[_State] = []
 
     def on_predict_start(self) -> None:
@@ -107,7 +110,7 @@ class SensitivityModule(pl.LightningModule):
     def predict_step(self, layer: Tensor) -> dict[str, np.ndarray]:
         error = torch.zeros(len(self.steps), dtype=torch.float64)
         norm = torch.zeros_like(error)
-        with one_layer_quantized(self.probe, self.quantized, self.layers[int(layer)]), torch.no_grad():
+        with layers_quantized(self.probe, self.quantized, self.layers[int(layer)]), torch.no_grad():
             for state in self._states:
                 estimate = state.call.evaluate(self.denoiser)
                 error[state.column] += float((estimate - state.eps).double().square().sum())
@@ -121,8 +124,8 @@ class SensitivityModule(pl.LightningModule):
 
         with torch.no_grad():
             self.model.run(
-                self.denoiser, self.grid, samples, self.sample_seed, device=self.device, on_step=record,
-                steps=self.steps[-1] + 1,
+                self.denoiser, self.grid, samples, self.sample_seed, stream=self.stream, device=self.device,
+                on_step=record, steps=self.steps[-1] + 1,
             )
 
 
@@ -135,7 +138,7 @@ def record_activations(
 
 
 def measure_sensitivity(module: SensitivityModule, trainer: pl.Trainer, folder: Path, path: Path) -> None:
-    """Measure all layers into the file `path` (error [L, S]); layers already in `folder` are not measured again."""
+    """Measure all groups of layers into the file `path` (error [L, S]); those in `folder` are there."""
     count = len(module.layers)
     parts = Parts(folder, range(count), count, module.names)
     predict_to_file(module, trainer, parts, lambda start: torch.tensor([start]), path)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.affine import QRange, choose_qparams, dequantize, fake_quantize, integer_range, quantize
+    from ptq_exp.quantization.allocation import Allocation, Budget, Solution, tied
     from ptq_exp.quantization.calibrate import (
         calibrate_,
         calibrate_activations_,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.layers import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear
     from ptq_exp.quantization.place import quantize_
     from ptq_exp.quantization.policy import Policy
-    from ptq_exp.quantization.probe import one_layer_quantized, probe_of, quantized_layers
+    from ptq_exp.quantization.probe import layers_quantized, one_layer_quantized, probe_of, quantized_layers
     from ptq_exp.quantization.quantizer import ActivationQuantizer, DynamicQuantizer, Mode, Quantizer, WeightQuantizer
     from ptq_exp.quantization.quantizer.time_step import Step, of_samples, select_row, step_of
     from ptq_exp.quantization.ranges.elementwise import HistogramMetric
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.save import load_quantized_, save_quantized
     from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec
     from ptq_exp.quantization.trace.concats import depending_on_alone, find_chunks, find_concats
+    from ptq_exp.quantization.trace.readers import sharing
     from ptq_exp.quantization.trace.tap import ActivationTap
     from ptq_exp.quantization.transforms.base import Applied, Cost, Fitting, Transform
     from ptq_exp.quantization.transforms.layers import applied_to
@@ -50,6 +52,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
 
 _HOME = {
     "affine": "QRange choose_qparams dequantize fake_quantize integer_range quantize",
+    "allocation": "Allocation Budget Solution tied",
     "calibrate": "calibrate_ calibrate_activations_ calibrate_weights_ calibrating disabled finish_calibration "
     "freeze_weights_ quantizers set_mode",
     "cost.account": "describe multipliers range_table",
@@ -61,7 +64,7 @@ _HOME = {
     "layers": "QuantAttention QuantConv1d QuantConv2d QuantLinear",
     "place": "quantize_",
     "policy": "Policy",
-    "probe": "one_layer_quantized probe_of quantized_layers",
+    "probe": "layers_quantized one_layer_quantized probe_of quantized_layers",
     "quantizer": "ActivationQuantizer DynamicQuantizer Mode Quantizer WeightQuantizer",
     "quantizer.time_step": "Step of_samples select_row step_of",
     "ranges.elementwise": "HistogramMetric",
@@ -70,6 +73,7 @@ _HOME = {
     "save": "load_quantized_ save_quantized",
     "specs": "QuantSpec Rule TensorSpec",
     "trace.concats": "depending_on_alone find_chunks find_concats",
+    "trace.readers": "sharing",
     "trace.tap": "ActivationTap",
     "transforms.base": "Applied Cost Fitting Transform",
     "transforms.layers": "applied_to",

@@ -122,7 +122,8 @@ class Policy:
         None, "Globs of the layers that make the noise estimate; null: those that the model names."
     )
     keep_fp: tuple[str, ...] = _setting(
-        (), "Globs of operations that stay in full precision, or `tfmq`: what TFMQ-DM's published code leaves so."
+        (), "Globs of operations that stay in full precision, or what other code leaves so: `tfmq` (TFMQ-DM), "
+        "`sdnq_common` (SDNQ, embeddings and ends), `modelopt_unet` (NVIDIA's Model Optimizer)."
     )
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
-"""One layer quantized, all others in full precision: a probe network whose layers are switched one at a time."""
+"""Some layers quantized, all others in full precision: a probe network whose layers are switched."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -63,6 +63,15 @@ def one_layer_quantized(probe: nn.Module, quantized: nn.Module, name: str) -> It
         if weight is not None:
             with torch.no_grad():
                 weight.copy_(before)
+
+
+@contextmanager
+def layers_quantized(probe: nn.Module, quantized: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Quantize several layers of `probe` together, and all others not; see `one_layer_quantized`."""
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(one_layer_quantized(probe, quantized, name))
+        yield
 
 
 def _own(module: nn.Module) -> list[Quantizer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,14 +18,33 @@ FIRST, LAST = ("*conv_in",), ("*conv_out",)
 """Globs of the first and last layers where a policy names none: those of U-Nets in `diffusers`."""
 OPERANDS = "*to_[qkv]"
 """Glob of the linear layers whose outputs attention multiplies."""
+@dataclass(frozen=True)
+class KeptSet:
+    """Operations that stay in full precision: their globs, and why."""
+
+    globs: tuple[str, ...]
+    why: str
+
+
 KEPT_SETS = {
     # one-character globs: an AttentionBlock's own layers, but not those of the transformer blocks of other U-Nets
-    "tfmq": (
-        "*time_embedding.linear_1", "*conv_in", "*conv_out", "*conv_shortcut", "*downsamplers.*.conv",
-        "*attentions.?", "*attentions.?.to_*",
+    "tfmq": KeptSet(
+        ("*time_embedding.linear_1", "*conv_in", "*conv_out", "*conv_shortcut", "*downsamplers.*.conv",
+         "*attentions.?", "*attentions.?.to_*"),
+        "the published code of TFMQ-DM leaves them so",
+    ),
+    "sdnq_common": KeptSet(
+        ("*time_embed*", "*context_embed*", "*condition_embed*", "*x_embedder*", "*t_embedder*", "*y_embedder*",
+         "*proj_in", "*emb_in", "*txt_in", "*img_in", "*proj_out", "*norm_out*", "*final_layer*", "*patch_embed*"),
+        "few weights at the ends of a network, where all other layers see their error: SDNQ skips them in every model",
+    ),
+    "modelopt_unet": KeptSet(
+        ("*time_emb_proj", "*time_embedding*", "*conv_in", "*conv_out", "*conv_shortcut", "*add_embedding*",
+         "*pos_embed*", "*time_text_embed*", "*context_embedder*", "*norm_out*", "*x_embedder*"),
+        "embeddings, ends and shortcuts: NVIDIA's Model Optimizer skips them in diffusion models by default",
     ),
 }
-"""Name -> globs of what published code leaves in full precision; `kept` takes them."""
+"""Name -> what other code leaves in full precision; `kept` takes them."""
 
 
 def policy_rules(policy: Policy, widths: Widths, bins: int = 1) -> list[Rule]:
@@ -114,17 +133,16 @@ def kept(entries: Sequence[str], names: Collection[str]) -> list[Rule]:
     """
     rules = []
     for entry in entries:
-        globs = KEPT_SETS.get(entry)
-        if globs is None:
+        if (known := KEPT_SETS.get(entry)) is None:
             rules.append(Rule(entry, None, "quantization.keep_fp"))
             continue
-        present = [glob for glob in globs if any(fnmatchcase(name, glob) for name in names)]
+        present = [glob for glob in known.globs if any(fnmatchcase(name, glob) for name in names)]
         if not present:
             raise ConfigError(
-                f"quantization.keep_fp=[{entry}]: the model has none of the layers {', '.join(globs)}; give globs of "
-                "its own layers"
+                f"quantization.keep_fp=[{entry}]: the model has none of the layers {', '.join(known.globs)}; give "
+                "globs of its own layers"
             )
-        rules += [Rule(glob, None, f"quantization.keep_fp=[{entry}]") for glob in present]
+        rules += [Rule(glob, None, f"quantization.keep_fp=[{entry}]: {known.why}") for glob in present]
     return rules
 
 

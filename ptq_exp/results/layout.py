@@ -39,6 +39,7 @@ _SCORE, _ERRORS = "evaluation.score", "experiment.noise_record.eps_errors"
 _NOISE = "experiment.noise_record.noise_record"
 _SPEC, _PAIR_SPEC = "experiment.scores.Scorer.metric_spec", "experiment.pairs.PairScorer.spec"
 _PAIRS, _GATE = "experiment.pairs.PairScorer", "evaluation.gate.judged"
+_CHOICE, CHOSEN = "experiment.choose_bits.best_choice", "runs with a budget (`bits=auto`)"
 GATED = "runs with `evaluation.gate`"
 _MEASURED, _TIMES = "deploy.measure.execution_entry", "deploy.measure.times_entry"
 _FAITHFUL = "deploy.measure.faithfulness"
@@ -75,6 +76,18 @@ LAYOUT = (
           "experiment.budget.check_feasible", "runs with `bits.min_bops_ratio`"),
     Entry("budget.min_bops_ratio", "what was asked for", "factor", "experiment.budget.check_feasible",
           "runs with `bits.min_bops_ratio`"),
+    Entry("allocation.file", "file of the arrays: errors and costs of all groups and candidates", "name", _CHOICE,
+          CHOSEN),
+    Entry("allocation.candidates", "what each group of layers may get", "list of widths", _CHOICE, CHOSEN),
+    Entry("allocation.groups", "groups of layers that get a candidate each", "count", _CHOICE, CHOSEN),
+    Entry("allocation.budget.*", "what was asked for: `size_mb`, `bops_ratio`, `latency_ms`", "MB, factor, ms", _CHOICE,
+          CHOSEN),
+    Entry("allocation.solutions", "solutions that were measured: the budgets' totals, `predicted_eps_error` if errors "
+          "of groups were independent, `final_error` of whole trajectories, groups of each candidate in `counts`, the "
+          "one candidate of all in `uniform`, and whether it is `chosen`", "list of objects", _CHOICE, CHOSEN),
+    Entry("allocation.layers.*", "bits of each layer, as in `bits.groups`", "widths", _CHOICE, CHOSEN),
+    Entry("allocation.chosen", "`layers` of each group, its `bits`, and the relative `eps_error` of it alone",
+          "list of objects", _CHOICE, CHOSEN),
     Entry("evaluations", "evaluations of the network for the states of the calibration sets", "count",
           "experiment.saved.recipe", QUANTIZED),
     Entry("quantization.params", "parameters of the network", "count", _REPORT, QUANTIZED),
@@ -281,6 +294,7 @@ _HEAD = """# What a run leaves
 | `bit_schedule.json`, `noise_statistics.npz` | bits of each step, statistics of the noise; where there are any |
 | `reconstruction.json` | every block of a reconstruction: errors before and after |
 | `runtime.json` | what executes each operation: `int8` or `float`, kernel, MACs, reason; where an engine was measured |
+| `allocation.npz` | `error` of each group of layers at each candidate [G, C, steps], costs, the choice; `bits=auto` |
 | `analysis.npz` | activation ranges per step and sensitivity of layers, with `analysis.active` |
 | `grid.png`, `eps_error.png`, `bit_schedule.png`, `noise.png`, `report.html` | to look at |
 | `<name>.log`, `.hydra/`, `wandb/` | log, settings as Hydra composed them, W&B run |

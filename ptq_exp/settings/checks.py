@@ -7,6 +7,7 @@ from ptq_exp.quantization import group_bits, transforms_of
 from ptq_exp.quantization.ranges.range_search import check_metric
 from ptq_exp.quantization.widths import LAYER_BITS, SOFTMAX_BITS, check_bits, check_width
 from ptq_exp.runtime import runtime_of
+from ptq_exp.settings.check_budget import check_budget
 from ptq_exp.settings.check_dynamic import check_dynamic
 from ptq_exp.settings.check_formats import check_formats
 from ptq_exp.settings.check_scores import check_scores
@@ -41,6 +42,7 @@ def check(config: ExperimentConfig) -> None:
         _check_full_precision(config)
     else:
         _check_quantization(config)
+        check_budget(config)
         _check_bits(config.bits)
         _check_groups(config)
         check_formats(config)

@@ -68,9 +68,25 @@ class BitsConfig:
         None, "Activation width per sampling step: `snr` or `budget` (rules), a list of one width per step, noisiest "
         "first, or a `bit_schedule.json`.", path=True,
     )
-    candidates: list[int] | None = setting(
-        None, "Widths that the schedule chooses from; null: those that a given schedule holds."
+    candidates: list[Any] | None = setting(
+        None, "Widths that the schedule chooses from; null: those that a given schedule holds. With a budget: what "
+        "each layer may get, such as `w4a8`."
     )
+    budget: dict[str, Any] = setting(
+        dict, "With bits=auto: most megabytes (10^6) of weights `size_mb`, least BOPs of FP32 over those of "
+        "convolutions and linear layers `bops_ratio`, most milliseconds `latency_ms` of one evaluation on the runtime."
+    )
+    sensitivity_samples: int = setting(
+        8, "With a budget: trajectories on which the error of each group of layers is measured.", low=1
+    )
+    sensitivity_steps: int = setting(
+        10, "With a budget: steps of these trajectories, evenly spread; no more than there are.", low=1
+    )
+    solutions: int = setting(
+        4, "With a budget: best solutions that are measured on whole trajectories, beside one candidate for all "
+        "layers where it is within the budget.", low=1
+    )
+    solution_samples: int = setting(16, "With a budget: trajectories for that.", low=1)
     bops_ratio: float | None = setting(
         None, "With schedule=budget: BOPs of FP32 over BOPs of the schedule, of convolutions and linear layers."
     )
@@ -85,6 +101,11 @@ class BitsConfig:
     min_bops_ratio: float | None = setting(
         None, "Configurations with more BOPs than FP32 / this end before anything is computed."
     )
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The budgets that are set; without any, nothing is chosen."""
+        return {name: value for name, value in self.budget.items() if value is not None}
 
 
 @dataclass

@@ -4,6 +4,7 @@ import math
 import shlex
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -12,12 +13,14 @@ from quick_yaml import quick_yaml
 from ptq_exp.cli.coordinate_search import Search, Space, Stage, merged
 from ptq_exp.cli.search import experiment_file, main, markdown
 from ptq_exp.errors import ConfigError, PTQError
+from ptq_exp.evaluation.bootstrap import paired_bootstrap
 from ptq_exp.settings.compose import config_folder, validated
+from ptq_exp.storage.plain_json import read_json
 
 
 def space(direction: str = "maximize", tolerance: float = 0.0) -> Space:
     stages = (Stage("one", ["", "a=1", "a=2"]), Stage("two", ["b=1", "b=2 a=1"]))
-    return Space("score", direction, tolerance, (7, 8), ("base=1",), stages)
+    return Space("score", direction, (7, 8), ("base=1",), stages, tolerance=tolerance)
 
 
 def table(values: dict) -> callable:
@@ -122,6 +125,64 @@ def test_a_later_candidate_must_be_better_by_more_than_the_tolerance(tolerance, 
     assert Search(space(tolerance=tolerance), table(scores)).best() == expected
 
 
+def of_images(values: dict, prompts: dict | None = None) -> callable:
+    """A run whose score is the mean of values of single images, by (a, b); the seed changes nothing."""
+
+    def run(overrides):
+        given = dict(one.split("=") for one in overrides)
+        found = np.asarray(values[given.get("a", "0"), given.get("b", "1")], float)
+        more = {} if prompts is None else {"prompts": np.array(prompts[len(found)])}
+        return {"metrics": {"score": float(found.mean())}, "pairs": {"score": found, **more}}
+
+    return run
+
+
+NOISE, WOBBLE = np.random.default_rng(0).normal(size=(2, 64))
+WOBBLE -= WOBBLE.mean()
+
+
+def test_a_gain_that_may_be_none_changes_nothing_however_large():
+    values = {("0", "1"): 30 + NOISE, ("1", "1"): 30.1 + NOISE + 2 * WOBBLE, ("2", "1"): 30.02 + NOISE}
+    search = Search(space().until("one"), of_images(values))
+    assert search.best() == ("a=2",)  # 0.02 dB for every image; a=1 gains more, on some and not on others
+    first, larger, steady = search.trials
+    assert larger.metrics["score"] > steady.metrics["score"] > first.metrics["score"]
+    both = larger.images.values - first.images.values
+    assert len(both) == 128  # two seeds
+    assert larger.gain == paired_bootstrap(both, 0 * both) and larger.gain[0] < 0 < larger.gain[1]
+    assert first.gain is None and steady.gain == pytest.approx((0.02, 0.02))
+    line = next(line for line in markdown(search.trials).splitlines() if "a=1" in line)
+    assert f"[{larger.gain[0]:+.3g}, {larger.gain[1]:+.3g}]" in line
+    assert "images" not in search.trials[0].to_dict() and search.trials[1].to_dict()["gain"] == larger.gain
+
+
+def test_less_is_better_by_an_interval_too():
+    values = {("0", "1"): 1 + NOISE, ("1", "1"): 0.9 + NOISE, ("2", "1"): 0.5 + NOISE + 3 * WOBBLE}
+    search = Search(space("minimize").until("one"), of_images(values))
+    assert search.best() == ("a=1",)
+    assert search.trials[1].gain == pytest.approx((0.1, 0.1))  # gains are positive in either direction
+
+
+def test_the_tolerance_counts_beside_the_interval():
+    values = {("0", "1"): 30 + NOISE, ("1", "1"): 30.05 + NOISE, ("2", "1"): 30.2 + NOISE}
+    assert Search(space(tolerance=0.1).until("one"), of_images(values)).best() == ("a=2",)
+
+
+def test_images_of_one_prompt_are_drawn_again_together():
+    """Of 64 images four prompts gain and one loses: with so few the gain may be none."""
+    prompts = {64: [f"prompt {i % 4}" for i in range(64)]}
+    gains = np.array([[0.5, 0.4, 0.3, -0.2][i % 4] for i in range(64)])
+    values = {("0", "1"): NOISE, ("1", "1"): NOISE + gains, ("2", "1"): NOISE}
+    assert Search(space().until("one"), of_images(values)).best() == ("a=1",)
+    assert Search(space().until("one"), of_images(values, prompts)).best() == ()
+
+
+def test_other_numbers_of_images_are_compared_by_the_tolerance_alone():
+    values = {("0", "1"): [1.0, 2.0], ("1", "1"): [1.6], ("2", "1"): [1.0, 2.1]}
+    search = Search(space().until("one"), of_images(values))
+    assert search.best() == ("a=1",) and search.trials[1].gain is None
+
+
 def test_a_failed_candidate_loses_and_says_why():
     search = Search(space("minimize"), table(SCORES | {("0", "1"): "refused: set x=1"}))
     assert search.best() == ("a=2", "b=1")
@@ -223,7 +284,7 @@ def test_a_real_search_in_small(tmp_path, capsys):
             "evaluation.eps_error_samples=2", "evaluation.grid_images=2", f"cache_dir={tmp_path / 'cache'}",
             "evaluation=paired",
             "logger=none", "save_quantized=false"]
-    stages = [{"name": "metric", "candidates": ["metric=minmax"]},
+    stages = [{"name": "metric", "candidates": ["metric=minmax", "metric=percentile"]},
               {"name": "eta", "candidates": ["", "sampler.eta=7"]}]
     path.write_text(yaml.safe_dump(GOOD | {"base": base, "seeds": [3], "stages": stages}))
     arguments = ["bits=w4a4", "--space", str(path), "--folder", str(tmp_path / "out")]
@@ -232,7 +293,10 @@ def test_a_real_search_in_small(tmp_path, capsys):
     assert "sampler.eta=7.0: choose 0..1" in said
     trials = sorted((tmp_path / "out" / "trials").glob("*/results.json"))
     before = [trial.stat().st_mtime_ns for trial in trials]
-    assert len(trials) == 1  # what was decided is not run again in the next stage
+    assert len(trials) == 2  # what was decided is not run again in the next stage
+    found = read_json(tmp_path / "out" / "search.json")
+    assert found[0]["gain"] is None and found[1]["gain"][0] < found[1]["gain"][1]  # of the images' own PSNR
+    assert found[1]["chosen"] == (found[1]["gain"][0] > 0)
     main(arguments)  # again: nothing that had finished is run
     assert [trial.stat().st_mtime_ns for trial in trials] == before
     assert capsys.readouterr().out == said

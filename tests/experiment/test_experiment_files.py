@@ -26,6 +26,8 @@ WITH_TRANSFORMS = {"convrot": 0.8779, "svdquant": 0.8359}
 DRAWN = ("brecq_w4a8", "fp32", "ndtc_w8a8", "ptqd_mp", "ptqd_w4a8", "tfmq_w4a4")
 """Of each kind of picture one is really drawn; the others are blank, of the same size."""
 COMMON_CACHE = True
+FEWER = {"auto": ("bits.candidates=[w8a8,w4a4]", "bits.sensitivity_samples=1", "bits.solutions=1",
+                  "bits.solution_samples=1")}
 OF_LDM4 = [name for name in EXPERIMENTS if "_ldm4_" in name]  # run in test_noise
 
 
@@ -38,7 +40,7 @@ def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
         use_blank_pictures(monkeypatch)
     use_few_candidate_ranges(monkeypatch)
     use_one_composition(monkeypatch)
-    folder = command(f"+experiment={name}")
+    folder = command(f"+experiment={name}", *FEWER.get(name, ()))
     results = read_json(folder / "results.json")
     assert_recorded(folder)
     called = f"uniform_{name}" if name.startswith(("brecq", "qdrop")) else name.replace("_mp", "_step_budget")

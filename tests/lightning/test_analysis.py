@@ -150,7 +150,8 @@ def test_sensitivity_is_that_of_a_loop_over_networks(model, quantized, trainer, 
     layers = quantized_layers(quantized)
     assert layers == ["first", "last", "time"]
     module = SensitivityModule(
-        model, model.guided(probe, SCALE), probe, quantized, grid, layers, steps, range(5), seed=SEED, batch_size=2
+        model, model.guided(probe, SCALE), probe, quantized, grid, [[name] for name in layers], steps, range(5),
+        seed=SEED, batch_size=2,
     )
     folder = tmp_path / "parts"
     # a killed run had measured one layer already

@@ -159,8 +159,29 @@ def test_a_set_of_kept_layers_keeps_what_the_network_has_of_it_and_globs_are_kep
     names = ["u.conv_in", "u.attentions.0", "u.attentions.0.to_q", "u.resnets.0.conv1"]
     rules = kept(["tfmq", "*resnets.7*"], names)
     assert [rule.pattern for rule in rules] == ["*conv_in", "*attentions.?", "*attentions.?.to_*", "*resnets.7*"]
-    assert [rule.reason for rule in rules] == 3 * ["quantization.keep_fp=[tfmq]"] + ["quantization.keep_fp"]
+    why = "quantization.keep_fp=[tfmq]: the published code of TFMQ-DM leaves them so"
+    assert [rule.reason for rule in rules] == 3 * [why] + ["quantization.keep_fp"]
     assert all(rule.spec is None for rule in rules)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("sdnq_common", {"conv_in", "mid.resnets.0.conv1", "mid.resnets.0.time_emb_proj", "up.resnets.0.conv_shortcut",
+                      "mid.attn.to_q", "blocks.0.attn.to_q", "conv_out",
+                      "time_text_embed.timestep_embedder.linear_1"}),
+     ("modelopt_unet", {"mid.resnets.0.conv1", "mid.attn.to_q", "mid.attn.proj_in", "mid.attn.proj_out",
+                        "blocks.0.attn.to_q", "proj_out"})],
+)
+def test_sets_of_other_code_keep_ends_and_embeddings(name, left):
+    """Names as U-Nets and transformers of diffusers have them."""
+    unet = ["conv_in", "time_embedding.linear_1", "mid.resnets.0.conv1", "mid.resnets.0.time_emb_proj", "mid.attn.to_q",
+            "mid.attn.proj_in", "mid.attn.proj_out", "up.resnets.0.conv_shortcut", "conv_out"]
+    transformer = ["x_embedder", "context_embedder", "time_text_embed.timestep_embedder.linear_1", "blocks.0.attn.to_q",
+                   "norm_out.linear", "proj_out"]
+    names = [*unet, *transformer]
+    rules = kept([name], names)
+    assert {one for one in names if not any(rule.matches(one) for rule in rules)} == left
+    assert all(rule.reason.startswith(f"quantization.keep_fp=[{name}]: ") for rule in rules)
 
 
 def test_a_set_of_which_the_network_has_nothing_is_refused():

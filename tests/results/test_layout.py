@@ -1,4 +1,4 @@
-"""Every entry of results.json is described, and what is described is there: held against three real runs."""
+"""Every entry of results.json is described, and what is described is there: held against four real runs."""
 
 import pkgutil
 import sys
@@ -27,6 +27,8 @@ ANALYSED = [
     "analysis.layers=['*mid_block*conv1']", "analysis.sensitivity_steps=1", "runtime.compare=openvino",
     "runtime.measure=1", "runtime.measure_memory=true",
 ]
+CHOSEN = ["bits=auto", "bits.budget.size_mb=1", "bits.candidates=[w8a8,w4a4]", "bits.sensitivity_samples=1",
+          "bits.solutions=1", "bits.solution_samples=1", "evaluation=paired"]
 INFEASIBLE = ["bits=w8a8", "bits.min_bops_ratio=1000"]
 ELSEWHERE = {"weights.model", "environment.gpu", "environment.commit", "quantization.not_counted"} | {
     "quantization.dynamic_scales",
@@ -37,26 +39,26 @@ ELSEWHERE = {"weights.model", "environment.gpu", "environment.commit", "quantiza
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The content of results.json of a run with nearly everything, one that is analysed, and one that is infeasible."""
+    """results.json of a run with nearly everything, one that is analysed, one with a budget, and an infeasible one."""
     from ptq_exp.cli.main import main
 
     folder = tmp_path_factory.mktemp("layout")
     with pytest.MonkeyPatch.context() as patch:
         for use in (use_small_networks, use_blank_pictures, use_one_composition):
             use(patch)
-        for name, overrides in [("all", EVERYTHING), ("analysed", ANALYSED), ("no", INFEASIBLE)]:
+        for name, overrides in [("all", EVERYTHING), ("analysed", ANALYSED), ("chosen", CHOSEN), ("no", INFEASIBLE)]:
             given = [f"cache_dir={folder}/cache", f"hydra.run.dir={folder}/{name}", *overrides]
             patch.setattr(sys, "argv", ["ptq_exp", *SMALL, *given])
-            if name == "analysed":
+            if name in ("analysed", "chosen"):
                 main()
             else:
                 with pytest.raises(SystemExit):  # a missed gate, an infeasible configuration
                     main()
-    return [read_json(folder / name / "results.json") for name in ("all", "analysed", "no")]
+    return [read_json(folder / name / "results.json") for name in ("all", "analysed", "chosen", "no")]
 
 
 def test_every_entry_of_real_runs_is_described(runs):
-    assert [run["status"] for run in runs] == ["finished", "finished", "infeasible"]
+    assert [run["status"] for run in runs] == ["finished", "finished", "finished", "infeasible"]
     assert [key for run in runs for key in leaves(run) if entry_of(key) is None] == []
 
 
@@ -67,7 +69,7 @@ def test_everything_described_is_in_a_real_run(runs):
 
 
 def test_what_all_runs_have_is_in_those_that_finished(runs):
-    for run in runs[:2]:
+    for run in runs[:3]:
         found = {entry_of(key).key for key in leaves(run)}
         assert [entry.key for entry in LAYOUT if not entry.when and entry.key not in found] == []
 

@@ -10,6 +10,7 @@ from typing import Any
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation.scores import SCORES
 from ptq_exp.reports import figures
+from ptq_exp.reports.html.allocation import allocation_section
 from ptq_exp.reports.html.analysis import activation_section, sensitivity_section
 from ptq_exp.reports.html.cost import cost_section
 from ptq_exp.reports.html.execution import execution_section
@@ -35,7 +36,8 @@ def write_run_report(folder: Path) -> Path:
     found = [
         _summary(results), _images(results, folder), worst_section(results, folder), _eps_error(results),
         _noise(folder), activation_section(folder), sensitivity_section(folder), _schedule(results),
-        execution_section(results, folder), cost_section(folder), _reproduce(results, folder),
+        allocation_section(results), execution_section(results, folder), cost_section(folder),
+        _reproduce(results, folder),
     ]
     config = results["config"]
     sampler = config["sampler"]

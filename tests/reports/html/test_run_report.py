@@ -34,6 +34,29 @@ def test_everything_that_was_measured_has_its_section(make_run, tmp_path, read_p
     assert any("33% of the steps at 4 bits, 67% of the steps at 8 bits; mean 6.67 bits" in text for text in page.texts)
 
 
+def test_bits_that_were_chosen_have_their_tables(make_run, tmp_path, read_page):
+    solution = {"uniform": "", "predicted_eps_error": 0.01, "final_error": 0.02, "chosen": True, "size_mb": 1.25,
+                "counts": {"w8a8": 1, "w4a8": 1}}
+    same = solution | {"uniform": "w4a8", "chosen": False, "final_error": 0.03}
+    allocation = {
+        "candidates": ["w8a8", "w4a8"], "groups": 2, "budget": {"size_mb": 1.3}, "solutions": [solution, same],
+        "layers": {"a.q": "w8a8", "a.k": "w8a8", "b": "w4a8"},
+        "chosen": [{"layers": ["a.q", "a.k"], "bits": "w8a8", "eps_error": 0.001},
+                   {"layers": ["b"], "bits": "w4a8", "eps_error": 0.004}],
+    }
+    page = read_page(write_run_report(make_run(tmp_path, allocation=allocation)))
+    assert page.sections == ["summary", "images", "eps-error", "allocation", "cost", "reproduce"]
+    found = page.table("groups with")
+    assert [row["groups with"] for row in found] == ["w8a8: 1, w4a8: 1", "w4a8 everywhere"]
+    assert [(row["MB"], row["measured final error"], row[""]) for row in found] == [
+        ("1.25", "2.000%", "chosen"), ("1.25", "3.000%", "")
+    ]
+    layers = [row for row in page.table("layer")]
+    assert [(row["layer"], row["bits"], row["group"]) for row in layers] == [
+        ("a.q", "w8a8", "0"), ("a.k", "w8a8", "0"), ("b", "w4a8", "1")
+    ]
+
+
 def test_a_full_precision_run_has_no_sections_of_quantization(make_run, tmp_path, read_page):
     page = read_page(write_run_report(make_run(tmp_path, quantized=False)))
     assert page.sections == ["summary", "images", "reproduce"]
