@@ -152,7 +152,9 @@ def _layer_row(
 
 def _online_row(name: str, part: Online, macs: int) -> Row:
     """Return the row of what a transform computes at run time."""
-    return Row(name, type(part).__name__, "conv_linear", 0, macs, None, None, part.bytes, part.meaning, part.bits)
+    return Row(
+        name, type(part).__name__, "conv_linear", 0, macs, None, None, part.bytes, part.meaning, added=part.bits
+    )
 
 
 def _attention_rows(
