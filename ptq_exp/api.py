@@ -22,7 +22,8 @@ def quantize(
     model: Any, bits: str, *, prompts: Sequence[Any] | str | None = None, calls: Sequence[Any] | None = None,
     n: int | None = None, steps: int | None = None, calibration: str = "uniform", metric: str = "mse",
     policy: str | Mapping[str, Any] | None = None, reconstruction: str | None = None,
-    transforms: Sequence[str | Mapping[str, Any]] = (), runtime: str = "simulate", seed: int = 0, progress: bool = True, **call: Any,
+    transforms: Sequence[str | Mapping[str, Any]] = (), runtime: str = "simulate", seed: int = 0,
+    progress: bool = True, **call: Any,
 ) -> QuantizedModel:
     """Quantize a pipeline of diffusers, a `DiffusionModel`, or any network with recorded calls; `model` is untouched.
 
