@@ -1,9 +1,10 @@
-"""Write a saved quantized model as a file that engines run without ptq-exp: OpenVINO's format, or ONNX."""
+"""Write a saved quantized model as a file that other programs read: OpenVINO's format, ONNX, or GGUF weights."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ptq_exp.errors import ConfigError, command_line
@@ -11,8 +12,9 @@ from ptq_exp.storage.paths import with_home
 
 SETTINGS = {
     "quantized": "PATH: a run folder, or its sub-folder quantized",
-    "format": "openvino (model.xml, model.bin) | onnx (model.onnx, QuantizeLinear and DequantizeLinear of opset 21)",
-    "out": "DIR: a new folder, or that of an earlier export, which is replaced",
+    "format": "openvino (model.xml, model.bin) | onnx (model.onnx, QuantizeLinear and DequantizeLinear of opset 21) | "
+    "gguf (weights alone, in blocks of 32)",
+    "out": "DIR: a new folder, or that of an earlier export, which is replaced; with gguf a FILE",
     "batch": "samples of one evaluation (8), or dynamic: any number, slower",
     "checkpoint": "PATH: of the full-precision model, for a latent model whose first stage is elsewhere",
     "runtime.weights": "as_saved | 7bit: for CPUs without VNNI instructions, whose 8-bit sums saturate",
@@ -31,6 +33,7 @@ six lines that run the file.
 examples:
   python -m ptq_exp export quantized=runs/deploy_w8a8/<time> format=openvino out=exported
   python -m ptq_exp export quantized=runs/deploy_w8a8/<time> format=onnx out=exported batch=dynamic
+  python -m ptq_exp export quantized=runs/ndtc_w4a8/<time> format=gguf out=weights.gguf
 """
 
 
@@ -43,6 +46,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="see below")
     with command_line():
         given = settings(parser.parse_args(argv).settings)
+        if given["format"] == "gguf":
+            print(_write_gguf(given))
+            return
         from ptq_exp.deploy.export import Export  # torch takes seconds
 
         about = Export(**given).write()
@@ -75,6 +81,27 @@ def settings(arguments: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"runtime.regrid={given['runtime.regrid']}: choose one of true, false")
     given["runtime.regrid"] = regrid == "true"
     return {key.removeprefix("runtime."): value for key, value in given.items()}
+
+
+def _write_gguf(given: dict[str, Any]) -> str:
+    """Write a GGUF file, and say what is in it.
+
+    Raises:
+        ConfigError: a setting says how a network is executed, which such a file does not.
+    """
+    for key in given.keys() - {"quantized", "format", "out", "checkpoint"}:
+        if key != "regrid" or given[key]:
+            raise ConfigError(f"{key}: a GGUF file holds weights alone, nothing that is executed: leave it out")
+    from ptq_exp.deploy.gguf_file import check_gguf, write_gguf
+    from ptq_exp.deploy.load import load_quantized
+
+    check_gguf()
+    about = write_gguf(load_quantized(given["quantized"], given.get("checkpoint")), Path(given["out"]))
+    worst = max(about["distance"], key=about["distance"].get)
+    return "\n".join([
+        f"tensors: {', '.join(f'{n} {kind}' for kind, n in about['types'].items())}",
+        f"relative distance from the quantized weights: {about['distance'][worst]:.2g} at most ({worst})", given["out"],
+    ])
 
 
 def summary(about: dict[str, Any], out: str) -> str:

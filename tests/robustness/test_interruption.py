@@ -193,7 +193,7 @@ def test_a_search_stops_its_trials_and_starts_no_more():
         raise AssertionError("nobody stopped it")
 
     stage = Stage("one", [f"x={i}" for i in range(6)])
-    search = Search(Space("psnr", "maximize", 0.0, (0,), (), (stage,)), trial, stop=lambda: stopped.append(True),
+    search = Search(Space("psnr", "maximize", (0,), (), (stage,)), trial, stop=lambda: stopped.append(True),
                     on_trial=lambda trial: sent(signal.SIGINT)())
     with pytest.raises(Interrupted), interruptible():
         search.best()

@@ -39,11 +39,12 @@ FINE = {"reconstruction.b_start=-1", "reconstruction.b_end=-1", "model.groups={_
 GROUPS = {
     "correction.": "ptqd", "reconstruction.": "qdrop",
     "bits.candidates": "budget", "bits.bops_ratio": "budget", "bits.gain_": "budget",
+    "bits.budget": "auto", "bits.sensitivity_": "auto", "bits.solution": "auto",
 }
 """What has to be chosen for a setting to matter -> base configuration."""
 BASES = {
     "": [], "ptqd": ["correction=ptqd", "sampler.eta=1"], "qdrop": ["reconstruction=qdrop"],
-    "budget": ["bits=step_budget"],
+    "budget": ["bits=step_budget"], "auto": ["bits=auto", "bits.budget.size_mb=1.2"],
 }
 COPIES = {"model.images": "evaluation.reference", "model.sampler.steps": "sampler.steps",
           "model.sampler.eta": "sampler.eta", "model.sampler.guidance_scale": "sampler.guidance_scale"}
