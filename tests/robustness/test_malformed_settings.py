@@ -59,7 +59,8 @@ def leaves(schema=ExperimentConfig, prefix=""):
             yield from leaves(hint, f"{prefix}{key}.")
             continue
         if isinstance(hint, types.UnionType):
-            (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
+            # widths may be names of number formats, too: what no width takes is no name either
+            hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
         kind = typing.get_origin(hint) or hint
         yield f"{prefix}{key}", list if kind is tuple else kind
 
