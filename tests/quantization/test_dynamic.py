@@ -104,6 +104,7 @@ def test_edge_cases(settings):
         assert not bool(y[0].isfinite().any()) and torch.equal(y[1:], quantizer(plain))
     assert quantizer(plain[:0]).shape == (0, 8) and quantizer(torch.zeros(2, 0)).shape == (2, 0)
     assert quantizer.off_grid(quantizer(plain)) == 0
+    assert torch.equal(quantizer(plain[0]), quantizer(plain)[0])  # without samples
 
 
 @EVERY

@@ -1,7 +1,9 @@
 """GPTQ of a network: Hessians against outputs of the layers themselves, the order, the judge, what is left alone."""
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from all_blocks import run
@@ -137,6 +139,16 @@ def test_blocks_or_layers_in_memory_or_in_files_give_the_same_weights(toy, quant
     for other in states[1:]:
         for key, value in states[0].items():
             assert torch.allclose(value, other[key], atol=1e-6), key
+
+
+def test_both_halves_of_guidance_count(toy, quantized, calibration_set, tmp_path):
+    labels = np.arange(40)
+    guided = replace(calibration_set, conditions={"y": labels}, unconditional={"y": np.array(0)})
+    inputs = []
+    for states in (calibration_set, guided):
+        reports = run(reconstruction(quantized(4), toy, states, tmp_path))
+        inputs.append([detail.inputs for report in reports for detail in report.details])
+    assert inputs[1] == [2 * count for count in inputs[0]]
 
 
 def test_a_block_made_worse_is_as_before(toy, quantized, calibration_set, tmp_path):

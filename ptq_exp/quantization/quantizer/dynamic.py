@@ -31,10 +31,9 @@ def extremes(x: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
-    if share == "tensor":
-        ends = x.reshape(len(x), -1).aminmax(dim=1) if x.ndim else (x, x)
-        return tuple(end.reshape(-1, *[1] * (x.ndim - 1)) if x.ndim else end for end in ends)
-    if share == "token":
+    if share == "tensor" and x.ndim > 1:
+        return tuple(end.reshape(-1, *[1] * (x.ndim - 1)) for end in x.reshape(len(x), -1).aminmax(dim=1))
+    if share in ("tensor", "token"):
         return tuple(x.aminmax(dim=-1, keepdim=True))
     ends = zip(*(part.aminmax(dim=-1, keepdim=True) for part in x.split(share, -1)), strict=True)
     group = torch.arange(x.shape[-1], device=x.device) // share
