@@ -93,12 +93,16 @@ def refused(command, capsys):
     return line
 
 
+TYPED = ("saved_models", "published_models", "pipelines", "embedded_pipelines", "transforms")
+"""Pages with lines to type, no files."""
+
+
 @pytest.fixture(scope="module")
 def guide_folder(tmp_path_factory):
     """A folder with the Python files of the guide, as the reader has it."""
     folder = tmp_path_factory.mktemp("here")
     for page in PAGES:
-        if page in ("saved_models", "published_models", "pipelines", "embedded_pipelines"):  # lines to type, no files
+        if page in TYPED:
             continue
         for code in blocks(page, "python"):
             name = re.match(r"# (\w+\.py)\n", code)
