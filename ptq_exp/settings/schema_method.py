@@ -55,7 +55,7 @@ class BitsConfig:
     weight: int | str | None = setting(None, "Width of weights, or a number format such as `mxfp4`.", low=2, high=8)
     activation: int | str | None = setting(
         None, "Width of the activations that layers read, and of q, k and v, or a number format; 16: no activation is "
-        "quantized; null with a schedule.", low=2, high=16
+        "quantized; null with a schedule.", low=2, high=8
     )
     softmax: int | None = setting(None, "Width of the attention map behind the softmax.", low=2, high=16)
     first_last: int | None = setting(
