@@ -98,7 +98,8 @@ def guide_folder(tmp_path_factory):
     """A folder with the Python files of the guide, as the reader has it."""
     folder = tmp_path_factory.mktemp("here")
     for page in PAGES:
-        if page in ("saved_models", "published_models", "pipelines", "embedded_pipelines", "transforms"):  # lines to type, no files
+        # lines to type, no files
+        if page in ("saved_models", "published_models", "pipelines", "embedded_pipelines", "transforms"):
             continue
         for code in blocks(page, "python"):
             name = re.match(r"# (\w+\.py)\n", code)

@@ -72,7 +72,7 @@ def test_wandb_offline_run_holds_config_metrics_and_tags(command):
         (["metrc=mse"], "error: metrc: no such setting; did you mean 'metric'?"),
         (["sampler.step=3"], "error: sampler.step: no such setting; did you mean 'sampler.steps'?"),
         (["metric=mae"], "error: metric=mae: choose one of cosine, kl, l1, lp, minmax, mse, percentile"),
-        (["bits=1"], "error: bits=1: choose one of auto, fp32, fp8, mxfp4, mxfp8, nf4, nvfp4, step_budget, step_list, "),
+        (["bits=1"], "error: bits=1: choose one of auto, fp32, fp8, mxfp4, mxfp8, nf4, nvfp4, step_budget, "),
         (["bits.weight=1"], "error: bits.weight=1: choose 2..8"),
         (["bits.weight=eight"], "error: bits.weight"),
         (["+experiment=ndtc_w9"], "error: experiment=ndtc_w9: choose one of "),
