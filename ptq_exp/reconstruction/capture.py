@@ -130,8 +130,8 @@ def capture(
         step_rows: see `Calls`; a network without quantizers does not care.
 
     Raises:
-        QuantizationError: an argument's first dimension is not that of the batch, or the module returns several
-            tensors.
+        QuantizationError: an argument's first dimension is not that of the batch, or the module's output is not what
+            `output_of` takes.
     """
     calls: Calls | None = None
     start = 0
@@ -156,20 +156,28 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
-def single_tensor(output: Any, name: str) -> Tensor:
-    """Return the one tensor in the output of the module `name`: itself, or the only one in a tuple or dataclass.
+def output_of(output: Any, name: str) -> Tensor:
+    """Return the output of the module `name` as one tensor.
+
+    It is one itself, or the only one in a tuple or dataclass, or several streams of tokens [N, T, C] of one width, as
+    joint blocks of SD3 and FLUX return them: these stand behind each other, [N, T1 + T2, C].
 
     Raises:
-        QuantizationError: there are none or several.
+        QuantizationError: there is none, or several of other shapes.
     """
     if isinstance(output, Tensor):
         return output
     values = list(output.values()) if isinstance(output, dict) else list(output)
     found = [value for value in values if isinstance(value, Tensor)]
+    if len(found) > 1 and {(value.ndim, len(value), value.shape[-1]) for value in found} == {
+        (3, len(found[0]), found[0].shape[-1])
+    }:
+        return torch.cat(found, 1)
     if len(found) != 1:
+        shapes = ", ".join(str(tuple(value.shape)) for value in found)
         raise QuantizationError(
-            f"{name} returns {len(found)} tensors, a block must return one: choose smaller blocks, or "
-            "reconstruction=adaround"
+            f"{name} returns {len(found)} tensors ({shapes}), a block must return one, or streams of tokens of one "
+            "width: set reconstruction.granularity=layer"
         )
     return found[0]
 
@@ -186,7 +194,7 @@ def _call(network: nn.Module, name: str, inputs: Batch, output: bool) -> tuple[t
         held.append(pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs)))  # the block may work in place
 
     def after(_, args: tuple, kwargs: dict, result: Any) -> None:
-        held.append(single_tensor(result, name))
+        held.append(output_of(result, name))
         raise _Ended
 
     with _hooked(network.get_submodule(name), before, after):

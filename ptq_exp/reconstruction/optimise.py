@@ -19,7 +19,7 @@ from ptq_exp.reconstruction.activations import StepSizes, dropping
 from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss
 from ptq_exp.reconstruction.block_report import BlockError, LayerRounding
 from ptq_exp.reconstruction.blocks import Block
-from ptq_exp.reconstruction.capture import Calls, single_tensor
+from ptq_exp.reconstruction.capture import Calls, output_of
 from ptq_exp.reconstruction.randomness import block_generator, random_mask
 
 EVALUATION_BATCH = 64
@@ -144,7 +144,7 @@ class BlockOptimisation:
             self.data.full.ranges_of(self.module, index),
         ):
             output = functional_call(self.module, tensors, args, kwargs)
-        loss = reconstruction_loss(single_tensor(output, self.block.name), target, settings.power)
+        loss = reconstruction_loss(output_of(output, self.block.name), target, settings.power)
         for name, value in wanted.items():
             loss = loss + settings.inner_weight * reconstruction_loss(inner[name], value, settings.power)
         self._update(loss + settings.annealing.penalty(h, self.t))
@@ -242,7 +242,7 @@ def block_error(module: nn.Module, calls: Calls, target: Tensor, name: str) -> B
         args, kwargs = calls.arguments(calls.rows(rows, device))
         wanted = target[rows].to(device).double()
         with calls.ranges_of(module, rows):
-            error = single_tensor(module(*args, **kwargs), name).double() - wanted
+            error = output_of(module(*args, **kwargs), name).double() - wanted
         squares += error.square().sum().cpu()
         power += wanted.square().sum().cpu()
     mse, mean_square = float(squares) / target.numel(), float(power) / target.numel()

@@ -34,7 +34,7 @@ def check_budget(config: ExperimentConfig) -> None:
     _check_contradictions(config)
 
 
-def _check_candidates(candidates: list[object] | None) -> None:
+def _check_candidates(candidates: list[str] | None) -> None:
     if not candidates or len(set(map(str, candidates))) < max(2, len(candidates)):
         raise ConfigError(f"bits.candidates={candidates}: give two or more to choose from, each once, such as "
                           "[w8a8,w4a8]")

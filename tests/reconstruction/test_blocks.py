@@ -116,3 +116,38 @@ def test_number_formats_are_refused_by_name():
     quantize_(network, [Rule("*", QuantSpec(TensorSpec(4), TensorSpec("mxfp4")))], (torch.randn(1, 4),))
     with pytest.raises(QuantizationError, match="0 is quantized to the number format mxfp4.*reconstruction=none"):
         find_blocks(network, (), (torch.randn(1, 4),))
+
+
+class Joint(nn.Module):
+    """A block of two streams of tokens, as those of SD3 and FLUX."""
+
+    def __init__(self, widths=(4, 4)):
+        super().__init__()
+        self.text, self.image = (nn.Linear(4, width) for width in widths)
+
+    def forward(self, text, image):
+        return self.text(text), self.image(image)
+
+
+class OfJoint(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        text, image = self.block(x[:, :3], x)
+        return text.sum() + image.sum()
+
+
+def test_streams_of_tokens_of_a_joint_block_stand_behind_each_other(tmp_path):
+    block, x = Joint(), torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
+    calls = capture(OfJoint(block), "block", [(x[:4],), (x[4:],)], 6, Arena(1e6, tmp_path), output=True, device=CPU)
+    assert torch.allclose(calls.output, torch.cat([block.text(x[:, :3]), block.image(x)], 1), atol=1e-6)
+    assert calls.output.shape == (6, 8, 4) and not calls.output.requires_grad
+
+
+def test_streams_of_other_widths_are_refused_with_the_setting(tmp_path):
+    x = torch.zeros(2, 5, 4)
+    said = r"block returns 2 tensors \(\(2, 3, 4\), \(2, 5, 7\)\).*granularity=layer"
+    with pytest.raises(QuantizationError, match=said):
+        capture(OfJoint(Joint((4, 7))), "block", [(x,)], 2, Arena(1e6, tmp_path), output=True, device=CPU)
