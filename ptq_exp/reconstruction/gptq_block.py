@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -161,22 +161,21 @@ class GPTQBlock:
     def _summed(self, wanted: dict[int, int]) -> dict[int, InputHessian]:
         """Return the Hessians of some layers, over all rows; `wanted` as `_reading_the_same` gives it."""
         found = {n: InputHessian(self.layers[n]) for n in wanted}
-        left = 0
+        read: list[tuple[int, Tensor]] = []
 
         def enter(n: int, x: Tensor) -> None:
-            nonlocal left
-            found[n].add(x)
-            left -= 1
-            if not left:
+            read.append((n, x))
+            if len(read) == sum(wanted.values()):
                 raise _Ended
 
         with self._watched(wanted, enter, quantized=True):
             for start in range(0, len(self.calls), EVALUATION_BATCH):
-                left = sum(wanted.values())
-                try:
+                with suppress(_Ended):
                     self._run(slice(start, start + EVALUATION_BATCH))
-                except _Ended:
-                    continue
+                # behind the forward: inside, a module that quantizes its products would take these for its own
+                for n, x in read:
+                    found[n].add(x)
+                read.clear()
         return found
 
     def _run(self, rows: slice) -> None:
