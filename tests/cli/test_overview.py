@@ -80,7 +80,7 @@ def test_help_lists_every_option_with_its_line_and_the_settings(monkeypatch, cap
 
 def test_help_with_a_wrong_choice_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ptq-exp", "--help", "bits=w9"])
-    with pytest.raises(SystemExit, match="^error: bits=w9: choose one of fp32, "):
+    with pytest.raises(SystemExit, match="^error: bits=w9: choose one of auto, fp32, "):
         main()
 
 

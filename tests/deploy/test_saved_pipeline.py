@@ -193,8 +193,8 @@ DAMAGES = {
     "edited description": (
         lambda f: edited(f / "quantization.json", lambda d: d | {"evaluations": 1}), "was edited, or belongs to"),
     "newer format": (
-        lambda f: edited(f / "quantization.json", lambda d: d | {"version": 3}),
-        "version 3 of the format, this code reads 1 and 2"),
+        lambda f: edited(f / "quantization.json", lambda d: d | {"version": 4}),
+        "version 4 of the format, this code reads 1, 2, 3"),
     "no arguments": (lambda f: (f / "arguments.safetensors").unlink(), "arguments.safetensors is missing"),
     "other arguments": (
         lambda f: save_file({"a": torch.zeros(1)}, f / "arguments.safetensors"), "is not the file that"),

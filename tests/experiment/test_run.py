@@ -104,5 +104,5 @@ def test_the_command_from_any_folder_without_traceback(tmp_path):
         env={**os.environ, "PYTHONPATH": str(config_folder().parent)},
     )
     assert run.returncode == 1
-    assert run.stderr.strip().splitlines()[-1] == "error: bits.weight=1: choose 2..8"
+    assert run.stderr.strip().splitlines()[-1] == "error: bits.weight=1: choose 2..8, or a number format such as mxfp4"
     assert "Traceback" not in run.stderr

@@ -34,11 +34,18 @@ def composed(*overrides: str):
         return validated(compose("config", overrides=list(overrides)))
 
 
+BY_METHOD = {"convrot": "convrot", "dynamic": "dynamic", "gptq": "uniform_gptq", "svdquant": "svdquant"}
+"""Files that leave the bits open -> how their runs begin."""
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_is_called_as_its_file(name):
     config = composed(f"+experiment={name}")
     if name.endswith("_release"):
         assert (config.name, config.bits.name) == (f"{name}_w8a8", "w8a8")
+        return
+    if name in BY_METHOD:
+        assert config.name == f"{BY_METHOD[name]}_{config.bits.name}"
         return
     prefix, _, bits = name.rpartition("_")
     assert config.bits.name == ("step_budget" if bits == "mp" else bits)
@@ -59,7 +66,7 @@ def test_every_group_choice_composes(group, choice):
     extra = {
         ("bits", "fp32"): ["calibration=none"], ("calibration", "none"): ["bits=fp32"],
         ("evaluation", "adm"): ["evaluation.reference=r.npz"], ("evaluation", "clean"): ["evaluation.reference=r.npz"],
-        ("bits", "step_list"): ["bits.schedule='[8]*12+[4]*8'"],
+        ("bits", "step_list"): ["bits.schedule='[8]*12+[4]*8'"], ("bits", "auto"): ["bits.budget.size_mb=1"],
     }
     config = composed(f"{group}={choice}", *extra.get((group, choice), []))
     assert getattr(getattr(config, group), "name", choice) == choice

@@ -196,9 +196,9 @@ def test_edited_descriptions(edit, saved):
 
 def test_other_versions_say_what_to_do(saved):
     path = saved[0] / "quantization.json"
-    for version in (3, "1", None, [1], True):
+    for version in (4, "1", None, [1], True):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"version": version}))
-        assert "of the format, this code reads 1 and 2: install the ptq-exp that wrote it" in refused(saved)
+        assert "of the format, this code reads 1, 2, 3: install the ptq-exp that wrote it" in refused(saved)
 
 
 def forged(folder, edit):

@@ -150,7 +150,7 @@ def test_a_malformed_override_ends_in_one_line(override, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stop:
         main()
     lines = [line for line in [*lines, str(stop.value.code)] if line.startswith("error: ")]
-    assert len(lines) == 1 and "\n" not in lines[0] and 10 < len(lines[0]) < 600
+    assert len(lines) == 1 and "\n" not in lines[0] and 10 < len(lines[0]) < 800
 
 
 @pytest.mark.parametrize(
