@@ -107,7 +107,8 @@ MAPPINGS = ("bits.budget",)
 """Settings whose entries the text names."""
 COMPANIONS = {"bits.bops_ratio": ["bits=step_budget"], "bits.budget": ["bits=auto"],
               "bits.schedule": ["bits=step_list"], "model.ema": ["model=ldm4_lsun_bedrooms256"],
-              "model.conditions": ["model=diffusers"], "runtime.regrid": ENGINE, "runtime.weights": ENGINE, "runtime.measure": ENGINE}
+              "model.conditions": ["model=diffusers"], "runtime.regrid": ENGINE,
+              "runtime.weights": ENGINE, "runtime.measure": ENGINE}
 
 
 def test_every_setting_in_the_text_exists_and_takes_that_value(here):
