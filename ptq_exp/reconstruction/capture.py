@@ -6,7 +6,7 @@ The forward ends where the block begins (or ends), and captured rows go to memor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,9 +67,9 @@ class Calls:
     """The calls of one block over N rows (samples), without gradients.
 
     Attributes:
-        tensors: the tensors among the arguments, each [N, ...].
+        tensors: the tensors among the arguments that have a row for each sample, each [N, ...].
         structure: how positional and keyword arguments are made of tensors and `constants`.
-        constants: everything else, the same in all calls; a mark in the place of a tensor.
+        constants: everything else, tables of positions included, the same in all calls; a mark in a tensor's place.
         output: [N, ...], or None where it was not asked for.
         step_rows: row of the activation ranges that each sample uses, int64 [N]; None = the one that is in force.
     """
@@ -82,12 +82,14 @@ class Calls:
 
     @classmethod
     def of(
-        cls, args: tuple, kwargs: dict[str, Any], output: Tensor | None = None, *, step_rows: Tensor | None = None
+        cls, args: tuple, kwargs: dict[str, Any], output: Tensor | None = None, *, step_rows: Tensor | None = None,
+        shared: Collection[int] = (),
     ) -> Calls:
-        """One call whose tensors hold all rows already."""
+        """One call whose tensors hold all rows already, but for the leaves `shared`, which are constants."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        constants = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        rows = [isinstance(leaf, Tensor) and place not in shared for place, leaf in enumerate(leaves)]
+        tensors = [leaf for leaf, has_rows in zip(leaves, rows, strict=True) if has_rows]
+        constants = [_TENSOR if has_rows else leaf for leaf, has_rows in zip(leaves, rows, strict=True)]
         return cls(tensors, structure, constants, output, step_rows)
 
     def __len__(self) -> int:
@@ -134,12 +136,18 @@ def capture(
             `output_of` takes.
     """
     calls: Calls | None = None
-    start = 0
+    start, shared = 0, frozenset()
     for batch in batches:
         n = len(batch[0])
         inputs = on_device(batch, device)
         with of_samples(network, None if step_rows is None else step_rows[start : start + n]):
-            found = Calls.of(*_call(network, name, inputs, output))
+            call = _call(network, name, inputs, output)
+        if calls is None and _lacking_rows(Calls.of(*call).tensors, n):
+            fewer = torch.zeros(1 if n > 1 else 2, dtype=torch.long, device=device)  # the first sample, of one twice
+            others = pytree.tree_map_only(Tensor, lambda tensor, fewer=fewer: tensor[fewer], inputs)
+            with of_samples(network, None if step_rows is None else step_rows[fewer.cpu()]):
+                shared = _same_in_both(call, _call(network, name, others, output=False))
+        found = Calls.of(*call, shared=shared)
         _check_rows(name, found.tensors, n)
         if calls is None:
             room = [arena.allocate(rows, tensor) for tensor in found.tensors]
@@ -220,8 +228,21 @@ def _hooked(module: nn.Module, before, after) -> Iterator[None]:
             handle.remove()
 
 
+def _same_in_both(call: tuple, other: tuple) -> frozenset[int]:
+    """Places among the leaves of the arguments of tensors that two calls share, such as tables of positions."""
+    leaves, others = (pytree.tree_flatten(arguments[:2])[0] for arguments in (call, other))
+    return frozenset(
+        place for place, (a, b) in enumerate(zip(leaves, others, strict=True))
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    )
+
+
+def _lacking_rows(tensors: list[Tensor], n: int) -> list[list[int]]:
+    return [list(t.shape) for t in tensors if t.ndim == 0 or len(t) != n]
+
+
 def _check_rows(name: str, tensors: list[Tensor], n: int) -> None:
-    wrong = [list(t.shape) for t in tensors if t.ndim == 0 or len(t) != n]
+    wrong = _lacking_rows(tensors, n)
     if wrong or not tensors:
         raise QuantizationError(
             f"{name} is called with tensors of the shapes {wrong}, a block needs one row for each of {n} samples in "

@@ -16,7 +16,7 @@ N = 6
 
 
 @pytest.mark.parametrize("settings", [GPTQSettings(), Settings(Annealing(2), batch_size=4)], ids=["gptq", "learned"])
-@pytest.mark.parametrize("name", ["sd3", "sana"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "sana"])
 def test_blocks_of_joint_and_linear_attention(name, settings, tmp_path):
     original = built(name)
     network = copy.deepcopy(original)
