@@ -149,7 +149,7 @@ def with_candidates(
 
 
 def _glob(name: str) -> str:
-    """Return a name as a key of bits.groups: globs are told from named groups by their dots and brackets."""
+    """Return a name as a key of bits.groups: globs differ from named groups by their dots and brackets."""
     return name if "." in name else f"[{name[:1]}]{name[1:]}"
 
 
