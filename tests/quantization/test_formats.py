@@ -1,6 +1,6 @@
 """Number formats against other implementations: every code, every tie, and what lies around them."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +244,14 @@ def test_bits_per_value_count_the_scales():
 def test_an_unknown_rule_of_scales_is_refused():
     with pytest.raises(ConfigError, match="choose one of floor, ceil, even, rceil"):
         replace(FORMATS["mxfp4"], rule="round")
+
+
+def test_a_block_format_that_says_too_little_cannot_be_made():
+    @dataclass(frozen=True)
+    class Half(BlockFormat):
+        @property
+        def bits(self):
+            return 8
+
+    with pytest.raises(TypeError, match="abstract"):
+        Half("half", 32)

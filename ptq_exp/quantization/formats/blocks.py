@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,7 +26,7 @@ class Encoded(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BlockFormat:
+class BlockFormat(ABC):
     """A number format whose scales are found from the data; subclasses say how.
 
     Blocks lie along the last axis and begin with each row. Where rows are no multiple of `block`, their last block is
@@ -40,9 +41,9 @@ class BlockFormat:
     block: int | None
 
     @property
+    @abstractmethod
     def bits(self) -> int:
         """Bits of a code."""
-        raise NotImplementedError
 
     @property
     def tensor_scale(self) -> bool:
@@ -60,10 +61,11 @@ class BlockFormat:
         length = self.block or 1 << 20
         return self.bits + self.scale_bits(length) / length
 
+    @abstractmethod
     def scale_bits(self, length: int) -> int:
         """Return the bits of the scales of a row of `length` values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scales(self, x: Tensor, tensor_scale: Tensor | None = None) -> dict[str, Tensor]:
         """Find the scales of `x` [..., L], in the types that are stored.
 
@@ -71,23 +73,22 @@ class BlockFormat:
             x: float32 or float64.
             tensor_scale: of formats that have one, float32 without dimensions; None = that of `x`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def scale_like(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Return scales, all zero, of a tensor of this shape [..., L]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cast(self, x: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
         """Return the nearest values to `x` [..., L] at these scales, float32 (float64 of float64)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_at(self, x: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
         """Return the codes of the nearest values to `x` at these scales, uint8 of its shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, encoded: Encoded) -> Tensor:
         """Return the values of an encoded tensor, float32."""
-        raise NotImplementedError
 
     def fake_quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
         """Return the values of `x` [..., L] in this format, of its shape and type; `tensor_scale` as in `scales`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,21 +54,21 @@ class ScaledBlocks(BlockFormat):
         return in_rows(elements * encoded.scales["block_scale"].float().unsqueeze(-1), encoded.codes.shape[-1])
 
     @property
+    @abstractmethod
     def values(self) -> Tensor:
         """The value of every code of an element, float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _scale(self, blocks: Tensor) -> Tensor:
         """Return the scale of [..., size]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _nearest(self, ratio: Tensor) -> Tensor:
         """Return the nearest elements."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _code(self, ratio: Tensor) -> Tensor:
         """Return the codes of the nearest elements, uint8."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
