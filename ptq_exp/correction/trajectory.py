@@ -84,7 +84,7 @@ def final_error_db(
     model: DiffusionModel, denoisers: Sequence[Denoiser], grid: TimeGrid, indices: Sequence[int], seed: int, *,
     batch_size: int = 64, device: torch.device | str = "cpu", on_batch: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Mean squared error of the final state of each sample, in dB, to that of the first of `denoisers`.
+    """Measure how far each final state is from that of the first of `denoisers`: the mean squared error in dB.
 
     Returns:
         Float64 [D - 1, N]: 10 log10 of the error of each other denoiser; a difference of it is one of PSNR.
