@@ -95,6 +95,11 @@ class IntegerGroups(ScaledBlocks):
         code = torch.arange(1 << self.width)
         return (code - (code >> self.width - 1 << self.width)).double()
 
+    @property
+    def elements(self) -> Tensor:
+        """As `BlockFormat.elements`: the lowest integer is one with `signed_scale` alone."""
+        return torch.unique(self._nearest(self.values))
+
     def _scale(self, blocks: Tensor) -> Tensor:
         if not self.signed_scale:
             return blocks.abs().amax(-1) / (2 ** (self.width - 1) - 1)
