@@ -128,8 +128,9 @@ def _flat_grid(weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor, Tens
         QuantizationError: the quantizer has a number format.
     """
     if made := format_of(quantizer):
+        layer = quantizer.name.removesuffix(".weight_quantizer")
         raise QuantizationError(
-            f"{quantizer.name} is quantized to the number format {made}, and roundings are learned of integers: set "
+            f"{layer} is quantized to the number format {made}, and roundings are learned of integers: set "
             "reconstruction=gptq or none, or choose a width such as 4"
         )
     weight = weight.detach().float()

@@ -30,7 +30,7 @@ class RoundedWeight(NamedTuple):
     """Outcome of `round_columns`.
 
     Attributes:
-        levels: of the grid, in units of its scale, float64 [groups, out, in]: integers from the zero point, or elements.
+        levels: in units of the grid's scale, float64 [groups, out, in]: integers from the zero point, or elements.
         before, after: tr(E H E^T) of the nearest rounding and of this one, without damping.
         damping: share of the mean of the diagonal that was added to it in the end.
     """

@@ -12,9 +12,10 @@ from ptq_exp.quantization.formats import FORMATS, BlockFormat, CodebookFormat
 from ptq_exp.reconstruction import GPTQSettings, Reconstruction, find_blocks
 from ptq_exp.reconstruction.gptq_grid import Elements
 
-
 EXAMPLE = (torch.zeros(1, 1, 6, 6), torch.zeros(1))
-BLOCKS = [name for name, made in FORMATS.items() if isinstance(made, BlockFormat) and not isinstance(made, CodebookFormat)]
+BLOCKS = [
+    name for name, made in FORMATS.items() if isinstance(made, BlockFormat) and not isinstance(made, CodebookFormat)
+]
 
 
 @pytest.mark.parametrize("name", BLOCKS)

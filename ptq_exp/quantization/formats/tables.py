@@ -147,7 +147,7 @@ def _divided(blocks: Tensor, scale: Tensor) -> Tensor:
 
 
 _GROUPS = {f"int{width}_g{size}": IntegerGroups(f"int{width}_g{size}", size, torch.float16, width)
-           for width in (4, 3, 2) for size in (32, 64, 128)}
+           for width in (4, 3, 2) for size in (16, 32, 64, 128)}
 _SIGNED = {f"int{width}_g32_signed": IntegerGroups(f"int{width}_g32_signed", 32, torch.float16, width, True)
            for width in (4, 2)}
 TABLES: dict[str, ScaledBlocks] = {
