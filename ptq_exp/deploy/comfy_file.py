@@ -80,7 +80,7 @@ def _entries(layer: nn.Module) -> dict[str, Tensor] | str:
     if found.scale.shape[1] > 1:
         return "it has scales for groups of input channels"
     if not _LOW <= int(found.levels.min()) <= int(found.levels.max()) <= _HIGH:
-        return f"its integers are not all in {_LOW}..{_HIGH} (quantization.weight_symmetric=true: they are)"
+        return f"its integers are not all in {_LOW}..{_HIGH}, as those of 7 bits are"
     one = found.per_tensor and rotation is None  # rotated weights have a scale for each output channel
     about = {"format": INT8} | ({} if rotation is None else {"convrot": True, "convrot_groupsize": rotation})
     return {

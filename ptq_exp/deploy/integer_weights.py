@@ -96,7 +96,7 @@ def plain_state(network: nn.Module) -> dict[str, Tensor]:
     for name in [name for name in state if name.startswith(added)]:
         del state[name]
     for name, layer in network.named_modules():
-        key = f"{name}.weight"
+        key = f"{name}.weight".lstrip(".")
         if isinstance(layer, OnlineLayer) and key in state:  # its input alone is quantized
             state[key] = plain_weight(layer).to(state[key].dtype)
     return state

@@ -12,10 +12,7 @@ _PAGE = """# {model}, quantized, for sdnq
 [sdnq](https://github.com/Disty0/sdnq) (`pip install sdnq`):
 
 ```python
-import sdnq, torch
-from diffusers import {loader}
-
-{name} = {loader}.from_pretrained("FOLDER", torch_dtype=torch.{dtype})
+{program}
 ```
 
 | weights | layers |
@@ -28,20 +25,43 @@ Nothing was quantized again: with sdnq's own arithmetic the weights are at most 
 sdnq computes in floating point, or quantizes activations itself (`use_quantized_matmul`).{left_out}
 `export.json` has the layers by name, versions and the digest of the full-precision model.
 """
+_PIPELINE = """\
+import sdnq, torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.{dtype})"""
+_PIPELINE_16 = """\
+import sdnq, torch
+from diffusers import DiffusionPipeline
+
+# from_pretrained alone would round the scales of weights to {dtype}
+network = sdnq.load_sdnq_model("FOLDER/{component}", dtype=torch.{dtype})
+pipe = DiffusionPipeline.from_pretrained("FOLDER", {component}=network, torch_dtype=torch.{dtype})"""
+_NETWORK = """\
+import sdnq, torch
+from diffusers import {cls}
+
+network = {cls}.from_pretrained("FOLDER", torch_dtype=torch.{dtype})"""
+_NETWORK_16 = """\
+import sdnq, torch
+
+# from_pretrained of diffusers would round the scales of weights to {dtype}
+network = sdnq.load_sdnq_model("FOLDER", dtype=torch.{dtype})"""
 
 
 def page(about: Mapping[str, Any]) -> str:
     """Write the text of the page, from the content of export.json."""
+    dtype, component = about["dtype"], about["component"]
+    short = dtype in ("float16", "bfloat16")
+    program = (_PIPELINE_16 if short else _PIPELINE) if component else (_NETWORK_16 if short else _NETWORK)
     worst = max(about["distance"], key=lambda name: about["distance"][name])
-    reasons = Counter(about["plain"].values())
-    plain = "".join(f"\n* {n}: {reason}" for reason, n in reasons.items())
+    reasons = "".join(f"\n* {n}: {reason}" for reason, n in Counter(about["plain"].values()).items())
+    plain = f"\n\nQuantized weights without a layout there are plain {dtype}, of the same values:\n{reasons}"
     left_out = f" Not in the folder, but part of the saved model: {', '.join(about['left_out'])}."
     return _PAGE.format(
-        model=about["model"], dtype=about["dtype"], distance=about["distance"][worst], worst=worst,
-        what=f"The pipeline, with the network `{about['component']}`" if about["pipeline"] else "The network",
-        name="pipe" if about["pipeline"] else "network",
-        loader="DiffusionPipeline" if about["pipeline"] else about["class"],
+        model=about["model"], what=f"The pipeline, with the network `{component}`," if component else "The network",
+        program=program.format(dtype=dtype, component=component, cls=about["class"]),
         types="\n".join(f"| {kind} | {n} |" for kind, n in about["types"].items()),
-        plain=f"\n\nQuantized weights without a layout there are plain {about['dtype']}, of the same values:\n{plain}"
-        if plain else "", left_out=left_out if about["left_out"] else "",
+        distance=about["distance"][worst], worst=worst, plain=plain if reasons else "",
+        left_out=left_out if about["left_out"] else "",
     )
