@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ptq_exp import __version__
+from ptq_exp.deploy.artifact import PIPELINE_FILE
 from ptq_exp.deploy.integer_weights import model_inside, plain_state, plain_weight
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.deploy.saving import check_adapters
@@ -24,7 +25,7 @@ from ptq_exp.deploy.sdnq_page import page
 from ptq_exp.errors import ConfigError, DataError, PTQError
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization.packed_network import packed_layers, type_name
-from ptq_exp.storage.plain_json import to_plain, write_json
+from ptq_exp.storage.plain_json import read_json, to_plain, write_json
 
 ABOUT, PAGE, WEIGHTS = "export.json", "README.md", "diffusion_pytorch_model.safetensors"
 _HAS_WEIGHTS = (
@@ -109,7 +110,7 @@ def _written(quantized: QuantizedModel, prefix: str, network: nn.Module, folder:
         "dtype": type_name(next(network.parameters())),
         "pipeline": type(model.pipeline).__name__ if isinstance(model, PipelineModel) else None,
         "component": model.component if isinstance(model, PipelineModel) else None,
-        "left_out": _left_out(quantized), "versions": {"ptq_exp": __version__, "sdnq": _version()}, **record,
+        "absent": _absent(folder), "left_out": _left_out(quantized), "versions": {"ptq_exp": __version__, "sdnq": _version()}, **record,
     })
     (folder / PAGE).write_text(page(about), encoding="utf-8")
     about["files"] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -167,6 +168,12 @@ def _config(component: nn.Module, layers: dict[str, dict[str, Any]]) -> dict[str
         modules_to_not_convert=plain,
     ).to_dict()
     return config | {"modules_to_not_convert": sorted(config["modules_to_not_convert"])}
+
+
+def _absent(folder: Path) -> list[str]:
+    """Name the components that a pipeline can have and this one has not."""
+    index = folder / PIPELINE_FILE
+    return [name for name, value in read_json(index).items() if value == [None, None]] if index.exists() else []
 
 
 def _left_out(quantized: QuantizedModel) -> list[str]:

@@ -29,14 +29,16 @@ _PIPELINE = """\
 import sdnq, torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.{dtype})"""
+pipe = DiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.{dtype}{absent})"""
 _PIPELINE_16 = """\
 import sdnq, torch
 from diffusers import DiffusionPipeline
 
 # from_pretrained alone would round the scales of weights to {dtype}
 network = sdnq.load_sdnq_model("FOLDER/{component}", dtype=torch.{dtype})
-pipe = DiffusionPipeline.from_pretrained("FOLDER", {component}=network, torch_dtype=torch.{dtype})"""
+pipe = DiffusionPipeline.from_pretrained(
+    "FOLDER", {component}=network, torch_dtype=torch.{dtype}{absent}
+)"""
 _NETWORK = """\
 import sdnq, torch
 from diffusers import {cls}
@@ -54,13 +56,14 @@ def page(about: Mapping[str, Any]) -> str:
     dtype, component = about["dtype"], about["component"]
     short = dtype in ("float16", "bfloat16")
     program = (_PIPELINE_16 if short else _PIPELINE) if component else (_NETWORK_16 if short else _NETWORK)
+    absent = "".join(f", {name}=None" for name in about["absent"])  # it has to be said
     worst = max(about["distance"], key=lambda name: about["distance"][name])
     reasons = "".join(f"\n* {n}: {reason}" for reason, n in Counter(about["plain"].values()).items())
     plain = f"\n\nQuantized weights without a layout there are plain {dtype}, of the same values:\n{reasons}"
     left_out = f" Not in the folder, but part of the saved model: {', '.join(about['left_out'])}."
     return _PAGE.format(
         model=about["model"], what=f"The pipeline, with the network `{component}`," if component else "The network",
-        program=program.format(dtype=dtype, component=component, cls=about["class"]),
+        program=program.format(dtype=dtype, component=component, cls=about["class"], absent=absent),
         types="\n".join(f"| {kind} | {n} |" for kind, n in about["types"].items()),
         distance=about["distance"][worst], worst=worst, plain=plain if reasons else "",
         left_out=left_out if about["left_out"] else "",
