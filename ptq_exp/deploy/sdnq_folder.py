@@ -110,7 +110,8 @@ def _written(quantized: QuantizedModel, prefix: str, network: nn.Module, folder:
         "dtype": type_name(next(network.parameters())),
         "pipeline": type(model.pipeline).__name__ if isinstance(model, PipelineModel) else None,
         "component": model.component if isinstance(model, PipelineModel) else None,
-        "absent": _absent(folder), "left_out": _left_out(quantized), "versions": {"ptq_exp": __version__, "sdnq": _version()}, **record,
+        "absent": _absent(folder), "left_out": _left_out(quantized),
+        "versions": {"ptq_exp": __version__, "sdnq": _version()}, **record,
     })
     (folder / PAGE).write_text(page(about), encoding="utf-8")
     about["files"] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
