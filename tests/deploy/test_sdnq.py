@@ -20,7 +20,6 @@ from ptq_exp.deploy.integer_weights import plain_weight
 from ptq_exp.deploy.load import load_quantized
 from ptq_exp.deploy.sdnq_folder import write_sdnq
 from ptq_exp.deploy.sdnq_layer import sdnq_layer
-from ptq_exp.deploy.sdnq_page import page
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization import (
@@ -254,14 +253,3 @@ def test_what_it_cannot_be_written_of_is_refused(tmp_path):
     with pytest.raises(DataError, match="its number format mxfp4 is none of integers.*integers of 8 bits or fewer"):
         write_sdnq(quantized(bits="mxfp4"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_page_names_components_that_a_pipeline_does_without():
-    about = {
-        "model": "m", "dtype": "float16", "component": "transformer", "class": "C", "absent": ["text_encoder_3"],
-        "plain": {}, "distance": {"a": 1e-8, "b": 0.0}, "types": {"int4": 2}, "left_out": [],
-    }
-    made = page(about)
-    assert 'network = sdnq.load_sdnq_model("FOLDER/transformer", dtype=torch.float16)' in made
-    assert '"FOLDER", transformer=network, torch_dtype=torch.float16, text_encoder_3=None\n' in made
-    assert "at most 1e-08 (relative, in\n`a`)" in made
