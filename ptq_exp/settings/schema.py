@@ -236,6 +236,9 @@ class ExperimentConfig:
     imports: list[str] = setting(
         list, "Python modules to import first: they may register range metrics, sources of states and models."
     )
+    forecast: bool = setting(
+        False, "Only say what the run would take: seconds of each stage, memory, disk (docs/results/scale.md)."
+    )
     cache: str = setting(
         "on", "Share calibration sets, images and features between runs, do without, or compute them anew.",
         choices="ptq_exp.storage.cache.MODES",
