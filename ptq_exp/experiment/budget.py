@@ -50,7 +50,7 @@ def planned_report(run: Run, plan: Plan, reconstruction: ReconstructionConfig) -
     Raises:
         PTQError: see `check_feasible`.
     """
-    example, network = run.example(), run.model.copy_denoiser().to(run.device)
+    example, network = run.example(), run.network_copy()
     with _silent():  # all of it is said again when it is done
         rules = policy(plan, run.model, network, example)
         for transform in transforms_of(plan.quantization.transforms):

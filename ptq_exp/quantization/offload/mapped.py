@@ -1,0 +1,131 @@
+"""Weights in files that are mapped into memory: they are read and written like any others, and need not stay in it.
+
+The files have no name any more once they are mapped: their space is free when the tensors are gone, however a process
+ends. What is written reaches the file by itself; `release` gives back the memory and loses nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import mmap
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.errors import PTQError
+
+_OF_FILE = "in_file_of"
+_PAGE_OUT = 21  # Linux 5.4 and later; Python does not name it
+SMALLEST = 1 << 16
+"""Bytes of the smallest tensor that `in_file` is worth it for."""
+
+
+def in_file(like: Tensor, folder: Path, *, copied: bool = True) -> Tensor:
+    """Return a tensor on the CPU, of shape, type and strides of `like`, whose elements lie in a file in `folder`.
+
+    Args:
+        copied: whether it holds the values of `like`; otherwise, and where `like` has none (meta), zeros.
+
+    Raises:
+        PTQError: there is no room for the file.
+    """
+    dense = like.is_contiguous() or (like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last))
+    strides = like.stride() if dense else torch.empty(like.shape, device="meta").stride()
+    if like.numel() == 0:
+        return torch.empty(like.shape, dtype=like.dtype)
+    path = folder / f"{uuid.uuid4().hex}.bin"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as stream:  # room first: a mapped file that cannot grow ends the process
+            os.posix_fallocate(stream.fileno(), 0, like.numel() * like.element_size())
+        flat = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype)
+    except (OSError, RuntimeError) as error:
+        raise PTQError(f"cannot write {path}: {error}; free space there or choose another folder") from error
+    finally:
+        with suppress(OSError):
+            path.unlink()
+    tensor = flat.as_strided(like.shape, strides)
+    if copied and not like.is_meta:
+        tensor.copy_(like.detach())
+    return tensor
+
+
+def mapped_copy(network: nn.Module, folder: Path) -> nn.Module:
+    """Return an independent copy of `network`, as `copy.deepcopy` makes it, whose parameters lie in files in `folder`.
+
+    Parameters without memory (meta) become zeros.
+
+    Raises:
+        PTQError: there is no room for them.
+    """
+    memo: dict[int, object] = {}
+    for parameter in network.parameters():
+        if type(parameter) is nn.Parameter:
+            made = nn.Parameter(in_file(parameter, folder), requires_grad=parameter.requires_grad)
+            setattr(made, _OF_FILE, folder)
+            memo[id(parameter)] = made
+            _release(parameter)
+            _release(made)
+    return copy.deepcopy(network, memo)
+
+
+def folder_of(network: nn.Module) -> Path | None:
+    """Return the folder of the files that the parameters of `network` lie in; None = they lie in memory."""
+    return next((getattr(p, _OF_FILE) for p in network.parameters() if hasattr(p, _OF_FILE)), None)
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Return the size of all parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+
+
+def release(module: nn.Module) -> None:
+    """Give back the memory of the parameters of `module` that lie in files; they are read again when they are used.
+
+    Those that safetensors has mapped count, too. Elsewhere than on Linux nothing happens.
+    """
+    for parameter in module.parameters():
+        _release(parameter)
+
+
+@contextmanager
+def releasing(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Inside, each module of `names` gives back its memory when it has been called."""
+    handles = [network.get_submodule(name).register_forward_hook(_release_after) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def release_after_calls_(network: nn.Module, names: Sequence[str]) -> None:
+    """Let each module of `names` give back its memory whenever it has been called, from now on."""
+    for name in names:
+        network.get_submodule(name).register_forward_hook(_release_after)
+
+
+def _release_after(module: nn.Module, args: tuple, output: object) -> None:
+    release(module)
+
+
+def _release(tensor: Tensor) -> None:
+    if not sys.platform.startswith("linux") or tensor.is_meta or tensor.device.type != "cpu":
+        return
+    start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    begin, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin:
+        # memory of our own files is dropped; of others the kernel decides, which keeps what no file holds
+        advice = mmap.MADV_DONTNEED if hasattr(tensor, _OF_FILE) else _PAGE_OUT
+        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
