@@ -12,17 +12,19 @@ for name in names:
 
 from ptq_exp.quantization.offload.answers import Answers
 from ptq_exp.quantization.offload.mapped import (
+    copy_of,
+    fill_,
     folder_of,
     in_file,
     mapped_copy,
+    placing,
     release,
     release_after_calls_,
-    releasing,
     weight_bytes,
 )
 from ptq_exp.quantization.offload.parts import blocks_in_order, called_in_order, last_readers, outermost, without
 
 __all__ = [
-    "Answers", "blocks_in_order", "called_in_order", "folder_of", "in_file", "last_readers", "mapped_copy", "outermost",
-    "release", "release_after_calls_", "releasing", "weight_bytes", "without",
+    "Answers", "blocks_in_order", "called_in_order", "copy_of", "fill_", "folder_of", "in_file", "last_readers",
+    "mapped_copy", "outermost", "placing", "release", "release_after_calls_", "weight_bytes", "without",
 ]

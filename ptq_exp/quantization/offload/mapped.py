@@ -12,8 +12,9 @@ import mmap
 import os
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ptq_exp.errors import PTQError
 
 _OF_FILE = "in_file_of"
+_PLACE: ContextVar[tuple[float, Path] | None] = ContextVar("place_of_weights", default=None)
 _PAGE_OUT = 21  # Linux 5.4 and later; Python does not name it
 SMALLEST = 1 << 16
 """Bytes of the smallest tensor that `in_file` is worth it for."""
@@ -76,6 +78,38 @@ def mapped_copy(network: nn.Module, folder: Path) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
+@contextmanager
+def placing(limit: float | None, folder: Path) -> Iterator[None]:
+    """Inside, `copy_of` and `fill_` put weights of more than `limit` bytes into files in `folder`; None = none."""
+    token = _PLACE.set(None if limit is None else (limit, folder))
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """Return an independent copy of `network`; see `placing`."""
+    place = _PLACE.get()
+    if place is None or weight_bytes(network) <= place[0]:
+        return copy.deepcopy(network)
+    return mapped_copy(network, place[1])
+
+
+def fill_(network: nn.Module, types: Callable[[str], torch.dtype]) -> None:
+    """Give parameters without memory (meta) zeros of the types that `types` says of their names; see `placing`."""
+    place = _PLACE.get()
+    folder = None if place is None or weight_bytes(network) <= place[0] else place[1]
+    for prefix, module in network.named_modules():
+        for name, value in module._parameters.items():
+            if value is not None and value.is_meta:
+                like = value.to(types(f"{prefix}.{name}" if prefix else name))
+                zeros = torch.zeros_like(like, device="cpu") if folder is None else in_file(like, folder)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+                if folder is not None:
+                    setattr(module._parameters[name], _OF_FILE, folder)
+
+
 def folder_of(network: nn.Module) -> Path | None:
     """Return the folder of the files that the parameters of `network` lie in; None = they lie in memory."""
     return next((getattr(p, _OF_FILE) for p in network.parameters() if hasattr(p, _OF_FILE)), None)
@@ -93,17 +127,6 @@ def release(module: nn.Module) -> None:
     """
     for parameter in module.parameters():
         _release(parameter)
-
-
-@contextmanager
-def releasing(network: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside, each module of `names` gives back its memory when it has been called."""
-    handles = [network.get_submodule(name).register_forward_hook(_release_after) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def release_after_calls_(network: nn.Module, names: Sequence[str]) -> None:
