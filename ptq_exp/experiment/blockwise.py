@@ -7,22 +7,22 @@ found for a block is written at once, so that a killed run goes on with the next
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ptq_exp.calibration import CalibrationSet, check_bins
+from ptq_exp.diffusion import Call
 from ptq_exp.errors import ConfigError
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
 from ptq_exp.quantization import (
     ActivationQuantizer,
     Fitting,
-    Report,
     Rule,
     Transform,
     calibrate_weights_,
@@ -56,9 +56,55 @@ def blocks_of_network(run: Run, network: nn.Module) -> tuple[list[str], dict[str
     return names, last_readers(network, names, run.example())
 
 
-def calibrate_blocks(
-    run: Run, plan: Plan, network: nn.Module, report: Report, calibration_set: CalibrationSet, folder: Path
-) -> None:
+class _Passes:
+    """Passes of a calibration set through a network: as far as one block, those before it answer from disk.
+
+    Attributes:
+        names: of the blocks, in execution order.
+        shown: those that all calls have reached.
+    """
+
+    def __init__(self, run: Run, plan: Plan, network: nn.Module, states: CalibrationSet, folder: Path) -> None:
+        self.run, self.plan, self.network, self.states, self.folder = run, plan, network, states, folder
+        self.names, readers = blocks_of_network(run, network)
+        self.answers, self.shown = Answers(folder / _ANSWERS, readers), set()
+
+    def path(self, name: str) -> Path:
+        """Return the file of what is found for a block."""
+        return self.folder / f"{self.names.index(name):04d}.npz"
+
+    def calls(self, states: CalibrationSet) -> Iterator[Call]:
+        """Yield the calls of `states` on the device."""
+        return (call.to(self.run.device) for call in states.batches(self.plan.batch_size))
+
+    def show(self, name: str | None) -> None:
+        """Run the network on all calls as far as its block `name`, and keep what that answers; None = to the end."""
+        self.shown.add(name)
+        for number, call in enumerate(self.calls(self.states)):
+            self.answers.run(self.network, name, number, call)
+
+    def observe(self, name: str | None, part: nn.Module, chosen: set[str], bar: tqdm) -> None:
+        """Find the ranges of the quantizers `chosen`, all of `part`, as `show` does, bin by bin."""
+        bin_of_state, number = self.plan.time_bins[_steps(self.states)], 0
+        for row in range(self.plan.n_bins):
+            states = self.states
+            if self.plan.n_bins > 1:
+                select_row(self.network, row)
+                states = states.take((bin_of_state == row).nonzero().flatten().numpy())
+            with calibrating(self.network, chosen):
+                for call in self.calls(states):
+                    self.answers.run(self.network, name, number, call)
+                    number += 1
+                    bar.update(min(self.plan.batch_size, bar.total - bar.n))
+            finish_calibration(part, self.plan.metric)
+
+    def whole(self, network: nn.Module) -> None:
+        """Run all of the network on all calls, every block anew."""
+        for call in self.calls(self.states):
+            call.evaluate(network)
+
+
+def calibrate_blocks(run: Run, plan: Plan, network: nn.Module, calibration_set: CalibrationSet, folder: Path) -> None:
     """Search the ranges that `ranges.calibrate` finds, block by block.
 
     Args:
@@ -69,45 +115,28 @@ def calibrate_blocks(
         DataError: a bin has no states.
     """
     check_blockwise(plan)
-    names, readers = blocks_of_network(run, network)
-    outside, answers = without(network, names), Answers(folder / _ANSWERS, readers)
-    steps = torch.from_numpy(np.array(calibration_set.step))
-    check_bins(plan.time_bins, steps)
-    bin_of_state = plan.time_bins[steps]
-    observed = _observed(network)
+    check_bins(plan.time_bins, _steps(calibration_set))
+    passes, observed = _Passes(run, plan, network, calibration_set, folder), _observed(network)
+    names, outside = passes.names, without(network, passes.names)
     calibrate_weights_(outside, plan.metric)
-
-    def observe(part: nn.Module, name: str | None, chosen: set[str]) -> None:
-        number = 0
-        for row in range(plan.n_bins):
-            states = calibration_set
-            if plan.n_bins > 1:
-                select_row(network, row)
-                states = calibration_set.take((bin_of_state == row).nonzero().flatten().numpy())
-            with calibrating(network, chosen):
-                for call in states.batches(plan.batch_size):
-                    answers.run(network, name, number, call.to(run.device))
-                    number += 1
-                    bar.update(min(plan.batch_size, bar.total - bar.n))
-            finish_calibration(part, plan.metric)
-
     with run.progress((len(names) + 1) * len(calibration_set), "ranges, block by block") as bar:
-        for number, name in enumerate(names):
-            part, path = network.get_submodule(name), folder / f"{number:04d}.npz"
+        for name in names:
+            part, path = network.get_submodule(name), passes.path(name)
             if path.exists():
                 restore_ranges_(part, npz_arrays(path))
                 bar.update(len(calibration_set))
             else:
                 calibrate_weights_(part, plan.metric)
                 if observed:
-                    observe(part, name, {q for q in observed if q.startswith(f"{name}.")})
-                    answers.finish(name)
+                    passes.observe(name, part, {q for q in observed if q.startswith(f"{name}.")}, bar)
+                    passes.answers.finish(name)
                 else:
                     finish_calibration(part, plan.metric)
                 write_npz(path, **range_arrays(part))
             release(part)
         if observed:
-            observe(outside, None, {q for q in observed if not any(q.startswith(f"{name}.") for name in names)})
+            others = {q for q in observed if not any(q.startswith(f"{name}.") for name in names)}
+            passes.observe(None, outside, others, bar)
         else:
             finish_calibration(outside, plan.metric)
 
@@ -120,40 +149,31 @@ def fit_blocks(
 
     Sites that reach over several blocks are fitted on forwards of the whole network.
     """
-    names, readers = blocks_of_network(run, network)
-    answers, tensors = Answers(folder / _ANSWERS, readers), {}
+    passes = _Passes(run, plan, network, calibration_set, folder)
+    names, tensors = passes.names, {}
     of_block = {site: _block_of(site, layers, names) for site, layers in sites.items()}
 
-    def show(name: str | None) -> Callable[[nn.Module], None]:
-        def run_all(network: nn.Module) -> None:
-            for number, call in enumerate(calibration_set.batches(plan.batch_size)):
-                answers.run(network, name, number, call.to(run.device))
-
-        return run_all
-
-    def fit(chosen: str | None, run_all: Callable[[nn.Module], object]) -> dict[str, torch.Tensor]:
+    def fit(chosen: str, run_all: Callable[[nn.Module], object]) -> dict[str, torch.Tensor]:
         own = {site: layers for site, layers in sites.items() if of_block[site] == chosen}
         return transform.fit(network, own, Fitting(run_all, rules)) if own else {}
 
-    reached = [name for name in names if name in of_block.values() or _OUTSIDE in of_block.values()]
-    for number, name in enumerate(names[: names.index(reached[-1]) + 1] if reached else ()):
-        path = folder / f"{number:04d}.npz"
+    reached = [n for n, name in enumerate(names) if name in of_block.values() or _OUTSIDE in of_block.values()]
+    for name in names[: reached[-1] + 1] if reached else ():
+        path = passes.path(name)
         if not path.exists():
-            found = fit(name, show(name))
-            if found == {}:
-                show(name)(network)
-            answers.finish(name)
+            found = fit(name, lambda _, name=name: passes.show(name))
+            if name not in passes.shown:  # nothing to fit, or nothing of it depends on data
+                passes.show(name)
+            passes.answers.finish(name)
             write_npz(path, **{key: tensor.cpu().numpy() for key, tensor in found.items()})
             release(network.get_submodule(name))
         tensors |= {key: torch.from_numpy(np.array(array)) for key, array in npz_arrays(path).items()}
+    return tensors | fit(_OUTSIDE, lambda _: passes.show(None)) | fit(_SEVERAL, passes.whole)
 
-    def whole(network: nn.Module) -> None:
-        for call in calibration_set.batches(plan.batch_size):
-            call.to(run.device).evaluate(network)
 
-    tensors |= fit(_OUTSIDE, show(None)) | fit(_SEVERAL, whole)
-    shutil.rmtree(folder / _ANSWERS, ignore_errors=True)
-    return tensors
+def _steps(states: CalibrationSet) -> torch.Tensor:
+    """Return the sampling step of each state, int64 [N]."""
+    return torch.from_numpy(np.array(states.step))
 
 
 _OUTSIDE, _SEVERAL = "", "*"

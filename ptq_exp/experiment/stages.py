@@ -119,7 +119,7 @@ def quantize_model(
 
     def make(folder: Path) -> dict[str, np.ndarray]:
         if run.blockwise:
-            calibrate_blocks(run, plan, network, report, calibration_set, folder)
+            calibrate_blocks(run, plan, network, calibration_set, folder)
         else:
             calibrate(run, plan, network, report, calibration_set)
         return range_arrays(network)

@@ -47,7 +47,7 @@ def packed_state(network: nn.Module) -> tuple[dict[str, Tensor], dict]:
     for name, layer in packed_layers(network):
         bits = layer.weight_quantizer.bits
         packed = pack(layer.weight_quantizer.integers(layer.weight).cpu().numpy(), bits)
-        tensors[name] = _kept(torch.from_numpy(packed), folder)
+        tensors[name] = _kept(torch.from_numpy(packed.copy()), folder)
         layout["weights"][name] = weight_entry(layer)
     for name, quantizer in quantizers(network):
         found, layout["ranges"][name] = _pack_ranges(name, quantizer)

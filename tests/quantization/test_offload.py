@@ -119,6 +119,28 @@ def test_a_block_may_answer_tuples_with_none_but_nothing_unknown(tmp_path):
         Answers(tmp_path / "unknown", {"block": None}).run(unknown, "block", 0, (x,))
 
 
+def test_answers_have_the_strides_that_they_were_computed_with(tmp_path):
+    class Turning(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Conv2d(3, 4, 1).to(memory_format=torch.channels_last)
+            self.block.register_forward_hook(lambda _, args, y: (y, y.mT, y.mean(0, keepdim=True).expand(2, 4, 5, 5)))
+
+        def forward(self, x):
+            return self.block(x)
+
+    network, x = Turning(), torch.randn(2, 3, 5, 5)
+    answers = Answers(tmp_path, {"block": None})
+    answers.run(network, "block", 0, (x,))
+    answers.finish("block")
+    with torch.no_grad():
+        expected = network(x)
+        found = next(network.forward(*batch) for batch in answers.before(network, [(x,)]))
+    assert expected[0].is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.clone().stride()
+
+
 def test_without_shares_everything_else(network):
     rest = without(network, ORDER[1:])
     assert {name for name, _ in rest.named_parameters() if "blocks" in name} == {

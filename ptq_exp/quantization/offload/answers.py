@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import QuantizationError
+from ptq_exp.quantization.offload.mapped import strides_of_clone
 from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.storage.atomic import atomic_path
 
@@ -98,7 +99,8 @@ class Answers:
         tensors = {str(n): leaf.detach().cpu().clone().contiguous()
                    for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         entries = [
-            [list(leaf.shape), str(leaf.dtype).removeprefix("torch.")] if isinstance(leaf, Tensor) else [leaf]
+            [leaf.shape, strides_of_clone(leaf), str(leaf.dtype).removeprefix("torch.")]
+            if isinstance(leaf, Tensor) else [leaf]
             for leaf in leaves
         ]
         try:
@@ -125,21 +127,25 @@ class Answers:
             for n, entry in enumerate(json.loads(about["leaves"])):
                 if len(entry) == 1:
                     leaves.append(entry[0])
-                elif str(n) in there:  # cloned: at an address like that of a computed one
-                    leaves.append(stored.get_tensor(str(n)).clone().to(given.device))
-                else:  # nobody reads it; who did all the same would find out
-                    leaves.append(_missing(*entry).to(given.device))
+                else:
+                    leaves.append(_laid_out(*entry, stored.get_tensor(str(n)) if str(n) in there else None))
         rows = next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor)), None)
         if len(given) != rows:
             leaves = [leaf[:1].expand(len(given), *leaf.shape[1:]).contiguous() if isinstance(leaf, Tensor) else leaf
                       for leaf in leaves]
+        leaves = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(given.device), leaves)
         return pytree.tree_unflatten(leaves, pytree.treespec_loads(about["structure"]))
 
 
-def _missing(shape: Sequence[int], kind: str) -> Tensor:
-    """Return NaN in a shape and type, without memory."""
+def _laid_out(shape: Sequence[int], strides: Sequence[int], kind: str, values: Tensor | None) -> Tensor:
+    """Return what was answered, in new memory and with its strides: as it was computed.
+
+    None = it is deleted, as nobody reads it; whoever did would find NaN.
+    """
     dtype = getattr(torch, kind)
-    return torch.full((), torch.nan if dtype.is_floating_point else 0, dtype=dtype).expand(shape)
+    if values is None:
+        return torch.full((), torch.nan if dtype.is_floating_point else 0, dtype=dtype).expand(shape)
+    return torch.empty_strided(shape, strides, dtype=dtype).copy_(values)
 
 
 class _Ended(Exception):

@@ -30,16 +30,15 @@ SMALLEST = 1 << 16
 
 
 def in_file(like: Tensor, folder: Path, *, copied: bool = True) -> Tensor:
-    """Return a tensor on the CPU, of shape, type and strides of `like`, whose elements lie in a file in `folder`.
+    """Return a tensor on the CPU, of shape, type and strides of a clone of `like`, whose elements lie in a file.
 
     Args:
+        folder: of the file.
         copied: whether it holds the values of `like`; otherwise, and where `like` has none (meta), zeros.
 
     Raises:
         PTQError: there is no room for the file.
     """
-    dense = like.is_contiguous() or (like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last))
-    strides = like.stride() if dense else torch.empty(like.shape, device="meta").stride()
     if like.numel() == 0:
         return torch.empty(like.shape, dtype=like.dtype)
     path = folder / f"{uuid.uuid4().hex}.bin"
@@ -53,10 +52,15 @@ def in_file(like: Tensor, folder: Path, *, copied: bool = True) -> Tensor:
     finally:
         with suppress(OSError):
             path.unlink()
-    tensor = flat.as_strided(like.shape, strides)
+    tensor = flat.as_strided(like.shape, strides_of_clone(like))
     if copied and not like.is_meta:
         tensor.copy_(like.detach())
     return tensor
+
+
+def strides_of_clone(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides that a clone of `tensor` has: on others, kernels may round otherwise."""
+    return torch.empty_like(tensor, device="meta").stride()
 
 
 def mapped_copy(network: nn.Module, folder: Path) -> nn.Module:
