@@ -64,7 +64,7 @@ def planned_network(run: Run, plan: Plan) -> tuple[nn.Module, Report]:
     Raises:
         PTQError: as the stages would.
     """
-    example, network = run.example(), run.model.copy_denoiser().to(run.device)
+    example, network = run.example(), run.network_copy()
     with _silent():
         rules = policy(plan, run.model, network, example)
         for transform in transforms_of(plan.quantization.transforms):

@@ -284,35 +284,3 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
-
-
-def as_markdown() -> str:
-    """Write docs/outputs.md: the files of a run folder, and all entries of results.json."""
-    rows = [f"| `{e.key}` | {e.meaning} | {e.unit} | {e.when or 'all'} | `{e.where}` |" for e in LAYOUT]
-    head = ["| entry | meaning | unit | in | computed by (below `ptq_exp`) |", "| --- | --- | --- | --- | --- |"]
-    return "\n".join([_HEAD, *head, *rows, ""])
-
-
-_HEAD = """# What a run leaves
-
-*Made from `ptq_exp/results/layout.py`; a test keeps both equal.*
-
-| file | content |
-| --- | --- |
-| `results.json` | all numbers, rewritten whole after every stage; see below |
-| `samples.npz` | the images: `arr_0` uint8 [N, H, W, C], and the classes `arr_1` [N], as ADM's evaluator reads them |
-| `pairs.npz` | each score of pairs for every image [N], the `worst` pairs by PSNR and their full-precision images |
-| `quantization.json` | every layer with its bits or the reason why it has none, and every range |
-| `quantized/` | the saved model, see [saving and loading](saved_models.md) |
-| `bit_schedule.json`, `noise_statistics.npz` | bits of each step, statistics of the noise; where there are any |
-| `reconstruction.json` | every block of a reconstruction: errors before and after |
-| `runtime.json` | what executes each operation: `int8` or `float`, kernel, MACs, reason; where an engine was measured |
-| `allocation.npz` | `error` of each group of layers at each candidate [G, C, steps], costs, the choice; `bits=auto` |
-| `analysis.npz` | activation ranges per step and sensitivity of layers, with `analysis.active` |
-| `grid.png`, `eps_error.png`, `bit_schedule.png`, `noise.png`, `report.html` | to look at |
-| `<name>.log`, `.hydra/`, `wandb/` | log, settings as Hydra composed them, W&B run |
-
-## results.json
-
-`[S]`: one number for each sampling step, noisiest first. `*`: any name.
-"""

@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
 from ptq_exp.errors import ConfigError, nearest, one_line
-from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig, path_settings
+from ptq_exp.settings.names import path_settings
+from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.settings.strict import check_argument, check_types
 from ptq_exp.storage.paths import with_homes
 

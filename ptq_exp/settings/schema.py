@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
-from functools import cache
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
 from ptq_exp.quantization.policy import Policy
-from ptq_exp.settings.field import setting, setting_of
+from ptq_exp.settings.field import setting
 from ptq_exp.settings.schema_method import (
     NAME,
     BitsConfig,
@@ -173,6 +171,10 @@ class TrainerConfig:
         None, "CPU threads; null: as many as torch takes, or the share of one job where several run at once.",
         low=1, high=4096,
     )
+    max_memory_gb: float | None = setting(
+        None, "Quantize a network block by block, with weights and states on disk, where two copies of its weights are "
+        "larger than so many GB; the result is the same. null: in memory.", low=0,
+    )
 
 
 @dataclass
@@ -264,30 +266,3 @@ class ExperimentConfig:
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-
-
-def setting_names() -> list[str]:
-    """List every setting of the schema, dotted: "name", "sampler.eta", ..."""
-    return list(setting_types())
-
-
-@cache
-def setting_types() -> dict[str, Any]:
-    """Map every setting of the schema, dotted, to the type that it is declared with."""
-    return {name: hint for name, hint, _ in walk(ExperimentConfig)}
-
-
-def path_settings() -> list[str]:
-    """List the settings that are paths, or whose entries may be: `~` in them is the home folder."""
-    return [name for name, _, entry in walk(ExperimentConfig) if (known := setting_of(entry)) and known.path]
-
-
-def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
-    """Yield name, type and dataclass field of every setting of `schema` and of its sections."""
-    hints = get_type_hints(schema)
-    for entry in fields(schema):
-        hint = hints[entry.name]
-        if isinstance(hint, type) and is_dataclass(hint):
-            yield from walk(hint, f"{prefix}{entry.name}.")
-        else:
-            yield f"{prefix}{entry.name}", hint, entry
