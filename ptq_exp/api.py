@@ -89,10 +89,9 @@ def forecast(*overrides: str) -> Forecast | None:
     Raises:
         PTQError: the run cannot be made of these settings, or memory or disk do not suffice.
     """
-    from ptq_exp.experiment.experiment import forecast_experiment
-    from ptq_exp.settings.compose import composed_from
+    from ptq_exp.experiment.quantize import forecast_with
 
-    return forecast_experiment(composed_from(overrides), Path("runs"))
+    return forecast_with(overrides)
 
 
 def _model_of(

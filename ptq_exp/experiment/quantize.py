@@ -14,6 +14,8 @@ import torch
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import DiffusionModel, check_network
 from ptq_exp.experiment.choices import Choices
+from ptq_exp.experiment.experiment import forecast_experiment
+from ptq_exp.experiment.forecast import Forecast
 from ptq_exp.experiment.making import make_quantized
 from ptq_exp.experiment.run import Run, bytes_of
 from ptq_exp.experiment.stage import Record, Stages
@@ -56,6 +58,11 @@ def quantize_with(
         stages = Stages(cache, _Unwritten())
         with torch.random.fork_rng():
             return make_quantized(run, config, stages, None, Choices.of(run, config))[0]
+
+
+def forecast_with(overrides: Sequence[str]) -> Forecast | None:
+    """Forecast what the command would take with `overrides`; see `forecast_experiment`."""
+    return forecast_experiment(composed_from(overrides), Path("runs"))
 
 
 class _Unwritten:

@@ -212,7 +212,7 @@ def test_memory_that_does_not_suffice_is_said_with_the_setting_that_fits(forecas
 
 def test_a_network_that_does_not_fit_twice_ends_before_it_is_copied(small, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "available_memory", lambda: 1000.0)
-    message = r"model=digits: a quantized copy of its weights would take .* GB: .*choose a smaller model"
+    message = r"model=digits: a quantized copy of its weights would take .* GB: set trainer.max_memory_gb"
     with pytest.raises(ConfigError, match=message):
         run_experiment(settings(tmp_path), tmp_path / "run")
     assert not (tmp_path / "run" / "samples.npz").exists()
@@ -223,7 +223,7 @@ def test_memory_is_refused_only_where_the_forecast_leaves_no_doubt():
     check_memory(need, 160.0, "free are")
     with pytest.raises(ConfigError, match=r"set evaluation\.batch_size=5$"):
         check_memory(need, 150.0, "free are")
-    with pytest.raises(ConfigError, match="choose a smaller model or more memory"):
+    with pytest.raises(ConfigError, match="set trainer.max_memory_gb"):
         check_memory(need, 90.0, "free are")
 
 

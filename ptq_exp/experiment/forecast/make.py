@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from ptq_exp.errors import PTQError
 from ptq_exp.experiment.forecast.blocks import reconstruction_seconds
@@ -26,6 +25,7 @@ from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key
 from ptq_exp.pipelines import PipelineModel, RecordedModel
 from ptq_exp.quantization import range_table
+from ptq_exp.quantization.offload import weight_bytes
 from ptq_exp.quantization.save import tensors_bytes
 from ptq_exp.settings.compose import build
 from ptq_exp.settings.schema import RULES, ExperimentConfig
@@ -59,7 +59,7 @@ def forecast_run(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Ke
 
 def refuse_copy(run: Run) -> None:
     """Raise ConfigError where there is no memory for the quantized copy of the network, before one is made."""
-    if not _blockwise(run):
+    if not run.blockwise:
         need = Need(weight_bytes(run.model.denoiser), 0.0, "model", run.model.name)
         _check({"a quantized copy of its weights": need}, run.device)
 
@@ -83,14 +83,10 @@ def _check(needs: Mapping[str, Need], device: torch.device) -> None:
         check_memory(needs, available_memory(), "free are")
 
 
-def _blockwise(run: Run) -> bool:
-    return getattr(run, "blockwise", False)
-
-
 def _why_not(run: Run, config: ExperimentConfig, plan: Plan | None) -> str | None:
     if isinstance(run.model, PipelineModel | RecordedModel):
         return "pipelines are not measured"
-    if _blockwise(run):
+    if run.blockwise:
         return "networks in files are not measured"
     if run.compile:
         return "model.compile=true is not measured"
@@ -223,8 +219,3 @@ def _disk(speeds: Speeds, config: ExperimentConfig, reused: Iterable[str], quant
                 tensors_bytes(speeds.placed.network) if known else speeds.placed.report.totals["weight_bytes"]
             )
     return {"cache": cache, "run folder": folder}
-
-
-def weight_bytes(network: nn.Module) -> float:
-    """Return the bytes of all parameters."""
-    return float(sum(p.numel() * p.element_size() for p in network.parameters()))

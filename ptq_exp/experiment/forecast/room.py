@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.settings.schema import setting_types
 
-_BLOCKWISE = "set trainer.max_memory_gb to quantize block by block, "
 UNSURE = 1.25
 """A run is refused where even this much less would be too much."""
 
@@ -75,7 +73,7 @@ def check_memory(needs: Mapping[str, Need], room: float | None, where: str) -> N
         return
     fits = need.fitting(room)
     fix = f"set {need.setting}={fits}" if need.each and 1 <= fits < int(need.value) else (
-        f"{_BLOCKWISE if 'trainer.max_memory_gb' in setting_types() else ''}choose a smaller model or more memory"
+        "set trainer.max_memory_gb to quantize block by block, or choose a smaller model"
     )
     raise ConfigError(
         f"{need.setting}={need.value}: {stage} would take {need.bytes / 1e9:.2f} GB, {where} {room / 1e9:.2f} GB: {fix}"
