@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from small_networks import use_few_candidate_ranges
 from small_pipelines import SMALL
 
 import ptq_exp
@@ -51,12 +52,17 @@ def assert_same(one, other):
     assert one.report == other.report
 
 
+@pytest.fixture(autouse=True)
+def few_candidates(monkeypatch):
+    use_few_candidate_ranges(monkeypatch)
+
+
 METHODS = {
     "ranges": ("bits=w8a8", "metric=mse"),
     "ranges of bins": ("bits=w8a8", "quantization.temporal=binned", "quantization.temporal_bins=2"),
     "transforms and gptq": (
         "bits=w4a8", "reconstruction=gptq",
-        "quantization.transforms=[{name: smooth, alpha: search, online: true}, {name: low_rank, rank: 2}]",
+        "quantization.transforms=[{name: smooth, online: true}, {name: low_rank, rank: 2, iterations: 2}]",
     ),
     "brecq": ("bits=w4a8", "reconstruction=brecq", "reconstruction.iterations=3"),
     "gptq of layers": ("bits=w4a16", "reconstruction=gptq", "reconstruction.granularity=layer"),
