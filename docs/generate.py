@@ -1,4 +1,4 @@
-"""Write docs/settings.md from the schema of the settings: python docs/generate.py (a test says when it is due)."""
+"""Write docs/settings.md and docs/outputs.md from the code: python docs/generate.py (a test says when it is due)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from ptq_exp.results.layout import LAYOUT
 from ptq_exp.settings.compose import config_folder
 from ptq_exp.settings.field import Setting, setting_of
 from ptq_exp.settings.schema import ExperimentConfig, SweepConfig
 
-PAGE = Path(__file__).parent / "settings.md"
+DOCS = Path(__file__).parent
 WORDS = {int: "int", float: "float", str: "text", bool: "bool", type(None): "null", Any: "any"}
 INTRODUCTION = """# Settings
 
@@ -26,6 +27,30 @@ sets a whole section, and the files in `conf/` hold the groups' choices. What is
 bounds ends in one line and exit code 1.
 
 This page is written by `python docs/generate.py` from `ptq_exp/settings/`; edit the sentences there.
+"""
+
+OUTPUTS = """# What a run leaves
+
+*Made from `ptq_exp/results/layout.py`; a test keeps both equal.*
+
+| file | content |
+| --- | --- |
+| `results.json` | all numbers, rewritten whole after every stage; see below |
+| `samples.npz` | the images: `arr_0` uint8 [N, H, W, C], and the classes `arr_1` [N], as ADM's evaluator reads them |
+| `pairs.npz` | each score of pairs for every image [N], the `worst` pairs by PSNR and their full-precision images |
+| `quantization.json` | every layer with its bits or the reason why it has none, and every range |
+| `quantized/` | the saved model, see [saving and loading](saved_models.md) |
+| `bit_schedule.json`, `noise_statistics.npz` | bits of each step, statistics of the noise; where there are any |
+| `reconstruction.json` | every block of a reconstruction: errors before and after |
+| `runtime.json` | what executes each operation: `int8` or `float`, kernel, MACs, reason; where an engine was measured |
+| `allocation.npz` | `error` of each group of layers at each candidate [G, C, steps], costs, the choice; `bits=auto` |
+| `analysis.npz` | activation ranges per step and sensitivity of layers, with `analysis.active` |
+| `grid.png`, `eps_error.png`, `bit_schedule.png`, `noise.png`, `report.html` | to look at |
+| `<name>.log`, `.hydra/`, `wandb/` | log, settings as Hydra composed them, W&B run |
+
+## results.json
+
+`[S]`: one number for each sampling step, noisiest first. `*`: any name.
 """
 
 
@@ -78,5 +103,13 @@ def _value(value: Any) -> str:
     return f"`{value}`" if isinstance(value, str) else f"`{json.dumps(value, ensure_ascii=False)}`"
 
 
+def outputs_page() -> str:
+    """Return the text of docs/outputs.md: the files of a run folder, and all entries of results.json."""
+    rows = [f"| `{e.key}` | {e.meaning} | {e.unit} | {e.when or 'all'} | `{e.where}` |" for e in LAYOUT]
+    head = ["| entry | meaning | unit | in | computed by (below `ptq_exp`) |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join([OUTPUTS, *head, *rows, ""])
+
+
 if __name__ == "__main__":
-    PAGE.write_text(settings_page())
+    (DOCS / "settings.md").write_text(settings_page())
+    (DOCS / "outputs.md").write_text(outputs_page())

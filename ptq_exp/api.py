@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import DiffusionModel, check_network
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.pipelines import PipelineModel, RecordedModel
+
+if TYPE_CHECKING:
+    from ptq_exp.experiment.forecast import Forecast
 
 STATES, TRAJECTORIES = 256, 16
 
@@ -72,6 +75,24 @@ def quantize(
         wanted, [*_model_overrides(wanted), *given, *_sizes(wanted, n)], guidance_scale=scale, progress=progress,
         folder=None if folder is None else Path(folder), steps=steps if type(wanted) is DiffusionModel else None,
     )
+
+
+def forecast(*overrides: str) -> Forecast | None:
+    """Say what a run of the command would take, before it runs: seconds of each stage, memory, disk.
+
+    Args:
+        overrides: as on the command line, such as "+experiment=ndtc_w8a8", "bits=w4a8".
+
+    Returns:
+        The forecast; `table()` is for reading. None where none can be made, such as of pipelines; the log says why.
+
+    Raises:
+        PTQError: the run cannot be made of these settings, or memory or disk do not suffice.
+    """
+    from ptq_exp.experiment.experiment import forecast_experiment
+    from ptq_exp.settings.compose import composed_from
+
+    return forecast_experiment(composed_from(overrides), Path("runs"))
 
 
 def _model_of(

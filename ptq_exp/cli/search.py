@@ -15,8 +15,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ptq_exp.cli.coordinate_search import Search, Space, Trial
+from ptq_exp.cli.coordinate_search import Search
 from ptq_exp.cli.search_pairs import with_pairs
+from ptq_exp.cli.search_space import Space, Trial
 from ptq_exp.errors import AGAIN, ConfigError, DataError, command_line
 from ptq_exp.evaluation.scores import HEADLINE, shown
 from ptq_exp.reports.tables.notation import to_markdown

@@ -21,7 +21,7 @@ from ptq_exp.reports.tables.result_table import result_table
 from ptq_exp.reports.tables.runs import gather
 from ptq_exp.reports.tables.wandb_source import online_rows
 from ptq_exp.settings.compose import config_folder
-from ptq_exp.settings.schema import setting_names
+from ptq_exp.settings.names import setting_names
 from ptq_exp.storage.atomic import atomic_path
 from ptq_exp.storage.paths import PathArgument, with_home
 

@@ -6,6 +6,7 @@ images = model.sample(corrected, grid, range(8), seed=0, eps_noise_std=statistic
 """
 
 from ptq_exp.correction.corrected import Corrected, VarianceFit
+from ptq_exp.correction.fit import fit_moments, fit_statistics, mean_square_error, relative_error
 from ptq_exp.correction.fixed_pattern import fixed_pattern_share, share_of_noise
 from ptq_exp.correction.moments import POWERS, Merged, MomentChunks, sample_moments
 from ptq_exp.correction.residuals import (
@@ -18,14 +19,7 @@ from ptq_exp.correction.residuals import (
 from ptq_exp.correction.schedule.assign import budget_rows, forward_snr, snr_rows
 from ptq_exp.correction.schedule.bit_schedule import BitSchedule, Scheduled, parse_widths
 from ptq_exp.correction.schedule.propagation import gains, measured_steps, propagated
-from ptq_exp.correction.statistics import (
-    CONVENTIONS,
-    NoiseStatistics,
-    fit_moments,
-    fit_statistics,
-    mean_square_error,
-    relative_error,
-)
+from ptq_exp.correction.statistics import CONVENTIONS, NoiseStatistics
 from ptq_exp.correction.trajectory import check_grid, final_error_db, fit_on_trajectory, nearest
 
 __all__ = [

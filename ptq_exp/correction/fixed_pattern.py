@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ptq_exp.correction.fit import mean_square_error
 from ptq_exp.correction.moments import Chunk
-from ptq_exp.correction.statistics import NoiseStatistics, mean_square_error
+from ptq_exp.correction.statistics import NoiseStatistics
 
 
 def fixed_pattern_share(

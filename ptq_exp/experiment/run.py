@@ -87,7 +87,7 @@ class Run:
         grid = model.time_grid(sampler.steps, sampler.spacing, eta=sampler.eta, solver=sampler.solver)
         scale = model.sampler.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
         extractor = _extractor(config.evaluation.extractor, device)
-        cache = ArtifactCache(config.cache_dir, config.cache, fresh_since)
+        cache = ArtifactCache(config.cache_dir, config.cache, fresh_since, config.cache_lease)
         if saved is not None:
             saved.check_grid(grid, scale)
         return cls(

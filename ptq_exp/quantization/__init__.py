@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     )
     from ptq_exp.quantization.cost.account import describe, multipliers, range_table
     from ptq_exp.quantization.cost.proof import proven, refuted
-    from ptq_exp.quantization.cost.report import Report, Row
+    from ptq_exp.quantization.cost.report import Report
+    from ptq_exp.quantization.cost.row import Row
     from ptq_exp.quantization.formats import FORMATS
     from ptq_exp.quantization.granularity import Granularity, PerChannel, PerGroup, PerTensor, Segments
     from ptq_exp.quantization.group_rules import group_bits, with_groups
@@ -57,7 +58,8 @@ _HOME = {
     "freeze_weights_ quantizers set_mode",
     "cost.account": "describe multipliers range_table",
     "cost.proof": "proven refuted",
-    "cost.report": "Report Row",
+    "cost.report": "Report",
+    "cost.row": "Row",
     "formats": "FORMATS",
     "granularity": "Granularity PerChannel PerGroup PerTensor Segments",
     "group_rules": "group_bits with_groups",

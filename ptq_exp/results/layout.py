@@ -41,6 +41,8 @@ _SPEC, _PAIR_SPEC = "experiment.scores.Scorer.metric_spec", "experiment.pairs.Pa
 _PAIRS, _GATE = "experiment.pairs.PairScorer", "evaluation.gate.judged"
 _CHOICE, CHOSEN = "experiment.choose_bits.best_choice", "runs with a budget (`bits=auto`)"
 GATED = "runs with `evaluation.gate`"
+FORECAST = "runs of models that can be forecast: no pipelines, one device, no `bits=auto`"
+_FORECAST, _BESIDE = "experiment.forecast.Forecast.to_dict", "experiment.forecast.Forecast.beside"
 _MEASURED, _TIMES = "deploy.measure.execution_entry", "deploy.measure.times_entry"
 _FAITHFUL = "deploy.measure.faithfulness"
 _BOTH = "`conv_linear`: convolutions and linear layers, `everything`: attention products, too"
@@ -64,6 +66,17 @@ LAYOUT = (
     Entry("environment.*", "platform, processor, and versions of this package, Python and libraries", "text",
           _ENVIRONMENT),
     Entry("seconds.*", "wall time of each stage in this process, by its name", "s", _STAGES),
+    Entry("forecast.seconds.*", "wall time of each stage as it was forecast; null where nobody knows", "s", _FORECAST,
+          FORECAST),
+    Entry("forecast.total_seconds", "of the stages that are known, in sum", "s", _FORECAST, FORECAST),
+    Entry("forecast.reused", "stages whose result was in the cache", "list of names", _FORECAST, FORECAST),
+    Entry("forecast.memory_bytes", "most memory in use, of the process or of its GPU", "bytes", _FORECAST, FORECAST),
+    Entry("forecast.disk_bytes.*", "what is written to the cache and to the run folder", "bytes", _FORECAST, FORECAST),
+    Entry("forecast.took", "time that the forecast itself took", "s", _FORECAST, FORECAST),
+    Entry("forecast.taken.seconds", "what the stages that had been forecast have taken", "s", _BESIDE, FORECAST),
+    Entry("forecast.taken.ratio", "forecast over taken; null where nothing was taken", "factor", _BESIDE, FORECAST),
+    Entry("forecast.taken.memory_bytes", "most memory in use since the forecast; 0 where the system does not say",
+          "bytes", _BESIDE, FORECAST),
     Entry("cache.hits", "artefacts that were reused from the cache", "count", _STAGES),
     Entry("cache.misses", "artefacts that were computed", "count", _STAGES),
     Entry("cache.kinds.*", "both by kind of artefact", "count", _STAGES),
@@ -271,35 +284,3 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
-
-
-def as_markdown() -> str:
-    """Write docs/outputs.md: the files of a run folder, and all entries of results.json."""
-    rows = [f"| `{e.key}` | {e.meaning} | {e.unit} | {e.when or 'all'} | `{e.where}` |" for e in LAYOUT]
-    head = ["| entry | meaning | unit | in | computed by (below `ptq_exp`) |", "| --- | --- | --- | --- | --- |"]
-    return "\n".join([_HEAD, *head, *rows, ""])
-
-
-_HEAD = """# What a run leaves
-
-*Made from `ptq_exp/results/layout.py`; a test keeps both equal.*
-
-| file | content |
-| --- | --- |
-| `results.json` | all numbers, rewritten whole after every stage; see below |
-| `samples.npz` | the images: `arr_0` uint8 [N, H, W, C], and the classes `arr_1` [N], as ADM's evaluator reads them |
-| `pairs.npz` | each score of pairs for every image [N], the `worst` pairs by PSNR and their full-precision images |
-| `quantization.json` | every layer with its bits or the reason why it has none, and every range |
-| `quantized/` | the saved model, see [saving and loading](saved_models.md) |
-| `bit_schedule.json`, `noise_statistics.npz` | bits of each step, statistics of the noise; where there are any |
-| `reconstruction.json` | every block of a reconstruction: errors before and after |
-| `runtime.json` | what executes each operation: `int8` or `float`, kernel, MACs, reason; where an engine was measured |
-| `allocation.npz` | `error` of each group of layers at each candidate [G, C, steps], costs, the choice; `bits=auto` |
-| `analysis.npz` | activation ranges per step and sensitivity of layers, with `analysis.active` |
-| `grid.png`, `eps_error.png`, `bit_schedule.png`, `noise.png`, `report.html` | to look at |
-| `<name>.log`, `.hydra/`, `wandb/` | log, settings as Hydra composed them, W&B run |
-
-## results.json
-
-`[S]`: one number for each sampling step, noisiest first. `*`: any name.
-"""

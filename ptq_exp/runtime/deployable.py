@@ -8,9 +8,10 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ptq_exp.runtime.grouped import GroupedLinear
+from ptq_exp.runtime.integers import BYTE, grids
 from ptq_exp.runtime.online import with_online
 from ptq_exp.runtime.plain_layers import FloatLayer, GridQuantizer, IntegerLayer, Row
-from ptq_exp.runtime.plan import ATTENTION, BYTE, INT8, PRODUCT, LayerPlan, Plan, grids, layers_of
+from ptq_exp.runtime.plan import ATTENTION, INT8, PRODUCT, LayerPlan, Plan, layers_of
 from ptq_exp.runtime.sixteen_bits import store_
 
 

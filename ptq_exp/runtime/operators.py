@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ptq_exp.runtime.plan import BYTE
+from ptq_exp.runtime.integers import BYTE
 
 OPSET = 21
 """Version of the ONNX operators that are written: the first with `DequantizeLinear` of int8 as it is used here."""

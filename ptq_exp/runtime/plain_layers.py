@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.quantization.quantizer import Quantizer
+from ptq_exp.runtime.integers import BYTE, Grid, IntegerWeight
 from ptq_exp.runtime.operators import dequantized, on_byte_grid
-from ptq_exp.runtime.plan import BYTE, Grid, IntegerWeight, LayerPlan
+from ptq_exp.runtime.plan import LayerPlan
 from ptq_exp.runtime.sixteen_bits import multiplication_of, stored
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear, Row
@@ -15,14 +14,11 @@ from ptq_exp.quantization.quantizer import Quantizer
 from ptq_exp.quantization.quantizer.formats import format_of
 from ptq_exp.quantization.trace.products import product_site
 from ptq_exp.runtime.grouped import SMALLEST, GroupedWeight, grouped_weight
+from ptq_exp.runtime.integers import BYTE, SEVEN_BITS, Grid, IntegerWeight, grids, regridded, shifted
 from ptq_exp.runtime.number_formats import check_formats
 
 INT8, FLOAT = "int8", "float"
 ATTENTION, PRODUCT = "Attention", "Product"
-BYTE = 256
-"""Levels of an 8-bit integer: activations and shifted weights with more are executed in float."""
-SEVEN_BITS = 64
-"""Largest weight level whose products with two 8-bit activations fit into 16 bits (CPUs without VNNI add pairs)."""
 
 
 WEIGHTS = ("as_saved", "7bit")
@@ -35,56 +31,6 @@ def check_weights(weights: str, known: tuple[str, ...] = WEIGHTS) -> None:
     """Raise ConfigError unless `weights` is one of the `known`."""
     if weights not in known:
         raise ConfigError(f"runtime.weights={weights}: choose one of {', '.join(known)}")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Integer grid of an activation: the values scale * level, levels from `lowest` to `highest`.
-
-    Levels count from the zero point. All fields are float32 [rows]; one row is in force at each sampling step.
-    """
-
-    scale: Tensor
-    lowest: Tensor
-    highest: Tensor
-
-    @property
-    def rows(self) -> int:
-        return len(self.scale)
-
-    @property
-    def levels(self) -> int:
-        """The largest number of levels of a row."""
-        return int((self.highest - self.lowest).max()) + 1
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether the levels fit a signed byte: the zero point is the integer 0."""
-        return bool((self.lowest >= -BYTE // 2).all() and (self.highest < BYTE // 2).all())
-
-    @property
-    def one_sided(self) -> bool:
-        """Whether 0 is the lowest level of every row."""
-        return bool((self.lowest == 0).all())
-
-
-@dataclass(frozen=True)
-class IntegerWeight:
-    """A weight as scale * (levels + offset), with int8 `levels` of its own shape.
-
-    Attributes:
-        scale: float32 [out_channels].
-        offset: int32 [out_channels], not zero where the levels from the zero point need nine bits.
-    """
-
-    levels: Tensor
-    scale: Tensor
-    offset: Tensor
-
-    @property
-    def shifted(self) -> bool:
-        """Whether an offset has to be added: by one more output channel, of ones."""
-        return bool(self.offset.any())
 
 
 @dataclass(frozen=True)
@@ -158,15 +104,6 @@ def entry_of(plan: Plan, row: Row) -> LayerPlan | None:
     return plan.get(product_site(module, key)) or plan.get(module)
 
 
-def grids(quantizer: nn.Module) -> tuple[Grid, ...]:
-    """Return the grid of each segment of an activation quantizer; none for the identity."""
-    if not isinstance(quantizer, Quantizer):
-        return ()
-    lowest, highest = quantizer.qmin - quantizer.zero_point, quantizer.qmax - quantizer.zero_point
-    columns = zip(quantizer.scale.T, lowest.T, highest.T, strict=True)
-    return tuple(Grid(*(part.detach().clone() for part in column)) for column in columns)
-
-
 def _layer(
     name: str, layer: nn.Module, regrid: bool, seven_bits: bool, asked: str, grouped: GroupedWeight | None
 ) -> LayerPlan:
@@ -215,35 +152,17 @@ def _weights(
                 f"{asked}: {name} has a scale for every {size} input channels, which it cannot run: choose "
                 f"quantization.weight_granularity=channel, {hint}or runtime.regrid=true"
             )
-        return tuple(map(_regrid, parts)), f"re-gridded: it had {len(own)} scales per channel"
+        return tuple(map(regridded, parts)), f"re-gridded: it had {len(own)} scales per channel"
     lowest = (quantizer.qmin - quantizer.zero_point).int()
     levels = quantizer.integers(weight) + quantizer._aligned(lowest, weight, None)
     found = []
     for n, part in enumerate(levels.split(segments, 1) if segments else [levels]):
         column = min(n, quantizer.scale.shape[1] - 1)
         scale = quantizer.scale[:, column].expand(len(weight)).clone()
-        found.append(_shifted(part, scale))
+        found.append(shifted(part, scale))
     if seven_bits and any(int(part.levels.abs().max()) > SEVEN_BITS for part in found):
-        return tuple(_regrid(part, SEVEN_BITS - 1) for part in parts), "re-gridded to 7 bits"
+        return tuple(regridded(part, SEVEN_BITS - 1) for part in parts), "re-gridded to 7 bits"
     return tuple(found), ""
-
-
-def _shifted(levels: Tensor, scale: Tensor) -> IntegerWeight:
-    """Shift levels that need nine bits into a signed byte, channel by channel; leave others as they are."""
-    flat = levels.flatten(1)
-    low, high = flat.amin(1), flat.amax(1)
-    beyond = (low < -BYTE // 2) | (high >= BYTE // 2)
-    offset = torch.where(beyond, low + BYTE // 2, torch.zeros_like(low)).int()
-    shape = (-1,) + (1,) * (levels.ndim - 1)
-    return IntegerWeight((levels - offset.view(shape)).to(torch.int8), scale, offset)
-
-
-def _regrid(weight: Tensor, largest: int = BYTE // 2 - 1) -> IntegerWeight:
-    """Symmetric levels up to `largest` per output channel, nearest to `weight`."""
-    scale = (weight.flatten(1).abs().amax(1) / largest).clamp(min=1e-12)
-    shape = (-1,) + (1,) * (weight.ndim - 1)
-    levels = (weight / scale.view(shape)).round().clamp(-largest, largest)
-    return IntegerWeight(levels.to(torch.int8), scale, torch.zeros(len(scale), dtype=torch.int32))
 
 
 def _attention(name: str, attention: nn.Module) -> LayerPlan:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ptq_exp.errors import ConfigError
 from ptq_exp.runtime.grouped import GroupedLinear, GroupedWeight
-from ptq_exp.runtime.plan import FLOAT, Grid, IntegerWeight, LayerPlan, Plan
+from ptq_exp.runtime.integers import Grid, IntegerWeight
+from ptq_exp.runtime.plan import FLOAT, LayerPlan, Plan
 
 CHANNELS = 64
 _LARGEST = {"as_saved": 127, "7bit": 63}

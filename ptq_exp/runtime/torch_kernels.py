@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ptq_exp.runtime.integers import BYTE, Grid, IntegerWeight
 from ptq_exp.runtime.plain_layers import IntegerLayer, Multiplication, Row
-from ptq_exp.runtime.plan import BYTE, Grid, IntegerWeight
 
 _ROWS, _MULTIPLE = 32, 8
 """Least number of rows, and factor of the other sizes, that `torch._int_mm` takes on a GPU."""

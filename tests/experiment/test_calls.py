@@ -9,6 +9,7 @@ import ptq_exp
 from ptq_exp.results.record import read_samples
 from ptq_exp.storage.plain_json import read_json
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 COMMON = ("metric=minmax", "logger=none", "model=diffusers", "evaluation=paired", "evaluation.n_samples=5")
 BRECQ = ("bits=w4a8", "reconstruction=brecq")
 

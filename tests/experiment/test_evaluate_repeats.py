@@ -25,7 +25,6 @@ def images(folder):
         ("+experiment=tfmq_w4a8", "reconstruction=brecq", "reconstruction.step_lr=0.01"),
         ("+experiment=qdiffusion_w4a4",),
         ("quantization.smooth=true", "bits=w4a8", "reconstruction=brecq"),
-        ("+experiment=brecq_w4a8",),
     ],
 )
 def test_an_evaluation_repeats_the_run_bit_for_bit(overrides, run_of, command):

@@ -1,10 +1,12 @@
 """Every experiment file runs end to end in small, and leaves what it promises."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from guide_runs import assert_recorded
+from guide_runs import SMALL, assert_recorded, planned
+from guide_text import conf
 from PIL import Image
 from small_networks import use_blank_pictures, use_few_candidate_ranges, use_one_composition, use_small_networks
 
@@ -26,12 +28,33 @@ WITH_TRANSFORMS = {"convrot": 0.8779, "svdquant": 0.8370}
 DRAWN = ("brecq_w4a8", "fp32", "ndtc_w8a8", "ptqd_mp", "ptqd_w4a8", "tfmq_w4a4")
 """Of each kind of picture one is really drawn; the others are blank, of the same size."""
 COMMON_CACHE = True
+OTHER_BITS = {
+    "ndtc_w4a4": "ndtc_w8a8", "ndtc_w4a8": "ndtc_w8a8", "ndtc_w6a6": "ndtc_w8a8", "ptqd_w3a8": "ptqd_w4a8",
+    "ptqd_w8a8": "ptqd_w4a8", "qdiffusion_w4a4": "qdiffusion_w4a8", "qdiffusion_w8a8": "qdiffusion_w4a8",
+    "tfmq_w4a8": "tfmq_w4a4",
+}
+"""Files that differ from another in the bits alone: they are planned, the other one runs."""
 FEWER = {"auto": ("bits.candidates=[w8a8,w4a4]", "bits.sensitivity_samples=1", "bits.solutions=1",
                   "bits.solution_samples=1")}
 OF_LDM4 = [name for name in EXPERIMENTS if "_ldm4_" in name]  # run in test_noise
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in OF_LDM4])
+@pytest.mark.parametrize(("name", "like"), OTHER_BITS.items())
+def test_an_experiment_with_other_bits_is_planned_as_the_one_that_runs(name, like, monkeypatch):
+    use_small_networks(monkeypatch)
+    config, known = (conf(*SMALL, f"+experiment={one}") for one in (name, like))
+    weight, activation = map(int, name.rpartition("_w")[2].split("a"))
+    assert (config.bits.weight, config.bits.activation) == (weight, activation)
+    bits = replace(known.bits, name=config.bits.name, weight=weight, activation=activation)
+    assert config == replace(known, bits=bits, name=name)
+    report = planned(config)
+    assert report.totals["coverage"]["conv_linear"] == 1
+    layers = [row for row in report.rows if row.scope == "conv_linear"]
+    inner = [row for row in layers if not row.name.endswith(("conv_in", "conv_out"))]
+    assert {(row.weight_bits, row.activation_bits) for row in inner} == {(weight, activation)}
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in (*OF_LDM4, *OTHER_BITS)])
 def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
     """As it stands, with the default logger; the published coverages are those of the whole embedded network."""
     if name not in AS_PUBLISHED:

@@ -51,6 +51,7 @@ def test_it_is_refused_in_a_line(kind, overrides, message, refused, folders, tmp
     assert path is None or "seconds" not in read_json(path)
 
 
+@pytest.mark.usefixtures("small_networks")
 @pytest.mark.parametrize("overrides", [
     ["+experiment=best_w4a4"], ["+experiment=tfmq_w4a8"], ["+experiment=tfmq_w4a8", "reconstruction=adaround"],
     ["+experiment=brecq_w4a8", "reconstruction=adaround"],

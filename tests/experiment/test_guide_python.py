@@ -20,6 +20,7 @@ from ptq_exp.experiment.stages import make_calibration_set
 from ptq_exp.quantization import FORMATS, METRICS, Policy, Widths, calibrate_, fake_quantize, quantize_, search_range
 from ptq_exp.storage.plain_json import read_json
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 QUICK = ("logger=none", "evaluation=paired", "evaluation.n_samples=2", "evaluation.batch_size=2",
          "save_quantized=false")
 

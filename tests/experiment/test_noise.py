@@ -11,7 +11,7 @@ from ptq_exp.settings.compose import config_folder
 from ptq_exp.storage.plain_json import read_json
 
 OF_LDM4 = sorted(path.stem for path in (config_folder() / "experiment").glob("ptqd_ldm4_*.yaml"))
-QUICK = ("metric=minmax", "logger=none")
+QUICK = ("metric=minmax", "logger=none", "evaluation=paired")
 SCHEDULED = ("bits.gain_samples=2", "bits.gain_steps=2")
 
 
@@ -165,7 +165,7 @@ def test_widths_of_the_steps_on_the_command_line(results_of, refused):
 
 def test_the_budget_is_kept_and_an_impossible_one_names_the_limits(command, refused):
     """Of the whole embedded network, whose limits are known."""
-    folder = command(*QUICK, "+experiment=ptqd_mp", *SCHEDULED, "bits.bops_ratio=17")
+    folder = command(*QUICK, "evaluation.n_samples=2", "+experiment=ptqd_mp", *SCHEDULED, "bits.bops_ratio=17")
     results = read_json(folder / "results.json")
     assert results["quantization"]["bops_ratio"] >= 17
     said = refused(*QUICK, "+experiment=ptqd_mp", *SCHEDULED, "bits.bops_ratio=40")

@@ -15,6 +15,8 @@ SMALLEST = (
     "logger=none",
 )
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

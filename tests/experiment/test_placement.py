@@ -5,21 +5,13 @@ import json
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
-from small_networks import use_blank_pictures, use_one_composition
+from guide_runs import SMALL, planned
+from guide_text import conf
 
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.storage.plain_json import read_json
 
-QUICK = ("metric=minmax", "logger=none", "calibration=uniform")
-TINY = ("sampler.steps=1", "evaluation=paired", "evaluation.n_samples=2", "evaluation.eps_error_samples=1",
-        "evaluation.grid_images=1", "calibration.n_samples=1", "save_quantized=false")
-"""For whole networks, of which coverage alone is looked at."""
-
-
-@pytest.fixture
-def drawn_blank(monkeypatch):
-    use_blank_pictures(monkeypatch)
-    use_one_composition(monkeypatch)
+QUICK = ("metric=minmax", "logger=none", "calibration=uniform", "evaluation=paired", "evaluation.n_samples=2")
 
 
 def quantizers_of(folder) -> dict[str, dict]:
@@ -102,8 +94,7 @@ def test_a_step_without_states_is_one_line_that_says_what_to_do(command, capsys)
 def test_binned_ranges_work_with_guidance_on_the_latent_model(command):
     folder = command(
         *QUICK, "model=digits_ldm", "quantization.temporal=binned", "quantization.temporal_bins=2",
-        "quantization.weight_granularity=group", "quantization.time_embedding=split", "evaluation.n_samples=4",
-        "evaluation=paired",
+        "quantization.weight_granularity=group", "quantization.time_embedding=split",
     )
     found = quantizers_of(folder)
     assert all(len(q["scale"]) == 2 for name, q in found.items() if "weight_quantizer" not in name)
@@ -122,23 +113,21 @@ def test_the_operation_study_runs_at_both_sites(command):
 
 
 @pytest.mark.parametrize("model, attention_weights", [("digits", None), ("digits_ldm", 8)])
-def test_the_set_of_tfmqs_code_on_both_families_of_networks(command, drawn_blank, model, attention_weights):
-    folder = command(*QUICK, *TINY, f"model={model}", "+experiment=tfmq_release", "reconstruction=none")
-    account = json.loads((folder / "quantization.json").read_text())["layers"]
+def test_the_set_of_tfmqs_code_on_both_families_of_networks(model, attention_weights):
+    report = planned(conf(*SMALL, *QUICK, f"model={model}", "+experiment=tfmq_release", "reconstruction=none"))
     kept = ("conv_in", "conv_out", "time_embedding.linear_1", "conv_shortcut", "downsamplers.0.conv", ".qk", ".av")
-    widths = {row["name"]: (row["weight_bits"], row["activation_bits"]) for row in account}
+    widths = {row.name: (row.weight_bits, row.activation_bits) for row in report.rows}
     assert all(pair == (None, None) for name, pair in widths.items() if name.endswith(kept))
     # projections are 1-d convolutions in its AttentionBlocks, and linear layers in its transformer blocks
     assert {pair[0] for name, pair in widths.items() if ".to_" in name} == {attention_weights}
-    others = [row["name"] for row in account if row["type"] in ("Conv2d", "Linear") and "attentions" not in row["name"]]
+    others = [row.name for row in report.rows if row.type in ("Conv2d", "Linear") and "attentions" not in row.name]
     rest = [widths[name] for name in others if not name.endswith(kept)]
     assert len(rest) > 20 and set(rest) == {(8, 8)}
-    coverage = read_json(folder / "results.json")["quantization"]["coverage"]["everything"]
     if model == "digits":
-        assert coverage == pytest.approx(0.8427, abs=1e-4)  # 82.3 % in the code, which also skips two inputs (2.0 %)
+        # 82.3 % in the code, which also skips two inputs (2.0 %)
+        assert report.totals["coverage"]["everything"] == pytest.approx(0.8427, abs=1e-4)
 
 
-def test_any_method_takes_the_set(command, drawn_blank):
-    folder = command(*QUICK, *TINY, "+experiment=best_w8a8", "quantization.keep_fp=[tfmq]", "name=equal_coverage")
-    coverage = read_json(folder / "results.json")["quantization"]["coverage"]["everything"]
-    assert coverage == pytest.approx(0.8427, abs=1e-4)
+def test_any_method_takes_the_set():
+    report = planned(conf(*SMALL, *QUICK, "+experiment=best_w8a8", "quantization.keep_fp=[tfmq]"))
+    assert report.totals["coverage"]["everything"] == pytest.approx(0.8427, abs=1e-4)

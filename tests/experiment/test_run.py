@@ -1,7 +1,6 @@
 """Experiments run end to end in small: every metric, repeated runs, records, mistakes."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,12 +10,12 @@ from wandb_log import read_log
 
 from ptq_exp.reports.tables.runs import gather
 from ptq_exp.reports.tables.wandb_source import recorded
-from ptq_exp.settings.compose import config_folder
 from ptq_exp.storage.plain_json import read_json
 
 
-@pytest.mark.parametrize("metric", ["mse", "l1", "cosine", "kl", "lp", "minmax", "percentile"])
-def test_every_metric_gives_a_working_model(metric, command, monkeypatch):
+@pytest.mark.parametrize("metric", ["mse", "kl", "minmax", "percentile"])
+def test_every_kind_of_metric_gives_a_working_model(metric, command, monkeypatch):
+    """Losses of values, histograms, and two without a search; test_reproduce_commands runs the others."""
     for use in (use_small_networks, use_blank_pictures, use_one_composition):
         use(monkeypatch)
     small = ("logger=none", "evaluation=paired", "evaluation.n_samples=2", "save_quantized=false")
@@ -96,13 +95,3 @@ def test_a_failed_run_leaves_its_error_in_the_results(command, tmp_path):
     (path,) = tmp_path.glob("*/results.json")
     results = read_json(path)
     assert results["status"] == "failed" and "*nothing*" in results["error"]
-
-
-def test_the_command_from_any_folder_without_traceback(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-m", "ptq_exp", "bits.weight=1"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(config_folder().parent)},
-    )
-    assert run.returncode == 1
-    assert run.stderr.strip().splitlines()[-1] == "error: bits.weight=1: choose 2..8, or a number format such as mxfp4"
-    assert "Traceback" not in run.stderr

@@ -17,6 +17,7 @@ from ptq_exp.quantization.save import _description_hash
 from ptq_exp.results.record import read_samples
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 QUICK = ("metric=minmax", "logger=none", "bits=w4a8", "model=diffusers", "sampler.guidance_scale=1",
          "evaluation=paired")
 MAKERS = {"pixel": pixel_folder, "latent": latent_folder, "dit": dit_folder}

@@ -10,7 +10,7 @@ from quick_yaml import quick_yaml
 from ptq_exp.cli.table import layout_list, layout_table
 from ptq_exp.reports.tables.layouts import layouts
 from ptq_exp.settings.compose import config_folder, validated
-from ptq_exp.settings.schema import setting_names
+from ptq_exp.settings.names import setting_names
 from ptq_exp.storage.plain_json import to_plain, write_json
 
 LAYOUTS = {layout.name: layout for layout in layouts(config_folder() / "table")}

@@ -13,7 +13,9 @@ from ptq_exp.cli.arguments import spelt_out
 from ptq_exp.experiment.budget import check_budget, check_feasible
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
+from ptq_exp.quantization import FORMATS, Report
 from ptq_exp.settings.compose import config_folder
+from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.storage.plain_json import read_json
 
 TEXTS = {"top": (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), **PAGES}
@@ -93,7 +95,15 @@ def settings_of(job: tuple[str, ...]) -> dict[str, str]:
             chosen[key] = value
     model = chosen.pop("model", "digits")
     model = "digits_ldm" if "ldm4" in model else model
-    return {key: f"{model}: {value}" for key, value in chosen.items() if key != "name" and key not in SIZES}
+    return {key: f"{model}: {_kind(key, value)}" for key, value in chosen.items()
+            if not re.search(r"\bname$", key) and key not in SIZES}
+
+
+def _kind(key: str, value: str) -> str:
+    """What a value has in common with others, of which one will do: widths, number formats, numbers."""
+    if key == "bits":
+        return "integers" if re.fullmatch(r"w\d+a\d+", value) else "a format" if value in FORMATS else value
+    return "a number" if re.fullmatch(r"-?\d+(\.\d+)?", value) and key != "sampler.eta" else value
 
 
 @functools.cache
@@ -135,11 +145,18 @@ def run_or_plan(job: tuple[str, ...], command) -> None:
         run_as_it_stands(job, command)
         return
     config = conf(*SMALL, *_own(job), *job)
+    if config.bits.name == "fp32":
+        Run.of(config)
+        return
+    report = planned(config)
+    check_budget(config.bits.min_bops_ratio, report)
+    assert report.rows
+
+
+def planned(config: ExperimentConfig) -> Report:
+    """The report of the quantized network that a run with these settings would have; found out, it may be refused."""
     run = Run.of(config)
-    if config.bits.name != "fp32":
-        report, _ = check_feasible(run, Plan.of(config, run.grid), config)
-        check_budget(config.bits.min_bops_ratio, report)
-        assert report.rows
+    return check_feasible(run, Plan.of(config, run.grid), config)[0]
 
 
 def run_as_it_stands(job: tuple[str, ...], command) -> Path:

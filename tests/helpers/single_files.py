@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5 in one file, with the names that its authors gave the weights."""
+"""Stable Diffusion 1.5 and XL in one file, with the names that their authors gave the weights."""
 
 import re
 
@@ -6,11 +6,18 @@ import torch
 
 _UNET = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0", "conv_out": "out.2",
+    "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}
+_OPEN_CLIP = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final",
+    "text_model.encoder.layers": "transformer.resblocks", "layer_norm": "ln_", "fc1": "c_fc", "fc2": "c_proj",
+    "self_attn": "attn", "text_projection.weight": "text_projection",
 }
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -23,9 +30,31 @@ def original_state(pipe) -> dict[str, torch.Tensor]:
         name = _vae_name(name, len(vae.config.up_block_types))
         square = "mid.attn_1" in name and value.ndim == 2
         state[f"first_stage_model.{name}"] = value[:, :, None, None] if square else value
+    xl = hasattr(pipe, "text_encoder_2")
+    text = "conditioner.embedders.0" if xl else "cond_stage_model"
     for name, value in pipe.text_encoder.state_dict().items():
-        state[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+        state[f"{text}.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    if xl:
+        state |= {f"conditioner.embedders.1.model.{name}": value for name, value in _open_clip(pipe.text_encoder_2)}
     return {name: value.contiguous() for name, value in state.items()}
+
+
+def _open_clip(encoder) -> list[tuple[str, torch.Tensor]]:
+    """Return the weights of a text encoder as OpenCLIP holds them: q, k and v in one matrix, the projection turned."""
+    state, found = encoder.state_dict(), {}
+    for name, value in state.items():
+        for own, original in _OPEN_CLIP.items():
+            name = name.replace(own, original)
+        if name == "text_projection":
+            value = value.T
+        if part := re.fullmatch(r"(.*attn)\.([qkv])_proj\.(weight|bias)", name):
+            found.setdefault(f"{part[1]}.in_proj_{part[3]}", {})[part[2]] = value
+        else:
+            found[name] = value
+    return [
+        (name, torch.cat([value[part] for part in "qkv"]) if isinstance(value, dict) else value)
+        for name, value in found.items()
+    ]
 
 
 def _unet_name(name: str, unet) -> str:

@@ -175,11 +175,11 @@ def sdxl():
     """Stable Diffusion XL: two text encoders, pooled embeddings and sizes as added conditions."""
     torch.manual_seed(0)
     return StableDiffusionXLPipeline(
-        vae=autoencoder(), text_encoder=clip_encoder(), text_encoder_2=clip_encoder(CLIPTextModelWithProjection),
+        vae=autoencoder(), text_encoder=clip_encoder(), text_encoder_2=clip_encoder(CLIPTextModelWithProjection, 48),
         tokenizer=clip_tokenizer(), tokenizer_2=clip_tokenizer(),
         unet=text_unet(
-            cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=80, use_linear_projection=True, transformer_layers_per_block=(1, 2),
+            cross_attention_dim=80, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=96, use_linear_projection=True, transformer_layers_per_block=(1, 2),
             attention_head_dim=(2, 4),
         ),
         scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",

@@ -49,6 +49,13 @@ def test_stable_diffusion_in_one_file(sd15):
     assert same_images("sd15", pipe, opened("sd15", file, config=str(settings)))
 
 
+def test_stable_diffusion_xl_in_one_file(tmp_path):
+    pipe = SMALL["sdxl"].build()
+    save_file(original_state(pipe), tmp_path / "model.safetensors")
+    assert same_images("sdxl", pipe, opened(
+        "sdxl", tmp_path / "model.safetensors", config=str(settings_of(pipe, tmp_path / "settings"))))
+
+
 def test_a_file_of_the_network_alone_is_completed_by_the_folder(tmp_path):
     pipe = SMALL["flux"].build()
     pipe.save_pretrained(tmp_path / "flux")

@@ -56,8 +56,10 @@ def scrambled(network):
     return network
 
 
-@pytest.mark.parametrize("name", ["digits", "digits_ldm"])
-@pytest.mark.parametrize(("weight", "activation"), [(8, 8), (4, 8), (3, 8), (4, (4, 8))])
+@pytest.mark.parametrize(
+    ("name", "weight", "activation"),
+    [("digits", 8, 8), ("digits", 3, 8), ("digits_ldm", 4, 8), ("digits_ldm", 4, (4, 8))],
+)
 def test_networks_come_back_bit_for_bit_at_the_theoretical_size(name, weight, activation, tmp_path):
     model = ptq_exp.load_model(name)
     x = torch.randn(4, *model.sample_shape, generator=torch.Generator().manual_seed(1))

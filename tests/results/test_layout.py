@@ -1,13 +1,14 @@
 """Every entry of results.json is described, and what is described is there: held against four real runs."""
 
 import pkgutil
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 from small_networks import use_blank_pictures, use_one_composition, use_small_networks
 
-from ptq_exp.results.layout import LAYOUT, Entry, as_markdown, entry_of, leaves
+from ptq_exp.results.layout import LAYOUT, Entry, entry_of, leaves
 from ptq_exp.storage.plain_json import read_json
 
 SMALL = [
@@ -86,5 +87,6 @@ def test_an_entry_nobody_described_is_found():
 
 
 def test_the_page_is_current():
-    page = Path(__file__).parents[2] / "docs" / "outputs.md"
-    assert page.read_text() == as_markdown(), "write results.layout.as_markdown() to docs/outputs.md"
+    docs = Path(__file__).parents[2] / "docs"
+    page = runpy.run_path(str(docs / "generate.py"))["outputs_page"]()
+    assert (docs / "outputs.md").read_text() == page, "run: python docs/generate.py"

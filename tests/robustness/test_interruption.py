@@ -9,8 +9,9 @@ import time
 import pytest
 from small_networks import use_blank_pictures, use_one_composition, use_small_networks
 
-from ptq_exp.cli.coordinate_search import Search, Space, Stage
+from ptq_exp.cli.coordinate_search import Search
 from ptq_exp.cli.main import main
+from ptq_exp.cli.search_space import Space, Stage
 from ptq_exp.errors import Interrupted, command_line, interruptible, interruption
 from ptq_exp.experiment import experiment, images, stages
 from ptq_exp.experiment.pairs import PairScorer
@@ -74,8 +75,10 @@ PLACES = [(images, "draw_images"), (stages, "calibrate"), (experiment, "eps_erro
           (PairScorer, "__call__"), (EvaluationModule, "predict_step")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("place", "name"), PLACES, ids=[name for _, name in PLACES])
+@pytest.mark.parametrize(
+    ("place", "name", "number"), [(*place, signal.SIGINT) for place in PLACES] + [(*PLACES[-1], signal.SIGTERM)],
+    ids=lambda value: getattr(value, "name", value) if not isinstance(value, type) else None,
+)
 def test_at_any_stage(command, monkeypatch, tmp_path, place, name, number):
     monkeypatch.setattr(place, name, sent(number))
     # nothing of the cache may stand in for the stage

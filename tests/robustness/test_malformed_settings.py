@@ -189,10 +189,9 @@ def test_unusual_but_right_values_are_taken(override, bases):
     assert outcome(bases[""], override) is None
 
 
-@pytest.mark.parametrize(
-    "override", ["+quantization.extra=1", "sampler.eta=nan", "bits.weight=[", "trainer.accelerator=abacus"]
-)
+@pytest.mark.parametrize("override", ["bits.weight=1", "trainer.accelerator=abacus"])
 def test_the_command_line_says_it_in_one_line_too(override, tmp_path):
+    """From any folder; one mistake is found while composing, the other by the run."""
     environment = os.environ | {"PYTHONPATH": str(config_folder().parent)}
     command = [sys.executable, "-m", "ptq_exp", override, "logger=none", "trainer.progress_bar=false"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)

@@ -9,7 +9,8 @@ import pytest
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization.widths import LAYER_BITS, SOFTMAX_BITS
 from ptq_exp.settings.field import KEY, check_section, setting, setting_of
-from ptq_exp.settings.schema import ExperimentConfig, setting_names, walk
+from ptq_exp.settings.names import setting_names, walk
+from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.settings.schema_method import BitsConfig
 
 DOCS = Path(__file__).parents[2] / "docs"

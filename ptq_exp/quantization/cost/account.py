@@ -12,7 +12,8 @@ from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.calibrate import disabled, quantizers
 from ptq_exp.quantization.cost.macs import Trace, multiplying_layers, trace
 from ptq_exp.quantization.cost.operands import Operands, Products, operands_of
-from ptq_exp.quantization.cost.report import Bits, Report, Row
+from ptq_exp.quantization.cost.report import Report
+from ptq_exp.quantization.cost.row import Bits, Row
 from ptq_exp.quantization.layers import (
     FULL_PRECISION,
     QUANTIZED,

@@ -23,7 +23,8 @@ from ptq_exp.quantization.cost.owners import Owners
 from ptq_exp.quantization.products import quantized_products
 from ptq_exp.quantization.quantizer import Quantizer
 from ptq_exp.quantization.trace.evaluate import evaluate
-from ptq_exp.quantization.trace.products import ATTENTION, MATRICES, places_of_factors, plain_arguments
+from ptq_exp.quantization.trace.factors import MATRICES, places_of_factors, plain_arguments
+from ptq_exp.quantization.trace.products import ATTENTION
 from ptq_exp.quantization.trace.provenance import MOVES, Notes
 
 # which positional arguments are multiplied

@@ -9,7 +9,8 @@ from torch import nn
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.cost.operands import Operands, Products, operands_of
-from ptq_exp.quantization.cost.report import Report, Row
+from ptq_exp.quantization.cost.report import Report
+from ptq_exp.quantization.cost.row import Row
 from ptq_exp.quantization.quantizer.time_step import step_of
 from ptq_exp.quantization.trace.products import product_site
 

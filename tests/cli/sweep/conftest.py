@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_networks import use_one_composition
 
 from ptq_exp.cli.main import main
 from ptq_exp.storage.plain_json import read_json
@@ -24,6 +25,7 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture
 def command(monkeypatch):
     """Run the command with these arguments; returns what it exits with: None, a number or a message."""
+    use_one_composition(monkeypatch)
 
     def run(*arguments: str) -> int | str | None:
         monkeypatch.setattr(sys, "argv", ["ptq_exp", *arguments])
