@@ -95,7 +95,7 @@ class _Passes:
                 for call in self.calls(states):
                     self.answers.run(self.network, name, number, call)
                     number += 1
-                    bar.update(min(self.plan.batch_size, bar.total - bar.n))
+            bar.update(len(states))
             finish_calibration(part, self.plan.metric)
 
     def whole(self, network: nn.Module) -> None:

@@ -7,6 +7,7 @@ What stands between blocks is computed again. The numbers are those of one forwa
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,6 +26,7 @@ from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.storage.atomic import atomic_path
 
 _DONE = "done"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Answers:
@@ -82,14 +84,17 @@ class Answers:
 
     @contextmanager
     def _answering(self, network: nn.Module) -> Iterator[None]:
-        replaced = [name for name in self.readers if self.has(name)]
-        for name in replaced:
-            network.get_submodule(name).forward = partial(self._answer, name)
+        replaced = {name: network.get_submodule(name) for name in self.readers if self.has(name)}
+        own = {name: {key: vars(module)[key] for key in _HOOKS} for name, module in replaced.items()}
+        for name, module in replaced.items():
+            module.forward = partial(self._answer, name)
+            vars(module).update({key: OrderedDict() for key in _HOOKS})  # what they did is in the answer
         try:
             yield
         finally:
-            for name in replaced:
-                del network.get_submodule(name).forward
+            for name, module in replaced.items():
+                del module.forward
+                vars(module).update(own[name])
 
     def _path(self, name: str) -> Path:
         return self.folder / name / f"{self.number:06d}.safetensors"
