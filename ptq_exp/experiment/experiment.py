@@ -42,6 +42,8 @@ from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.storage.atomic import file_digest
 
 log = logging.getLogger("ptq_exp")
+SHORT_RUN = 20.0
+"""Seconds of network evaluations below which a run is not forecast, as that would be much of what it takes."""
 
 
 def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | None = None) -> dict:
@@ -76,7 +78,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         results.update("start", environment=environment(), command=run_command(folder), **weights)
         check_network(run.model, run.grid, config.seed, run.device, config.model.checkpoint)
         images, choices = (None, None) if plan is None else _checked(run, plan, config, keys, writer)
-        forecast = forecast_run(run, plan, config, keys, folder) if saved is None else None
+        forecast = forecast_run(run, plan, config, keys, folder, SHORT_RUN) if saved is None else None
         if forecast is not None:
             results.update("forecast", forecast=forecast.to_dict())
         quantized = stage("load_quantized", load_saved, run, saved, config.quantized) if saved else None

@@ -41,7 +41,7 @@ _SPEC, _PAIR_SPEC = "experiment.scores.Scorer.metric_spec", "experiment.pairs.Pa
 _PAIRS, _GATE = "experiment.pairs.PairScorer", "evaluation.gate.judged"
 _CHOICE, CHOSEN = "experiment.choose_bits.best_choice", "runs with a budget (`bits=auto`)"
 GATED = "runs with `evaluation.gate`"
-FORECAST = "runs of models that can be forecast: no pipelines, one device, no `bits=auto`"
+FORECAST = "runs of 20 s and more whose model can be forecast: no pipelines, one device, no `bits=auto`"
 _FORECAST, _BESIDE = "experiment.forecast.Forecast.to_dict", "experiment.forecast.Forecast.beside"
 _MEASURED, _TIMES = "deploy.measure.execution_entry", "deploy.measure.times_entry"
 _FAITHFUL = "deploy.measure.faithfulness"

@@ -35,6 +35,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         use_small_networks(patch)
         use_blank_pictures(patch)
+        patch.setattr("ptq_exp.experiment.experiment.SHORT_RUN", 0.0)
         yield
 
 
@@ -55,6 +56,14 @@ def test_every_run_says_what_it_was_forecast_to_take(finished):
     assert forecast["total_seconds"] == pytest.approx(sum(forecast["seconds"].values()), abs=0.01)
     assert forecast["taken"]["seconds"] > 0 and forecast["reused"] == []
     assert forecast["memory_bytes"] > 1e8 or available_memory() is None
+
+
+def test_a_short_run_is_not_forecast(finished, monkeypatch, caplog):
+    _, folder, config = finished
+    monkeypatch.setattr("ptq_exp.experiment.experiment.SHORT_RUN", 1e6)
+    with caplog.at_level("INFO", "ptq_exp"):
+        assert "forecast" not in run_experiment(config, folder.parent / "short")
+    assert "no forecast: the network is evaluated for about" in caplog.text
 
 
 def test_the_saved_model_takes_the_bytes_that_were_forecast(finished):

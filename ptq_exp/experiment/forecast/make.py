@@ -15,7 +15,7 @@ import torch
 from ptq_exp.errors import PTQError
 from ptq_exp.experiment.forecast.blocks import reconstruction_seconds
 from ptq_exp.experiment.forecast.forecast import Forecast
-from ptq_exp.experiment.forecast.probe import in_use
+from ptq_exp.experiment.forecast.probe import in_use, measured
 from ptq_exp.experiment.forecast.room import Need, available_memory, check_disk, check_memory
 from ptq_exp.experiment.forecast.speeds import Speeds
 from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED, Work, work_of
@@ -38,8 +38,13 @@ _STAGES = ("reference", "fp32_images", "fp32_scores", "calibration_set", "quanti
            "pairs", "runtime")
 
 
-def forecast_run(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys, folder: Path) -> Forecast | None:
+def forecast_run(
+    run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys, folder: Path, at_least: float = 0.0
+) -> Forecast | None:
     """Forecast a run, and refuse one that cannot fit; a forecast that cannot be made is a line in the log.
+
+    Args:
+        at_least: seconds; a run whose network is evaluated for less, as a first look has it, is not forecast.
 
     Raises:
         ConfigError: memory or disk do not suffice; the message names the setting that makes it fit.
@@ -49,6 +54,9 @@ def forecast_run(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Ke
         return None
     try:
         with torch.random.fork_rng():
+            if at_least and (seconds := _first_look(run, plan, config, keys)) < at_least:
+                log.info("no forecast: the network is evaluated for about %.0f s", seconds)
+                return None
             made = _forecast(run, plan, config, keys)
     except (PTQError, RuntimeError, ArithmeticError, LookupError, AttributeError, TypeError, OSError) as error:
         log.info("no forecast: %s", " ".join(str(error).split()) or type(error).__name__)
@@ -93,6 +101,16 @@ def _why_not(run: Run, config: ExperimentConfig, plan: Plan | None) -> str | Non
     if plan is not None and config.trainer.devices > 1:
         return "several devices are not measured"
     return "bits=auto chooses what is drawn later" if config.bits.limits else None
+
+
+def _first_look(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -> float:
+    """Return the seconds that all evaluations would take one by one, each as long as one in full precision."""
+    call, network = run.example().to(run.device), run.model.denoiser.to(run.device)
+    with torch.no_grad():
+        seconds, _ = measured(lambda: call.evaluate(network), run.device, repeats=3)
+    reused = _reused(run, plan, config, keys)
+    work = work_of(config, run.grid, quantizes=plan is not None, quantized=plan is not None, seed=run.seed)
+    return seconds * sum(e.samples for stage, found in work.items() if stage not in reused for e in found)
 
 
 def _forecast(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -> Forecast:
