@@ -7,7 +7,7 @@ __version__ = "0.2.0"
 
 _LAZY = {
     "load_model": "ptq_exp.diffusion.zoo.registry", "MODELS": "ptq_exp.diffusion.zoo.registry", "sample": "ptq_exp.api",
-    "load_quantized": "ptq_exp.deploy.load", "quantize": "ptq_exp.api",
+    "load_quantized": "ptq_exp.deploy.load", "quantize": "ptq_exp.api", "forecast": "ptq_exp.api",
 }
 _PACKAGES = ("calibration", "correction", "diffusion", "embedded", "evaluation", "pipelines", "quantization")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from ptq_exp.diffusion import DiffusionModel, check_network
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.pipelines import PipelineModel, RecordedModel
 
+if TYPE_CHECKING:
+    from ptq_exp.experiment.forecast import Forecast
+
 STATES, TRAJECTORIES = 256, 16
 
 
@@ -23,7 +27,7 @@ def quantize(
     n: int | None = None, steps: int | None = None, calibration: str = "uniform", metric: str = "mse",
     policy: str | Mapping[str, Any] | None = None, reconstruction: str | None = None,
     transforms: Sequence[str | Mapping[str, Any]] = (), runtime: str = "simulate", seed: int = 0,
-    progress: bool = True, **call: Any,
+    max_memory_gb: float | None = None, folder: str | Path | None = None, progress: bool = True, **call: Any,
 ) -> QuantizedModel:
     """Quantize a pipeline of diffusers, a `DiffusionModel`, or any network with recorded calls; `model` is untouched.
 
@@ -39,6 +43,10 @@ def quantize(
         policy: a choice of the group `quantization`, or its settings by name, such as {"shortcut": "split_all"}.
         transforms: such as ("smooth", {"name": "low_rank", "rank": 16}), in order.
         seed: of the noise that calibration starts from.
+        max_memory_gb: quantize block by block, with weights and states on disk, a network whose weights do not fit in
+            so many GB twice; None = in memory. The result is the same.
+        folder: where weights and states lie then, and where a call that was killed goes on when it is made again; None
+            = a folder for temporary files.
         progress: show progress bars.
         call: further arguments of the pipeline's call, such as height=512; of a model, guidance_scale.
 
@@ -54,7 +62,7 @@ def quantize(
     wanted, scale = _model_of(model, prompts, calls, steps, call)
     settings = {
         "calibration": calibration, "metric": metric, "reconstruction": reconstruction,
-        "runtime": runtime, "seed": seed,
+        "runtime": runtime, "seed": seed, "trainer.max_memory_gb": max_memory_gb,
     }
     if isinstance(policy, str):
         settings["quantization"] = policy
@@ -65,8 +73,25 @@ def quantize(
     ]
     return quantize_with(
         wanted, [*_model_overrides(wanted), *given, *_sizes(wanted, n)], guidance_scale=scale, progress=progress,
-        steps=steps if type(wanted) is DiffusionModel else None,
+        folder=None if folder is None else Path(folder), steps=steps if type(wanted) is DiffusionModel else None,
     )
+
+
+def forecast(*overrides: str) -> Forecast | None:
+    """Say what a run of the command would take, before it runs: seconds of each stage, memory, disk.
+
+    Args:
+        overrides: as on the command line, such as "+experiment=ndtc_w8a8", "bits=w4a8".
+
+    Returns:
+        The forecast; `table()` is for reading. None where none can be made, such as of pipelines; the log says why.
+
+    Raises:
+        PTQError: the run cannot be made of these settings, or memory or disk do not suffice.
+    """
+    from ptq_exp.experiment.quantize import forecast_with
+
+    return forecast_with(overrides)
 
 
 def _model_of(

@@ -16,6 +16,7 @@ from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.deploy.restore import restored
 from ptq_exp.errors import DataError, PTQError, one_line
 from ptq_exp.pipelines import PipelineModel, RecordedModel
+from ptq_exp.quantization.offload import fill_ as fill_weights_
 from ptq_exp.quantization.save import DESCRIPTION_FILE
 from ptq_exp.storage.plain_json import read_json
 
@@ -97,12 +98,7 @@ def fill_(component: nn.Module, artifact: Artifact) -> None:
         others = {name: dtype_of(kind) for name, kind in entry["other_dtypes"].items()}
     except (KeyError, AttributeError, DataError) as error:
         raise DataError(f"{artifact.folder / DESCRIPTION_FILE} is damaged: network: {one_line(error)}") from error
-    for prefix, module in component.named_modules():
-        for name, value in module._parameters.items():
-            if value is not None and value.is_meta:
-                full_name = f"{prefix}.{name}" if prefix else name
-                zeros = torch.zeros(value.shape, dtype=others.get(full_name, usual))
-                module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+    fill_weights_(component, lambda name: others.get(name, usual))
 
 
 def loaded_component(component: nn.Module, folder: Path) -> QuantizedModel:

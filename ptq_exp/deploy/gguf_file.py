@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from ptq_exp import __version__
+from ptq_exp.deploy.integer_weights import plain_weight
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.quantization import WeightQuantizer
+from ptq_exp.quantization.online import OnlineLayer
 from ptq_exp.storage.atomic import atomic_path
 
 ARCHITECTURE = "ptq-exp"
@@ -35,7 +37,8 @@ def write_gguf(quantized: QuantizedModel, path: Path) -> dict[str, Any]:
 
     The quantized values are encoded anew: a block of 32 neighbours along the last axis has its own scale (and least
     value, where zero points are not 0), in 16 bits. A weight whose last axis is no multiple of 32, such as that of a
-    3x3 convolution, is written as float16. Activations are not quantized by what reads such files.
+    3x3 convolution, is written as float16. Rotations, smoothing of inputs and low-rank branches have no place there and
+    are put into the weights. Activations are not quantized by what reads such files.
 
     Returns:
         `types`, {block type: number of tensors}, and `distance`, {weight: relative distance from the quantized one}.
@@ -61,8 +64,8 @@ def write_gguf(quantized: QuantizedModel, path: Path) -> dict[str, Any]:
         writer.add_string(f"{ARCHITECTURE}.model_digest", quantized.model.digest)
         for name, parameter in quantized.network.named_parameters():
             module, _, own = name.rpartition(".")
-            values = parameter.detach().to("cpu", torch.float32).numpy()
             wanted = chosen.get(module) if own == "weight" else None
+            values = _values(quantized.network.get_submodule(module), own, parameter)
             kind = _kind(wanted, values)
             types[kind] = types.get(kind, 0) + 1
             if wanted is None:
@@ -90,6 +93,12 @@ def _type(module: nn.Module) -> str | None:
     bits = quantizer.bits if isinstance(quantizer.bits, int) else max(TYPES)
     symmetric, asymmetric = TYPES[min(most for most in TYPES if most >= bits)]
     return symmetric if quantizer.symmetric else asymmetric
+
+
+def _values(module: nn.Module, own: str, parameter: torch.Tensor) -> np.ndarray:
+    """Return a parameter of `module`, its weight without transforms that work at run time."""
+    values = plain_weight(module) if own == "weight" and isinstance(module, OnlineLayer) else parameter.detach()
+    return values.to("cpu", torch.float32).numpy()
 
 
 def _kind(wanted: str | None, values: np.ndarray) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,16 +22,19 @@ from ptq_exp.diffusion.zoo import folder_of_structure, is_local
 from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
 from ptq_exp.diffusion.zoo.registry import MODELS, load_model
 from ptq_exp.errors import CheckpointError, ConfigError, PTQError
+from ptq_exp.quantization.offload import copy_of, placing
 from ptq_exp.quantization.save import DESCRIPTION_FILE
 from ptq_exp.runtime.base import check_runtime
 from ptq_exp.storage.paths import with_homes
 
 log = logging.getLogger("ptq_exp")
 
+
 def load_quantized(
     path: str | Path, checkpoint: str | None = None, device: torch.device | str = "cpu", *,
     model: DiffusionModel | None = None, network: nn.Module | None = None, runtime: str = "simulate",
-    runtime_options: Mapping[str, Any] | None = None,
+    runtime_options: Mapping[str, Any] | None = None, max_memory_gb: float | None = None,
+    folder: str | Path | None = None,
 ) -> QuantizedModel:
     """Load a saved quantized model, without calibration data; its network gives the saved one's outputs bit for bit.
 
@@ -46,6 +49,9 @@ def load_quantized(
             recorded calls; it stays as it is.
         runtime: how the network is executed, see `ptq_exp.runtime`.
         runtime_options: such as {"precision": "bf16"} of openvino; None = the defaults.
+        max_memory_gb: keep weights of more than so many GB in files, from which a block at a time is read; None = in
+            memory. On a CPU.
+        folder: for these files; they take no room there once the model is gone. None = that for temporary files.
 
     Raises:
         ConfigError: there is no such runtime.
@@ -54,9 +60,29 @@ def load_quantized(
             network of a diffusers folder, which earlier versions did not save).
     """
     check_runtime(runtime)
+    limit, room = bytes_on(device, max_memory_gb), Path(tempfile.gettempdir() if folder is None else folder)
+    with placing(limit, room):
+        return _loaded(path, checkpoint, device, model, network).on(runtime, runtime_options)
+
+
+def bytes_on(device: torch.device | str, max_memory_gb: float | None) -> float | None:
+    """Return `max_memory_gb` as bytes.
+
+    Raises:
+        ConfigError: the device is no CPU: its memory holds no mapped files.
+    """
+    if max_memory_gb is not None and torch.device(device).type != "cpu":
+        raise ConfigError(f"max_memory_gb={max_memory_gb}: weights in files are for device=cpu, not {device}")
+    return None if max_memory_gb is None else 1e9 * max_memory_gb
+
+
+def _loaded(
+    path: str | Path, checkpoint: str | None, device: torch.device | str, model: DiffusionModel | None,
+    network: nn.Module | None,
+) -> QuantizedModel:
     artifact = Artifact.open(with_homes(path, "quantized"))
     if model is None and artifact.description.get("network") is not None:
-        return _load_called(artifact, checkpoint, network, device).on(runtime, runtime_options)
+        return _load_called(artifact, checkpoint, network, device)
     if network is not None:
         raise ConfigError(f"network=: {artifact.folder} is no network with recorded calls; leave it out")
     full_precision = True
@@ -74,8 +100,7 @@ def load_quantized(
     scale = artifact.setting("sampler.guidance_scale", float | int | None, None)
     scale = model.sampler.guidance_scale if scale is None else float(scale)
     artifact.check_grid(grid, scale)
-    quantized = restored(artifact, model, grid, scale, torch.device(device), full_precision=full_precision)
-    return quantized.on(runtime, runtime_options)
+    return restored(artifact, model, grid, scale, torch.device(device), full_precision=full_precision)
 
 
 def _load_called(
@@ -85,7 +110,7 @@ def _load_called(
     if checkpoint is not None:
         raise ConfigError(f"checkpoint=: {artifact.folder} needs no other weights than its own; leave it out")
     if network is not None:
-        return quantized_component(artifact, copy.deepcopy(network).to(device))
+        return quantized_component(artifact, copy_of(network).to(device))
     if artifact.description.get("pipeline") is None:
         raise ConfigError(
             f"{artifact.folder} is a network alone: give network=, a {artifact.description['network'].get('class')} of "

@@ -52,7 +52,7 @@ def save_pipeline(quantized: QuantizedModel, folder: Path) -> dict[str, Any]:
     name = quantized.model.component
     for other, component in quantized.pipeline.components.items():
         if other != name and isinstance(component, nn.Module):
-            _check_adapters(component, other)
+            check_adapters(component, other)
     quantized.pipeline.save_pretrained(folder)
     return json.loads((folder / name / DESCRIPTION_FILE).read_text(encoding="utf-8"))
 
@@ -110,7 +110,7 @@ def _save_files(quantized: QuantizedModel, folder: Path, tensors_file: str) -> d
 def _calls(quantized: QuantizedModel, folder: Path) -> dict[str, Any]:
     """Describe how the network is called, and the pipeline that calls it; tensors go into a file beside."""
     component, tensors = quantized.network.component, {}
-    _check_adapters(component, "the quantized network")
+    check_adapters(component, "the quantized network")
     example = quantized.network.layout.arguments(*quantized.model.example_inputs())
     entries = {"network": _network(component), "example": to_json(example, "example", tensors)}
     pipeline = _pipeline(quantized.model) if isinstance(quantized.model, PipelineModel) else None
@@ -143,7 +143,8 @@ def _pipeline(model: PipelineModel) -> dict[str, Any]:
     }
 
 
-def _check_adapters(component: nn.Module, who: str) -> None:
+def check_adapters(component: nn.Module, who: str) -> None:
+    """Raise ConfigError if `component` has LoRA adapters, which are no part of what is saved."""
     if names := adapters_of(component):
         raise ConfigError(
             f"{who} has the LoRA adapters {', '.join(names)}: call unload_lora_weights() before it is saved, and load "

@@ -157,13 +157,16 @@ def sample(
     if eps_noise_std is not None and len(eps_noise_std) != len(grid):
         raise ConfigError(f"eps_noise_std has {len(eps_noise_std)} values, but the grid has {len(grid)} steps")
     stds = [0.0] * len(grid) if eps_noise_std is None else eps_noise_std.tolist()
+    # numbers, not tensors: no step waits for the device
+    levels = list(zip(grid.alphas_cumprod.tolist(), grid.alphas_cumprod_prev.tolist(), stds, strict=True))
     for step in range(steps):
         call = Call(x, grid.network_time(step, len(x)).to(device), given)
         eps = call.evaluate(denoiser)
         z = noise.draw().to(device) if grid.eta > 0 else None
+        level, previous, std = levels[step]
         x_prev, x0 = ddim_step(
-            x, eps, float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step]), grid.eta, z,
-            stds[step], convention, clip_sample=clip_sample, rederive_eps=grid.rederive_eps,
+            x, eps, level, previous, grid.eta, z, std, convention, clip_sample=clip_sample,
+            rederive_eps=grid.rederive_eps,
         )
         if on_step is not None:
             on_step(StepRecord(step, call, eps, x0, x_prev))

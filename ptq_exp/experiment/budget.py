@@ -50,16 +50,26 @@ def planned_report(run: Run, plan: Plan, reconstruction: ReconstructionConfig) -
     Raises:
         PTQError: see `check_feasible`.
     """
-    example, network = run.example(), run.model.copy_denoiser().to(run.device)
+    network, report = planned_network(run, plan)
     with _silent():  # all of it is said again when it is done
-        rules = policy(plan, run.model, network, example)
-        for transform in transforms_of(plan.quantization.transforms):
-            transform.install_(network, transform.chosen(transform.find(network, example), rules))
-        report = quantize_(network, rules, example)
-        _check_called(run.grid, network, report, example)
+        _check_called(run.grid, network, report, run.example())
         if reconstruction.active:
             blocks_of(run, plan, reconstruction, network, run.model.denoiser.to(run.device))
     return report
+
+
+def planned_network(run: Run, plan: Plan) -> tuple[nn.Module, Report]:
+    """Place transforms and quantizers on a copy of the network, neither fitted nor calibrated; returns its report, too.
+
+    Raises:
+        PTQError: as the stages would.
+    """
+    example, network = run.example(), run.network_copy()
+    with _silent():
+        rules = policy(plan, run.model, network, example)
+        for transform in transforms_of(plan.quantization.transforms):
+            transform.install_(network, transform.chosen(transform.find(network, example), rules))
+        return network, quantize_(network, rules, example)
 
 
 def check_budget(wanted: float | None, report: Report) -> None:

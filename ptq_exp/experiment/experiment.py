@@ -11,6 +11,7 @@ import numpy as np
 
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import check_network
+from ptq_exp.errors import ConfigError
 from ptq_exp.evaluation.gate import judged
 from ptq_exp.experiment.analyse import analyse
 from ptq_exp.experiment.budget import check_budget, check_feasible
@@ -18,6 +19,7 @@ from ptq_exp.experiment.choices import Choices
 from ptq_exp.experiment.correction import check_statistics
 from ptq_exp.experiment.execution import executed_by, measure_execution
 from ptq_exp.experiment.features import reference_features
+from ptq_exp.experiment.forecast import Forecast, forecast_run, refuse_copy
 from ptq_exp.experiment.images import full_precision_images, quantized_images
 from ptq_exp.experiment.inputs import checked_images
 from ptq_exp.experiment.keys import Keys, joined
@@ -74,6 +76,9 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         results.update("start", environment=environment(), command=run_command(folder), **weights)
         check_network(run.model, run.grid, config.seed, run.device, config.model.checkpoint)
         images, choices = (None, None) if plan is None else _checked(run, plan, config, keys, writer)
+        forecast = forecast_run(run, plan, config, keys, folder) if saved is None else None
+        if forecast is not None:
+            results.update("forecast", forecast=forecast.to_dict())
         quantized = stage("load_quantized", load_saved, run, saved, config.quantized) if saved else None
         scorer = Scorer(run, config.evaluation, stage("reference", reference_features, run, config.evaluation))
         pair_scorer = None if plan is saved is None else PairScorer(run, config.evaluation)
@@ -93,6 +98,8 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
             outcome = Outcome(fp_images, fp_images, dict(fp.scores))
         else:
             outcome = _evaluated(run, config, keys, stage, writer, quantized, scorer, pair_scorer, fp_images, fp)
+        if forecast is not None:
+            results.update(results.values["stage"], forecast=forecast.beside(results.values["seconds"]))
         gate = config.evaluation.gate
         results.finish(metrics=outcome.metrics, **({"gate": judged(outcome.metrics, gate)} if gate else {}))
         if quantized is not None and config.runtime.engine is not None and config.runtime.measure:
@@ -104,6 +111,27 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
     return results.values
 
 
+def forecast_experiment(config: ExperimentConfig, folder: Path) -> Forecast | None:
+    """Forecast an experiment that would leave its results in `folder`, and run nothing of it.
+
+    Returns:
+        None where no forecast can be made; the log says why.
+
+    Raises:
+        PTQError: the experiment cannot be run, or its memory or disk do not suffice.
+    """
+    if config.quantized is not None:
+        raise ConfigError("forecast=true: only what makes a quantized model is forecast, not quantized=PATH")
+    run = Run.of(config)
+    keys = Keys(config, run.model, run.grid, run.guidance_scale)
+    plan = Plan.of(config, run.grid) if config.bits.name != FULL_PRECISION else None
+    check_network(run.model, run.grid, config.seed, run.device, config.model.checkpoint)
+    if plan is not None:
+        refuse_copy(run)
+        check_feasible(run, plan, config)
+    return forecast_run(run, plan, config, keys, folder)
+
+
 def _checked(
     run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, writer: RunWriter
 ) -> tuple[Any, Choices | None]:
@@ -111,6 +139,7 @@ def _checked(
 
     Of both there may be none: choices are those of bits within a budget.
     """
+    refuse_copy(run)
     check_statistics(run, plan, config.correction, keys)
     images = checked_images(run, config)
     report, budget = check_feasible(run, plan, config)

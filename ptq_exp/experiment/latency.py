@@ -91,7 +91,7 @@ def _inputs(network: nn.Module, call: Call, layers: Sequence[str]) -> dict[str, 
 
 def _times(run: Run, config: ExperimentConfig, layers: Sequence[str], inputs: dict[str, Tensor]) -> dict[str, float]:
     """Return the milliseconds of each layer alone."""
-    network = run.model.copy_denoiser().to(run.device)
+    network = run.network_copy()
     rules = policy(_static(config, run), run.model, network, run.example())
     found: dict[tuple, float] = {}
     times = {}
@@ -114,7 +114,7 @@ def _alone(config: ExperimentConfig, run: Run, layer: nn.Module, spec: QuantSpec
 
 
 def _whole(run: Run, config: ExperimentConfig, call: Call) -> float:
-    network = run.model.copy_denoiser().to(run.device)
+    network = run.network_copy()
     rules = policy(_static(config, run), run.model, network, run.example())
     return _timed(config, run, network, rules, tuple(call), tuple(call.mapped(lambda tensor: tensor[:1])))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +14,10 @@ import torch
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import DiffusionModel, check_network
 from ptq_exp.experiment.choices import Choices
+from ptq_exp.experiment.experiment import forecast_experiment
+from ptq_exp.experiment.forecast import Forecast
 from ptq_exp.experiment.making import make_quantized
-from ptq_exp.experiment.run import Run
+from ptq_exp.experiment.run import Run, bytes_of
 from ptq_exp.experiment.stage import Record, Stages
 from ptq_exp.quantization import group_bits
 from ptq_exp.settings.compose import composed_from
@@ -26,11 +30,12 @@ log = logging.getLogger("ptq_exp")
 
 def quantize_with(
     model: DiffusionModel, overrides: Sequence[str], *, steps: int | None = None, guidance_scale: float | None = None,
-    progress: bool = True,
+    progress: bool = True, folder: Path | None = None,
 ) -> QuantizedModel:
-    """Make the quantized model that the command makes with `overrides`; nothing is left on disk.
+    """Make the quantized model that the command makes with `overrides`.
 
     Args:
+        folder: where a call that was killed goes on; None = nothing is left on disk.
         steps, guidance_scale: of the sampler; None = the model's own.
 
     Raises:
@@ -39,16 +44,25 @@ def quantize_with(
     grid = model.time_grid(steps)
     scale = model.sampler.guidance_scale if guidance_scale is None else guidance_scale
     device = next(model.denoiser.parameters()).device
-    given = [*overrides, f"sampler.steps={len(grid)}", "cache=off", f"trainer.progress_bar={str(progress).lower()}"]
+    given = [*overrides, f"sampler.steps={len(grid)}", f"cache={'off' if folder is None else 'on'}",
+             f"trainer.progress_bar={str(progress).lower()}"]
     config = composed_from([*given, f"trainer.accelerator={'cpu' if device.type == 'cpu' else 'gpu'}"])
     trainer = {"accelerator": config.trainer.accelerator, "devices": 1, "strategy": "auto", "progress_bar": progress}
-    with tempfile.TemporaryDirectory(prefix="ptq_exp_") as folder:
-        cache = ArtifactCache(folder, "off")
-        run = Run(model, grid, scale, config.seed, device, cache, None, trainer)
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory(prefix="ptq_exp_") as root:
+        cache = ArtifactCache(root, config.cache)
+        run = Run(
+            model, grid, scale, config.seed, device, cache, None, trainer,
+            max_memory=bytes_of(config.trainer.max_memory_gb),
+        )
         check_network(model, grid, config.seed, device)
         stages = Stages(cache, _Unwritten())
         with torch.random.fork_rng():
             return make_quantized(run, config, stages, None, Choices.of(run, config))[0]
+
+
+def forecast_with(overrides: Sequence[str]) -> Forecast | None:
+    """Forecast what the command would take with `overrides`; see `forecast_experiment`."""
+    return forecast_experiment(composed_from(overrides), Path("runs"))
 
 
 class _Unwritten:

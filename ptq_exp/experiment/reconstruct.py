@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from ptq_exp.calibration import CalibrationSet
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.errors import DataError
+from ptq_exp.experiment.blockwise_reconstruct import BlockwiseReconstruction, restore_arrays_
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.ranges import batches_of_times, time_layers
 from ptq_exp.experiment.run import Run
@@ -62,13 +64,21 @@ def reconstruct(
     if len(plan.widths) > 1:
         select_row(network, len(plan.widths) - 1)
 
-    def make(folder: Path) -> dict[str, np.ndarray]:
-        reports = _reconstructed(run, plan, config, quantized, calibration_set, folder)
+    def make(folder: Path) -> Mapping[str, np.ndarray]:
+        reconstruction = _reconstruction(run, plan, config, quantized, calibration_set, folder)
+        if run.blockwise:
+            return BlockwiseReconstruction(run, reconstruction, folder).reconstruct()
+        trainer = run.trainer_settings
+        reports = reconstruct_network(
+            reconstruction, folder / "blocks.ckpt", accelerator=trainer["accelerator"],
+            progress_bar=trainer["progress_bar"],
+        )
         return _arrays(network) | {_REPORTS: np.array(json.dumps([report.to_dict() for report in reports]))}
 
+    kind, restore = ("reconstruction_packed", restore_arrays_) if run.blockwise else ("reconstruction", _restore)
     arrays = cached(
-        run.cache, "reconstruction", key, make, f"reconstruction {config.name}",
-        when_reused=lambda arrays: _restore(network, {k: v for k, v in arrays.items() if k != _REPORTS}),
+        run.cache, kind, key, make, f"reconstruction {config.name}",
+        when_reused=lambda arrays: restore(network, {k: v for k, v in arrays.items() if k != _REPORTS}),
     )
     reports = [BlockReport.from_dict(plain) for plain in json.loads(str(arrays[_REPORTS]))]
     found = summary(reports)
@@ -121,23 +131,19 @@ def settings_of(config: ReconstructionConfig) -> Settings | GPTQSettings:
     )
 
 
-def _reconstructed(
+def _reconstruction(
     run: Run, plan: Plan, config: ReconstructionConfig, quantized: QuantizedModel, calibration_set: CalibrationSet,
     folder: Path,
-) -> list[BlockReport]:
-    """Reconstruct the network in place; a killed run with the same settings is continued."""
+) -> Reconstruction:
+    """Return the reconstruction of the network in place."""
     network = quantized.network
     reference = transformed(run, quantized.transforms)  # whose weights were rounded
     reference.to(run.device)
     blocks = blocks_of(run, plan, config, network, reference)
-    reconstruction = Reconstruction(
+    return Reconstruction(
         network, reference, blocks, calibration_set, settings_of(config), seed=run.seed, batch_size=plan.batch_size,
         cache_bytes=1e9 * config.cache_gb, folder=folder / "rows",
         row_of_step=plan.time_bins if plan.n_bins > 1 else None,
-    )
-    trainer = run.trainer_settings
-    return reconstruct_network(
-        reconstruction, folder / "blocks.ckpt", accelerator=trainer["accelerator"], progress_bar=trainer["progress_bar"]
     )
 
 

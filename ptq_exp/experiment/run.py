@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,15 +15,19 @@ from tqdm import tqdm
 from ptq_exp.calibration import WITHOUT_IMAGES
 from ptq_exp.deploy.artifact import Artifact
 from ptq_exp.diffusion import Call, DiffusionModel, TimeGrid
+from ptq_exp.diffusion.zoo.build import mapped_weights
 from ptq_exp.diffusion.zoo.registry import check_numbers
 from ptq_exp.errors import CheckpointError, ConfigError, PTQError
 from ptq_exp.evaluation import FeatureExtractor
 from ptq_exp.experiment.pipeline import check_pipeline
 from ptq_exp.lightning import make_trainer
 from ptq_exp.pipelines import PipelineModel
+from ptq_exp.quantization.offload import mapped_copy, outermost, release_after_calls_, weight_bytes
 from ptq_exp.settings.compose import build, constructor
 from ptq_exp.settings.schema import CalibrationConfig, ExperimentConfig
 from ptq_exp.storage.cache import ArtifactCache
+
+_NOT_OF_LIGHTNING = ("threads", "max_memory_gb")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Run:
         extractor: of features of images; None = images are not scored.
         trainer_settings: arguments of `make_trainer`.
         compile: whether networks are compiled.
+        max_memory: bytes; a network whose weights do not fit in it twice is quantized block by block. None = in memory.
     """
 
     model: DiffusionModel
@@ -50,6 +56,7 @@ class Run:
     extractor: FeatureExtractor | None
     trainer_settings: Mapping[str, Any]
     compile: bool = False
+    max_memory: float | None = None
 
     @classmethod
     def of(cls, config: ExperimentConfig, saved: Artifact | None = None, fresh_since: float | None = None) -> Run:
@@ -74,17 +81,18 @@ class Run:
             saved.check_model(model)
         if config.model.channels_last:
             model.denoiser.to(memory_format=torch.channels_last)
-        trainer_settings = {key: value for key, value in asdict(config.trainer).items() if key != "threads"}
+        trainer_settings = {key: value for key, value in asdict(config.trainer).items() if key not in _NOT_OF_LIGHTNING}
         device = make_trainer("", **trainer_settings).strategy.root_device
         sampler = config.sampler
         grid = model.time_grid(sampler.steps, sampler.spacing, eta=sampler.eta, solver=sampler.solver)
         scale = model.sampler.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
         extractor = _extractor(config.evaluation.extractor, device)
-        cache = ArtifactCache(config.cache_dir, config.cache, fresh_since)
+        cache = ArtifactCache(config.cache_dir, config.cache, fresh_since, config.cache_lease)
         if saved is not None:
             saved.check_grid(grid, scale)
         return cls(
-            model, grid, scale, config.seed, device, cache, extractor, trainer_settings, config.model.compile
+            model, grid, scale, config.seed, device, cache, extractor, trainer_settings, config.model.compile,
+            bytes_of(config.trainer.max_memory_gb),
         )
 
     def trainer(self, title: str):
@@ -102,9 +110,36 @@ class Run:
             self.model.denoiser.compile()
         return self.model.guided(self.model.denoiser, self.guidance_scale)
 
+    @property
+    def blockwise(self) -> bool:
+        """Whether the network is quantized block by block, as its weights do not fit in memory twice."""
+        return self.max_memory is not None and 2 * weight_bytes(self.model.denoiser) > self.max_memory
+
+    def network_copy(self) -> nn.Module:
+        """Return an independent copy of the full-precision network on the device, its weights in files if `blockwise`.
+
+        Raises:
+            ConfigError: they would be in files, but the device is no CPU.
+        """
+        if not self.blockwise:
+            return self.model.copy_denoiser().to(self.device)
+        if self.device.type != "cpu":
+            raise ConfigError(
+                f"trainer.max_memory_gb={self.max_memory / 1e9:g}: block by block a CPU computes, not {self.device}: "
+                "set trainer.accelerator=cpu, or trainer.max_memory_gb=null"
+            )
+        network = mapped_copy(self.model.denoiser, self.cache.root / "parts")
+        release_after_calls_(network, outermost(network, self.model.blocks))
+        return network
+
     def example(self) -> Call:
         """Return a call of one sample on the device, for tracing."""
         return self.model.example_inputs().to(self.device)
+
+
+def bytes_of(gigabytes: float | None) -> float | None:
+    """Return a setting in GB as bytes."""
+    return None if gigabytes is None else 1e9 * gigabytes
 
 
 def open_saved(config: ExperimentConfig) -> Artifact | None:
@@ -140,7 +175,8 @@ def _model(config: ExperimentConfig, artifact: Artifact | None) -> DiffusionMode
     """
     node = config.model.build
     try:
-        model = build(node, "model.build", name=config.model.name)
+        with nullcontext() if config.trainer.max_memory_gb is None else mapped_weights():
+            model = build(node, "model.build", name=config.model.name)
     except PTQError as error:
         if artifact is None or not str(error).startswith("model.checkpoint="):
             raise

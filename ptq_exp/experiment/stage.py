@@ -90,8 +90,7 @@ def cached(
         PTQError: the cache cannot be written, or its entry cannot be read.
     """
     folder = working_folder(cache, kind, key)
-    value, reused = cache.get_or_make(kind, key, make=lambda: make(folder), save=save, load=load)
-    shutil.rmtree(folder, ignore_errors=True)
+    value, reused = cache.get_or_make(kind, key, make=lambda: make(folder), save=save, load=load, pieces=folder)
     if reused:
         when_reused(value)
     log.info("%s: %s%s", what, "reused from the cache" if reused else "computed", detail(value))
@@ -100,11 +99,15 @@ def cached(
 
 @contextmanager
 def resumable(cache: ArtifactCache, kind: str, key: Key) -> Iterator[Path]:
-    """Open the `working_folder` for one process at a time; it is removed when the block ends well."""
+    """Open the `working_folder` for one process at a time; it is removed when the block ends well.
+
+    A process that was stopped, and whose lock another one has taken meanwhile, leaves the folder to that one.
+    """
     folder = working_folder(cache, kind, key)
-    with cache.alone("parts", folder.name):
+    with cache.alone("parts", folder.name) as lease:
         yield folder
-        shutil.rmtree(folder, ignore_errors=True)
+        if not lease.lost():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def working_folder(cache: ArtifactCache, kind: str, key: Key) -> Path:

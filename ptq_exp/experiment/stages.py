@@ -12,6 +12,7 @@ import torch
 from ptq_exp.calibration import CalibrationSet, labelled, positions
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import Call, TimeGrid
+from ptq_exp.experiment.blockwise import calibrate_blocks
 from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.policy import policy
@@ -110,14 +111,17 @@ def quantize_model(
 
     Its weights hold their quantized values: sampling does not quantize them again at every step.
     """
-    network = run.model.copy_denoiser().to(run.device)
+    network = run.network_copy()
     example = run.example()
     rules = policy(plan, run.model, network, example)
     transforms = transform_(run, plan, keys, network, calibration_set, calibration_round, rules)
     report = quantize_(network, rules, example)
 
     def make(folder: Path) -> dict[str, np.ndarray]:
-        calibrate(run, plan, network, report, calibration_set)
+        if run.blockwise:
+            calibrate_blocks(run, plan, network, calibration_set, folder)
+        else:
+            calibrate(run, plan, network, report, calibration_set)
         return range_arrays(network)
 
     cached(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ptq_exp.calibration import CalibrationSet
+from ptq_exp.experiment.blockwise import fit_blocks
 from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
@@ -42,7 +43,10 @@ def transform_(
         sites, left = transform.chosen(transform.find(network, example), rules), transform.left(network, example)
 
         def make(folder: Path, transform: Transform = transform, sites=sites) -> dict[str, np.ndarray]:
-            fitted = transform.fit(network, sites, Fitting(show, rules))
+            if run.blockwise:
+                fitted = fit_blocks(run, plan, network, transform, sites, rules, calibration_set, folder)
+            else:
+                fitted = transform.fit(network, sites, Fitting(show, rules))
             return {name: tensor.cpu().numpy() for name, tensor in fitted.items()}
 
         key = keys.transform(calibration_round, [*(done.transform for done in applied), transform])
@@ -66,7 +70,7 @@ def transformed(run: Run, transforms: tuple[Applied, ...]) -> nn.Module:
     """Return the full-precision network that was quantized: the model's own, or a copy of it with `transforms`."""
     if not transforms:
         return run.model.denoiser
-    network = run.model.copy_denoiser().to(run.device)
+    network = run.network_copy()
     with torch.no_grad():
         for applied in transforms:
             applied.apply_(network)

@@ -14,7 +14,7 @@ from ptq_exp.diffusion import Call, DiffusionModel, NoiseSchedule, SamplerDefaul
 from ptq_exp.diffusion.noise import EVALUATION
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.pipelines.component import BLOCKS, FIRST_LAYERS, LAST_LAYERS, top_layers
-from ptq_exp.pipelines.identity import add_weights
+from ptq_exp.pipelines.identity import add_weights, plain
 from ptq_exp.pipelines.layout import CallLayout
 from ptq_exp.pipelines.nested import bound_arguments
 from ptq_exp.pipelines.network import PipelineNetwork, channels_first
@@ -61,6 +61,11 @@ class RecordedModel(DiffusionModel):
         found = hashlib.sha256(type(self.denoiser.component).__name__.encode())
         add_weights(found, self.denoiser.component)
         return found.hexdigest()
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """What decides the calibration set: the calls."""
+        return {"calls": plain([list(call) for call in self.calls])}
 
     @cached_property
     def _times(self) -> Tensor:

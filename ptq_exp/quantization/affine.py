@@ -176,3 +176,38 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (inside if kept is None else torch.maximum(inside, kept, out=inside)).mul_(grad)
         return grad_x, grad_scale, None, None, None, None
+
+
+def straight_through(
+    x: Tensor, found: Tensor, kept: Tensor | None = None, inside: Tensor | None = None
+) -> Tensor:
+    """Return `found`, the rounded `x`, with the gradient of `x` where it is `inside` (None: everywhere).
+
+    Args:
+        kept: as in `fake_quantize`.
+    """
+    if kept is not None:
+        found = torch.lerp(found, x.to(found.dtype), kept.to(found.dtype))
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return found
+    if inside is not None:
+        inside = inside if kept is None else inside | kept.bool()
+    return _StraightThrough.apply(x, found, inside)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Values found elsewhere, with the gradient of what they were found for."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *args
+        ctx: Any, x: Tensor, found: Tensor, inside: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(inside)
+        return found.clone()
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *args
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grad if inside is None else grad * inside, None, None

@@ -14,6 +14,7 @@ dictionary for JSON, has the bits and the shape of every packed weight and the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ptq_exp.errors import DataError, QuantizationError
 from ptq_exp.quantization.affine import QRange, check_range, integer_range
 from ptq_exp.quantization.calibrate import quantizers
+from ptq_exp.quantization.offload.mapped import SMALLEST, folder_of, in_file
 from ptq_exp.quantization.packing import pack, unpack
 from ptq_exp.quantization.quantizer import Quantizer, WeightQuantizer
 from ptq_exp.quantization.quantizer.formats import format_of
@@ -34,22 +36,32 @@ _FOLLOWS = ("calibrated", "frozen")  # buffers of quantizers that say nothing ne
 def packed_state(network: nn.Module) -> tuple[dict[str, Tensor], dict]:
     """Pack all of `network` into tensors on the CPU, by name, and describe their layout.
 
+    Where the weights of `network` lie in files, so do the packed ones.
+
     Raises:
         QuantizationError: a quantizer is not calibrated, or a weight is not frozen or not on its grid.
     """
     tensors: dict[str, Tensor] = {}
+    folder = folder_of(network)
     layout: dict = {"weights": {}, "ranges": {}}
     for name, layer in packed_layers(network):
         bits = layer.weight_quantizer.bits
         packed = pack(layer.weight_quantizer.integers(layer.weight).cpu().numpy(), bits)
-        tensors[name] = torch.from_numpy(packed.copy())
+        tensors[name] = _kept(torch.from_numpy(packed.copy()), folder)
         layout["weights"][name] = weight_entry(layer)
     for name, quantizer in quantizers(network):
         found, layout["ranges"][name] = _pack_ranges(name, quantizer)
         tensors |= {f"{name}.{field}": value for field, value in found.items()}
-    tensors |= other_state(network)
     # a copy of each: parameters may share their memory, which a file cannot
-    return {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, layout
+    tensors |= {name: _kept(value, folder) for name, value in other_state(network).items()}
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, layout
+
+
+def _kept(value: Tensor, folder: Path | None) -> Tensor:
+    """Return a copy of `value` on the CPU, in a file in `folder` where there is one and it is large."""
+    value = value.detach().cpu()
+    large = value.numel() * value.element_size() >= SMALLEST
+    return value.clone() if folder is None or not large else in_file(value, folder)
 
 
 def restore_state_(network: nn.Module, tensors: Mapping[str, Tensor], layout: Mapping) -> None:

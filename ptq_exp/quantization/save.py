@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from ptq_exp.errors import ConfigError, DataError, QuantizationError, one_line
@@ -80,6 +80,16 @@ def save_quantized(
     with atomic_path(path.with_name(DESCRIPTION_FILE)) as temporary:
         temporary.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return description
+
+
+def tensors_bytes(network: nn.Module, rules: Sequence[Rule] = ()) -> int:
+    """Return the size of the file of tensors that `save_quantized` would write; all of it is in memory meanwhile.
+
+    Raises:
+        QuantizationError: as `save_quantized`.
+    """
+    metadata = {"format": FORMAT, "version": str(version_of(rules)), _HASH: "0" * 64}
+    return len(save(packed_state(network)[0], metadata))
 
 
 def version_of(rules: Sequence[Rule]) -> int:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization import QRange, WeightQuantizer
+from ptq_exp.quantization.quantizer.formats import format_of
 
 STRETCH, SHIFT = 1.2, -0.1
 
@@ -120,7 +122,17 @@ class Rounding(nn.Module):
 
 
 def _flat_grid(weight: Tensor, quantizer: WeightQuantizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale, weight / scale, lowest and highest level (from the zero point) of every element, each [n] float32."""
+    """Scale, weight / scale, lowest and highest level (from the zero point) of every element, each [n] float32.
+
+    Raises:
+        QuantizationError: the quantizer has a number format.
+    """
+    if made := format_of(quantizer):
+        layer = quantizer.name.removesuffix(".weight_quantizer")
+        raise QuantizationError(
+            f"{layer} is quantized to the number format {made}, and roundings are learned of integers: set "
+            "reconstruction=gptq or none, or choose a width such as 4"
+        )
     weight = weight.detach().float()
     cells = QRange(*(cell.expand(weight.shape).reshape(-1) for cell in quantizer.cells(weight)))
     ratio = torch.div(weight.reshape(-1), cells.scale)

@@ -14,7 +14,6 @@ from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, disabled
-from ptq_exp.quantization.quantizer.formats import format_of
 from ptq_exp.quantization.trace.evaluate import evaluate
 
 
@@ -69,8 +68,6 @@ def find_blocks(
         QuantizationError: a block is called never in a forward, or on several inputs, which could not be kept apart.
     """
     layers = [name for name, m in network.named_modules() if isinstance(_weight_quantizer(m), WeightQuantizer)]
-    for name in (layer for layer in layers if layer not in elsewhere):
-        _check_integers(name, network.get_submodule(name))
     owner = {layer: _outermost(layer, patterns) for layer in layers if layer not in elsewhere}
     names = set(layers) | set(owner.values())
     order, counts = _call_order(network, names, pytree.tree_map(_generic, example_inputs))
@@ -90,16 +87,6 @@ def find_blocks(
         Block(name, _within(name, found), _within(name, [layer for layer in elsewhere if layer.startswith(f"{name}.")]))
         for name, found in inside.items()
     ]
-
-
-def _check_integers(name: str, layer: nn.Module) -> None:
-    """Raise QuantizationError for a layer of which a quantizer has a number format: what is learned are integers."""
-    for quantizer in layer.children():
-        if made := format_of(quantizer):
-            raise QuantizationError(
-                f"{name} is quantized to the number format {made}, and roundings are learned of integers: set "
-                "reconstruction=none, or choose a width such as 4"
-            )
 
 
 def _within(block: str, layers: Sequence[str]) -> tuple[str, ...]:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ptq_exp.quantization.affine import QRange
 from ptq_exp.reconstruction.block_report import LayerRounding
 from ptq_exp.reconstruction.blocks import Block
-from ptq_exp.reconstruction.gptq_rounding import Levels, round_columns
+from ptq_exp.reconstruction.gptq_grid import grid_of, put_
+from ptq_exp.reconstruction.gptq_rounding import round_columns
 from ptq_exp.reconstruction.hessian import InputHessian, grouped, hessian_bytes
 from ptq_exp.reconstruction.optimise import EVALUATION_BATCH, BlockData
 
@@ -118,10 +118,7 @@ class GPTQBlock:
     def _round(self, number: int, hessian: InputHessian) -> LayerRounding:
         """Round one layer, unless its nearest rounding is as good."""
         layer, weight = self.layers[number], self.full[number].to(self.device)
-        cells = QRange(*(
-            grouped(layer, part.expand(weight.shape)) for part in layer.weight_quantizer.cells(weight.float())
-        ))
-        grid = Levels(cells.scale, cells.qmin - cells.zero_point, cells.qmax - cells.zero_point)
+        grid = grid_of(layer, weight)
         found = round_columns(
             grouped(layer, weight), hessian.total, grid, act_order=self.settings.act_order,
             damping=self.settings.damping,
@@ -130,8 +127,7 @@ class GPTQBlock:
         before, after = found.before * per_input, found.after * per_input
         better = found.after < found.before
         if better:
-            integers = (found.levels - grid.lowest).to(torch.int32)
-            layer.weight_quantizer.restore(layer.weight, integers.reshape(weight.shape))
+            put_(layer, grid, found.levels)
         return LayerRounding(
             self.block.layers[number], before, after if better else before, found.damping, hessian.rows,
             "" if better else "its nearest rounding is as good",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ptq_exp.errors import DataError, QuantizationError
 from ptq_exp.quantization.affine import SCALE_FLOOR, integer_range, symmetric_levels
+from ptq_exp.reconstruction.gptq_grid import Elements, Levels, reordered
 
 LAZY = 128
 """Columns whose errors are passed on to all later columns in one product; it changes no result."""
@@ -25,27 +26,11 @@ LEAST_RETRY, RETRIES = 1e-3, 32
 """Where the factorization fails the damping doubles, from at least the first, at most so many times."""
 
 
-class Levels(NamedTuple):
-    """The grid of each weight, counted from the zero point: `scale` times an integer from `lowest` to `highest`.
-
-    All float64 [groups, out, in].
-    """
-
-    scale: Tensor
-    lowest: Tensor
-    highest: Tensor
-
-    def nearest(self, values: Tensor, column: int | slice = slice(None)) -> Tensor:
-        """Return the levels nearest to `values`, ties to even, of one or all columns."""
-        scale, lowest, highest = (part[..., column] for part in self)
-        return torch.div(values, scale).round_().clamp_(lowest, highest)
-
-
 class RoundedWeight(NamedTuple):
     """Outcome of `round_columns`.
 
     Attributes:
-        levels: integers from the zero point, float64 [groups, out, in].
+        levels: in units of the grid's scale, float64 [groups, out, in]: integers from the zero point, or elements.
         before, after: tr(E H E^T) of the nearest rounding and of this one, without damping.
         damping: share of the mean of the diagonal that was added to it in the end.
     """
@@ -124,7 +109,7 @@ def _grid(weight: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -
 
 @torch.no_grad()
 def round_columns(
-    weight: Tensor, hessian: Tensor, grid: Levels, *, act_order: bool, damping: float
+    weight: Tensor, hessian: Tensor, grid: Levels | Elements, *, act_order: bool, damping: float
 ) -> RoundedWeight:
     """Round ``weight`` [groups, out, in] float64, with a Hessian [groups, in, in] for each group, see `gptq`.
 
@@ -139,10 +124,9 @@ def round_columns(
     before = objective(weight - nearest * grid.scale, hessian)
     order = diagonal.argsort(dim=-1, descending=True, stable=True) if act_order else None
     factor, used = _inverse_factor(_permuted(hessian, order), damping)
-    ordered = Levels(*(_columns(part.expand_as(weight), order) for part in grid))
-    levels = _rounded(_columns(weight, order).clone(), factor, ordered)
+    levels = _rounded(reordered(weight, order).clone(), factor, grid.reordered(order, weight))
     if order is not None:
-        levels = _columns(levels, order.argsort(dim=-1))
+        levels = reordered(levels, order.argsort(dim=-1))
     return RoundedWeight(levels, before, objective(weight - levels * grid.scale, hessian), used)
 
 
@@ -151,7 +135,7 @@ def objective(error: Tensor, hessian: Tensor) -> float:
     return float(((error @ hessian) * error).sum())
 
 
-def _rounded(weight: Tensor, factor: Tensor, grid: Levels) -> Tensor:
+def _rounded(weight: Tensor, factor: Tensor, grid: Levels | Elements) -> Tensor:
     """Return the levels of `weight` (overwritten), column by column; `factor` is U of H^-1 = U^T U."""
     levels, columns = torch.empty_like(weight), weight.shape[-1]
     for start in range(0, columns, LAZY):
@@ -188,13 +172,8 @@ def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     raise QuantizationError(f"gptq: the Hessian has no Cholesky factor, not even with a damping of {damping:g}")
 
 
-def _columns(values: Tensor, order: Tensor | None) -> Tensor:
-    """Return ``values`` [groups, out, in] with the columns of each group in `order` [groups, in]."""
-    return values if order is None else values.gather(-1, order[:, None].expand_as(values))
-
-
 def _permuted(hessian: Tensor, order: Tensor | None) -> Tensor:
     """Return the Hessians [groups, in, in] with rows and columns in `order` [groups, in]."""
     if order is None:
         return hessian
-    return _columns(_columns(hessian, order).mT.contiguous(), order).mT
+    return reordered(reordered(hessian, order).mT.contiguous(), order).mT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from ptq_exp.calibration import CalibrationSet
 from ptq_exp.errors import DataError
 from ptq_exp.reconstruction.block_report import BlockError, BlockReport
 from ptq_exp.reconstruction.blocks import Block
-from ptq_exp.reconstruction.capture import Arena, capture
+from ptq_exp.reconstruction.capture import Arena, Batch, capture
 from ptq_exp.reconstruction.gptq_block import GPTQBlock, GPTQSettings
 from ptq_exp.reconstruction.optimise import BlockData, BlockOptimisation, Settings, block_error
 from ptq_exp.reconstruction.time_block import TimeBlock
@@ -59,6 +59,10 @@ class Reconstruction:
         folder: for these files; it must belong to this computation alone.
         row_of_step: for each sampling step the row of the activation ranges that it uses, int64 [S]; None = the row of
             `network` that is in force serves all.
+
+    Attributes:
+        batches: (one of both networks, samples) -> their batches; whoever replaces it may change what the network
+            does with a batch before it reaches the block whose turn it is.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Reconstruction:
         self.settings, self.seed, self.batch_size = settings, seed, batch_size
         self.arena = Arena(cache_bytes, folder)
         self.row_of_step = row_of_step
+        self.batches: Callable[[nn.Module, CalibrationSet], Iterable[Batch]] = self._in_memory
         self.reports: list[BlockReport] = []
         self.current: BlockOptimisation | GPTQBlock | None = None
 
@@ -132,16 +137,24 @@ class Reconstruction:
         inputs = (data.full, data.quantized)
         return tuple(block_error(module, calls, data.full.output, self.block.name) for calls in inputs)
 
+    def rows_of(self, samples: CalibrationSet) -> Tensor | None:
+        """Return the row of the activation ranges of each row of the batches of `samples`; None = that in force."""
+        # with guidance, of both halves
+        return None if self.row_of_step is None else self.row_of_step[samples.batch_steps(self.batch_size)]
+
+    def _in_memory(self, network: nn.Module, samples: CalibrationSet) -> Iterable[Batch]:
+        """Yield the batches that `network` is run on until it reaches the block whose turn it is."""
+        return samples.batches(self.batch_size)
+
     def _capture(self, samples: CalibrationSet, *, reference: bool = True) -> BlockData:
         device = next(self.network.parameters()).device
-        steps = samples.batch_steps(self.batch_size)  # with guidance, of both halves
-        step_rows = None if self.row_of_step is None else self.row_of_step[steps]
+        rows = len(samples.batch_steps(self.batch_size))
+        step_rows = self.rows_of(samples)
 
         def calls(network: nn.Module, output: bool):
-            batches = samples.batches(self.batch_size)
             return capture(
-                network, self.block.name, batches, len(steps), self.arena, output=output, device=device,
-                step_rows=step_rows,
+                network, self.block.name, self.batches(network, samples), rows, self.arena, output=output,
+                device=device, step_rows=step_rows,
             )
 
         return BlockData(calls(self.reference, True) if reference else None, calls(self.network, False))

@@ -41,6 +41,8 @@ _SPEC, _PAIR_SPEC = "experiment.scores.Scorer.metric_spec", "experiment.pairs.Pa
 _PAIRS, _GATE = "experiment.pairs.PairScorer", "evaluation.gate.judged"
 _CHOICE, CHOSEN = "experiment.choose_bits.best_choice", "runs with a budget (`bits=auto`)"
 GATED = "runs with `evaluation.gate`"
+FORECAST = "runs of models that can be forecast: no pipelines, one device, no `bits=auto`"
+_FORECAST, _BESIDE = "experiment.forecast.Forecast.to_dict", "experiment.forecast.Forecast.beside"
 _MEASURED, _TIMES = "deploy.measure.execution_entry", "deploy.measure.times_entry"
 _FAITHFUL = "deploy.measure.faithfulness"
 _BOTH = "`conv_linear`: convolutions and linear layers, `everything`: attention products, too"
@@ -64,6 +66,17 @@ LAYOUT = (
     Entry("environment.*", "platform, processor, and versions of this package, Python and libraries", "text",
           _ENVIRONMENT),
     Entry("seconds.*", "wall time of each stage in this process, by its name", "s", _STAGES),
+    Entry("forecast.seconds.*", "wall time of each stage as it was forecast; null where nobody knows", "s", _FORECAST,
+          FORECAST),
+    Entry("forecast.total_seconds", "of the stages that are known, in sum", "s", _FORECAST, FORECAST),
+    Entry("forecast.reused", "stages whose result was in the cache", "list of names", _FORECAST, FORECAST),
+    Entry("forecast.memory_bytes", "most memory in use, of the process or of its GPU", "bytes", _FORECAST, FORECAST),
+    Entry("forecast.disk_bytes.*", "what is written to the cache and to the run folder", "bytes", _FORECAST, FORECAST),
+    Entry("forecast.took", "time that the forecast itself took", "s", _FORECAST, FORECAST),
+    Entry("forecast.taken.seconds", "what the stages that had been forecast have taken", "s", _BESIDE, FORECAST),
+    Entry("forecast.taken.ratio", "forecast over taken; null where nothing was taken", "factor", _BESIDE, FORECAST),
+    Entry("forecast.taken.memory_bytes", "most memory in use since the forecast; 0 where the system does not say",
+          "bytes", _BESIDE, FORECAST),
     Entry("cache.hits", "artefacts that were reused from the cache", "count", _STAGES),
     Entry("cache.misses", "artefacts that were computed", "count", _STAGES),
     Entry("cache.kinds.*", "both by kind of artefact", "count", _STAGES),

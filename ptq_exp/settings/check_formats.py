@@ -18,22 +18,43 @@ def check_formats(config: ExperimentConfig) -> None:
             f"quantization.weight_granularity=group contradicts bits.weight={bits.weight}, which has blocks of its "
             "own: choose quantization.weight_granularity=channel"
         )
-    named = [(f"bits.{key}", getattr(bits, key)) for key in ("weight", "activation")]
+    sides = ("weight", "activation")
+    named = [(f"bits.{side}", getattr(bits, side), side) for side in sides]
     for key, value in bits.groups.items():
         if value is not None:
-            named += [(f"bits.groups.{key}", part) for part in group_bits(f"bits.groups.{key}", value)]
-    formats = [(setting, value) for setting, value in named if isinstance(value, str)]
-    if formats and config.reconstruction.active:
-        setting, value = formats[0]
-        raise ConfigError(
-            f"reconstruction={config.reconstruction.name} learns roundings of integers, but {setting}={value} is a "
-            "number format: choose reconstruction=none, or a width such as 4"
-        )
+            pair = group_bits(f"bits.groups.{key}", value)
+            named += [(f"bits.groups.{key}", part, side) for part, side in zip(pair, sides, strict=True)]
+    formats = [(setting, value, key) for setting, value, key in named if isinstance(value, str)]
+    _check_reconstruction(config, formats)
     if isinstance(bits.activation, str) and config.runtime.engine is not None:
         raise ConfigError(
             f"bits.activation={bits.activation} is a number format, which runtime={config.runtime.engine} cannot "
             "execute (simulated only): choose runtime=simulate without runtime.compare, or a width such as 8"
         )
+
+
+def _check_reconstruction(config: ExperimentConfig, formats: list[tuple[str, str, str]]) -> None:
+    """Check what is learned about operands in `formats`, (setting, format, "weight" or "activation")."""
+    from ptq_exp.quantization.formats import FORMATS, CodebookFormat
+
+    method = config.reconstruction
+    name = f"reconstruction={method.name}"
+    for setting, value, side in formats if method.active else ():
+        if side == "weight" and method.method != "gptq":
+            raise ConfigError(
+                f"{name} learns roundings of integers, but {setting}={value} is a number format: choose "
+                "reconstruction=gptq or none, or a width such as 4"
+            )
+        if side == "weight" and isinstance(FORMATS[value], CodebookFormat):
+            raise ConfigError(
+                f"{name} chooses among levels that all rows share, but those of {setting}={value} are each row's own: "
+                "choose reconstruction=none, or another format"
+            )
+        if side == "activation" and method.step_lr:
+            raise ConfigError(
+                f"reconstruction.step_lr={method.step_lr} learns step sizes of integers, but {setting}={value} is a "
+                "number format: set reconstruction.step_lr=0"
+            )
 
 
 def _check_unquantized(config: ExperimentConfig) -> None:

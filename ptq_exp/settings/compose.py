@@ -58,7 +58,8 @@ def job_threads() -> int | None:
     launcher = HydraConfig.get().launcher
     jobs = launcher.get("n_jobs")
     if jobs is None:
-        return launcher.get("cpus_per_task")
+        of_ray = OmegaConf.select(launcher, "ray.remote.num_cpus")
+        return launcher.get("cpus_per_task", of_ray and max(1, int(of_ray)))
     cores = len(os.sched_getaffinity(0))
     jobs = jobs if jobs > 0 else max(1, cores + 1 + jobs)  # as joblib counts: -1 = all cores, -2 = all but one
     return None if jobs == 1 else max(1, cores // jobs)

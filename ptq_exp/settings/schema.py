@@ -171,6 +171,10 @@ class TrainerConfig:
         None, "CPU threads; null: as many as torch takes, or the share of one job where several run at once.",
         low=1, high=4096,
     )
+    max_memory_gb: float | None = setting(
+        None, "Quantize a network block by block, with weights and states on disk, where two copies of its weights are "
+        "larger than so many GB; the result is the same. null: in memory.", low=0,
+    )
 
 
 @dataclass
@@ -234,11 +238,17 @@ class ExperimentConfig:
     imports: list[str] = setting(
         list, "Python modules to import first: they may register range metrics, sources of states and models."
     )
+    forecast: bool = setting(
+        False, "Only say what the run would take: seconds of each stage, memory, disk (docs/results/scale.md)."
+    )
     cache: str = setting(
         "on", "Share calibration sets, images and features between runs, do without, or compute them anew.",
         choices="ptq_exp.storage.cache.MODES",
     )
     cache_dir: str = setting("", "Folder of what runs share.", path=True)
+    cache_lease: float = setting(
+        120.0, "Seconds without a sign of life after which other machines take over what one was computing.", low=1
+    )
     save_quantized: bool = setting(True, "Leave the quantized model in the sub-folder quantized/ of the run folder.")
     quantized: str | None = setting(
         None, "Folder of a saved quantized model, which is evaluated as it is (+experiment=evaluate).", path=True

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from ptq_exp.errors import ConfigError, PTQError
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.entries import damage, temporary
-from ptq_exp.storage.locks import lock_of, only_one
+from ptq_exp.storage.locks import LEASE_SECONDS, Lease, lock_of, only_one
 from ptq_exp.storage.plain_json import read_json, to_plain, write_json
 
 T = TypeVar("T")
@@ -42,14 +42,15 @@ class ArtifactCache:
 
     An entry is the folder `root/kind/<digest>` with the artefact and `entry.json` (the specification, and the
     checksum of the artefact). It is filled under a temporary name and renamed: nobody sees half of one. Of several
-    processes that need the same entry one computes it, the others wait; when that one dies, the next takes over. An
-    entry whose checksum is wrong is logged and built again.
+    processes that need the same entry one computes it, the others wait; when that one dies, the next takes over (see
+    `ptq_exp.storage.locks`). An entry whose checksum is wrong is logged and built again.
 
     Args:
         root: folder of the cache, created when the first entry is stored.
         mode: "on" reuses and stores, "off" does neither, "refresh" replaces what is older than `fresh_since`.
         fresh_since: time (seconds since 1970) from which on an entry counts as fresh; None = now. The jobs of a sweep
             share the start of the sweep, so that only the first of them computes anew.
+        lease: seconds after which others take over what a machine that has died was computing.
 
     Attributes:
         hits, misses: per kind, how many entries were reused, and computed.
@@ -59,11 +60,15 @@ class ArtifactCache:
         ConfigError: an unknown mode.
     """
 
-    def __init__(self, root: str | os.PathLike[str], mode: str = "on", fresh_since: float | None = None) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], mode: str = "on", fresh_since: float | None = None,
+        lease: float = LEASE_SECONDS,
+    ) -> None:
         if mode not in MODES:
             raise ConfigError(f"cache mode {mode!r} is unknown, expected one of {', '.join(MODES)}")
         self.root = Path(root)
         self.mode = mode
+        self.lease = lease
         self.fresh_since = time.time() if fresh_since is None else fresh_since
         self.hits: Counter[str] = Counter()
         self.misses: Counter[str] = Counter()
@@ -83,6 +88,7 @@ class ArtifactCache:
         save: Callable[[T, Path], Any],
         load: Callable[[Path], T],
         suffix: str = ".npz",
+        pieces: Path | None = None,
     ) -> tuple[T, bool]:
         """Return the artefact of (kind, spec), loaded if it is there and whole, made and stored otherwise.
 
@@ -93,6 +99,8 @@ class ArtifactCache:
             save: save(value, path) writes exactly one file at path; it must lose nothing that `load` needs.
             load: load(path) reads it back.
             suffix: of the file, for writers that look at it.
+            pieces: folder in which `make` keeps what a killed run goes on with; removed when the value is there. None
+                means that there is none.
 
         Returns:
             The value, and whether it was reused.
@@ -101,20 +109,32 @@ class ArtifactCache:
             PTQError: the entry cannot be written, or is whole but cannot be loaded (made by another version).
         """
         if self.mode == "off":
-            return self._made(kind, make)[0], False
+            value, _ = self._made(kind, make)
+            _remove(pieces)
+            return value, False
         key = digest(kind, spec)
         entry = self.root / kind / key
         with suppress(PTQError):  # optimistic read without the lock; errors are reported under it, below
             if (found := self._reused(kind, entry, load)) is not None:
+                _remove(pieces)
                 return found[0], True
-        with self.alone(kind, key) as waited_for:
-            if (found := self._reused(kind, entry, load, say=True)) is not None:
-                return found[0], True
-            if waited_for is not None:
-                _log.info("%s: %s ended without it, computing it here", kind, waited_for)
-            value, seconds = self._made(kind, make)
-            self._store(entry, {"spec": spec, "seconds": seconds}, value, save, suffix)
-        return value, False
+        made: tuple[T, float] | None = None
+        while True:
+            with self.alone(kind, key) as lease:
+                if (found := self._reused(kind, entry, load, say=True)) is not None:
+                    _remove(pieces)
+                    return found[0], True
+                if lease.waited_for is not None:
+                    _log.info("%s: %s ended without it, computing it here", kind, lease.waited_for)
+                made = made or self._made(kind, make)
+                if not lease.lost():
+                    self._store(entry, {"spec": spec, "seconds": made[1]}, made[0], save, suffix)
+                    _remove(pieces)
+                    return made[0], False
+                _log.warning(
+                    "%s: this process did not renew its lock for %g s (was it stopped?), and another one has taken it: "
+                    "waiting for that one's %s", kind, self.lease, entry,
+                )
 
     def _made(self, kind: str, make: Callable[[], T]) -> tuple[T, float]:
         """Return what `make` computes, and the wall seconds that it took."""
@@ -126,7 +146,7 @@ class ArtifactCache:
         return value, seconds
 
     @contextmanager
-    def alone(self, kind: str, key: str) -> Iterator[str | None]:
+    def alone(self, kind: str, key: str) -> Iterator[Lease]:
         """Keep other processes out of what is computed under this kind and key; see `only_one`.
 
         Raises:
@@ -134,13 +154,13 @@ class ArtifactCache:
         """
         with ExitStack() as held:
             try:
-                waited_for = held.enter_context(only_one(lock_of(self.root, kind, key), kind))
+                lease = held.enter_context(only_one(lock_of(self.root, kind, key), kind, self.lease))
             except OSError as error:
                 raise PTQError(
                     f"cannot write the cache entry {self.root / kind / key}: {error.strerror or error}; choose a "
                     "cache_dir that can be written, or free space there"
                 ) from error
-            yield waited_for
+            yield lease
 
     def _reused(self, kind: str, entry: Path, load: Callable[[Path], T], say: bool = False) -> tuple[T] | None:
         """Return the value of an entry that is there, whole and not to be replaced; None if there is none."""
@@ -180,7 +200,7 @@ class ArtifactCache:
 
 
 def _rename_unless_present(folder: Path, entry: Path) -> None:
-    """Move a complete entry into place; if another process was faster (without locks), its entry means the same."""
+    """Move a complete entry into place; if another process was faster (its lock was lost), its entry means the same."""
     try:
         folder.rename(entry)
     except OSError:
@@ -196,6 +216,11 @@ def _discard(entry: Path) -> None:
     except FileNotFoundError:
         return
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _made_at(entry: Path) -> float:

@@ -49,10 +49,10 @@ class Entry:
     problem: str | None = None
 
     def locks(self, root: Path) -> list[Path]:
-        """Return the lock files in the cache `root` of a process that writes the entry, or makes it from pieces."""
+        """Return the locks in the cache `root` of a process that writes the entry, or makes it from pieces."""
         kind, name = self.path.relative_to(root).parts[:2]
         digest = name.lstrip(".").partition(".")[0]
-        found = set((root / ".locks").glob(f"*-{digest[:16]}*.lock"))
+        found = set((root / ".locks").glob(f"*-{digest[:16]}*.lease"))
         # of a whole digest the kind's own lock, too, which need not be there yet
         return sorted(found | ({lock_of(root, kind, digest)} if _DIGEST.fullmatch(digest) else set()))
 

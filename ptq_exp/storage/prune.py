@@ -89,6 +89,6 @@ def _lock(root: Path, entry: Entry) -> Iterator[bool]:
     with ExitStack() as stack:
         try:
             free = stack.enter_context(all_free(entry.locks(root)))
-        except (NotImplementedError, OSError):  # a file system without locks, or one that is read alone
+        except OSError:  # a file system that is read alone
             free = entry.kind != PARTS and entry.problem != HALF_WRITTEN
         yield free

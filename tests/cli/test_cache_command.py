@@ -1,5 +1,6 @@
 """`cache ls` counts what is there; `cache prune` removes what it should, and nothing that a live process computes."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -231,15 +232,14 @@ def test_others_go_in_place_of_what_is_held(cache, root, process):
     kill(child)
 
 
-def test_without_file_locks_only_whole_entries_go(cache, root, monkeypatch):
+def test_where_no_lock_can_be_written_only_whole_entries_go(cache, root, monkeypatch):
     whole, half, pieces = store(root, "images", 1), leftover(root, dead_pid()), part(root)
 
-    (root / ".locks" / f"images-{'a' * 32}.lock").touch()  # of the process that writes it
+    def read_alone(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
 
-    def no_locks(self, *args, **kwargs):
-        raise NotImplementedError
-
-    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    monkeypatch.setattr("ptq_exp.storage.locks._created", read_alone)
+    (root / ".locks" / f"images-{'a' * 32}.lease").mkdir()  # of the process that writes it
     cache("prune", "--all")
     assert (whole.exists(), half.exists(), pieces.exists()) == (False, True, True)
 

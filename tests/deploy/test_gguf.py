@@ -11,6 +11,7 @@ from torch import nn
 from ptq_exp.cli.export import main
 from ptq_exp.errors import DataError
 from ptq_exp.quantization import Policy, WeightQuantizer, Widths, calibrate_, quantize_
+from ptq_exp.quantization.transforms.rotate import Rotate
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'ptq-exp[gguf]'")
 from ptq_exp.deploy import gguf_file  # noqa: E402
@@ -70,6 +71,19 @@ def test_a_quantized_network_is_read_back(tmp_path):
     assert all(about["distance"][name] < limit for name, limit in limits.items())
     fields = gguf.GGUFReader(str(tmp_path / "file.gguf")).fields
     assert bytes(fields["general.architecture"].parts[-1]) == b"ptq-exp"
+
+
+def test_what_a_transform_does_at_run_time_is_put_into_the_weights(tmp_path):
+    """A reader knows no rotation: the file has to hold the weight that does without."""
+    torch.manual_seed(0)
+    network, rotate = nn.Sequential(nn.Linear(64, 32)).requires_grad_(False), Rotate(group=16)
+    before = network[0].weight.clone()
+    rotate.apply_(network, {"16": ("0",)}, {})
+    network[0].weight_quantizer = WeightQuantizer(8, symmetric=True)
+    assert (network[0].weight - before).norm() > before.norm() / 2
+    about, found = written(network, tmp_path / "file.gguf")
+    assert about["distance"]["0.weight"] < 6e-3
+    np.testing.assert_allclose(values(found["0.weight"]).reshape(32, 64), before.numpy(), atol=1e-3)
 
 
 def test_a_network_without_quantized_weights_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Commands of README and docs, run as they stand; those of reproduce.md and results/ in files of their own.
 
+Launchers have tests of their own, and so have the commands of clusters.md.
 Of a sweep those jobs run that have a method (an experiment, a metric, ...) which no command before has had, and at
 least one. Published models are replaced by the embedded one of their kind, for want of their weights, and each
 network by one of fewer layers of the same kinds. Experiment files as they stand, on the default model, run in
@@ -15,9 +16,8 @@ from guide_runs import TINY, assert_recorded, chosen_by, run_or_plan, runs
 from small_pipelines import PROMPTS, SMALL
 
 ALL = runs()
-RUNS = chosen_by(
-    lambda page: page not in ("reproduce", "number_formats", "transforms") and not page.startswith("results/")
-)
+ELSEWHERE = ("reproduce", "number_formats", "transforms", "clusters")
+RUNS = chosen_by(lambda page: page not in ELSEWHERE and not page.startswith("results/"))
 pytestmark, COMMON_CACHE = pytest.mark.usefixtures("small_networks"), True
 
 

@@ -15,7 +15,7 @@ from ptq_exp.settings.compose import config_folder, validated
 DOCS = Path(__file__).parents[2] / "docs"
 NAMES = ("README", "reproduce", "tables", "own_model", "extend", "differences", "sweeps", "saved_models",
          "published_models", "pipelines", "number_formats", "embedded_models", "embedded_pipelines", "results/digits",
-         "results/low_bits", "results/noise", "methods", "transforms")
+         "results/low_bits", "results/noise", "methods", "transforms", "clusters")
 PAGES = {name: (DOCS / f"{name}.md").read_text() for name in NAMES}
 
 

@@ -187,6 +187,22 @@ def test_values_of_the_format_stay(name):
     assert bool((once[:2] == 0).all())
 
 
+@pytest.mark.parametrize("levels", ["", "_one_level"])
+def test_four_over_six_takes_the_better_scale_of_each_block(levels):
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    x[0], x[1, :16] = 0, torch.tensor([4.0, -4, 2, 3] * 4)
+    best, six = FORMATS[f"nvfp4_4over6{levels}"], FORMATS[f"nvfp4{levels}"]
+    four = replace(six, tops=(4.0,))
+    scale = six.scale_of(x.abs().amax()) if six.tensor_scale else None
+    errors = [(made.fake_quantize(x, scale) - x).square().unflatten(-1, (4, 16)).sum(-1) for made in (best, six, four)]
+    assert torch.equal(errors[0], torch.minimum(errors[1], errors[2]))
+    assert bool((errors[0] < errors[1]).any()) and bool((errors[0] < errors[2]).any())
+    found = best.fake_quantize(x, scale)
+    assert torch.equal(best.decode(best.encode(found, scale)), found)
+    if levels:
+        assert torch.equal(found[1, :16], x[1, :16])  # 3 and 2 are in the elements' reach with 4 as the largest
+
+
 def test_values_of_nvfp4_are_recognised_whatever_their_block_scale():
     made = FORMATS["nvfp4"]
     x = torch.randn(512, 16, generator=torch.Generator().manual_seed(4)) * torch.logspace(-7, 0, 512)[:, None]

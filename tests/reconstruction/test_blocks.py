@@ -6,7 +6,7 @@ from torch import nn
 
 from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization import Policy, QuantSpec, Rule, TensorSpec, Widths, calibrate_weights_, quantize_
-from ptq_exp.reconstruction import Arena, Block, capture, find_blocks
+from ptq_exp.reconstruction import Arena, Block, Rounding, capture, find_blocks
 
 EXAMPLE = (torch.zeros(1, 1, 6, 6), torch.zeros(1))
 CPU = torch.device("cpu")
@@ -111,11 +111,11 @@ def test_a_block_names_its_modules(toy):
     assert block.module(toy) is toy.resnets[0] and block.modules(toy) == [toy.resnets[0].conv1, toy.resnets[0].conv2]
 
 
-def test_number_formats_are_refused_by_name():
-    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    quantize_(network, [Rule("*", QuantSpec(TensorSpec(4), TensorSpec("mxfp4")))], (torch.randn(1, 4),))
-    with pytest.raises(QuantizationError, match="0 is quantized to the number format mxfp4.*reconstruction=none"):
-        find_blocks(network, (), (torch.randn(1, 4),))
+def test_roundings_of_number_formats_are_refused_by_name():
+    layer = nn.Sequential(nn.Linear(4, 4))
+    quantize_(layer, [Rule("*", QuantSpec(TensorSpec("mxfp4"), TensorSpec(4)))], (torch.randn(1, 4),))
+    with pytest.raises(QuantizationError, match="0 is quantized to the number format mxfp4.*reconstruction=gptq"):
+        Rounding([layer[0].weight], [layer[0].weight_quantizer])
 
 
 class Joint(nn.Module):

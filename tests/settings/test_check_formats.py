@@ -34,6 +34,8 @@ def test_widths_and_formats_go_together(overrides, expected):
     (["bits=mxfp4", "quantization.weight_granularity=group"], "quantization.weight_granularity=group contradicts"),
     (["bits=mxfp4", "reconstruction=brecq"], "reconstruction=brecq learns roundings of integers, but bits.weight"),
     (["reconstruction=brecq", "bits.groups.time=nf4:8"], "but bits.groups.time=nf4 is a number format"),
+    (["bits=w4a16", "bits.weight=codebook4", "reconstruction=gptq"], "of bits.weight=codebook4 are each row's own"),
+    (["bits.activation=nvfp4", "reconstruction=qdrop"], "bits.activation=nvfp4 is a number format: set reconstruction"),
     (["bits=fp8", "runtime=torch"], "bits.activation=fp8_e4m3fn is a number format, which runtime=torch cannot"),
     (["bits=w4a16", "quantization.temporal=per_step"], "quantization.temporal is about quantized activations"),
     (["bits=w4a16", "bits.groups.time=w8a8"], "bits.groups.time is about quantized activations, but bits"),

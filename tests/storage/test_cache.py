@@ -1,11 +1,9 @@
-"""Entries are found by what made them, never trusted when damaged, and computed by one process at a time."""
+"""Entries are found by what made them, and never trusted when damaged."""
 
 import hashlib
 import json
 import logging
 import math
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -39,7 +37,7 @@ def save(value, path):
 
 def entry_files(root):
     """Files of the entries; locks lie beside them."""
-    return sorted(path for path in root.rglob("*") if path.is_file() and path.parent.name != ".locks")
+    return sorted(path for path in root.rglob("*") if path.is_file() and ".locks" not in path.parts)
 
 
 def test_the_second_call_reuses_what_the_first_made(tmp_path, caplog):
@@ -183,78 +181,6 @@ def test_hits_and_misses_are_counted_by_kind(tmp_path):
     switched_off = ArtifactCache(tmp_path, "off")
     fetch(switched_off, Counter())
     assert switched_off.counts() == {"hits": 0, "misses": 1, "kinds": {"calibration": {"hits": 0, "misses": 1}}}
-
-
-# A process that needs an entry. As the "owner" it says when it computes, and goes on when it is asked to.
-PROCESS = """
-import logging, pathlib, sys, time
-import numpy as np
-from ptq_exp.storage.cache import ArtifactCache
-
-root, role = pathlib.Path(sys.argv[1]), sys.argv[2]
-logging.basicConfig(level=logging.INFO, filename=root / f"{role}.log")
-
-def make():
-    (root / f"{role} computes").touch()
-    while role == "owner" and not (root / "go on").exists():
-        time.sleep(0.01)
-    return np.full(1000, len(role))
-
-value, reused = ArtifactCache(root / "cache").get_or_make(
-    "calibration", {"a": 1}, make=make, save=lambda v, p: np.save(p, v), load=np.load, suffix=".npy")
-(root / f"{role} has").write_text(f"{value[0]} {reused}")
-"""
-
-
-@pytest.fixture
-def processes(tmp_path):
-    """Start a process by its role; those that are left are killed."""
-    started = []
-
-    def start(role):
-        started.append(subprocess.Popen([sys.executable, "-c", PROCESS, tmp_path, role]))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-
-
-def until(found):
-    deadline = time.monotonic() + 60
-    while not found():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
-
-
-def owner_and_waiter(processes, folder):
-    """An owner that computes, and a second process that has said that it waits for this one."""
-    owner = processes("owner")
-    until((folder / "owner computes").exists)
-    waiter, log = processes("second"), folder / "second.log"
-    until(lambda: log.exists() and f"process {owner.pid} on" in log.read_text())
-    assert "is computing it, waiting" in log.read_text()
-    return owner, waiter
-
-
-def test_of_two_processes_one_computes_and_the_other_waits(tmp_path, processes):
-    owner, waiter = owner_and_waiter(processes, tmp_path)
-    (tmp_path / "go on").touch()
-    assert (owner.wait(60), waiter.wait(60)) == (0, 0)
-    assert (tmp_path / "owner has").read_text() == "5 False"
-    assert (tmp_path / "second has").read_text() == "5 True"
-    assert not (tmp_path / "second computes").exists()
-    assert len(entry_files(tmp_path / "cache")) == 2
-
-
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path, processes):
-    owner, waiter = owner_and_waiter(processes, tmp_path)
-    owner.kill()
-    assert waiter.wait(60) == 0
-    assert (tmp_path / "second has").read_text() == "6 False"
-    assert f"process {owner.pid}" in (log := (tmp_path / "second.log").read_text()) and "ended without it" in log
-    assert fetch(ArtifactCache(tmp_path / "cache"), Counter(), {"a": 1})[1]
 
 
 def test_file_digest_and_wrong_modes(tmp_path):

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ptq_exp.cli.sweep.processes import check_devices, only_process
 from ptq_exp.cli.sweep.record import SweepRecord, plain_key
-from ptq_exp.errors import DataError, InfeasibleError, PTQError
+from ptq_exp.errors import ConfigError, DataError, InfeasibleError, PTQError
 from ptq_exp.evaluation.gate import gate_line, judged
 from ptq_exp.reports.tables.identity import decides_numbers
 from ptq_exp.reports.tables.runs import completed, flatten
@@ -107,8 +107,15 @@ def _run(composed: DictConfig, job: Job) -> dict[str, Any]:
 
 
 def _experiment(config: ExperimentConfig, job: Job, fresh_since: float | None) -> dict[str, Any]:
-    from ptq_exp.experiment.experiment import run_experiment  # a misspelt setting is reported before all that is loaded
+    # a misspelt setting is reported before all that is loaded
+    from ptq_exp.experiment.experiment import forecast_experiment, run_experiment
 
+    if config.forecast:
+        if job.record is not None:
+            raise ConfigError("forecast=true: a single run is forecast, not the jobs of a sweep; leave out -m")
+        forecast = forecast_experiment(config, job.folder)
+        print("no forecast, see above" if forecast is None else forecast.table())
+        return {"metrics": {}}
     return run_experiment(config, job.folder, fresh_since)
 
 

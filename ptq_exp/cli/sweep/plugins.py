@@ -12,6 +12,7 @@ from ptq_exp.errors import ConfigError
 PLUGINS = {
     "hydra_plugins.hydra_joblib_launcher": ("joblib", "hydra-joblib-launcher"),
     "hydra_plugins.hydra_submitit_launcher": ("slurm", "hydra-submitit-launcher"),
+    "hydra_plugins.hydra_ray_launcher": ("ray", "hydra-ray-launcher"),
     "hydra_plugins.hydra_optuna_sweeper": ("optuna", "hydra-optuna-sweeper"),
 }
 

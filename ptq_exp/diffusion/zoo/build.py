@@ -18,6 +18,7 @@ from ptq_exp.storage.finite import extremes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _SEED = 0
 _RANDOM = ContextVar("random_weights", default=False)
+_MAPPED = ContextVar("mapped_weights", default=False)
 
 
 class RandomWeightsWarning(UserWarning):
@@ -68,6 +69,24 @@ def random_weights() -> Iterator[None]:
 def random_weights_wanted() -> bool:
     """Whether the call comes from inside `random_weights`."""
     return _RANDOM.get()
+
+
+@contextmanager
+def mapped_weights() -> Iterator[None]:
+    """Components of folders that are loaded inside keep their weights in their safetensors files, mapped into memory.
+
+    As far as they are wanted in the type that they have there; others are converted, and take memory.
+    """
+    token = _MAPPED.set(True)
+    try:
+        yield
+    finally:
+        _MAPPED.reset(token)
+
+
+def mapped_weights_wanted() -> bool:
+    """Whether the call comes from inside `mapped_weights`."""
+    return _MAPPED.get()
 
 
 def of_random_weights(cls: type[nn.Module], settings: Mapping, where: str) -> nn.Module:

@@ -56,6 +56,33 @@ class BlockFormat(ABC):
         return False
 
     @property
+    def elements(self) -> Tensor:
+        """The values that an element can take, in units of its scale: ascending, float64.
+
+        Raises:
+            QuantizationError: they differ from row to row.
+        """
+        values = self._values()
+        return torch.unique(values[values.isfinite()])
+
+    def units(self, scales: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """Return what an element of 1 stands for, for each value of a tensor of this shape [..., L], float64.
+
+        Raises:
+            QuantizationError: as `elements`.
+        """
+        values = self._values()
+        top = int(torch.where(values.isfinite(), values, -torch.inf).argmax())
+        codes = torch.full(shape, top, dtype=torch.uint8, device=next(iter(scales.values())).device)
+        return self.decode(Encoded(codes, dict(scales))).double() / float(values[top])
+
+    def _values(self) -> Tensor:
+        values = getattr(self, "values", None)
+        if values is None:
+            raise QuantizationError(f"{self.name}: its elements differ from row to row, GPTQ cannot choose among them")
+        return values
+
+    @property
     def bits_per_value(self) -> float:
         """Bits of a code and its share of the scales, in rows of whole blocks (without the scale of the tensor)."""
         length = self.block or 1 << 20

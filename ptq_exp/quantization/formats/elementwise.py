@@ -62,6 +62,11 @@ class FloatFormat:
             found[-1] = torch.nan
         return torch.cat((found, -found))
 
+    @property
+    def elements(self) -> Tensor:
+        """The finite values, ascending, float64."""
+        return torch.unique(self.values[self.values.isfinite()])
+
     @cached_property
     def largest(self) -> float:
         """The largest value."""

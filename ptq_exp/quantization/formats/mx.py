@@ -78,6 +78,11 @@ class MXFormat(BlockFormat):
         """The value of every code of an element, float64."""
         return self.element.values
 
+    @property
+    def elements(self) -> Tensor:
+        """As `BlockFormat.elements`; some codes are never used."""
+        return torch.unique(self.element.cast(self.values[self.values.isfinite()]))
+
     def scale_bits(self, length: int) -> int:
         """Return 8 bits for each block."""
         return 8 * self.blocks(length)

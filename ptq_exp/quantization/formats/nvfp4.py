@@ -23,9 +23,12 @@ class NVFP4Format(BlockFormat):
     Attributes:
         two_level: the tensor has a scale, amax / (6 * 448), so that the largest block scale is the largest of e4m3;
             False = that of the tensor is 1, and larger values than 6 * 448 saturate.
+        tops: what the largest value of a block may become: that with the least squared error of the block is taken.
+            (6, 4) is "four over six" (Cook et al. 2025): 4 leaves no gap as wide as that between 4 and 6.
     """
 
     two_level: bool = True
+    tops: tuple[float, ...] = (ELEMENT.largest,)
 
     @property
     def bits(self) -> int:
@@ -53,13 +56,25 @@ class NVFP4Format(BlockFormat):
 
     def scales(self, x: Tensor, tensor_scale: Tensor | None = None) -> dict[str, Tensor]:
         """Return codes of e4m3, uint8 [..., blocks], and the scale of the tensor where there is one."""
-        blocks = in_blocks(x, self.block).abs().amax(-1)
         if not self.two_level:
-            return {"block_scale": SCALE.encode(blocks.float() / ELEMENT.largest)}
+            return {"block_scale": self._block_scale(x, None)}
         if tensor_scale is None:
             tensor_scale = self.scale_of(x.abs().amax() if x.numel() else x.new_zeros(()))
-        ratio = blocks.float() / ELEMENT.largest / tensor_scale
-        return {"block_scale": SCALE.encode(ratio), "tensor_scale": tensor_scale.float().reshape(())}
+        scale = tensor_scale.float().reshape(())
+        return {"block_scale": self._block_scale(x, scale), "tensor_scale": scale}
+
+    def _block_scale(self, x: Tensor, tensor_scale: Tensor | None) -> Tensor:
+        """Return the codes of the scales of blocks: for each that of the best of `tops`."""
+        blocks = in_blocks(x, self.block)
+        amax = blocks.abs().amax(-1).float()
+        codes = [SCALE.encode(amax / top if tensor_scale is None else amax / top / tensor_scale) for top in self.tops]
+        if len(codes) == 1:
+            return codes[0]
+        known = {} if tensor_scale is None else {"tensor_scale": tensor_scale}
+        scales = [self._joined({"block_scale": code} | known) for code in codes]
+        errors = [(ELEMENT.cast(_divided(blocks, scale)) * scale - blocks).square().sum(-1) for scale in scales]
+        best = torch.stack(errors).argmin(0, keepdim=True)
+        return torch.stack(codes).gather(0, best).squeeze(0)
 
     def scale_like(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Return codes of zero, and a tensor's scale of zero where it has one."""
@@ -102,4 +117,10 @@ def _divided(blocks: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale == 0, blocks * 0, blocks / torch.where(scale == 0, 1.0, scale))
 
 
-NVFP4 = {made.name: made for made in (NVFP4Format("nvfp4", 16), NVFP4Format("nvfp4_one_level", 16, two_level=False))}
+_FOUR_OVER_SIX = (6.0, 4.0)
+_MADE = (
+    NVFP4Format("nvfp4", 16), NVFP4Format("nvfp4_one_level", 16, two_level=False),
+    NVFP4Format("nvfp4_4over6", 16, tops=_FOUR_OVER_SIX),
+    NVFP4Format("nvfp4_4over6_one_level", 16, two_level=False, tops=_FOUR_OVER_SIX),
+)
+NVFP4 = {made.name: made for made in _MADE}

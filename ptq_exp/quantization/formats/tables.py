@@ -95,6 +95,11 @@ class IntegerGroups(ScaledBlocks):
         code = torch.arange(1 << self.width)
         return (code - (code >> self.width - 1 << self.width)).double()
 
+    @property
+    def elements(self) -> Tensor:
+        """As `BlockFormat.elements`: the lowest integer is one with `signed_scale` alone."""
+        return torch.unique(self._nearest(self.values))
+
     def _scale(self, blocks: Tensor) -> Tensor:
         if not self.signed_scale:
             return blocks.abs().amax(-1) / (2 ** (self.width - 1) - 1)
@@ -142,7 +147,7 @@ def _divided(blocks: Tensor, scale: Tensor) -> Tensor:
 
 
 _GROUPS = {f"int{width}_g{size}": IntegerGroups(f"int{width}_g{size}", size, torch.float16, width)
-           for width in (4, 3, 2) for size in (32, 64, 128)}
+           for width in (4, 3, 2) for size in (16, 32, 64, 128)}
 _SIGNED = {f"int{width}_g32_signed": IntegerGroups(f"int{width}_g32_signed", 32, torch.float16, width, True)
            for width in (4, 2)}
 TABLES: dict[str, ScaledBlocks] = {

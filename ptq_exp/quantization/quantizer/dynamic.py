@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq_exp.quantization.affine import QRange, integer_range
+from ptq_exp.quantization.affine import QRange, integer_range, straight_through
 from ptq_exp.quantization.formats import FORMATS
 from ptq_exp.quantization.quantizer.activation import ActivationQuantizer
 from ptq_exp.quantization.quantizer.base import off_levels
@@ -93,8 +93,8 @@ class DynamicQuantizer(ActivationQuantizer):
         if self.format is None:
             return super().rounded(x, row, kept)
         scale = self.cells(x).scale
-        values = self.format.cast(x.to(scale.dtype) / scale) * scale
-        return (values if kept is None else torch.lerp(values, x.to(values.dtype), kept.to(values.dtype))).to(x.dtype)
+        values = self.format.cast(x.detach().to(scale.dtype) / scale) * scale
+        return straight_through(x, values, kept).to(x.dtype)
 
     def returned_off_grid(self, x: Tensor, y: Tensor) -> int:
         """As `Quantizer.returned_off_grid`: the ranges are those of `x`."""

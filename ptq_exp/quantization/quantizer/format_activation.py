@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq_exp.quantization.affine import SCALE_FLOOR, QRange
+from ptq_exp.quantization.affine import SCALE_FLOOR, QRange, straight_through
 from ptq_exp.quantization.formats import FORMATS, FloatFormat
 from ptq_exp.quantization.formats.blocks import widened
 from ptq_exp.quantization.quantizer.activation import ActivationQuantizer
@@ -20,10 +20,13 @@ class ElementwiseQuantizer(Quantizer):
     format: FloatFormat
 
     def rounded(self, x: Tensor, row: Tensor | None, kept: Tensor | None = None) -> Tensor:
-        """Return `x` as values of the format times the scale."""
+        """Return `x` as values of the format times the scale; gradients as `straight_through`."""
         scale = self.cells(x, row).scale
-        found = (self.format.cast(widened(x) / scale) * scale).to(x.dtype)
-        return found if self.format.nan else torch.where(x.isnan(), x, found)  # NaN is to be seen, not to become 0
+        ratio = widened(x.detach()) / scale
+        found = (self.format.cast(ratio) * scale).to(x.dtype)
+        if not self.format.nan:
+            found = torch.where(x.isnan(), x.detach(), found)  # NaN is to be seen, not to become 0
+        return straight_through(x, found, kept, ratio.abs() <= self.format.largest if x.requires_grad else None)
 
     @torch.no_grad()
     def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:
@@ -74,9 +77,10 @@ class BlockActivationQuantizer(ActivationQuantizer):
             self.set_range(self._range(torch.ones(())))
 
     def rounded(self, x: Tensor, row: Tensor | None, kept: Tensor | None = None) -> Tensor:
-        """Return the values of `x` in the format."""
+        """Return the values of `x` in the format; gradients as `straight_through`."""
         scale = self.scale.reshape(()) if self.format.tensor_scale else None
-        return self.format.fake_quantize(x.movedim(self.axis, -1), scale).movedim(-1, self.axis)
+        found = self.format.fake_quantize(x.movedim(self.axis, -1), scale).movedim(-1, self.axis)
+        return straight_through(x, found, kept)
 
     @torch.no_grad()
     def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:

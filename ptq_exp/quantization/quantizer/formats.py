@@ -35,8 +35,16 @@ class FloatWeightQuantizer(ElementwiseQuantizer, WeightQuantizer):
     @torch.no_grad()
     def integers(self, weight: Tensor) -> Tensor:
         """Return the codes of a frozen `weight`, int32 of its shape; `restore` inverts it."""
-        codes = self.format.encode(widened(weight) / self.cells(weight).scale)
+        codes = self.codes(weight)
         return _checked(self, codes, self._values(codes, weight), weight)
+
+    def units(self, weight: Tensor) -> Tensor:
+        """Return what an element of 1 stands for, for each value of a `weight`, float64."""
+        return self.cells(weight.float()).scale.double().expand(weight.shape)
+
+    def codes(self, values: Tensor) -> Tensor:
+        """Return the codes nearest to `values` of the weight's shape, int32."""
+        return self.format.encode(widened(values) / self.cells(values).scale).int()
 
     def _values(self, integers: Tensor, like: Tensor) -> Tensor:
         return (self.format.decode(integers) * self.cells(like).scale).to(like.dtype)
@@ -99,8 +107,16 @@ class BlockWeightQuantizer(WeightQuantizer):
     @torch.no_grad()
     def integers(self, weight: Tensor) -> Tensor:
         """Return the codes of a frozen `weight`, int32 of its shape; `restore` inverts it."""
-        codes = self._back(self.format.encode_at(widened(self._along(weight)), self.scales))
+        codes = self.codes(weight)
         return _checked(self, codes, self._values(codes, weight), weight)
+
+    def units(self, weight: Tensor) -> Tensor:
+        """Return what an element of 1 stands for, for each value of a `weight`, float64."""
+        return self._back(self.format.units(self.scales, tuple(self._along(weight).shape)))
+
+    def codes(self, values: Tensor) -> Tensor:
+        """Return the codes nearest to `values` of the weight's shape, int32."""
+        return self._back(self.format.encode_at(widened(self._along(values)), self.scales)).int()
 
     def stored_bytes(self, weight: Tensor) -> float:
         """Return the size of codes and scales."""
@@ -122,7 +138,7 @@ class BlockWeightQuantizer(WeightQuantizer):
 
 
 def _checked(quantizer: WeightQuantizer, codes: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """Return `codes` as int32; QuantizationError unless they stand for the frozen `weight`."""
+    """Return `codes`; QuantizationError unless they stand for the frozen `weight`."""
     if not quantizer.baked:
         raise QuantizationError(f"{quantizer.name}: the weight is not frozen and has no codes; calibrate it first")
     if off := int((values != weight).sum()):
@@ -130,7 +146,7 @@ def _checked(quantizer: WeightQuantizer, codes: Tensor, values: Tensor, weight: 
             f"{quantizer.name}: {off} of {weight.numel()} weights are not on the grid of their ranges: they were "
             "changed after they had been quantized"
         )
-    return codes.int()
+    return codes
 
 
 def activation_quantizer(

@@ -23,12 +23,14 @@ from ptq_exp.quantization.transforms.hadamard import BASE, block_size, is_power_
 from ptq_exp.quantization.transforms.layers import (
     changeable,
     channel_axis,
+    check_flag,
     globs,
     is_turned,
     quantized_by,
     weights_of,
     without,
 )
+from ptq_exp.quantization.transforms.value_path import ValuePath, turn_, value_paths
 
 _SETTING = "quantization.transforms: rotate"
 
@@ -51,20 +53,26 @@ class Rotate(Transform):
     name: ClassVar[str] = "rotate"
     group: int = 256
     skip: tuple[str, ...] = ()
+    fold: bool = False
 
     def __post_init__(self) -> None:
+        check_flag(f"{_SETTING}: fold", self.fold)
         if type(self.group) is not int or self.group < BASE or not is_power_of_four(self.group):
             raise ConfigError(f"{_SETTING}: group={self.group}: choose a power of 4: 4, 16, 64, 256, ...")
         object.__setattr__(self, "skip", globs(f"{_SETTING}: skip", self.skip))  # the dataclass is frozen
 
     def find(self, network: nn.Module, example_inputs: tuple) -> dict[str, tuple[str, ...]]:
         """Return {size of the blocks: layers}, the largest first."""
-        sizes = {name: size for name, size in self._sizes(network, example_inputs).items() if size >= BASE}
-        return {str(size): tuple(n for n in sizes if sizes[n] == size) for size in sorted(set(sizes.values()))[::-1]}
+        all_sizes, folded = self._sizes(network, example_inputs), self._folded(network, example_inputs)
+        read = {reader for path, _ in folded.values() for reader in path.readers}
+        sizes = {name: size for name, size in all_sizes.items() if size >= BASE and name not in read}
+        online = {str(size): tuple(n for n in sizes if sizes[n] == size) for size in sorted({*sizes.values()})[::-1]}
+        return online | {f"{size} {module}": path.layers for module, (path, size) in folded.items()}
 
     def chosen(self, sites: Sites, rules: Sequence[Rule]) -> dict[str, tuple[str, ...]]:
-        """Leave out layers that stay in full precision."""
-        return quantized_by(sites, rules)
+        """Leave out layers that stay in full precision; what is folded stays whole."""
+        kept = quantized_by(sites, rules)
+        return {site: sites[site] if " " in site else names for site, names in kept.items()}
 
     def left(self, network: nn.Module, example_inputs: tuple) -> dict[str, str]:
         """Name the layers whose channels no block divides."""
@@ -84,7 +92,7 @@ class Rotate(Transform):
     def install_(self, network: nn.Module, sites: Sites) -> None:
         """Let the inputs of the layers be turned."""
         for size, layers in sites.items():
-            for name in layers:
+            for name in layers if " " not in size else ():
                 layer = make_online_(network.get_submodule(name))
                 rotation = Rotation(int(size), channel_axis(layer))
                 layer.online.append(rotation.to(layer.weight.device, layer.weight.dtype))
@@ -92,11 +100,25 @@ class Rotate(Transform):
     @torch.no_grad()
     def fold_(self, network: nn.Module, sites: Sites, tensors: Mapping[str, Tensor]) -> None:
         """Turn the weights, in double precision."""
-        for size, layers in sites.items():
-            for layer in weights_of(network, {size: layers}).values():
+        for site, names in sites.items():
+            layers = weights_of(network, {site: names})
+            matrix = regular_hadamard(int(site.partition(" ")[0]))
+            if " " in site:
+                turn_(layers, matrix)
+                continue
+            for layer in layers.values():
                 weight = layer.weight
-                matrix = regular_hadamard(int(size)).to(weight.device)
+                matrix = matrix.to(weight.device)
                 weight.copy_(rotated(weight.double().movedim(1, -1), matrix, -1).movedim(-1, 1))
+
+    def _folded(self, network: nn.Module, example_inputs: tuple) -> dict[str, tuple[ValuePath, int]]:
+        """{attention module: its path, size of the blocks} where something can be folded."""
+        if not self.fold:
+            return {}
+        allowed = without(list(changeable(network, example_inputs)), self.skip)
+        paths = value_paths(network, allowed)
+        sizes = {name: block_size(path.width, self.group) for name, path in paths.items()}
+        return {name: (paths[name], size) for name, size in sizes.items() if size >= BASE}
 
     def _sizes(self, network: nn.Module, example_inputs: tuple) -> dict[str, int]:
         """{layer: size of its blocks}, 1 where there are none."""

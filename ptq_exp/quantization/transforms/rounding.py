@@ -12,10 +12,13 @@ from ptq_exp.quantization.affine import QRange, choose_qparams, fake_quantize
 from ptq_exp.quantization.layers import layer_quantizers
 from ptq_exp.quantization.quantizer import ActivationQuantizer
 from ptq_exp.quantization.quantizer.base import columns
+from ptq_exp.quantization.quantizer.formats import format_of
 from ptq_exp.quantization.specs import QuantSpec
 
 WEIGHT_METRIC = "minmax"
 """Of the range of weights, as the methods have it: it holds all of them."""
+INPUT_METRIC = "mse"
+"""Of the scale of inputs in number formats."""
 SHARES = [1 - n / 10 for n in range(9)]
 """Of the range of inputs, tried for the range that they are quantized by: 1 to 0.2."""
 Round = Callable[[Tensor], Tensor]
@@ -42,12 +45,13 @@ def weight_rounding(layer: nn.Module, spec: QuantSpec) -> Round:
 def input_rounding(layer: nn.Module, spec: QuantSpec, rows: Tensor) -> Round:
     """Return what quantizes and dequantizes rows [n, in * kernel] that `layer` multiplies, by a range for all `rows`.
 
+    Scales that follow the data are those of the row, or of its blocks, as in the network.
     The range is the best of a few shares of that of the rows: a search of the run's metric would take too long for all
     that transforms try. Of candidate widths the least counts; bins of sampling steps are one here.
     """
     if spec.input is None:
         return lambda x: x
-    bits = spec.input.bits if isinstance(spec.input.bits, int) else min(spec.input.bits)
+    bits = min(spec.input.bits) if isinstance(spec.input.bits, tuple) else spec.input.bits
     made = replace(spec, weight=None, input=replace(spec.input, bits=bits, bins=1, metric=None), output=None)
     quantizer = layer_quantizers(layer, made, "")["input_quantizer"].to(rows.device)
 
@@ -56,7 +60,12 @@ def input_rounding(layer: nn.Module, spec: QuantSpec, rows: Tensor) -> Round:
         x = x.to(torch.float32)
         return x if isinstance(layer, nn.Linear) else x.view(len(x), *layer.weight.shape[1:])
 
-    if isinstance(quantizer, ActivationQuantizer):
+    if not isinstance(quantizer, ActivationQuantizer) or not quantizer.needs_data:
+        pass  # scales follow the data
+    elif format_of(quantizer):
+        quantizer.observe(laid_out(rows))
+        quantizer.finish(INPUT_METRIC)
+    else:
         parts = [_range_of(part, bits, quantizer.symmetric) for part in quantizer.split(laid_out(rows))]
         quantizer.set_range(columns(parts, rows=1))
     return lambda x: quantizer(laid_out(x)).flatten(1).to(x.dtype)

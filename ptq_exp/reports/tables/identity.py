@@ -11,7 +11,8 @@ import pandas as pd
 from ptq_exp.results.missing import is_missing
 
 NO_EFFECT = (
-    "name", "imports", "cache", "cache_dir", "save_quantized", "analysis", "logger", "trainer",
+    "name", "imports", "forecast", "cache", "cache_dir", "cache_lease", "save_quantized", "analysis", "logger",
+    "trainer",
     "evaluation.batch_size", "evaluation.grid_images", "evaluation.resamples", "evaluation.fid_resamples",
     "evaluation.gate", "model.extractor", "reconstruction.cache_gb",
 )

@@ -37,6 +37,7 @@ def test_two_jobs_in_parallel_one_of_which_fails(launcher, threads, sweep, jobs,
     [
         ("hydra/launcher=joblib", "hydra_joblib_launcher", "joblib"),
         ("hydra/launcher=submitit_slurm", "hydra_submitit_launcher", "slurm"),
+        ("hydra/launcher=ray", "hydra_ray_launcher", "ray"),
         ("hydra/sweeper=optuna_bits", "hydra_optuna_sweeper", "optuna"),
     ],
 )
@@ -55,13 +56,35 @@ def test_a_missing_plugin_is_named_with_what_installs_it(choice, module, extra, 
         ("launcher/joblib", "hydra_joblib_launcher", "JobLibLauncherConf"),
         ("launcher/submitit_local", "hydra_submitit_launcher", "LocalQueueConf"),
         ("launcher/submitit_slurm", "hydra_submitit_launcher", "SlurmQueueConf"),
+        ("launcher/ray", "hydra_ray_launcher", "RayLauncherConf"),
         ("sweeper/optuna_bits", "hydra_optuna_sweeper", "OptunaSweeperConf"),
     ],
 )
 def test_our_configurations_of_plugins_have_only_settings_that_the_plugins_know(file, module, schema):
+    if not plugins._installed(f"hydra_plugins.{module}"):
+        pytest.skip(f"NOT TESTED: {module} is not installed; whether it knows conf/hydra/{file}.yaml is not seen")
     ours = OmegaConf.load(config_folder() / "hydra" / f"{file}.yaml")
-    known = OmegaConf.structured(getattr(import_module(f"hydra_plugins.{module}.config"), schema))
+    place = f"hydra_plugins.{module}." + ("_config" if module == "hydra_ray_launcher" else "config")
+    known = OmegaConf.structured(getattr(import_module(place), schema))
     assert set(ours) <= set(known) and ours._target_ == known._target_
+    if file == "launcher/ray":
+        assert set(ours.ray) <= set(known.ray)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "overrides", "threads"),
+    [("submitit_slurm", ["hydra.launcher.cpus_per_task=6", "hydra.launcher.partition=gpu"], 6),
+     ("submitit_local", [], 1), ("joblib", ["hydra.launcher.n_jobs=1000"], 1),
+     ("ray", ["hydra.launcher.ray.remote.num_cpus=3"], 3)],
+)
+def test_every_launcher_composes_and_says_how_many_threads_a_job_has(launcher, overrides, threads, monkeypatch):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        found = compose("config", [f"hydra/launcher={launcher}", *overrides], return_hydra_config=True).hydra
+    assert found.runtime.choices["hydra/launcher"] == launcher
+    assert found.launcher._target_.rsplit(".", 2)[0] in plugins.PLUGINS  # what a missing one is called by
+    hydra = SimpleNamespace(mode=config_module.RunMode.MULTIRUN, launcher=found.launcher)
+    monkeypatch.setattr(config_module, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
+    assert job_threads() == threads
 
 
 def composed(*overrides):

@@ -1,0 +1,221 @@
+"""Making the forecast of a run from its settings and a few measurements, and refusing what cannot fit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ptq_exp.errors import PTQError
+from ptq_exp.experiment.forecast.blocks import reconstruction_seconds
+from ptq_exp.experiment.forecast.forecast import Forecast
+from ptq_exp.experiment.forecast.probe import in_use
+from ptq_exp.experiment.forecast.room import Need, available_memory, check_disk, check_memory
+from ptq_exp.experiment.forecast.speeds import Speeds
+from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED, Work, work_of
+from ptq_exp.experiment.keys import Keys, joined, versioned
+from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.run import Run
+from ptq_exp.experiment.stage import Key
+from ptq_exp.pipelines import PipelineModel, RecordedModel
+from ptq_exp.quantization import range_table
+from ptq_exp.quantization.offload import weight_bytes
+from ptq_exp.quantization.save import tensors_bytes
+from ptq_exp.settings.compose import build
+from ptq_exp.settings.schema import RULES, ExperimentConfig
+from ptq_exp.storage.cache import digest
+
+log = logging.getLogger("ptq_exp")
+_LARGEST = 1e9  # bytes of a network that is packed to see how long its file gets
+_STAGES = ("reference", "fp32_images", "fp32_scores", "calibration_set", "quantize", "reconstruct", "proof",
+           "bit_schedule", "noise_statistics", "eps_error", "save_quantized", "analysis", "quantized_images", "scores",
+           "pairs", "runtime")
+
+
+def forecast_run(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys, folder: Path) -> Forecast | None:
+    """Forecast a run, and refuse one that cannot fit; a forecast that cannot be made is a line in the log.
+
+    Raises:
+        ConfigError: memory or disk do not suffice; the message names the setting that makes it fit.
+    """
+    if (missing := _why_not(run, config, plan)) is not None:
+        log.info("no forecast: %s", missing)
+        return None
+    try:
+        with torch.random.fork_rng():
+            made = _forecast(run, plan, config, keys)
+    except (PTQError, RuntimeError, ArithmeticError, LookupError, AttributeError, TypeError, OSError) as error:
+        log.info("no forecast: %s", " ".join(str(error).split()) or type(error).__name__)
+        return None
+    refuse_unfit(made, config, folder)
+    return made
+
+
+def refuse_copy(run: Run) -> None:
+    """Raise ConfigError where there is no memory for the quantized copy of the network, before one is made."""
+    if not run.blockwise:
+        need = Need(weight_bytes(run.model.denoiser), 0.0, "model", run.model.name)
+        _check({"a quantized copy of its weights": need}, run.device)
+
+
+def refuse_unfit(forecast: Forecast, config: ExperimentConfig, folder: Path) -> None:
+    """Raise ConfigError for a run whose memory or disk does not suffice."""
+    _check(forecast.needs, torch.device(forecast.device))
+    cache = Path(config.cache_dir)
+    places = {"cache": cache, "run folder": folder}
+    settings = {
+        "cache": "set cache_dir=PATH on another disk, or make room with `python -m ptq_exp cache prune`",
+        "run folder": "set hydra.run.dir=PATH on another disk, or save_quantized=false",
+    }
+    check_disk({what: (places[what], count) for what, count in forecast.disk.items()}, settings)
+
+
+def _check(needs: Mapping[str, Need], device: torch.device) -> None:
+    if device.type == "cuda":
+        check_memory(needs, float(torch.cuda.mem_get_info(device)[0]), "the GPU has")
+    else:
+        check_memory(needs, available_memory(), "free are")
+
+
+def _why_not(run: Run, config: ExperimentConfig, plan: Plan | None) -> str | None:
+    if isinstance(run.model, PipelineModel | RecordedModel):
+        return "pipelines are not measured"
+    if run.blockwise:
+        return "networks in files are not measured"
+    if run.compile:
+        return "model.compile=true is not measured"
+    if plan is not None and config.trainer.devices > 1:
+        return "several devices are not measured"
+    return "bits=auto chooses what is drawn later" if config.bits.limits else None
+
+
+def _forecast(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -> Forecast:
+    started, before = time.perf_counter(), in_use(run.device)
+    quantized = plan is not None
+    work = work_of(config, run.grid, quantizes=quantized, quantized=quantized, seed=run.seed)
+    sizes = {network: max((e.largest for found in work.values() for e in found if e.network == network), default=1)
+             for network in (FULL, QUANTIZED, OBSERVED)}
+    speeds = Speeds(run, plan, sizes)
+    reused = _reused(run, plan, config, keys)
+    seconds = _seconds(speeds, config, work, set(reused), keys)
+    needs = _needs(speeds, config, quantized)
+    disk = _disk(speeds, config, reused, quantized)
+    return Forecast(
+        {stage: seconds[stage] for stage in sorted(seconds, key=_place)}, reused, needs, before, disk, str(run.device),
+        time.perf_counter() - started,
+    )
+
+
+def _place(stage: str) -> tuple[int, str]:
+    name = stage.rstrip("_0123456789")
+    name = stage if stage in _STAGES else name
+    return (_STAGES.index(name) if name in _STAGES else len(_STAGES), stage)
+
+
+def _seconds(
+    speeds: Speeds, config: ExperimentConfig, work: Work, reused: set[str], keys: Keys
+) -> dict[str, float | None]:
+    evaluation, seconds = config.evaluation, {}
+    for stage, evaluations in work.items():
+        if stage in reused:
+            seconds[stage] = 0.0
+            continue
+        seconds[stage] = sum(speeds.of(e.network).fixed * e.times + speeds.of(e.network).each * e.samples
+                             for e in evaluations)
+        if stage.endswith("_images"):
+            batches = math.ceil(evaluation.n_samples / evaluation.batch_size)
+            seconds[stage] += speeds.decoded.seconds(evaluation.batch_size, batches)
+        if stage.startswith("quantize") and stage != "quantized_images":
+            seconds[stage] += speeds.placed.weights + speeds.placed.ranges
+            if config.quantization.transforms:
+                seconds[stage] = None
+    if speeds.plan is not None:
+        unknown = None if config.bits.schedule in RULES else 0.0
+        seconds["reconstruct"] = 0.0 if "reconstruct" in reused else reconstruction_seconds(
+            speeds, config.reconstruction, config.calibration.n_samples
+        )
+        seconds |= {"bit_schedule": unknown} | ({"analysis": None} if config.analysis.active else {})
+    return seconds | _of_scores(speeds, config, reused)
+
+
+def _of_scores(speeds: Speeds, config: ExperimentConfig, reused: set[str]) -> dict[str, float | None]:
+    run, evaluation, n = speeds.run, config.evaluation, config.evaluation.n_samples
+    if run.extractor is None:
+        return {}
+    real = None
+    if isinstance(evaluation.reference, dict):
+        real = len(build(evaluation.reference, "evaluation.reference"))
+    drawn = speeds.features.seconds(64, n / 64)
+    scored = speeds.scored(n, real or 0) if evaluation.reference is not None else 0.0
+    seconds: dict[str, float | None] = {
+        "fp32_scores": scored + (0.0 if "fp32_scores" in reused else drawn),
+        "reference": 0.0 if "reference" in reused or evaluation.reference is None else
+        None if real is None else speeds.features.seconds(64, real / 64),
+    }
+    if speeds.plan is not None:
+        seconds["scores"] = scored + drawn
+        unknown = evaluation.lpips is not None or evaluation.clip is not None
+        seconds["pairs"] = None if unknown else speeds.resampled(n, evaluation.fid_resamples)
+    return seconds
+
+
+def _reused(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -> tuple[str, ...]:
+    """Return the stages whose whole result lies in the cache."""
+    if run.cache.mode != "on":
+        return ()
+    found: dict[str, tuple[str, Key]] = {"fp32_images": ("images", keys.images())}
+    if run.extractor is not None:
+        name = {"extractor": run.extractor.name}
+        found["fp32_scores"] = ("features", versioned("features", joined(keys.images(), name)))
+        if isinstance(config.evaluation.reference, dict):
+            key = versioned("reference", {"reference": config.evaluation.reference} | name)
+            found["reference"] = ("reference", key)
+    if plan is not None:
+        found["quantize"] = ("ranges", keys.ranges(1))
+        if config.calibration.source is not None:
+            found["calibration_set"] = ("calibration", keys.calibration(1))
+        if config.reconstruction.active:
+            found["reconstruct"] = ("reconstruction", keys.quantization())
+    return tuple(
+        stage for stage, (kind, key) in found.items()
+        if (run.cache.root / kind / digest(kind, key) / "entry.json").exists()
+    )
+
+
+def _needs(speeds: Speeds, config: ExperimentConfig, quantized: bool) -> dict[str, Need]:
+    copies, batch = weight_bytes(speeds.run.model.denoiser), config.evaluation.batch_size
+    needs = {"drawing images": Need(0.0, speeds.full.bytes_each, "evaluation.batch_size", batch)}
+    if quantized:
+        needs["drawing quantized images"] = Need(copies, speeds.quantized.bytes_each, "evaluation.batch_size", batch)
+        needs["finding ranges"] = Need(
+            copies, speeds.of(OBSERVED).bytes_each, "calibration.batch_size", config.calibration.batch_size
+        )
+    return needs
+
+
+def _disk(speeds: Speeds, config: ExperimentConfig, reused: Iterable[str], quantized: bool) -> dict[str, float]:
+    run, n = speeds.run, config.evaluation.n_samples
+    images = n * float(np.prod(run.model.image_shape))
+    cache = 0.0
+    if run.cache.mode != "off":
+        cache = 0.0 if "fp32_images" in reused else 2 * images  # pieces and the joined file
+        if quantized and "calibration_set" not in reused and config.calibration.source is not None:
+            cache += 2 * 4 * config.calibration.n_samples * float(np.prod(run.model.sample_shape))
+    folder = images
+    if quantized:
+        described = len(json.dumps(
+            speeds.placed.report.to_dict() | {"quantizers": range_table(speeds.placed.network)}, indent=2
+        ))
+        folder += described
+        if config.save_quantized:
+            known = weight_bytes(speeds.placed.network) <= _LARGEST
+            folder += described + (
+                tensors_bytes(speeds.placed.network) if known else speeds.placed.report.totals["weight_bytes"]
+            )
+    return {"cache": cache, "run folder": folder}

@@ -1,0 +1,99 @@
+"""Measuring what one piece of work takes: seconds, and the most memory above what was in use before."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+BUDGET = 1.0
+"""Seconds that one measurement may take; larger pieces of work are derived from smaller ones."""
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Line:
+    """What `n` samples at once take: seconds, and bytes above what was in use before.
+
+    Attributes:
+        fixed, each: seconds of an evaluation whatever its size, and of each sample.
+        bytes_each: of each sample; 0 where the system does not say.
+    """
+
+    fixed: float
+    each: float
+    bytes_each: float = 0.0
+
+    def seconds(self, n: float, times: float = 1.0) -> float:
+        """Return the seconds of `times` evaluations of `n` samples."""
+        return times * (self.fixed + self.each * n)
+
+    def bytes(self, n: float) -> float:
+        """Return the most bytes that an evaluation of `n` samples takes."""
+        return self.bytes_each * n
+
+
+def line(work: Callable[[int], object], n: int, device: torch.device, budget: float = BUDGET) -> Line:
+    """Measure `work(1)` and `work(m)`, m as near to `n` as `budget` seconds allow, and draw a line through both.
+
+    What is used first is slow: neither counts the first call.
+    """
+    _, taken = measured(lambda: work(1), device)
+    one, _ = measured(lambda: work(1), device)
+    m = max(1, min(n, int(budget / max(one, 1e-6))))
+    if m == 1:
+        return Line(0.0, one, taken)
+    several, taken = measured(lambda: work(m), device)
+    if several < budget:
+        several, _ = measured(lambda: work(m), device, repeats=_REPEATS)
+    each = max(several - one, 0.0) / (m - 1)
+    fixed = max(several - each * m, 0.0)
+    return Line(fixed, (several - fixed) / m, taken / m)
+
+
+def measured(work: Callable[[], object], device: torch.device, repeats: int = 1) -> tuple[float, float]:
+    """Return the seconds of `work` (the median of `repeats`), and the most bytes above those in use before it."""
+    before, seconds = _begin(device), []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[len(seconds) // 2], max(0.0, peak_bytes(device) - before)
+
+
+def in_use(device: torch.device) -> float:
+    """Return the bytes in use now, of the process or on its GPU; 0 where the system does not say."""
+    return float(torch.cuda.memory_allocated(device)) if device.type == "cuda" else _of_process("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> float:
+    """Return the most bytes in use since the last measurement began; 0 where the system does not say."""
+    return float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else _of_process("VmHWM")
+
+
+def _begin(device: torch.device) -> float:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # of the C library of Linux: what was freed is given back
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # 5: forget the peak, see proc(5)
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return in_use(device)
+
+
+def _of_process(name: str) -> float:
+    try:
+        for row in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if row.startswith(f"{name}:"):
+                return 1024.0 * int(row.split()[1])
+    except (OSError, ValueError):
+        pass
+    return 0.0

@@ -1,0 +1,102 @@
+"""How often each stage evaluates a network, and on how many samples at once: known from the settings alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ptq_exp.calibration import labelled, positions
+from ptq_exp.diffusion import TimeGrid
+from ptq_exp.settings.compose import build
+from ptq_exp.settings.schema import RULES, CalibrationConfig, ExperimentConfig
+
+FULL, QUANTIZED, OBSERVED = "full precision", "quantized", "observed"
+"""The networks: in full precision, quantized, and quantized while its activations are recorded."""
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Evaluations of a network.
+
+    Attributes:
+        network: FULL, QUANTIZED or OBSERVED.
+        times: how many.
+        samples: how many samples in all of them.
+        largest: most samples at once.
+    """
+
+    network: str
+    times: float
+    samples: float
+    largest: int
+
+    @classmethod
+    def batches(cls, network: str, n: int, batch: int, steps: int = 1) -> Evaluations:
+        """Return `steps` evaluations of each batch; all batches have `batch` samples, what runs past `n` is cut."""
+        times = math.ceil(n / batch) * steps
+        return cls(network, times, times * batch, batch)
+
+
+Work = Mapping[str, tuple[Evaluations, ...]]
+
+
+def work_of(config: ExperimentConfig, grid: TimeGrid, *, quantizes: bool, quantized: bool, seed: int) -> Work:
+    """Map each stage that evaluates networks to its evaluations.
+
+    Args:
+        quantizes: a quantized network is made.
+        quantized: there is one, made or loaded.
+    """
+    evaluation, steps = config.evaluation, len(grid)
+    drawn = Evaluations.batches(FULL, evaluation.n_samples, evaluation.batch_size, steps)
+    work: dict[str, tuple[Evaluations, ...]] = {"fp32_images": (drawn,)}
+    if quantizes:
+        states = config.calibration.n_samples if config.calibration.source is not None else 2
+        batch = min(states, config.calibration.batch_size)
+        for n in range(1, config.calibration.rounds + 1):
+            suffix = "" if n == 1 else f"_{n}"
+            drawn_by = FULL if n == 1 else QUANTIZED
+            work[f"calibration_set{suffix}"] = calibration_work(config.calibration, grid, seed, drawn_by)
+            work[f"quantize{suffix}"] = (Evaluations(OBSERVED, math.ceil(states / batch), states, batch),)
+        work["noise_statistics"] = _correction(config, steps)
+    if quantized:
+        n, batch = evaluation.eps_error_samples, min(evaluation.eps_error_samples, evaluation.batch_size)
+        work["eps_error"] = tuple(Evaluations.batches(network, n, batch, steps) for network in (FULL, QUANTIZED))
+        work["quantized_images"] = (
+            Evaluations.batches(QUANTIZED, evaluation.n_samples, evaluation.batch_size, steps),
+        )
+    return {stage: found for stage, found in work.items() if found}
+
+
+def calibration_work(config: CalibrationConfig, grid: TimeGrid, seed: int, network: str) -> tuple[Evaluations, ...]:
+    """Return the evaluations that the states of a calibration set take; a trajectory leaves its batch at its state."""
+    if config.source != "denoise":
+        return ()
+    enters = labelled(
+        positions(build(config.distribution, "calibration.distribution"), config.n_samples, len(grid), seed), grid,
+        config.labels,
+    ).enters
+    batches = enters.split(config.batch_size)
+    if grid.make_scheduler is not None:  # all pay for the last
+        enters = torch.cat([torch.full_like(batch, int(batch.max())) for batch in batches])
+    times = sum(int(batch.max()) for batch in batches)
+    return (Evaluations(network, times, int(enters.sum()), min(config.batch_size, config.n_samples)),)
+
+
+def _correction(config: ExperimentConfig, steps: int) -> tuple[Evaluations, ...]:
+    correction = config.correction
+    if not correction.active or correction.statistics is not None or config.bits.schedule in RULES:
+        return ()
+    n, batch = correction.n_samples, min(correction.n_samples, correction.batch_size)
+    if correction.fit == "estimates":
+        return tuple(Evaluations.batches(network, n, batch, steps) for network in (FULL, QUANTIZED))
+    fits, others = 1 + correction.bias, max(2, n // 2)
+    judged = math.ceil(others / batch) * steps
+    fitted = math.ceil(n / batch) * steps * fits
+    return (
+        Evaluations(FULL, fitted + judged, fitted * batch + steps * others, batch),
+        Evaluations(QUANTIZED, fitted + (1 + fits) * judged, fitted * batch + (1 + fits) * steps * others, batch),
+    )

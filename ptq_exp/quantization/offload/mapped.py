@@ -1,0 +1,158 @@
+"""Weights in files that are mapped into memory: they are read and written like any others, and need not stay in it.
+
+The files have no name any more once they are mapped: their space is free when the tensors are gone, however a process
+ends. What is written reaches the file by itself; `release` gives back the memory and loses nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import mmap
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.errors import PTQError
+
+_OF_FILE = "in_file_of"
+_PLACE: ContextVar[tuple[float, Path] | None] = ContextVar("place_of_weights", default=None)
+_PAGE_OUT = 21  # Linux 5.4 and later; Python does not name it
+SMALLEST = 1 << 16
+"""Bytes of the smallest tensor that `in_file` is worth it for."""
+
+
+def in_file(like: Tensor, folder: Path, *, copied: bool = True) -> Tensor:
+    """Return a tensor on the CPU, of shape, type and strides of a clone of `like`, whose elements lie in a file.
+
+    Args:
+        folder: of the file.
+        copied: whether it holds the values of `like`; otherwise, and where `like` has none (meta), zeros.
+
+    Raises:
+        PTQError: there is no room for the file.
+    """
+    if like.numel() == 0:
+        return torch.empty(like.shape, dtype=like.dtype)
+    path = folder / f"{uuid.uuid4().hex}.bin"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as stream:  # room first: a mapped file that cannot grow ends the process
+            os.posix_fallocate(stream.fileno(), 0, like.numel() * like.element_size())
+        flat = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype)
+    except (OSError, RuntimeError) as error:
+        raise PTQError(f"cannot write {path}: {error}; free space there or choose another folder") from error
+    finally:
+        with suppress(OSError):
+            path.unlink()
+    tensor = flat.as_strided(like.shape, strides_of_clone(like))
+    if copied and not like.is_meta:
+        tensor.copy_(like.detach())
+    return tensor
+
+
+def strides_of_clone(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides that a clone of `tensor` has: on others, kernels may round otherwise."""
+    return torch.empty_like(tensor, device="meta").stride()
+
+
+def mapped_copy(network: nn.Module, folder: Path) -> nn.Module:
+    """Return an independent copy of `network`, as `copy.deepcopy` makes it, whose parameters lie in files in `folder`.
+
+    Parameters without memory (meta) become zeros.
+
+    Raises:
+        PTQError: there is no room for them.
+    """
+    memo: dict[int, object] = {}
+    for parameter in network.parameters():
+        if type(parameter) is nn.Parameter:
+            made = nn.Parameter(in_file(parameter, folder), requires_grad=parameter.requires_grad)
+            setattr(made, _OF_FILE, folder)
+            memo[id(parameter)] = made
+            _release(parameter)
+            _release(made)
+    return copy.deepcopy(network, memo)
+
+
+@contextmanager
+def placing(limit: float | None, folder: Path) -> Iterator[None]:
+    """Inside, `copy_of` and `fill_` put weights of more than `limit` bytes into files in `folder`; None = none."""
+    token = _PLACE.set(None if limit is None else (limit, folder))
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """Return an independent copy of `network`; see `placing`."""
+    place = _PLACE.get()
+    if place is None or weight_bytes(network) <= place[0]:
+        return copy.deepcopy(network)
+    return mapped_copy(network, place[1])
+
+
+def fill_(network: nn.Module, types: Callable[[str], torch.dtype]) -> None:
+    """Give parameters without memory (meta) zeros of the types that `types` says of their names; see `placing`."""
+    place = _PLACE.get()
+    folder = None if place is None or weight_bytes(network) <= place[0] else place[1]
+    for prefix, module in network.named_modules():
+        for name, value in module._parameters.items():
+            if value is not None and value.is_meta:
+                like = value.to(types(f"{prefix}.{name}" if prefix else name))
+                zeros = torch.zeros_like(like, device="cpu") if folder is None else in_file(like, folder)
+                module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+                if folder is not None:
+                    setattr(module._parameters[name], _OF_FILE, folder)
+
+
+def folder_of(network: nn.Module) -> Path | None:
+    """Return the folder of the files that the parameters of `network` lie in; None = they lie in memory."""
+    return next((getattr(p, _OF_FILE) for p in network.parameters() if hasattr(p, _OF_FILE)), None)
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Return the size of all parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+
+
+def release(module: nn.Module) -> None:
+    """Give back the memory of the parameters of `module` that lie in files; they are read again when they are used.
+
+    Those that safetensors has mapped count, too. Elsewhere than on Linux nothing happens.
+    """
+    for parameter in module.parameters():
+        _release(parameter)
+
+
+def release_after_calls_(network: nn.Module, names: Sequence[str]) -> None:
+    """Let each module of `names` give back its memory whenever it has been called, from now on."""
+    for name in names:
+        network.get_submodule(name).register_forward_hook(_release_after)
+
+
+def _release_after(module: nn.Module, args: tuple, output: object) -> None:
+    release(module)
+
+
+def _release(tensor: Tensor) -> None:
+    if not sys.platform.startswith("linux") or tensor.is_meta or tensor.device.type != "cpu":
+        return
+    start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    begin, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin:
+        # memory of our own files is dropped; of others the kernel decides, which keeps what no file holds
+        advice = mmap.MADV_DONTNEED if hasattr(tensor, _OF_FILE) else _PAGE_OUT
+        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -1,0 +1,84 @@
+"""The levels that GPTQ may choose for each weight: those of integers, or the elements of a number format."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptq_exp.quantization.affine import QRange
+from ptq_exp.quantization.quantizer.formats import BlockWeightQuantizer, FloatWeightQuantizer
+from ptq_exp.quantization.quantizer.weight import WeightQuantizer
+from ptq_exp.reconstruction.hessian import grouped
+
+
+class Levels(NamedTuple):
+    """The grid of each weight, counted from the zero point: `scale` times an integer from `lowest` to `highest`.
+
+    All float64 [groups, out, in].
+    """
+
+    scale: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+    def nearest(self, values: Tensor, column: int | slice = slice(None)) -> Tensor:
+        """Return the levels nearest to `values`, ties to even, of one or all columns."""
+        scale, lowest, highest = (part[..., column] for part in self)
+        return torch.div(values, scale).round_().clamp_(lowest, highest)
+
+    def reordered(self, order: Tensor | None, like: Tensor) -> Levels:
+        """Return the grid of columns in this order, in the shape of `like`."""
+        return Levels(*(reordered(part.expand_as(like), order) for part in self))
+
+
+class Elements(NamedTuple):
+    """The grid of each weight in a number format: `scale` times one of `values`.
+
+    Attributes:
+        scale: float64 [groups, out, in]; of blocks, that of the block a weight lies in. 0 where a block is zero.
+        values: ascending, float64 [n].
+    """
+
+    scale: Tensor
+    values: Tensor
+
+    def nearest(self, values: Tensor, column: int | slice = slice(None)) -> Tensor:
+        """Return the elements nearest to `values`, of one or all columns; the lower one of two as near."""
+        scale = self.scale[..., column]
+        ratio = torch.where(scale == 0, 0.0, values / torch.where(scale == 0, 1.0, scale))
+        between = (self.values[1:] + self.values[:-1]) / 2
+        return self.values[torch.bucketize(ratio.contiguous(), between)]
+
+    def reordered(self, order: Tensor | None, like: Tensor) -> Elements:
+        """Return the grid of columns in this order, in the shape of `like`."""
+        return Elements(reordered(self.scale.expand_as(like), order), self.values)
+
+
+def grid_of(layer: nn.Module, weight: Tensor) -> Levels | Elements:
+    """Return the grid of the `weight` of a quantized layer, whose ranges are chosen.
+
+    Raises:
+        QuantizationError: a number format whose elements differ from row to row.
+    """
+    quantizer: WeightQuantizer = layer.weight_quantizer
+    if isinstance(quantizer, BlockWeightQuantizer | FloatWeightQuantizer):
+        return Elements(grouped(layer, quantizer.units(weight)), quantizer.format.elements.to(weight.device))
+    cells = QRange(*(grouped(layer, part.expand(weight.shape)) for part in quantizer.cells(weight.float())))
+    return Levels(cells.scale, cells.qmin - cells.zero_point, cells.qmax - cells.zero_point)
+
+
+def put_(layer: nn.Module, grid: Levels | Elements, levels: Tensor) -> None:
+    """Give a quantized layer the weight of these `levels` of its `grid`, [groups, out, in]."""
+    shape = layer.weight.shape
+    if isinstance(grid, Levels):
+        codes = (levels - grid.lowest).to(torch.int32).reshape(shape)
+    else:
+        codes = layer.weight_quantizer.codes((levels * grid.scale).reshape(shape).to(layer.weight))
+    layer.weight_quantizer.restore(layer.weight, codes)
+
+
+def reordered(values: Tensor, order: Tensor | None) -> Tensor:
+    """Return ``values`` [groups, out, in] with the columns of each group in `order` [groups, in]."""
+    return values if order is None else values.gather(-1, order[:, None].expand_as(values))
