@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.affine import QRange, choose_qparams, dequantize, fake_quantize, integer_range, quantize
-    from ptq_exp.quantization.allocation import Allocation, Budget, Solution, tied
+    from ptq_exp.quantization.allocation import Allocation, Budget, Solution
     from ptq_exp.quantization.calibrate import (
         calibrate_,
         calibrate_activations_,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
     from ptq_exp.quantization.quantizer.time_step import Step, of_samples, select_row, step_of
     from ptq_exp.quantization.ranges.elementwise import HistogramMetric
     from ptq_exp.quantization.ranges.range_search import METRICS, RangeSketch, search_range
-    from ptq_exp.quantization.rules import default_rules, kept, segmented, with_outputs
+    from ptq_exp.quantization.rules import kept, segmented, with_outputs
     from ptq_exp.quantization.save import load_quantized_, save_quantized
     from ptq_exp.quantization.specs import QuantSpec, Rule, TensorSpec
     from ptq_exp.quantization.trace.concats import depending_on_alone, find_chunks, find_concats
@@ -53,7 +53,7 @@ if TYPE_CHECKING:  # what `_HOME` names, for checkers of types and editors
 
 _HOME = {
     "affine": "QRange choose_qparams dequantize fake_quantize integer_range quantize",
-    "allocation": "Allocation Budget Solution tied",
+    "allocation": "Allocation Budget Solution",
     "calibrate": "calibrate_ calibrate_activations_ calibrate_weights_ calibrating disabled finish_calibration "
     "freeze_weights_ quantizers set_mode",
     "cost.account": "describe multipliers range_table",
@@ -71,7 +71,7 @@ _HOME = {
     "quantizer.time_step": "Step of_samples select_row step_of",
     "ranges.elementwise": "HistogramMetric",
     "ranges.range_search": "METRICS RangeSketch search_range",
-    "rules": "default_rules kept segmented with_outputs",
+    "rules": "kept segmented with_outputs",
     "save": "load_quantized_ save_quantized",
     "specs": "QuantSpec Rule TensorSpec",
     "trace.concats": "depending_on_alone find_chunks find_concats",

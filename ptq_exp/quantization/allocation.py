@@ -126,17 +126,6 @@ class Allocation:
                        "a little")
 
 
-def tied(values: np.ndarray, group: Sequence[int]) -> np.ndarray:
-    """Add up scores or costs [L, C] of layers that share a choice: [G, C].
-
-    Args:
-        group: 0..G-1 of each layer.
-    """
-    found = np.zeros((max(group) + 1, values.shape[1]))
-    np.add.at(found, np.asarray(group), values)
-    return found
-
-
 def _exact(
     score: np.ndarray, budgets: Sequence[Budget], objective: str, cuts: Sequence[tuple[Choice, int]]
 ) -> Choice | None:

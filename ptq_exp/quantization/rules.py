@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization.granularity import segmented_as
@@ -60,25 +59,6 @@ def policy_rules(policy: Policy, widths: Widths, bins: int = 1) -> list[Rule]:
     if policy.attention:
         rules.append(Rule(OPERANDS, QuantSpec(weight, at_input, made, is_operand=True)))
     return [*rules, Rule("*", QuantSpec(weight, at_input, at_output, softmax, made))]
-
-
-def default_rules(
-    weight_bits: int | str, activation_bits: int | str | Sequence[int], *, softmax_bits: int = 8,
-    first_last_bits: int = 8, boundary_bits: int = 16, bins: int = 1, **policy: Any,
-) -> list[Rule]:
-    """Return the ordered rules of a `Policy` at some `Widths`, in one call.
-
-    Args:
-        policy: settings of `Policy`, such as weight_symmetric=True; without any, everything is quantized.
-
-    Raises:
-        ConfigError: a width or a setting is out of range.
-    """
-    if policy.get("group_size", 0) is None:  # of no effect without weight_granularity="group"
-        del policy["group_size"]
-    candidates = activation_bits if isinstance(activation_bits, int | str) else tuple(activation_bits)
-    widths = Widths(weight_bits, candidates, softmax_bits, first_last_bits, boundary_bits)
-    return Policy(**policy).rules(widths, bins)
 
 
 def _rules_at_the_ends(policy: Policy, widths: Widths, weight: TensorSpec, operand: TensorSpec) -> list[Rule]:

@@ -12,10 +12,11 @@ from torch import nn
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import (
     DynamicQuantizer,
+    Policy,
     QuantSpec,
     TensorSpec,
+    Widths,
     calibrate_,
-    default_rules,
     disabled,
     load_quantized_,
     proven,
@@ -165,7 +166,7 @@ def network(activation, kind=torch.float32, **policy):
     full = Net().eval().requires_grad_(False).to(kind)
     example = (EXAMPLE[0].to(kind),)
     made = copy.deepcopy(full)
-    rules = default_rules(8, 8, activation=activation, **policy)
+    rules = Policy(activation=activation, **policy).rules(Widths(8, 8))
     report = quantize_(made, rules, example)
     calibrate_(made, "minmax", [] if activation != "static" else [example])
     return full, made, rules, report

@@ -8,7 +8,7 @@ import yaml
 
 from ptq_exp.calibration import TEMPORAL
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import PerChannel, PerGroup, PerTensor, Policy, Widths, default_rules
+from ptq_exp.quantization import PerChannel, PerGroup, PerTensor, Policy, Widths
 from ptq_exp.settings.schema import ExperimentConfig
 
 FULL = yaml.safe_load((Path(__file__).parents[2] / "conf" / "quantization" / "full.yaml").read_text())
@@ -70,17 +70,6 @@ def test_smoothing_is_asked_for_once(settings, entry):
 def test_widths_keep_candidates_as_a_tuple_and_one_of_them_as_a_number():
     assert Widths(8, [4, 8]) == Widths(8, (4, 8)) and Widths(8, [4]) == Widths(8, 4)
     assert Widths(8, (4, 6)).widest == 6 and Widths(8, 5).widest == 5
-
-
-def test_rules_in_one_call_are_those_of_the_policy():
-    assert default_rules(8, 4) == Policy().rules(Widths(8, 4))
-    made = default_rules(
-        4, [4, 8], softmax_bits=16, first_last_bits=6, boundary_bits=8, first=("a",), last=(),
-        weight_granularity="group", group_size=8, attention=False,
-    )
-    policy = Policy(first=("a",), last=(), weight_granularity="group", group_size=8, attention=False)
-    assert made == policy.rules(Widths(4, (4, 8), 16, 6, 8))
-    assert default_rules(8, 8, group_size=None) == default_rules(8, 8)
 
 
 def test_symmetric_operands_of_attention_leave_all_other_activations_as_they_are():
