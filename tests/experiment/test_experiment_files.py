@@ -16,7 +16,7 @@ from ptq_exp.storage.plain_json import read_json
 
 OTHERS = ("evaluate", "analyze")  # tested in files of their own
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem not in OTHERS)
-RECONSTRUCTED = ("best_w4", "best_w6", "brecq", "deploy_w4", "gptq", "qdiffusion", "qdrop", "tfmq")
+RECONSTRUCTED = ("best_w4", "best_w6", "brecq", "deploy_w4", "gptq", "kit", "qdiffusion", "qdrop", "tfmq")
 # coverage of convolutions and linear layers, and (weight, activation) bits of the first and the last convolution
 AS_PUBLISHED = {
     "ptq4dm_release": (0.002, [(8, None), (8, None)]), "tfmq_release": (0.8715, [(None, None), (None, None)]),
