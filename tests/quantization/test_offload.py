@@ -196,7 +196,7 @@ def test_a_file_written_tensor_by_tensor_has_the_bytes_of_the_library(tmp_path):
         "b.weight": torch.randint(0, 255, (7, 3), dtype=torch.uint8), "a": torch.randn(3, 4).bfloat16(),
         "s": torch.tensor(3.0), "none": torch.zeros(0, 2), "q": torch.ones(2, dtype=torch.bool), "i": torch.arange(5),
     }
-    write_tensors(tmp_path / "ours", tensors, {"format": "x"})
+    write_tensors(tensors, tmp_path / "ours", {"format": "x"})
     save_file(tensors, tmp_path / "theirs", {"format": "x"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
