@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ptq_exp.errors import PTQError, QuantizationError
@@ -20,6 +21,7 @@ from ptq_exp.quantization.offload import (
     weight_bytes,
     without,
 )
+from ptq_exp.quantization.offload.writer import write_tensors
 
 
 class Skipping(nn.Module):
@@ -187,6 +189,16 @@ def test_memory_is_given_back(tmp_path):
     release(made)
     assert used - resident("RssFile") - resident("RssShmem") > 0.9 * weight_bytes(network)
     assert torch.equal(made[3].weight, 2 * network[3].weight)
+
+
+def test_a_file_written_tensor_by_tensor_has_the_bytes_of_the_library(tmp_path):
+    tensors = {
+        "b.weight": torch.randint(0, 255, (7, 3), dtype=torch.uint8), "a": torch.randn(3, 4).bfloat16(),
+        "s": torch.tensor(3.0), "none": torch.zeros(0, 2), "q": torch.ones(2, dtype=torch.bool), "i": torch.arange(5),
+    }
+    write_tensors(tensors, tmp_path / "ours", {"format": "x"})
+    save_file(tensors, tmp_path / "theirs", {"format": "x"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_a_full_disk_is_said_before_anything_is_mapped(tmp_path, monkeypatch):
