@@ -47,6 +47,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for use in (use_small_networks, use_blank_pictures, use_one_composition):
             use(patch)
+        patch.setattr("ptq_exp.experiment.experiment.SHORT_RUN", 0.0)
         for name, overrides in [("all", EVERYTHING), ("analysed", ANALYSED), ("chosen", CHOSEN), ("no", INFEASIBLE)]:
             given = [f"cache_dir={folder}/cache", f"hydra.run.dir={folder}/{name}", *overrides]
             patch.setattr(sys, "argv", ["ptq_exp", *SMALL, *given])
