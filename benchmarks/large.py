@@ -127,7 +127,9 @@ def quantize(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Load what was saved into a network without weights, block by block, and run it."""
     with init_empty_weights():
-        network = DiTTransformer2DModel.from_config(DiTTransformer2DModel.load_config(folder)).to(torch.bfloat16)
+        network = DiTTransformer2DModel.from_config(DiTTransformer2DModel.load_config(folder))
+    for parameter in network.parameters():  # not the table of positions, which `from_pretrained` leaves in float32, too
+        parameter.data = parameter.data.to(torch.bfloat16)
     quantized = ptq_exp.load_quantized(
         folder / _name(settings), network=network, max_memory_gb=settings["max_memory_gb"],
         folder=folder,
