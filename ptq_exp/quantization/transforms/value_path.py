@@ -52,8 +52,8 @@ def value_paths(network: nn.Module, allowed: Collection[str]) -> dict[str, Value
             continue
         widths = {*(layers[own].out_features for own in writers), *(layers[own].in_features for own in readers)}
         if len(widths) == 1 and (width := widths.pop()) % heads == 0:
-            of_module = ([f"{name}.{own}" for own in part] for part in (writers, readers))
-            found[name] = ValuePath(*map(tuple, of_module), width // heads)
+            of_module = (tuple(f"{name}.{own}" for own in part) for part in (writers, readers))
+            found[name] = ValuePath(*of_module, width=width // heads)
     return found
 
 
