@@ -248,7 +248,11 @@ def test_the_command_prints_a_table_and_runs_nothing(small, command, cache, caps
     folder = command("forecast=true")
     printed = capsys.readouterr().out
     assert "quantized_images" in printed and "memory (cpu)" in printed and "disk: run folder" in printed
-    assert not (folder / "results.json").exists() and not list(cache.rglob("entry.json"))
+    assert not folder.exists() and not list(cache.rglob("entry.json"))
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    command("forecast=true", f"hydra.run.dir={folder}")
+    assert (folder / "notes.txt").exists()
 
 
 def test_what_is_not_forecast_is_said(base, tmp_path, caplog):

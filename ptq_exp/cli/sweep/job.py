@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -115,8 +116,15 @@ def _experiment(config: ExperimentConfig, job: Job, fresh_since: float | None) -
             raise ConfigError("forecast=true: a single run is forecast, not the jobs of a sweep; leave out -m")
         forecast = forecast_experiment(config, job.folder)
         print("no forecast, see above" if forecast is None else forecast.table())
+        _remove_unused(job.folder)
         return {"metrics": {}}
     return run_experiment(config, job.folder, fresh_since)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove a run folder in which lies nothing but what Hydra put there before the run."""
+    if {path for path in folder.iterdir() if path.name != ".hydra"} <= set(folder.glob("*.log")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _done(path: Path, config: ExperimentConfig) -> dict[str, Any] | None:
