@@ -1,7 +1,6 @@
 """Files for ComfyUI, read back by a reader of their layout alone, and compared with numbers of its own package."""
 
 import json
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +11,8 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from ptq_exp.cli.export import main
-from ptq_exp.deploy import load, sdnq_folder
+from ptq_exp.deploy import sdnq_folder
 from ptq_exp.deploy.comfy_file import write_comfy
-from ptq_exp.deploy.load import load_quantized
 from ptq_exp.errors import DataError
 from ptq_exp.quantization import (
     Applied,
@@ -195,21 +193,15 @@ def test_a_network_without_int8_is_refused_by_name(tmp_path, settings, reason):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_a_saved_model_under_the_names_of_its_checkpoint(tmp_path, capsys, monkeypatch):
-    made = []
-    monkeypatch.setattr(load, "load_quantized", lambda *path: made.append(load_quantized(*path)) or made[0])
-    with zipfile.ZipFile(GOLDEN_FOLDER / "saved_model_1.zip") as archive:
-        archive.extractall(tmp_path)
-    words = [f"quantized={tmp_path / 'quantized'}", f"checkpoint={tmp_path / 'model'}", "format=comfy"]
-    main([*words, f"out={tmp_path / 'file.safetensors'}"])
-    said = capsys.readouterr().out
+def test_the_command_writes_a_saved_model_under_the_names_of_its_checkpoint(tmp_path, exported):
+    said, model = exported("comfy", tmp_path / "file.safetensors")
     found = load_file(tmp_path / "file.safetensors")
     assert "26 int8" in said and "not quantized there: 25, convolutions have no int8 weights there" in said
     checkpoint = next((tmp_path / "model").rglob("*.safetensors"))
     names = {key for key in found if not key.endswith((".weight_scale", ".comfy_quant"))}
     assert names == load_file(checkpoint).keys()
     for name in (key.removesuffix(".comfy_quant") for key in found if key.endswith(".comfy_quant")):
-        weight = made[0].network.unet.get_submodule(name).weight.numpy()
+        weight = model.network.unet.get_submodule(name).weight.numpy()
         np.testing.assert_array_equal(read(found, name).astype(np.float32), weight)
 
 

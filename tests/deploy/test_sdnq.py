@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from small_pipelines import SMALL
 from torch import nn
 
-from ptq_exp.cli.export import main
-from ptq_exp.deploy import load
 from ptq_exp.deploy.integer_weights import plain_weight
-from ptq_exp.deploy.load import load_quantized
 from ptq_exp.deploy.sdnq_folder import write_sdnq
 from ptq_exp.deploy.sdnq_layer import sdnq_layer
 from ptq_exp.errors import ConfigError, DataError
@@ -220,17 +216,11 @@ def test_a_pipeline_draws_the_same_images(tmp_path):
     assert 'pipe = DiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.float32)' in text
 
 
-def test_the_command_writes_a_saved_model(tmp_path, capsys, monkeypatch):
-    made = []
-    monkeypatch.setattr(load, "load_quantized", lambda *path: made.append(load_quantized(*path)) or made[0])
-    with zipfile.ZipFile(GOLDEN_FOLDER / "saved_model_1.zip") as archive:
-        archive.extractall(tmp_path)
-    words = [f"quantized={tmp_path / 'quantized'}", f"checkpoint={tmp_path / 'model'}", "format=sdnq"]
-    main([*words, f"out={tmp_path / 'out'}"])
-    said = capsys.readouterr().out
+def test_the_command_writes_a_saved_model(tmp_path, exported):
+    said, model = exported("sdnq", tmp_path / "out")
     assert "tensors: 2 uint8, 47 uint4, 2 int4" in said and "relative distance from the quantized weights:" in said
     found = weights_of(UNet2DModel.from_pretrained(tmp_path / "out"))
-    for key, layer in packed_layers(made[0].network.unet):
+    for key, layer in packed_layers(model.network.unet):
         torch.testing.assert_close(found[key.removesuffix(".weight")], layer.weight, rtol=1e-6, atol=1e-7)
 
 
