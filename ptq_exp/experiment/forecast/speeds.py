@@ -18,13 +18,18 @@ from ptq_exp.evaluation.scores import score
 from ptq_exp.evaluation.statistics import FeatureStatistics
 from ptq_exp.experiment.budget import planned_network
 from ptq_exp.experiment.features import FEATURE_BATCH
+from ptq_exp.experiment.forecast.pipelines import Zeros
 from ptq_exp.experiment.forecast.probe import BUDGET, Line, line, measured
+from ptq_exp.experiment.forecast.transforms import TransformTime, between, transform_time
 from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
+from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization import (
     ActivationQuantizer,
     Report,
+    Rule,
+    Transform,
     WeightQuantizer,
     calibrating,
     freeze_weights_,
@@ -34,6 +39,7 @@ from ptq_exp.quantization import (
 
 _QUICK = "minmax"  # the range search of what is not timed
 _WEIGHTS, _RANGES = 4, 6  # that are timed
+_SHOWN = 4  # samples that a place of a transform is fitted on
 _LARGEST = 4_000_000  # values of a weight that is timed
 
 
@@ -44,6 +50,7 @@ class Placed:
     Attributes:
         weights: seconds of the range search of all weights.
         ranges: seconds of the range search of all activations, of all bins.
+        transforms: what was measured of each.
     """
 
     network: nn.Module
@@ -51,6 +58,7 @@ class Placed:
     weights: float
     ranges: float
     observed: Line
+    transforms: tuple[TransformTime, ...] = ()
 
 
 class Speeds:
@@ -72,6 +80,16 @@ class Speeds:
             network
         ]()
 
+    @property
+    def rows(self) -> float:
+        """Rows of one call of the network for each image that is drawn; those of guidance count in its speed."""
+        return self.run.model.copies / self.run.model.calls if isinstance(self.run.model, PipelineModel) else 1.0
+
+    @property
+    def halves(self) -> int:
+        """Rows that calibration sees of each state: with its conditions and, under guidance of our own, without."""
+        return 2 if self.run.guidance_scale != 1 and not isinstance(self.run.model, PipelineModel) else 1
+
     @cached_property
     def full(self) -> Line:
         """The speed of the guided network in full precision."""
@@ -87,7 +105,12 @@ class Speeds:
 
     @cached_property
     def decoded(self) -> Line:
-        """The speed of the first stage; nothing where states are images."""
+        """The speed of the first stage, or of a pipeline without its network; nothing where states are images."""
+        model = self.run.model
+        if isinstance(model, PipelineModel):
+            zeros, images = Zeros(model), max(1, self.sizes[FULL] * model.calls // model.copies)
+            return line(lambda n: model.run(zeros, self.run.grid, range(n), 0, device=self.run.device), images,
+                        self.run.device)
         if self.run.model.first_stage is None:
             return Line(0.0, 0.0)
         return line(lambda n: self.run.model.decode(self.call(n).x), self.sizes[FULL], self.run.device)
@@ -95,7 +118,8 @@ class Speeds:
     @cached_property
     def placed(self) -> Placed:
         """The quantized network; see `Placed`."""
-        network, report = planned_network(self.run, self.plan)
+        transforms: list[TransformTime] = []
+        network, report = planned_network(self.run, self.plan, lambda *of: transforms.append(self._transform(*of)))
         weights = self._weights(network)
         observed, ranges = None, 0.0
         activations = [q for _, q in quantizers(network) if isinstance(q, ActivationQuantizer) and q.needs_data]
@@ -107,7 +131,8 @@ class Speeds:
                     observed = self._line(network, OBSERVED)
                 self.call(1).evaluate(network)
             ranges += self._ranges(activations, timed=row == 0)
-        return Placed(network, report, weights, ranges * self.plan.n_bins, observed or Line(0.0, 0.0))
+        observed = observed or Line(0.0, 0.0)
+        return Placed(network, report, weights, ranges * self.plan.n_bins, observed, tuple(transforms))
 
     @cached_property
     def features(self) -> Line:
@@ -156,6 +181,14 @@ class Speeds:
 
         return line(evaluate, self.sizes[which], self.run.device)
 
+    def _transform(
+        self, network: nn.Module, transform: Transform, sites: dict[str, tuple[str, ...]], rules: list[Rule]
+    ) -> TransformTime:
+        few = self.call(min(self.sizes[OBSERVED], _SHOWN))
+        return transform_time(
+            network, transform, sites, rules, few.evaluate, lambda shown: self._line(shown, OBSERVED), self.run.device
+        )
+
     @torch.no_grad()
     def _weights(self, network: nn.Module) -> float:
         """Give all weights ranges and freeze them; returns the seconds that the plan's search takes for them."""
@@ -173,7 +206,7 @@ class Speeds:
             if not layer.weight_quantizer.ready:
                 layer.weight_quantizer.search(layer.weight, _QUICK)
         freeze_weights_(network)
-        return sum(_between(timed, layer.weight.numel()) for layer in layers)
+        return sum(between(timed, layer.weight.numel()) for layer in layers)
 
     def _ranges(self, activations: list[ActivationQuantizer], *, timed: bool) -> float:
         """Give all activations ranges of what they saw; returns the seconds that the plan's search takes for them."""
@@ -207,13 +240,3 @@ class Speeds:
         run, plan, bins = self.run, self.plan, self.plan.time_bins if self.plan.n_bins > 1 else None
         return QuantizedModel(run.model, self.placed.network, self.placed.report, run.grid, run.guidance_scale,
                               widths=tuple(plan.widths), time_bins=bins)
-
-
-def _between(timed: dict[int, float], size: int) -> float:
-    """Return the seconds of a weight of `size` values: between the sizes that were timed, in proportion beyond them."""
-    if not timed:
-        return 0.0
-    sizes = sorted(timed)
-    if size > sizes[-1]:
-        return timed[sizes[-1]] * size / sizes[-1]
-    return float(np.interp(size, sizes, [timed[known] for known in sizes]))

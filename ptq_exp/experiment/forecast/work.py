@@ -43,12 +43,16 @@ class Evaluations:
 Work = Mapping[str, tuple[Evaluations, ...]]
 
 
-def work_of(config: ExperimentConfig, grid: TimeGrid, *, quantizes: bool, quantized: bool, seed: int) -> Work:
+def work_of(
+    config: ExperimentConfig, grid: TimeGrid, *, quantizes: bool, quantized: bool, seed: int, guided: bool = False
+) -> Work:
     """Map each stage that evaluates networks to its evaluations.
 
     Args:
         quantizes: a quantized network is made.
         quantized: there is one, made or loaded.
+        guided: calibration states are seen with their conditions and without; evaluations in full precision and
+            quantized are those of guided networks, one for both.
     """
     evaluation, steps = config.evaluation, len(grid)
     drawn = Evaluations.batches(FULL, evaluation.n_samples, evaluation.batch_size, steps)
@@ -60,7 +64,9 @@ def work_of(config: ExperimentConfig, grid: TimeGrid, *, quantizes: bool, quanti
             suffix = "" if n == 1 else f"_{n}"
             drawn_by = FULL if n == 1 else QUANTIZED
             work[f"calibration_set{suffix}"] = calibration_work(config.calibration, grid, seed, drawn_by)
-            work[f"quantize{suffix}"] = (Evaluations(OBSERVED, math.ceil(states / batch), states, batch),)
+            seen = 2 if guided and config.calibration.source is not None else 1
+            observed = Evaluations(OBSERVED, math.ceil(states / batch), seen * states, seen * batch)
+            work[f"quantize{suffix}"] = (observed,)
         work["noise_statistics"] = _correction(config, steps)
     if quantized:
         n, batch = evaluation.eps_error_samples, min(evaluation.eps_error_samples, evaluation.batch_size)
