@@ -18,7 +18,7 @@ from ptq_exp.experiment.forecast.probe import in_use, measured
 from ptq_exp.experiment.forecast.room import Need, available_memory, check_disk, check_memory
 from ptq_exp.experiment.forecast.seconds import stage_seconds
 from ptq_exp.experiment.forecast.speeds import Speeds
-from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED, Work, work_of
+from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED, Work, work_of
 from ptq_exp.experiment.keys import Keys, joined, versioned
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
@@ -117,8 +117,9 @@ def _forecast(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys)
     quantized = plan is not None
     work = _work(run, config, quantized)
     sizes = {network: max((e.largest for found in work.values() for e in found if e.network == network), default=1)
-             for network in (FULL, QUANTIZED, OBSERVED)}
-    speeds = Speeds(run, plan, sizes)
+             for network in (FULL, QUANTIZED, OBSERVED, EXECUTED)}
+    sizes[QUANTIZED] = max(sizes[QUANTIZED], sizes.pop(EXECUTED))
+    speeds = Speeds(run, plan, sizes, config.runtime)
     reused = _reused(run, plan, config, keys)
     seconds = stage_seconds(speeds, config, work, set(reused))
     needs = _needs(speeds, config, quantized)
@@ -172,9 +173,8 @@ def _needs(speeds: Speeds, config: ExperimentConfig, quantized: bool) -> dict[st
     if quantized:
         each = rows * speeds.quantized.bytes_each
         needs["drawing quantized images"] = Need(copies, each, "evaluation.batch_size", batch)
-        needs["finding ranges"] = Need(
-            copies, speeds.of(OBSERVED).bytes_each, "calibration.batch_size", config.calibration.batch_size
-        )
+        seen = speeds.halves * speeds.of(OBSERVED).bytes_each
+        needs["finding ranges"] = Need(copies, seen, "calibration.batch_size", config.calibration.batch_size)
     return needs
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from ptq_exp.experiment.forecast.blocks import reconstruction_seconds
+from ptq_exp.experiment.forecast.engine import measuring_seconds
 from ptq_exp.experiment.forecast.speeds import Speeds
 from ptq_exp.experiment.forecast.work import Work
 from ptq_exp.pipelines import PipelineModel
@@ -41,6 +43,7 @@ def stage_seconds(
             speeds, config.reconstruction, states
         )
         seconds |= {"bit_schedule": unknown} | ({"analysis": None} if config.analysis.active else {})
+        seconds |= _of_engine(speeds, config, seconds)
     return seconds | _of_scores(speeds, config, reused)
 
 
@@ -62,6 +65,26 @@ def _beside(speeds: Speeds, config: ExperimentConfig, stage: str) -> float:
     else:
         n, batch = evaluation.eps_error_samples, evaluation.batch_size
     return speeds.decoded.seconds(min(n, batch), math.ceil(n / batch))
+
+
+def _of_engine(
+    speeds: Speeds, config: ExperimentConfig, seconds: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    """Return the stage that measures an engine; where it draws, too, it is compiled in the first stage that draws."""
+    runtime = config.runtime
+    if runtime.engine is None:
+        return {}
+    draws = runtime.name != "simulate"
+    found: dict[str, float | None] = {}
+    if draws and "eps_error" in seconds:
+        found["eps_error"] = (seconds["eps_error"] or 0.0) + speeds.engine.compiled
+    if runtime.measure:
+        found["runtime"] = measuring_seconds(
+            speeds.engine, speeds.full, speeds.quantized, runtime, config.evaluation.batch_size, len(speeds.run.grid)
+        )
+        if runtime.measure_memory:
+            found["runtime"] = None  # processes that start and end
+    return found
 
 
 def _of_scores(speeds: Speeds, config: ExperimentConfig, reused: set[str]) -> dict[str, float | None]:

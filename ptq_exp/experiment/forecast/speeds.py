@@ -18,10 +18,11 @@ from ptq_exp.evaluation.scores import score
 from ptq_exp.evaluation.statistics import FeatureStatistics
 from ptq_exp.experiment.budget import planned_network
 from ptq_exp.experiment.features import FEATURE_BATCH
+from ptq_exp.experiment.forecast.engine import Engine, engine_of
 from ptq_exp.experiment.forecast.pipelines import Zeros
 from ptq_exp.experiment.forecast.probe import BUDGET, Line, line, measured
 from ptq_exp.experiment.forecast.transforms import TransformTime, between, transform_time
-from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED
+from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
 from ptq_exp.pipelines import PipelineModel
@@ -36,6 +37,7 @@ from ptq_exp.quantization import (
     quantizers,
     select_row,
 )
+from ptq_exp.settings.schema import RuntimeConfig
 
 _QUICK = "minmax"  # the range search of what is not timed
 _WEIGHTS, _RANGES = 4, 6  # that are timed
@@ -68,17 +70,20 @@ class Speeds:
         run: its objects.
         plan: how its network is quantized; None = it is not.
         sizes: most samples at once of each network.
+        runtime: what executes the quantized network.
     """
 
-    def __init__(self, run: Run, plan: Plan | None, sizes: dict[str, int]) -> None:
-        self.run, self.plan, self.sizes = run, plan, sizes
+    def __init__(
+        self, run: Run, plan: Plan | None, sizes: dict[str, int], runtime: RuntimeConfig | None = None
+    ) -> None:
+        self.run, self.plan, self.sizes, self.runtime = run, plan, sizes, runtime or RuntimeConfig()
         self._generator = torch.Generator().manual_seed(0)
 
     def of(self, network: str) -> Line:
-        """Return the speed of an evaluation of FULL, QUANTIZED or OBSERVED."""
-        return {FULL: lambda: self.full, QUANTIZED: lambda: self.quantized, OBSERVED: lambda: self.placed.observed}[
-            network
-        ]()
+        """Return the speed of an evaluation of FULL, QUANTIZED, OBSERVED or EXECUTED."""
+        if network == EXECUTED:
+            return self.engine.speed
+        return self.placed.observed if network == OBSERVED else self.full if network == FULL else self.quantized
 
     @property
     def rows(self) -> float:
@@ -102,6 +107,11 @@ class Speeds:
         if self.plan.n_bins > 1 or len(self.plan.widths) > 1:
             select_row(self.placed.network, 0)
         return self._line(self.run.model.guided(self.placed.network, self.run.guidance_scale), QUANTIZED)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine that draws, or is measured."""
+        return engine_of(self.run, self.model(), self.runtime, lambda network: self._line(network, QUANTIZED))
 
     @cached_property
     def decoded(self) -> Line:
@@ -199,8 +209,8 @@ class Speeds:
         timed = {}
         for place, layer in enumerate(small):
             if place in places and sum(timed.values()) < BUDGET:
-                timed[layer.weight.numel()] = self._seconds(
-                    lambda layer=layer: layer.weight_quantizer.search(layer.weight, self.plan.metric)
+                timed[layer.weight.numel()], _ = measured(
+                    lambda layer=layer: layer.weight_quantizer.search(layer.weight, self.plan.metric), self.run.device
                 )
         for layer in layers:
             if not layer.weight_quantizer.ready:
@@ -211,14 +221,12 @@ class Speeds:
     def _ranges(self, activations: list[ActivationQuantizer], *, timed: bool) -> float:
         """Give all activations ranges of what they saw; returns the seconds that the plan's search takes for them."""
         chosen = activations[:: max(1, len(activations) // _RANGES)] if timed else []
-        seconds = [self._seconds(lambda each=each: each.finish(self.plan.metric)) for each in chosen]
+        finish = [lambda each=each: each.finish(self.plan.metric) for each in chosen]
+        seconds = [measured(work, self.run.device)[0] for work in finish]
         for quantizer in activations:
             if quantizer.saw_data:
                 quantizer.finish(_QUICK)
         return len(activations) * sum(seconds) / len(seconds) if seconds else 0.0
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        return measured(work, self.run.device)[0]
 
     def _images(self, n: int) -> np.ndarray:
         channels, height, width = self.run.model.image_shape

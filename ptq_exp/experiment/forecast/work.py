@@ -13,8 +13,8 @@ from ptq_exp.diffusion import TimeGrid
 from ptq_exp.settings.compose import build
 from ptq_exp.settings.schema import RULES, CalibrationConfig, ExperimentConfig
 
-FULL, QUANTIZED, OBSERVED = "full precision", "quantized", "observed"
-"""The networks: in full precision, quantized, and quantized while its activations are recorded."""
+FULL, QUANTIZED, OBSERVED, EXECUTED = "full precision", "quantized", "observed", "executed"
+"""The networks: in full precision, quantized, quantized while its activations are recorded, executed by an engine."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Evaluations:
     """Evaluations of a network.
 
     Attributes:
-        network: FULL, QUANTIZED or OBSERVED.
+        network: FULL, QUANTIZED, OBSERVED or EXECUTED.
         times: how many.
         samples: how many samples in all of them.
         largest: most samples at once.
@@ -69,10 +69,11 @@ def work_of(
             work[f"quantize{suffix}"] = (observed,)
         work["noise_statistics"] = _correction(config, steps)
     if quantized:
+        draws = QUANTIZED if config.runtime.name == "simulate" else EXECUTED
         n, batch = evaluation.eps_error_samples, min(evaluation.eps_error_samples, evaluation.batch_size)
-        work["eps_error"] = tuple(Evaluations.batches(network, n, batch, steps) for network in (FULL, QUANTIZED))
+        work["eps_error"] = tuple(Evaluations.batches(network, n, batch, steps) for network in (FULL, draws))
         work["quantized_images"] = (
-            Evaluations.batches(QUANTIZED, evaluation.n_samples, evaluation.batch_size, steps),
+            Evaluations.batches(draws, evaluation.n_samples, evaluation.batch_size, steps),
         )
     return {stage: found for stage, found in work.items() if found}
 
