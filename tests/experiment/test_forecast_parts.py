@@ -19,7 +19,8 @@ from ptq_exp.experiment.run import Run
 from ptq_exp.lightning import RecordingModule
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization import Fitting, transforms_of
-from ptq_exp.settings.compose import build, composed_from
+from ptq_exp.settings.build import build
+from ptq_exp.settings.compose import composed_from
 
 SMALLEST = ["sampler.steps=3", "evaluation.n_samples=4", "evaluation.batch_size=2", "evaluation.eps_error_samples=2",
             "calibration.n_samples=6", "calibration.batch_size=4", "metric=minmax", "logger=none",

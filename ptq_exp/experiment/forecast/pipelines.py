@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ptq_exp.calibration import positions
 from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED, Evaluations, Work
 from ptq_exp.pipelines import PipelineModel
-from ptq_exp.settings.compose import build
+from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import ExperimentConfig
 
 

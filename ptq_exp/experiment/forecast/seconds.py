@@ -10,7 +10,7 @@ from ptq_exp.experiment.forecast.engine import measuring_seconds
 from ptq_exp.experiment.forecast.speeds import Speeds
 from ptq_exp.experiment.forecast.work import Work
 from ptq_exp.pipelines import PipelineModel
-from ptq_exp.settings.compose import build
+from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import RULES, ExperimentConfig
 
 
