@@ -6,10 +6,13 @@ import torch
 from small_networks import use_small_networks
 from small_pipelines import PROMPTS, SMALL
 
+import ptq_exp
 from ptq_exp.calibration import CalibrationSet
 from ptq_exp.calibration import positions as drawn_positions
+from ptq_exp.deploy.measure import STATES, _Enough, _Recorder
 from ptq_exp.experiment.budget import planned_network
 from ptq_exp.experiment.forecast import blocks, speeds
+from ptq_exp.experiment.forecast.engine import Engine, measuring_seconds
 from ptq_exp.experiment.forecast.pipelines import Zeros, of_pipeline
 from ptq_exp.experiment.forecast.probe import Line
 from ptq_exp.experiment.forecast.transforms import transform_time
@@ -19,8 +22,10 @@ from ptq_exp.experiment.run import Run
 from ptq_exp.lightning import RecordingModule
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization import Fitting, transforms_of
+from ptq_exp.runtime.timing import interleaved
 from ptq_exp.settings.build import build
 from ptq_exp.settings.compose import composed_from
+from ptq_exp.settings.schema import RuntimeConfig
 
 SMALLEST = ["sampler.steps=3", "evaluation.n_samples=4", "evaluation.batch_size=2", "evaluation.eps_error_samples=2",
             "calibration.n_samples=6", "calibration.batch_size=4", "metric=minmax", "logger=none",
@@ -78,6 +83,15 @@ def test_calibration_sees_both_halves_of_guidance():
                             {"y": zeros}, {"y": np.array(1)})
     rows = [len(call.x) for call in states.batches(4)]
     assert found.samples == sum(rows) == 12 and found.times == len(rows) and found.largest == max(rows)
+
+
+def test_layers_of_the_time_alone_see_every_time():
+    grid = ptq_exp.load_model("digits").time_grid(7)
+    given = [*SMALLEST, "quantization.temporal=static", "calibration.batch_size=4"]
+    chosen = [composed_from([*given, f"quantization.time_layers={of}"]) for of in ("calibration_set", "all_steps")]
+    alone, seen = (work_of(config, grid, quantizes=True, quantized=True, seed=0) for config in chosen)
+    assert seen["quantize"][0] == alone["quantize"][0] and len(alone["quantize"]) == 1
+    assert (seen["quantize"][1].samples, seen["quantize"][1].times) == (7, 2)
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +168,34 @@ def test_blocks_between_those_that_were_tried_are_in_proportion(monkeypatch):
     monkeypatch.setattr(blocks, "_PATIENCE", -1.0)  # the middle one alone
     x, y = blocks._tried(sizes, lambda place: 2.0 * sizes[place])
     assert np.allclose(np.interp(sizes, x, y), [2.0 * size for size in sizes])
+
+
+@pytest.mark.parametrize(("most", "steps"), [(100.0, 6), (7.0, 6), (2.0, 12)])
+def test_an_engine_is_measured_as_long_as_the_clock_lets_it(most, steps):
+    """Against the loops themselves, on a clock of their own."""
+    engine = Engine(compiled=0.0, speed=Line(0.25, 0.125))
+    full, simulated, images = Line(0.0, 0.25), Line(0.5, 0.5), 2
+    settings = RuntimeConfig(compare="openvino", measure=4, measure_seconds=most)
+    now = [0.0]
+
+    def takes(line):
+        def work(*_, **__):
+            now[0] += line.seconds(images)
+            return torch.zeros(images, 1)
+
+        return work
+
+    recorder = _Recorder(takes(simulated), {round(i * (steps - 1) / (STATES - 1)) for i in range(STATES)}, most,
+                         lambda: now[0])
+    try:
+        for _ in range(steps):
+            recorder(None, None)
+        drawn = steps
+    except _Enough:
+        drawn = 0
+    for _ in range(len(recorder.kept) + drawn):
+        takes(engine.speed)()
+    ways = {name: takes(line) for name, line in (("f", full), ("s", simulated), ("e", engine.speed))}
+    interleaved(ways, settings.measure, budget=most, clock=lambda: now[0])
+    found = measuring_seconds(engine, full, simulated, settings, images, steps)
+    assert 0.8 < found / now[0] < 1.25

@@ -118,7 +118,10 @@ def _forecast(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys)
     work = _work(run, config, quantized)
     sizes = {network: max((e.largest for found in work.values() for e in found if e.network == network), default=1)
              for network in (FULL, QUANTIZED, OBSERVED, EXECUTED)}
-    sizes[QUANTIZED] = max(sizes[QUANTIZED], sizes.pop(EXECUTED))
+    if config.runtime.name == "simulate":
+        sizes[EXECUTED] = sizes[QUANTIZED]
+    else:
+        sizes[QUANTIZED] = max(sizes[QUANTIZED], sizes[EXECUTED])
     speeds = Speeds(run, plan, sizes, config.runtime)
     reused = _reused(run, plan, config, keys)
     seconds = stage_seconds(speeds, config, work, set(reused))
@@ -174,6 +177,9 @@ def _needs(speeds: Speeds, config: ExperimentConfig, quantized: bool) -> dict[st
         each = rows * speeds.quantized.bytes_each
         needs["drawing quantized images"] = Need(copies, each, "evaluation.batch_size", batch)
         seen = speeds.halves * speeds.of(OBSERVED).bytes_each
+        if config.runtime.engine is not None:
+            bytes_ = copies + speeds.engine.bytes
+            needs["compiling for the engine"] = Need(bytes_, 0.0, "runtime", config.runtime.engine)
         needs["finding ranges"] = Need(copies, seen, "calibration.batch_size", config.calibration.batch_size)
     return needs
 

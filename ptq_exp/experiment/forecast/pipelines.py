@@ -40,7 +40,7 @@ def of_pipeline(work: Work, config: ExperimentConfig, model: PipelineModel, step
         elif any(e.network == OBSERVED for e in evaluations):
             rows = calibration.n_samples * calibration.steps_per_sample * model.copies
             batch = min(rows, calibration.batch_size)
-            found[stage] = (Evaluations(OBSERVED, math.ceil(rows / batch), rows, batch),)
+            found[stage] = (Evaluations(OBSERVED, math.ceil(rows / batch), rows, batch), *evaluations[1:])
             continue
         found[stage] = tuple(
             replace(e, times=e.times * model.calls, samples=e.samples * model.copies,

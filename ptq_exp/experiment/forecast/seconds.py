@@ -76,8 +76,11 @@ def _of_engine(
         return {}
     draws = runtime.name != "simulate"
     found: dict[str, float | None] = {}
-    if draws and "eps_error" in seconds:
+    if draws:  # it is compiled for each size of a batch
+        evaluation = config.evaluation
         found["eps_error"] = (seconds["eps_error"] or 0.0) + speeds.engine.compiled
+        if evaluation.eps_error_samples < evaluation.batch_size:
+            found["quantized_images"] = (seconds["quantized_images"] or 0.0) + speeds.engine.compiled
     if runtime.measure:
         found["runtime"] = measuring_seconds(
             speeds.engine, speeds.full, speeds.quantized, runtime, config.evaluation.batch_size, len(speeds.run.grid)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from ptq_exp.quantization import (
 from ptq_exp.settings.schema import RuntimeConfig
 
 _QUICK = "minmax"  # the range search of what is not timed
-_WEIGHTS, _RANGES = 4, 6  # that are timed
+_WEIGHTS, _RANGES = 2 * BUDGET, 6  # seconds for weights, of every shape one, and how many activations are timed
 _SHOWN = 4  # samples that a place of a transform is fitted on
 _LARGEST = 4_000_000  # values of a weight that is timed
 
@@ -111,16 +112,15 @@ class Speeds:
     @cached_property
     def engine(self) -> Engine:
         """The engine that draws, or is measured."""
-        return engine_of(self.run, self.model(), self.runtime, lambda network: self._line(network, QUANTIZED))
+        return engine_of(self.run, self.model(), self.runtime, self.call(self.sizes[EXECUTED]))
 
     @cached_property
     def decoded(self) -> Line:
         """The speed of the first stage, or of a pipeline without its network; nothing where states are images."""
         model = self.run.model
         if isinstance(model, PipelineModel):
-            zeros, images = Zeros(model), max(1, self.sizes[FULL] * model.calls // model.copies)
-            return line(lambda n: model.run(zeros, self.run.grid, range(n), 0, device=self.run.device), images,
-                        self.run.device)
+            draw = partial(model.run, Zeros(model), self.run.grid, seed=0, device=self.run.device)
+            return line(lambda n: draw(range(n)), max(1, int(self.sizes[FULL] / self.rows)), self.run.device)
         if self.run.model.first_stage is None:
             return Line(0.0, 0.0)
         return line(lambda n: self.run.model.decode(self.call(n).x), self.sizes[FULL], self.run.device)
@@ -203,26 +203,26 @@ class Speeds:
     def _weights(self, network: nn.Module) -> float:
         """Give all weights ranges and freeze them; returns the seconds that the plan's search takes for them."""
         layers = [m for m in network.modules() if isinstance(getattr(m, "weight_quantizer", None), WeightQuantizer)]
-        layers.sort(key=lambda layer: layer.weight.numel())
-        small = [layer for layer in layers if layer.weight.numel() <= _LARGEST] or layers[:1]
-        places = {round(k * (len(small) - 1) / (_WEIGHTS - 1)) for k in range(_WEIGHTS)} if small else set()
-        timed = {}
-        for place, layer in enumerate(small):
-            if place in places and sum(timed.values()) < BUDGET:
-                timed[layer.weight.numel()], _ = measured(
-                    lambda layer=layer: layer.weight_quantizer.search(layer.weight, self.plan.metric), self.run.device
-                )
+        shapes: dict[tuple[int, ...], list[nn.Module]] = {}
+        for layer in sorted(layers, key=lambda layer: layer.weight.numel()):
+            shapes.setdefault(tuple(layer.weight.shape), []).append(layer)
+        small = [alike for alike in shapes.values() if alike[0].weight.numel() <= _LARGEST] or [*shapes.values()][:1]
+        timed: dict[tuple[int, ...], float] = {}
+        for first, *_ in sorted(small, key=lambda alike: -len(alike) * alike[0].weight.numel() ** 0.5):
+            if sum(timed.values()) < _WEIGHTS:
+                search = partial(first.weight_quantizer.search, first.weight, self.plan.metric)
+                timed[tuple(first.weight.shape)], _ = measured(search, self.run.device)
         for layer in layers:
             if not layer.weight_quantizer.ready:
                 layer.weight_quantizer.search(layer.weight, _QUICK)
         freeze_weights_(network)
-        return sum(between(timed, layer.weight.numel()) for layer in layers)
+        sizes = {math.prod(shape): seconds for shape, seconds in timed.items()}
+        return sum(timed.get(tuple(m.weight.shape), between(sizes, m.weight.numel())) for m in layers)
 
     def _ranges(self, activations: list[ActivationQuantizer], *, timed: bool) -> float:
         """Give all activations ranges of what they saw; returns the seconds that the plan's search takes for them."""
         chosen = activations[:: max(1, len(activations) // _RANGES)] if timed else []
-        finish = [lambda each=each: each.finish(self.plan.metric) for each in chosen]
-        seconds = [measured(work, self.run.device)[0] for work in finish]
+        seconds = [measured(partial(each.finish, self.plan.metric), self.run.device)[0] for each in chosen]
         for quantizer in activations:
             if quantizer.saw_data:
                 quantizer.finish(_QUICK)

@@ -66,7 +66,7 @@ def work_of(
             work[f"calibration_set{suffix}"] = calibration_work(config.calibration, grid, seed, drawn_by)
             seen = 2 if guided and config.calibration.source is not None else 1
             observed = Evaluations(OBSERVED, math.ceil(states / batch), seen * states, seen * batch)
-            work[f"quantize{suffix}"] = (observed,)
+            work[f"quantize{suffix}"] = (observed, *_of_times(config, grid, batch))
         work["noise_statistics"] = _correction(config, steps)
     if quantized:
         draws = QUANTIZED if config.runtime.name == "simulate" else EXECUTED
@@ -91,6 +91,14 @@ def calibration_work(config: CalibrationConfig, grid: TimeGrid, seed: int, netwo
         enters = torch.cat([torch.full_like(batch, int(batch.max())) for batch in batches])
     times = sum(int(batch.max()) for batch in batches)
     return (Evaluations(network, times, int(enters.sum()), min(config.batch_size, config.n_samples)),)
+
+
+def _of_times(config: ExperimentConfig, grid: TimeGrid, batch: int) -> tuple[Evaluations, ...]:
+    """Return the evaluations in which layers that depend on the time alone see all times."""
+    if config.quantization.time_layers != "all_steps" or config.calibration.source is None:
+        return ()
+    n = len(grid.timesteps.unique())
+    return (Evaluations(OBSERVED, math.ceil(n / batch), n, min(n, batch)),)
 
 
 def _correction(config: ExperimentConfig, steps: int) -> tuple[Evaluations, ...]:
