@@ -23,8 +23,13 @@ AS_PUBLISHED = {
 }
 WITH_BITS = {"dynamic": "dynamic_w8a8", "gptq": "uniform_gptq_w4a8"}
 """Names of runs of the files that are named by their method alone."""
-WITH_TRANSFORMS = {"convrot": 0.8779, "svdquant": 0.8370}
-"""Coverage of the small network: what transforms compute at run time is not covered."""
+WITH_TRANSFORMS = {
+    "convrot": ("convrot_w8a8", 0.8779, ["rotate"]), "svdquant": ("svdquant_w4a4", 0.8370, ["smooth", "low_rank"]),
+    "kit_low_rank_w4a4": ("kit_low_rank_w4a4", 0.8726, ["low_rank"]),
+}
+"""Name of the run, coverage of the small network, where what transforms compute is not covered, and transforms."""
+OF_THREE_LEVELS = ("kit_w4a8",)
+"""Files that name levels which the small network lacks."""
 DRAWN = ("brecq_w4a8", "fp32", "ndtc_w8a8", "ptqd_mp", "ptqd_w4a8", "tfmq_w4a4")
 """Of each kind of picture one is really drawn; the others are blank, of the same size."""
 COMMON_CACHE = True
@@ -57,7 +62,7 @@ def test_an_experiment_with_other_bits_is_planned_as_the_one_that_runs(name, lik
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in (*OF_LDM4, *OTHER_BITS)])
 def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
     """As it stands, with the default logger; the published coverages are those of the whole embedded network."""
-    if name not in AS_PUBLISHED:
+    if name not in (*AS_PUBLISHED, *OF_THREE_LEVELS):
         use_small_networks(monkeypatch)
     if name not in DRAWN:
         use_blank_pictures(monkeypatch)
@@ -69,7 +74,7 @@ def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
     called = f"uniform_{name}" if name.startswith(("brecq", "qdrop")) else name.replace("_mp", "_step_budget")
     called = f"{name}_w8a8" if name in AS_PUBLISHED else called
     called = WITH_BITS.get(name, called)
-    called = f"{name}_{'w4a4' if name == 'svdquant' else 'w8a8'}" if name in WITH_TRANSFORMS else called
+    called, covered, transforms = WITH_TRANSFORMS.get(name, (called, 1, []))
     assert (results["status"], results["name"]) == ("finished", called)
     assert set(results["metrics"]) >= {"is", "fid", "sfid", "precision", "recall"}
     assert set(results["metric_spec"]) == {"extractor", "preprocessing", "reference", "n_samples", "seed"}
@@ -79,12 +84,11 @@ def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
     if name == "fp32":
         assert results["metrics"] == results["fp32"] and not (folder / "quantization.json").exists()
         return
-    coverage, ends = AS_PUBLISHED.get(name, (WITH_TRANSFORMS.get(name, 1), [(8, 16), (8, 16)]))
+    coverage, ends = AS_PUBLISHED.get(name, (covered, [(8, 16), (8, 16)]))
     assert results["quantization"]["coverage_conv_linear"] == pytest.approx(coverage, abs=1e-3)
     assert len(results["eps_error_per_step"]) == 3 and min(results["eps_error_per_step"]) > 0
     assert len(results["fixed_pattern_share_per_step"]) == 3 and Image.open(folder / "eps_error.png").width >= 800
-    assert [done["name"] for done in results.get("transforms", [])] == {
-        "convrot": ["rotate"], "svdquant": ["smooth", "low_rank"]}.get(name, [])
+    assert [done["name"] for done in results.get("transforms", [])] == transforms
     assert ("correction" in results) == name.startswith(("ptqd", "deploy_w8a8"))
     assert ("reconstruction" in results) == (folder / "reconstruction.json").exists() == name.startswith(RECONSTRUCTED)
     layers = json.loads((folder / "quantization.json").read_text())
