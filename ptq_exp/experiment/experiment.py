@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ptq_exp.deploy.measure import Trajectory
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import check_network
 from ptq_exp.errors import ConfigError
@@ -17,7 +18,7 @@ from ptq_exp.experiment.analyse import analyse
 from ptq_exp.experiment.budget import check_budget, check_feasible
 from ptq_exp.experiment.choices import Choices
 from ptq_exp.experiment.correction import check_statistics
-from ptq_exp.experiment.execution import executed_by, measure_execution
+from ptq_exp.experiment.execution import executed_by, measure_execution, watched_denoiser
 from ptq_exp.experiment.features import reference_features
 from ptq_exp.experiment.forecast import Forecast, forecast_run, refuse_copy
 from ptq_exp.experiment.images import full_precision_images, quantized_images
@@ -99,14 +100,17 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
             writer.samples(fp_images, None if labels is None else labels.numpy())
             outcome = Outcome(fp_images, fp_images, dict(fp.scores))
         else:
-            outcome = _evaluated(run, config, keys, stage, writer, quantized, scorer, pair_scorer, fp_images, fp)
+            watched = watched_denoiser(quantized, config)
+            outcome = _evaluated(
+                run, config, keys, stage, writer, quantized, scorer, pair_scorer, fp_images, fp, watched
+            )
         if forecast is not None:
             results.update(results.values["stage"], forecast=forecast.beside(results.values["seconds"]))
         gate = config.evaluation.gate
         results.finish(metrics=outcome.metrics, **({"gate": judged(outcome.metrics, gate)} if gate else {}))
         if quantized is not None and config.runtime.engine is not None and config.runtime.measure:
             with spoils_nothing("the section runtime of results.json", "images and scores are there"):
-                stage("runtime", measure_execution, run, config, quantized)
+                stage("runtime", measure_execution, run, config, quantized, watched, outcome.images)
             results.finish()
         look_at(outcome, results.values, config, folder, writer.pictures, wandb_sink)
     say(outcome, results.values, folder)
@@ -153,7 +157,7 @@ def _checked(
 
 def _evaluated(
     run: Run, config: ExperimentConfig, keys: Keys, stage: Stages, writer: RunWriter, quantized: QuantizedModel,
-    scorer: Scorer, pair_scorer: PairScorer, fp_images: np.ndarray, fp: Scored,
+    scorer: Scorer, pair_scorer: PairScorer, fp_images: np.ndarray, fp: Scored, watched: Trajectory | None,
 ) -> Outcome:
     """Measure the eps errors of the quantized model, save it, draw and score its images."""
     name, title = config.bits.name, title_of(quantized, config.bits.name)
@@ -172,7 +176,7 @@ def _evaluated(
         stage("analysis", analyse, run, config.analysis, keys, quantized)
     path = writer.folder / SAMPLES
     images = stage("quantized_images", quantized_images, run, config.evaluation, joined(keys.images(), key), quantized,
-                   f"{name.upper()} images", path)
+                   f"{name.upper()} images", path, watched)
     scored = stage("scores", scorer, images, f"{name.upper()} features", {"images": file_digest(path)})
     of_pairs = stage("pairs", pair_scorer, images, fp_images, scored, fp, scorer)
     return Outcome(images, fp_images, scored.scores | of_pairs | eps_errors(error), quantized.report, saved)
