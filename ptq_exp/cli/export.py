@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ptq_exp.errors import ConfigError, command_line
+from ptq_exp.errors import ConfigError, command_line, nearest
 from ptq_exp.storage.paths import with_home
 
 SETTINGS = {
@@ -73,8 +73,6 @@ def settings(arguments: Sequence[str]) -> dict[str, Any]:
     for word in arguments:
         key, _, value = word.partition("=")
         if key not in SETTINGS:
-            from ptq_exp.settings.compose import nearest
-
             raise ConfigError(f"{key}: no such setting of export; {nearest(key, list(SETTINGS))}")
         if not value or key in given:
             raise ConfigError(f"{key}: give it {'one value' if key in given else 'a value'}, {key}=VALUE")

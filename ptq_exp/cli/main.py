@@ -7,6 +7,8 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -163,24 +165,57 @@ def _main() -> None:
     _failures.clear()
     _missed.clear()
     _started = False
-    logging_raises = logging.raiseExceptions
-    logging.raiseExceptions = _traceback_wanted  # a log file on a full disk is no second error
     # conf/hydra has files for launchers whose plugins have defaults of the same name: Hydra joins the two
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     sys.argv[1:] = spelt_out(sys.argv[1:])
-    before = os.environ.get(TRACEBACK)
-    os.environ[TRACEBACK] = "1"  # let Hydra raise, so that its message fits in one line
     failed, missed, interrupted = [], [], False
     try:
-        if _done_elsewhere(sys.argv[1:]):
-            sys.stdout.flush()
-            return
-        _check_stray(sys.argv[1:])
-        sys.argv[1:] = with_resumed_sweep(with_home_folders(sys.argv[1:]))
-        check_groups(sys.argv[1:])
-        sys.argv[1:] = with_saved_model(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
-    except PTQError as error:  # of the command line; errors of jobs are reported as they occur
+        with _hydra_raises(), _errors_in_one_line():
+            _do()
+    except Interrupted:
+        interrupted = True
+        raise
+    finally:
+        failed, missed = ([], []) if interrupted else end_of_sweep()
+    if _failures or failed:
+        sys.exit(1)
+    if _missed or missed:
+        sys.exit(GATE_MISSED)
+
+
+def _do() -> None:
+    """Run another command than experiments, or compose the experiments and run them."""
+    if _done_elsewhere(sys.argv[1:]):
+        sys.stdout.flush()
+        return
+    _check_stray(sys.argv[1:])
+    sys.argv[1:] = with_resumed_sweep(with_home_folders(sys.argv[1:]))
+    check_groups(sys.argv[1:])
+    sys.argv[1:] = with_saved_model(sys.argv[1:])
+    hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(_job)()
+
+
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Let Hydra raise, so that its message fits in one line; a log file on a full disk is no second error."""
+    before, logging_raises = os.environ.get(TRACEBACK), logging.raiseExceptions
+    os.environ[TRACEBACK], logging.raiseExceptions = "1", _traceback_wanted
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = logging_raises
+        if before is None:
+            del os.environ[TRACEBACK]
+        else:
+            os.environ[TRACEBACK] = before
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """End with one line and exit code 1 for what the user can mend; errors of jobs are reported as they occur."""
+    try:
+        yield
+    except PTQError as error:
         if _traceback_wanted:
             raise
         sys.exit(f"error: {error}")
@@ -188,9 +223,6 @@ def _main() -> None:
         if _traceback_wanted:
             raise
         sys.exit(f"error: {_composition_message(error)}")
-    except Interrupted:
-        interrupted = True
-        raise
     except BrokenPipeError:
         reader_gone()
     except (YAMLError, UnicodeDecodeError) as error:  # of a configuration file
@@ -204,14 +236,3 @@ def _main() -> None:
         if isinstance(broken, OSError):
             sys.exit(f"error: {cannot_write(broken, _run_folder())}")
         sys.exit(f"error: {_composition_message(error)}")
-    finally:
-        logging.raiseExceptions = logging_raises
-        if before is None:
-            del os.environ[TRACEBACK]
-        else:
-            os.environ[TRACEBACK] = before
-        failed, missed = ([], []) if interrupted else end_of_sweep()
-    if _failures or failed:
-        sys.exit(1)
-    if _missed or missed:
-        sys.exit(GATE_MISSED)

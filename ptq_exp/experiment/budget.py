@@ -21,7 +21,7 @@ from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Made, Record
 from ptq_exp.quantization import Report, disabled, quantize_, transforms_of
 from ptq_exp.quantization.cost.operands import operands_of
-from ptq_exp.settings.compose import build
+from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import ExperimentConfig, ReconstructionConfig
 
 

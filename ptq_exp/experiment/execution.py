@@ -28,7 +28,8 @@ from ptq_exp.results.sinks import spoils_nothing
 from ptq_exp.runtime.base import takes
 from ptq_exp.runtime.memory import peak_bytes
 from ptq_exp.runtime.openvino import CompiledNetwork
-from ptq_exp.settings.schema import ExperimentConfig, RuntimeConfig
+from ptq_exp.settings.schema import ExperimentConfig
+from ptq_exp.settings.schema_machine import RuntimeConfig
 from ptq_exp.storage.plain_json import write_json
 
 log = logging.getLogger("ptq_exp")

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ptq_exp.deploy.measure import Trajectory
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import check_network
 from ptq_exp.errors import ConfigError
@@ -74,10 +73,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         writer = RunWriter(folder, results)
         stage = Stages(run.cache, writer)
         plan = Plan.of(config, run.grid) if config.bits.name != FULL_PRECISION and saved is None else None
-        # the same path may hold other weights later
-        weights = {"weights": {"model": run.model.digest[:12]}} if config.model.checkpoint is not None else {}
-        results.update("start", environment=environment(), command=run_command(folder), **weights)
-        check_network(run.model, run.grid, config.seed, run.device, config.model.checkpoint)
+        _begin(results, run, config, folder)
         images, choices = (None, None) if plan is None else _checked(run, plan, config, keys, writer)
         forecast = forecast_run(run, plan, config, keys, folder, SHORT_RUN) if saved is None else None
         if forecast is not None:
@@ -87,8 +83,8 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         pair_scorer = None if plan is saved is None else PairScorer(run, config.evaluation)
         fp_images = stage("fp32_images", full_precision_images, run, config.evaluation, keys.images())
         fp = stage("fp32_scores", scorer.full_precision, fp_images, keys.images())
-        spec = scorer.metric_spec() | (pair_scorer.spec() if pair_scorer else {})
-        results.update("fp32", fp32=fp.scores, real=scorer.real_data, metric_spec=spec)
+        results.update("fp32", fp32=fp.scores, real=scorer.real_data,
+                       metric_spec=scorer.metric_spec() | (pair_scorer.spec() if pair_scorer else {}))
         if plan is not None:
             quantized, config = make_quantized(run, config, stage, images, choices)
             keys = Keys(config, run.model, run.grid, run.guidance_scale)
@@ -96,22 +92,12 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
             quantized = executed_by(quantized, config.runtime, run)
             writer.write("load_quantized", schedule_record(quantized, config.bits.name))
         if quantized is None:
-            labels = run.model.labels(range(len(fp_images)), run.seed)
-            writer.samples(fp_images, None if labels is None else labels.numpy())
-            outcome = Outcome(fp_images, fp_images, dict(fp.scores))
+            outcome = _of_full_precision(run, writer, fp_images, fp)
         else:
-            watched = watched_denoiser(quantized, config)
-            outcome = _evaluated(
-                run, config, keys, stage, writer, quantized, scorer, pair_scorer, fp_images, fp, watched
-            )
-        if forecast is not None:
-            results.update(results.values["stage"], forecast=forecast.beside(results.values["seconds"]))
-        gate = config.evaluation.gate
-        results.finish(metrics=outcome.metrics, **({"gate": judged(outcome.metrics, gate)} if gate else {}))
+            outcome = _evaluated(run, config, keys, stage, writer, quantized, scorer, pair_scorer, fp_images, fp)
+        _finish(results, config, outcome, forecast)
         if quantized is not None and config.runtime.engine is not None and config.runtime.measure:
-            with spoils_nothing("the section runtime of results.json", "images and scores are there"):
-                stage("runtime", measure_execution, run, config, quantized, watched, outcome.images)
-            results.finish()
+            _measure_engine(results, stage, run, config, quantized, outcome)
         look_at(outcome, results.values, config, folder, writer.pictures, wandb_sink)
     say(outcome, results.values, folder)
     return results.values
@@ -138,6 +124,32 @@ def forecast_experiment(config: ExperimentConfig, folder: Path) -> Forecast | No
     return forecast_run(run, plan, config, keys, folder)
 
 
+def _begin(results: Results, run: Run, config: ExperimentConfig, folder: Path) -> None:
+    """Record where the run takes place and how to repeat it, and try the network."""
+    # the same path may hold other weights later
+    weights = {"weights": {"model": run.model.digest[:12]}} if config.model.checkpoint is not None else {}
+    results.update("start", environment=environment(), command=run_command(folder), **weights)
+    check_network(run.model, run.grid, config.seed, run.device, config.model.checkpoint)
+
+
+def _finish(results: Results, config: ExperimentConfig, outcome: Outcome, forecast: Forecast | None) -> None:
+    """Record the scores, whether they pass the gate, and how near the forecast was."""
+    if forecast is not None:
+        results.update(results.values["stage"], forecast=forecast.beside(results.values["seconds"]))
+    gate = config.evaluation.gate
+    results.finish(metrics=outcome.metrics, **({"gate": judged(outcome.metrics, gate)} if gate else {}))
+
+
+def _measure_engine(
+    results: Results, stage: Stages, run: Run, config: ExperimentConfig, quantized: QuantizedModel,
+    outcome: Outcome,
+) -> None:
+    """Time the engine and compare it with the simulation; what goes wrong here is a warning."""
+    with spoils_nothing("the section runtime of results.json", "images and scores are there"):
+        stage("runtime", measure_execution, run, config, quantized, outcome.watched, outcome.images)
+    results.finish()
+
+
 def _checked(
     run: Run, plan: Plan, config: ExperimentConfig, keys: Keys, writer: RunWriter
 ) -> tuple[Any, Choices | None]:
@@ -155,9 +167,16 @@ def _checked(
     return images, Choices.of(run, config)
 
 
+def _of_full_precision(run: Run, writer: RunWriter, images: np.ndarray, scored: Scored) -> Outcome:
+    """Return the outcome of a run that quantizes nothing."""
+    labels = run.model.labels(range(len(images)), run.seed)
+    writer.samples(images, None if labels is None else labels.numpy())
+    return Outcome(images, images, dict(scored.scores))
+
+
 def _evaluated(
     run: Run, config: ExperimentConfig, keys: Keys, stage: Stages, writer: RunWriter, quantized: QuantizedModel,
-    scorer: Scorer, pair_scorer: PairScorer, fp_images: np.ndarray, fp: Scored, watched: Trajectory | None,
+    scorer: Scorer, pair_scorer: PairScorer, fp_images: np.ndarray, fp: Scored,
 ) -> Outcome:
     """Measure the eps errors of the quantized model, save it, draw and score its images."""
     name, title = config.bits.name, title_of(quantized, config.bits.name)
@@ -174,9 +193,9 @@ def _evaluated(
         writer.layers(quantized)
     if config.analysis.active:
         stage("analysis", analyse, run, config.analysis, keys, quantized)
-    path = writer.folder / SAMPLES
+    path, watched = writer.folder / SAMPLES, watched_denoiser(quantized, config)
     images = stage("quantized_images", quantized_images, run, config.evaluation, joined(keys.images(), key), quantized,
                    f"{name.upper()} images", path, watched)
     scored = stage("scores", scorer, images, f"{name.upper()} features", {"images": file_digest(path)})
     of_pairs = stage("pairs", pair_scorer, images, fp_images, scored, fp, scorer)
-    return Outcome(images, fp_images, scored.scores | of_pairs | eps_errors(error), quantized.report, saved)
+    return Outcome(images, fp_images, scored.scores | of_pairs | eps_errors(error), quantized.report, saved, watched)

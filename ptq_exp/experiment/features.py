@@ -21,7 +21,7 @@ from ptq_exp.evaluation import (
 from ptq_exp.experiment.keys import joined, versioned
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key, cached, resumable
-from ptq_exp.settings.compose import build
+from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import EvaluationConfig
 from ptq_exp.storage.pieces import Parts, slices
 

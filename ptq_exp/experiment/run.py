@@ -23,7 +23,7 @@ from ptq_exp.experiment.pipeline import check_pipeline
 from ptq_exp.lightning import make_trainer
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization.offload import mapped_copy, outermost, release_after_calls_, weight_bytes
-from ptq_exp.settings.compose import build, constructor
+from ptq_exp.settings.build import build, constructor
 from ptq_exp.settings.schema import CalibrationConfig, ExperimentConfig
 from ptq_exp.storage.cache import ArtifactCache
 

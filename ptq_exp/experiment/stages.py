@@ -24,7 +24,7 @@ from ptq_exp.lightning import CalibrationModule, RecordingModule, collect_calibr
 from ptq_exp.pipelines import PipelineModel, RecordedModel
 from ptq_exp.quantization import quantize_
 from ptq_exp.quantization.stored import range_arrays, restore_ranges_
-from ptq_exp.settings.compose import build
+from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import CalibrationConfig
 
 log = logging.getLogger("ptq_exp")

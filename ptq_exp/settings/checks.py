@@ -12,7 +12,8 @@ from ptq_exp.settings.check_dynamic import check_dynamic
 from ptq_exp.settings.check_formats import check_formats
 from ptq_exp.settings.check_scores import check_scores
 from ptq_exp.settings.field import check_section
-from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig, RuntimeConfig
+from ptq_exp.settings.schema import FULL_PRECISION, RULES, BitsConfig, ExperimentConfig
+from ptq_exp.settings.schema_machine import RuntimeConfig
 
 
 def check(config: ExperimentConfig) -> None:

@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+import ptq_exp
 from ptq_exp.deploy import measure
 from ptq_exp.deploy.measure import STATES, Trajectory, faithfulness
+from ptq_exp.evaluation.images import to_uint8
 
 
 class Scaled(nn.Module):
@@ -58,21 +60,16 @@ def test_what_takes_too_long_is_no_whole_trajectory():
 
 
 def test_images_that_were_drawn_before_give_the_same_numbers(monkeypatch):
-    import ptq_exp
-
-    quantized = ptq_exp.quantize("digits", "+experiment=uniform_w8a8", "calibration.n_samples=4", "sampler.steps=5",
-                                 "metric=minmax", "cache=off")
-    other = ptq_exp.quantize("digits", "+experiment=uniform_w8a8", "calibration.n_samples=4", "sampler.steps=5",
-                             "metric=minmax", "cache=off", "bits=w4a8")
-    engine = type("Engine", (), {"on": lambda self, _: quantized, "__getattr__": lambda self, name: getattr(other, name)})()
-    wanted = faithfulness(engine, 3, 0, 100.0)
-    watched = measure.first_trajectory(quantized, 100.0)
-    images = quantized.model.sample(watched, quantized.grid, range(3), 0)
-    from ptq_exp.evaluation.images import to_uint8
-
-    calls = []
-    monkeypatch.setattr(measure, "draw", lambda *args, _draw=measure.draw, **how: calls.append(args) or _draw(*args, **how))
-    found = faithfulness(engine, 3, 0, 100.0, simulated=(watched, np.concatenate([to_uint8(images)] * 2)))
-    assert found == wanted and found["states"] == 5 and np.isfinite(found["psnr"]) and len(calls) == 1
+    model = ptq_exp.load_model("digits")
+    how = {"n": 4, "steps": 5, "metric": "minmax", "progress": False}
+    simulated, other = (ptq_exp.quantize(model, bits, **how) for bits in ("w8a8", "w4a8"))
+    monkeypatch.setattr(type(other), "on", lambda self, _: simulated)
+    wanted = faithfulness(other, 3, 0, 100.0)
+    watched = measure.first_trajectory(simulated, 100.0)
+    images = to_uint8(model.sample(watched, simulated.grid, range(3), 0))
+    calls, draw = [], measure.draw
+    monkeypatch.setattr(measure, "draw", lambda *args, **named: calls.append(1) or draw(*args, **named))
+    found = faithfulness(other, 3, 0, 100.0, simulated=(watched, np.concatenate([images, images])))
+    assert found == wanted and found["states"] == 5 and 10 < found["psnr"] < 60 and len(calls) == 1
     watched.forget()
-    assert faithfulness(engine, 3, 0, 100.0, simulated=(watched, to_uint8(images))) == wanted and len(calls) == 3
+    assert faithfulness(other, 3, 0, 100.0, simulated=(watched, images)) == wanted and len(calls) == 3

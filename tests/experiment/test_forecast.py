@@ -18,7 +18,8 @@ from ptq_exp.experiment.forecast.room import Need, available_memory, check_disk,
 from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED, calibration_work, work_of
 from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.run import Run
-from ptq_exp.settings.compose import build, composed_from
+from ptq_exp.settings.build import build
+from ptq_exp.settings.compose import composed_from
 
 SMALL = ["sampler.steps=4", "evaluation.n_samples=8", "evaluation.batch_size=4", "evaluation.eps_error_samples=4",
          "evaluation.grid_images=2", "evaluation.fid_resamples=2", "calibration.n_samples=8",

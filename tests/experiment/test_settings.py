@@ -11,7 +11,8 @@ from ptq_exp.diffusion.zoo.registry import MODELS
 from ptq_exp.errors import ConfigError
 from ptq_exp.experiment.plan import bit_groups
 from ptq_exp.quantization import METRICS
-from ptq_exp.settings.compose import build, config_folder, run_name, validated
+from ptq_exp.settings.build import build
+from ptq_exp.settings.compose import config_folder, run_name, validated
 
 CONF = config_folder()
 NO_GROUPS = ("experiment", "search", "table")  # folders of conf/ that no run is composed of, or by a plus alone

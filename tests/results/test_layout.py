@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from small_networks import use_blank_pictures, use_one_composition, use_small_networks
 
-from ptq_exp.results.layout import LAYOUT, Entry, entry_of, leaves
+from ptq_exp.results.entry import Entry
+from ptq_exp.results.layout import LAYOUT, entry_of, leaves
 from ptq_exp.storage.plain_json import read_json
 
 SMALL = [

@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ptq_exp.errors import ConfigError, PTQError
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
-from ptq_exp.settings.compose import config_folder, constructor, validated
+from ptq_exp.settings.build import constructor
+from ptq_exp.settings.compose import config_folder, validated
 from ptq_exp.settings.schema import ExperimentConfig
 
 HUGE = "99999999999999999999999"

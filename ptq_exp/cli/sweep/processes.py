@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.settings.schema import TrainerConfig
+from ptq_exp.settings.schema_machine import TrainerConfig
 
 _SPAWNED = ("ddp_spawn", "ddp_fork")
 _LAUNCHERS = {

@@ -27,7 +27,7 @@ from ptq_exp.pipelines import PipelineModel, RecordedModel
 from ptq_exp.quantization import range_table
 from ptq_exp.quantization.offload import weight_bytes
 from ptq_exp.quantization.save import tensors_bytes
-from ptq_exp.settings.compose import build
+from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import RULES, ExperimentConfig
 from ptq_exp.storage.cache import digest
 

@@ -10,7 +10,7 @@ import torch
 
 from ptq_exp.calibration import labelled, positions
 from ptq_exp.diffusion import TimeGrid
-from ptq_exp.settings.compose import build
+from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import RULES, CalibrationConfig, ExperimentConfig
 
 FULL, QUANTIZED, OBSERVED = "full precision", "quantized", "observed"

@@ -8,7 +8,7 @@ nothing are named, so that nothing is hidden.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,26 +90,13 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
         raise QuantizationError(
             f"example_inputs: expected one sample (first dimension 1), found sizes {sizes}"
         )
-    shapes: dict[str, list[torch.Size]] = defaultdict(list)
-    by_shape: dict[str, int] = defaultdict(int)
     layers, attentions = dict(multiplying_layers(model)), dict(attention_modules(model))
     places = {place_of(parameter) for parameter in model.parameters()} - {None}
     census = _Census(Owners(layers, attentions), places)
     plain = {name for name, attention in attentions.items() if mapped_attention(attention)}
     products = ProductTrace(model, layers, plain, census.owners.within)
-
-    def record(layer: nn.Module, args: tuple, kwargs: dict, output: Any, name: str) -> None:
-        if isinstance(output, Tensor):
-            x = args[0] if args else kwargs["input"]
-            by_shape[name] += layer_macs(layer, x.shape, output.shape)
-            shapes[name].append(output.shape)
-
-    with plainly(model), census.owners, ExitStack() as hooks, products:
-        for name, layer in layers.items():
-            hook = layer.register_forward_hook(partial(record, name=name), prepend=True, with_kwargs=True)
-            hooks.callback(hook.remove)
-        with census:
-            evaluate(model, example_inputs)
+    with plainly(model), census.owners, products, _recorded(layers) as (shapes, by_shape), census:
+        evaluate(model, example_inputs)
     for owner in {owner for owner, _ in census.uncounted} & set(layers):
         census.macs[owner] = max(census.macs[owner], by_shape[owner])  # what it is for, by an unknown operator
     for name, layer in layers.items():
@@ -123,14 +110,31 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
     result.multipliers = products.multipliers()
     for name, multiplier in result.multipliers.items():
         result.product_macs |= _product_macs(name, multiplier, census.macs, products.halves)
-    for name in attentions:
-        if name in result.multipliers:
-            continue
+    for name in (name for name in attentions if name not in result.multipliers):
         prefix = f"{name}." if name else ""
         qk, av = _attention_macs(*(shapes[f"{prefix}to_{operand}"] for operand in "qkv"))
         qk = min(qk, census.macs[name])  # a processor may compute less than the two products of its q, k and v
         result.attention_macs[name] = qk, min(av, census.macs[name] - qk)
     return result
+
+
+@contextmanager
+def _recorded(layers: Mapping[str, nn.Module]) -> Iterator[tuple[dict[str, list[torch.Size]], dict[str, int]]]:
+    """Record the shapes of the outputs of `layers`, by name, and the multiply-accumulates that follow from them."""
+    shapes: dict[str, list[torch.Size]] = defaultdict(list)
+    macs: dict[str, int] = defaultdict(int)
+
+    def record(layer: nn.Module, args: tuple, kwargs: dict, output: Any, name: str) -> None:
+        if isinstance(output, Tensor):
+            x = args[0] if args else kwargs["input"]
+            macs[name] += layer_macs(layer, x.shape, output.shape)
+            shapes[name].append(output.shape)
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = layer.register_forward_hook(partial(record, name=name), prepend=True, with_kwargs=True)
+            hooks.callback(hook.remove)
+        yield shapes, macs
 
 
 def layer_macs(layer: nn.Module, input_shape: torch.Size, output_shape: torch.Size) -> int:
