@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ptq_exp.deploy.artifact import Artifact
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import check_network
 from ptq_exp.errors import ConfigError
@@ -34,6 +35,7 @@ from ptq_exp.experiment.saved import load_saved
 from ptq_exp.experiment.schedule import schedule_record, title_of
 from ptq_exp.experiment.scores import Scored, Scorer
 from ptq_exp.experiment.stage import Record, Stages
+from ptq_exp.experiment.threads import Watch, choose_threads
 from ptq_exp.experiment.writer import SAMPLES, RunWriter
 from ptq_exp.results.environment import environment, run_command
 from ptq_exp.results.record import Results
@@ -42,7 +44,7 @@ from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.storage.atomic import file_digest
 
 log = logging.getLogger("ptq_exp")
-SHORT_RUN = 20.0
+SHORT_RUN = 30.0
 """Seconds of network evaluations below which a run is not forecast, as that would be much of what it takes."""
 
 
@@ -68,7 +70,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         tracked_run(config, folder) as wandb_sink,
     ):
         saved = open_saved(config)
-        run = Run.of(config, saved, fresh_since)
+        run = _run_of(config, saved, fresh_since)
         keys = Keys(config, run.model, run.grid, run.guidance_scale, saved)
         writer = RunWriter(folder, results)
         stage = Stages(run.cache, writer)
@@ -103,6 +105,14 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
     return results.values
 
 
+def _run_of(config: ExperimentConfig, saved: Artifact | None = None, fresh_since: float | None = None) -> Run:
+    """Build the objects of the run, and choose its threads by what is free meanwhile."""
+    watch = Watch.begin()
+    run = Run.of(config, saved, fresh_since)
+    choose_threads(config.trainer, run.device, watch)
+    return run
+
+
 def forecast_experiment(config: ExperimentConfig, folder: Path) -> Forecast | None:
     """Forecast an experiment that would leave its results in `folder`, and run nothing of it.
 
@@ -114,7 +124,7 @@ def forecast_experiment(config: ExperimentConfig, folder: Path) -> Forecast | No
     """
     if config.quantized is not None:
         raise ConfigError("forecast=true: only what makes a quantized model is forecast, not quantized=PATH")
-    run = Run.of(config)
+    run = _run_of(config)
     keys = Keys(config, run.model, run.grid, run.guidance_scale)
     plan = Plan.of(config, run.grid) if config.bits.name != FULL_PRECISION else None
     check_network(run.model, run.grid, config.seed, run.device, config.model.checkpoint)

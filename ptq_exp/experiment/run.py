@@ -71,7 +71,7 @@ class Run:
         """
         _check_constructors(config)
         if config.trainer.threads is not None:
-            torch.set_num_threads(config.trainer.threads)
+            torch.set_num_threads(config.trainer.threads)  # here, too: what is built may compute
             if config.trainer.devices > 1:  # the processes that Lightning starts read it
                 os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)
         model = _model(config, saved)
