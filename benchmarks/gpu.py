@@ -4,10 +4,11 @@
                              [--repeats 10] [--states 64] [--iterations 50] [--quick] [--json FILE]
 
 For each network, in one process and in turns: milliseconds of one evaluation in float32, in bfloat16, in bfloat16 under
-torch.compile, quantized (simulated, W8A8) in float32, the same under torch.compile, and by `runtime=torch`, which
-executes what it can as integers; images per second at the published number of steps. Then seconds of a calibration on
---states states, and of BRECQ with 5,000 iterations per block, from --iterations of the middle block. Ways that a device
-cannot run are left out, with their reason. --quick: digits on the CPU, one turn, nothing compiled.
+torch.compile, quantized (simulated, W8A8) in float32, the same under torch.compile, by `runtime=torch`, which executes
+what it can as integers, and, on a GPU, replayed as a CUDA graph; images per second at the published number of steps.
+Then seconds of a calibration on --states states, and of BRECQ with 5,000 iterations per block, from --iterations of the
+middle block. Ways that a device cannot run are left out, with their reason. --quick: digits on the CPU, one turn,
+nothing compiled.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from ptq_exp.diffusion import Call
 from ptq_exp.errors import PTQError
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 from ptq_exp.reconstruction import Annealing, Reconstruction, Settings, find_blocks
-from ptq_exp.runtime import runtime_of
+from ptq_exp.runtime import GraphedNetwork, runtime_of
+from ptq_exp.runtime.cuda_graph import PLAIN
 from ptq_exp.runtime.timing import interleaved
 
 ITERATIONS = 5000
@@ -121,14 +123,16 @@ def ways_of(
         "float32": lambda: network, "bfloat16": lambda: half, "bfloat16 compiled": lambda: torch.compile(half),
         "quantized": lambda: simulated, "quantized compiled": lambda: torch.compile(simulated),
         "integers": lambda: runtime_of("torch").compile(simulated, example),
+        "bfloat16 replayed": lambda: GraphedNetwork(half), "quantized replayed": lambda: GraphedNetwork(simulated),
     }
     found = {}
     for name, make in makers.items():
-        if name.endswith("compiled") and not compile:
+        if (name.endswith("compiled") and not compile) or (name.endswith("replayed") and device.type != "cuda"):
             continue
         try:
             found[name] = make()
-            _cast(example, name).to(device).evaluate(found[name])
+            for _ in range(PLAIN + 1):  # the last of which is recorded, where it is
+                _cast(example, name).to(device).evaluate(found[name])
         except (PTQError, RuntimeError) as error:
             found.pop(name, None)
             print(f"  {name}: left out: {str(error).splitlines()[0]}")

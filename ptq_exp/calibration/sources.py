@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ptq_exp.diffusion.call import on_device, to_device
 from ptq_exp.diffusion.guidance import Guided
 from ptq_exp.diffusion.model import DiffusionModel
 from ptq_exp.diffusion.noise import CALIBRATION, SampleNoise, sample_generator
@@ -85,25 +86,26 @@ def denoise(model: DiffusionModel, request: StateRequest) -> tuple[Tensor, Tenso
     if grid.make_scheduler is not None:
         return _denoise_together(model, request)
     noise = request.noise(model.sample_shape)
-    x = noise.draw()
+    x = to_device(noise.draw(), request.device)
     denoiser = request.denoiser or model.denoiser
-    conditions = model.draw_conditions(request.indices, request.seed, CALIBRATION)
-    states = torch.empty_like(x)
+    given = on_device(model.draw_conditions(request.indices, request.seed, CALIBRATION), x.device)
+    states = torch.empty(x.shape)
     active = torch.arange(len(x))
     for step in range(int(steps.max()) + 1):
         arrived = steps[active] == step
-        states[active[arrived]] = x[arrived]
-        x, active = x[~arrived], active[~arrived]
-        noise.keep(torch.nonzero(~arrived).flatten().tolist())
+        if bool(arrived.any()):  # of a step without any, nothing is fetched from the device
+            states[active[arrived]] = x[to_device(arrived.nonzero().flatten(), x.device)].cpu()
+            staying = (~arrived).nonzero().flatten()
+            noise.keep(staying.tolist())
+            active, kept = active[staying], to_device(staying, x.device)
+            x, given = x[kept], {name: value[kept] for name, value in given.items()}
         if len(active) == 0:
             break
-        x = x.to(request.device)
-        given = {name: value[active].to(x.device) for name, value in conditions.items()}
-        eps = denoiser(x, grid.network_time(step, len(x)).to(x.device), **given)
-        z = noise.draw().to(x.device) if grid.eta > 0 else None
+        eps = denoiser(x, to_device(grid.network_time(step, len(x)), x.device), **given)
+        z = to_device(noise.draw(), x.device) if grid.eta > 0 else None
         alphas = float(grid.alphas_cumprod[step]), float(grid.alphas_cumprod_prev[step])
         clipping = {"clip_sample": model.clip_sample, "rederive_eps": grid.rederive_eps}
-        x = ddim_step(x, eps, *alphas, grid.eta, z, **clipping)[0].cpu()
+        x = ddim_step(x, eps, *alphas, grid.eta, z, **clipping)[0]
     return states, steps * (2 if isinstance(denoiser, Guided) else 1)
 
 
@@ -114,8 +116,9 @@ def _denoise_together(model: DiffusionModel, request: StateRequest) -> tuple[Ten
     states = torch.empty(len(steps), *model.sample_shape)
 
     def record(r: StepRecord) -> None:
-        arrived = steps == r.step
-        states[arrived] = r.x.cpu()[arrived]
+        arrived = (steps == r.step).nonzero().flatten()
+        if len(arrived):
+            states[arrived] = r.x[to_device(arrived, r.x.device)].cpu()
 
     end = model.run(
         denoiser, request.grid, request.indices, request.seed, stream=CALIBRATION, device=request.device, steps=last,

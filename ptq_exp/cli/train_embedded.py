@@ -1,4 +1,4 @@
-"""Train an embedded network: `python -m ptq_exp train_embedded {unet,classifier,autoencoder,latent_unet}`.
+"""Train an embedded network: `python -m ptq_exp train_embedded {unet,classifier,autoencoder,latent_unet,dit}`.
 
 Or an embedded pipeline: `kl_autoencoder` (starts from `autoencoder`), then `digits_text` and `digits_flow`.
 
@@ -27,12 +27,13 @@ from ptq_exp.deploy.draw import draw
 from ptq_exp.diffusion import DiffusionModel, NoiseSchedule
 from ptq_exp.embedded import DigitsExtractor
 from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, digits
-from ptq_exp.embedded.latent import first_stage, latent_model
+from ptq_exp.embedded.latent import DIT_BLOCKS, UNET_BLOCKS, first_stage, latent_model
 from ptq_exp.embedded.networks import (
     BETA_SCHEDULE,
     TRAIN_STEPS,
     DigitsClassifier,
     build_autoencoder,
+    build_dit,
     build_latent_unet,
     build_unet,
 )
@@ -51,12 +52,13 @@ from ptq_exp.evaluation import extract_features, inception_score
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.paths import PathArgument
 
-NETWORKS = {"unet": 5000, "classifier": 2500, "autoencoder": 1500, "latent_unet": 5000, **pipelines.STEPS}
+NETWORKS = {"unet": 5000, "classifier": 2500, "autoencoder": 1500, "latent_unet": 5000, "dit": 6000, **pipelines.STEPS}
 """Default number of optimizer steps of each."""
+LATENT_NETWORKS = {"latent_unet": (build_latent_unet, UNET_BLOCKS), "dit": (build_dit, DIT_BLOCKS)}
 FILES = {"autoencoder": "digits_vq", "kl_autoencoder": "digits_kl", **{name: name for name in pipelines.NETWORKS}}
 DATA = {
     "unet": "16x16, all 1,797", "classifier": "16x16, four fifths", "autoencoder": "32x32, four fifths",
-    "latent_unet": "latents of the autoencoder at 32x32, all 1,797", **pipelines.DATA,
+    **dict.fromkeys(LATENT_NETWORKS, "latents of the autoencoder at 32x32, all 1,797"), **pipelines.DATA,
 }
 
 
@@ -82,11 +84,11 @@ def training_module(
         images, labels = digits("train", LATENT_IMAGE_SIZE)
         module = AutoencoderTraining(build_autoencoder(), images, lr=2e-3, ema_decay=0.995, **settings)
         return module, loader(TensorDataset(images, labels), 64, seed), None
-    if network == "latent_unet":
+    if network in LATENT_NETWORKS:
         images, labels = digits("all", LATENT_IMAGE_SIZE)
-        latents = first_stage(weights).encode(images)
+        latents, (build, _) = first_stage(weights).encode(images), LATENT_NETWORKS[network]
         alphas_cumprod = NoiseSchedule.latent_diffusion(total=TRAIN_STEPS).alphas_cumprod.float()
-        module = LatentDenoiserTraining(build_latent_unet(), alphas_cumprod, lr=1e-3, ema_decay=0.999, **settings)
+        module = LatentDenoiserTraining(build(), alphas_cumprod, lr=1e-3, ema_decay=0.999, **settings)
         return module, loader(TensorDataset(latents, labels), 64, seed), None
     module = ClassifierTraining(DigitsClassifier(), lr=2e-3, ema_decay=0.995, **settings)
     held_out = DataLoader(TensorDataset(*digits("held_out")), batch_size=512)
@@ -99,8 +101,9 @@ def measured(
     """Return what the card says about the quality of the trained network; `weights`: folder of the autoencoder."""
     if held_out is not None:
         return {"held_out_accuracy": float(trainer.validate(module, held_out, verbose=False)[0]["accuracy"])}
-    if network == "latent_unet":
-        model = latent_model(module.ema.module, first_stage(weights), name="digits_ldm", digest="")
+    if network in LATENT_NETWORKS:
+        _, patterns = LATENT_NETWORKS[network]
+        model = latent_model(module.ema.module.eval(), first_stage(weights), patterns, name=network, digest="")
         return sample_quality(model, samples)
     if network != "autoencoder":
         return {}
@@ -135,7 +138,9 @@ def export(module: EMATraining, network: str, card: dict, folder: Path) -> None:
     if network not in pipelines.STEPS:
         weights = folder / f"{name}.safetensors"
         state = module.ema.module.state_dict()
-        save_file({key: value.contiguous() for key, value in state.items()}, weights)
+        # half the bytes for the file of a transformer, as in the folders of the pipelines
+        halved = {key: value.half() if network == "dit" else value for key, value in state.items()}
+        save_file({key: value.contiguous() for key, value in halved.items()}, weights)
         card["sha256"] = file_digest(weights)
     (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 

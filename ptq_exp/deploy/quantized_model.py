@@ -19,7 +19,7 @@ from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.errors import ConfigError
 from ptq_exp.pipelines import PipelineModel, PipelineNetwork, answering
 from ptq_exp.quantization import Applied, Report, Rule
-from ptq_exp.runtime import Runtime, runtime_of
+from ptq_exp.runtime import GraphedNetwork, Runtime, runtime_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class QuantizedModel:
         runtime_options: of its constructor, such as {"precision": "bf16"} of openvino.
         full_precision: whether the full-precision weights are there, too.
         compile: whether networks are compiled.
+        cuda_graph: whether evaluations of a sampling step are recorded and replayed, see `GraphedNetwork`.
         recipe: what it was made from and with, as plain values for quantization.json.
     """
 
@@ -64,6 +65,7 @@ class QuantizedModel:
     runtime_options: Mapping[str, Any] = field(default_factory=dict)
     full_precision: bool = True
     compile: bool = False
+    cuda_graph: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -103,7 +105,10 @@ class QuantizedModel:
 
     def on(self, runtime_name: str, runtime_options: Mapping[str, Any] | None = None) -> QuantizedModel:
         """Make the same model, executed by another runtime."""
-        return replace(self, runtime_name=runtime_name, runtime_options=runtime_options or {})
+        recorded = self.cuda_graph and runtime_name != "openvino"  # which computes on the CPU
+        return replace(
+            self, runtime_name=runtime_name, runtime_options=runtime_options or {}, cuda_graph=recorded,
+        )
 
     @cached_property
     def component(self) -> nn.Module:
@@ -133,7 +138,7 @@ class QuantizedModel:
         return self.model.pipeline_with(self.component)
 
     def _guided(self, rows: Tensor | None) -> nn.Module:
-        network = self.executed_network
+        network = GraphedNetwork(self.executed_network) if self.cuda_graph else self.executed_network
         denoiser = network if rows is None else Scheduled(network, rows, self.grid)
         if self.compile:
             denoiser.compile()

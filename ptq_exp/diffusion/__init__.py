@@ -1,6 +1,6 @@
 """Diffusion models as denoisers, their time convention, and one sampler."""
 
-from ptq_exp.diffusion.call import Call
+from ptq_exp.diffusion.call import Call, to_device
 from ptq_exp.diffusion.conditions import ConditionTable
 from ptq_exp.diffusion.denoisers import ClassConditionalUNet, DiTDenoiser, FirstStage, LabelledUNet, UNetDenoiser
 from ptq_exp.diffusion.first_evaluations import check_network, wider
@@ -48,5 +48,6 @@ __all__ = [
     "sample",
     "solver_grid",
     "step_coefficients",
+    "to_device",
     "wider",
 ]

@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
     def to(self, device: torch.device | str) -> Call:
         """Return the same call on `device`."""
-        return self.mapped(lambda tensor: tensor.to(device))
+        return self.mapped(lambda tensor: to_device(tensor, device))
 
     def expanded(self, n: int) -> Call:
         """Return a call of one sample, repeated `n` times."""
@@ -44,4 +44,16 @@ class Call(NamedTuple):
 
 def on_device(conditions: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
     """`conditions` on `device`."""
-    return {name: value.to(device) for name, value in conditions.items()}
+    return {name: to_device(value, device) for name, value in conditions.items()}
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return `tensor` on `device`.
+
+    From the CPU to a GPU it goes by way of pinned memory, and nobody waits: what computes with it there comes later in
+    the order of the GPU's stream. A plain copy waits until all that was begun is done.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

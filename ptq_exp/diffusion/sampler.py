@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptq_exp.diffusion.call import Call
+from ptq_exp.diffusion.call import Call, to_device
 from ptq_exp.diffusion.noise import SampleNoise
 from ptq_exp.diffusion.time_grid import TimeGrid
 from ptq_exp.errors import ConfigError
@@ -145,7 +145,7 @@ def sample(
         ConfigError: `eps_noise_std` is not one number per step, or the grid is walked by a solver, whose steps add no
             noise that could make room for it.
     """
-    x, given = noise.draw().to(device), conditions or {}
+    x, given = to_device(noise.draw(), device), conditions or {}
     steps = len(grid) if steps is None else steps
     if grid.make_scheduler is not None:
         if eps_noise_std is not None:
@@ -160,9 +160,9 @@ def sample(
     # numbers, not tensors: no step waits for the device
     levels = list(zip(grid.alphas_cumprod.tolist(), grid.alphas_cumprod_prev.tolist(), stds, strict=True))
     for step in range(steps):
-        call = Call(x, grid.network_time(step, len(x)).to(device), given)
+        call = Call(x, to_device(grid.network_time(step, len(x)), device), given)
         eps = call.evaluate(denoiser)
-        z = noise.draw().to(device) if grid.eta > 0 else None
+        z = to_device(noise.draw(), device) if grid.eta > 0 else None
         level, previous, std = levels[step]
         x_prev, x0 = ddim_step(
             x, eps, level, previous, grid.eta, z, std, convention, clip_sample=clip_sample,
@@ -185,7 +185,7 @@ def _solve(
     state = noise * float(scheduler.init_noise_sigma)
     x = scheduler.scale_model_input(state, times[0])
     for step in range(steps):
-        call = Call(x, grid.network_time(step, len(x)).to(x.device), conditions)
+        call = Call(x, to_device(grid.network_time(step, len(x)), x.device), conditions)
         eps = call.evaluate(denoiser)
         state = scheduler.step(eps, times[step], state).prev_sample
         x_prev = scheduler.scale_model_input(state, times[step + 1]) if step + 1 < len(grid) else state

@@ -1,19 +1,27 @@
-"""The embedded latent model: 32x32 digits through a VQ autoencoder, class-conditional."""
+"""The embedded latent models, a U-Net and a DiT: 32x32 digits through a VQ autoencoder, class-conditional."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from ptq_exp.diffusion import ClassConditionalUNet, DiffusionModel, FirstStage, NoiseSchedule, SamplerDefaults
+from torch import nn
+
+from ptq_exp.diffusion import DiffusionModel, FirstStage, NoiseSchedule, SamplerDefaults
 from ptq_exp.diffusion.zoo.build import frozen, torch_dtype
 from ptq_exp.embedded.digits import LATENT_IMAGE_SIZE, N_CLASSES
-from ptq_exp.embedded.networks import LATENT_CHANNELS, TRAIN_STEPS, build_autoencoder, build_latent_unet
+from ptq_exp.embedded.networks import LATENT_CHANNELS, TRAIN_STEPS, build_autoencoder, build_dit, build_latent_unet
 from ptq_exp.embedded.weights_file import WEIGHTS, load_weights
 from ptq_exp.storage.atomic import file_digest
 
 GUIDANCE_SCALE = 1.5
+UNET_BLOCKS = {"blocks": ("*resnets.*", "*transformer_blocks.*")}
+DIT_BLOCKS = {
+    "blocks": ("*transformer_blocks.*",), "first_layers": ("*pos_embed.proj",), "last_layers": ("*proj_out_2",)
+}
+"""Names of the blocks, and of the first and the last layer where they are not those of U-Nets."""
 
 
 def first_stage(folder: Path = WEIGHTS) -> FirstStage:
@@ -44,16 +52,37 @@ def digits_ldm_model(
         CheckpointError: see the message; the file is missing, truncated, or of another network.
         ConfigError: an unknown dtype.
     """
-    denoiser = build_latent_unet()
-    path = Path(checkpoint) if checkpoint else WEIGHTS / "digits_latent_unet.safetensors"
-    unet_digest = load_weights(denoiser, path)
+    return _loaded(build_latent_unet(), "digits_latent_unet", UNET_BLOCKS, name, checkpoint, dtype)
+
+
+def digits_dit_model(
+    name: str = "digits_dit", checkpoint: str | None = None, dtype: str = "float32"
+) -> DiffusionModel:
+    """Load the embedded class-conditional transformer on the latents of `digits_ldm`, 0.8 M parameters.
+
+    Args:
+        checkpoint: a file of `python -m ptq_exp train_embedded dit`; None = the weights inside the package.
+        name, dtype: see `digits_ldm_model`, and for what is raised.
+    """
+    return _loaded(build_dit(), "digits_dit", DIT_BLOCKS, name, checkpoint, dtype)
+
+
+def _loaded(
+    denoiser: nn.Module, file: str, patterns: Mapping[str, tuple[str, ...]], name: str, checkpoint: str | None,
+    dtype: str,
+) -> DiffusionModel:
+    """Fill `denoiser` from a checkpoint, else from a file of the package; the digest is of this and of the VQ file."""
+    own_digest = load_weights(denoiser, Path(checkpoint) if checkpoint else WEIGHTS / f"{file}.safetensors")
     vq_digest = file_digest(WEIGHTS / "digits_vq.safetensors")
-    digest = hashlib.sha256((unet_digest + vq_digest).encode()).hexdigest()
-    return latent_model(frozen(denoiser, torch_dtype(dtype), checkpoint), first_stage(), name=name, digest=digest)
+    digest = hashlib.sha256((own_digest + vq_digest).encode()).hexdigest()
+    frozen_denoiser = frozen(denoiser, torch_dtype(dtype), checkpoint)
+    return latent_model(frozen_denoiser, first_stage(), patterns, name=name, digest=digest)
 
 
-def latent_model(denoiser: ClassConditionalUNet, autoencoder: FirstStage, *, name: str, digest: str) -> DiffusionModel:
-    """Build the model of a denoiser of `build_latent_unet`, trained or not, on the latents of `autoencoder`."""
+def latent_model(
+    denoiser: nn.Module, autoencoder: FirstStage, patterns: Mapping[str, tuple[str, ...]], *, name: str, digest: str
+) -> DiffusionModel:
+    """Build the model of a denoiser, trained or not, on the latents of `autoencoder`; `patterns` as `UNET_BLOCKS`."""
     side = LATENT_IMAGE_SIZE // 4
     return DiffusionModel(
         name=name,
@@ -67,5 +96,5 @@ def latent_model(denoiser: ClassConditionalUNet, autoencoder: FirstStage, *, nam
         null_label=N_CLASSES,
         sampler=SamplerDefaults(20, "leading", 0.0, GUIDANCE_SCALE),
         image_shape=(1, LATENT_IMAGE_SIZE, LATENT_IMAGE_SIZE),
-        blocks=("*resnets.*", "*transformer_blocks.*"),
+        **patterns,
     )

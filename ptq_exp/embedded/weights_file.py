@@ -17,7 +17,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def card(name: str) -> dict:
-    """Read the card of digits_unet, digits_classifier, digits_vq or digits_latent_unet: training and quality."""
+    """Read the card of a file of weights, such as digits_unet or digits_vq: training and quality."""
     return json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
 
 

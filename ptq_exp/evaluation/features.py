@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -57,7 +58,8 @@ def extract_features(
         raise DataError(f"no images to extract features from {name}".rstrip())
     batches = []
     for start in range(0, len(images), batch_size):
-        pooled, maps, logits = extractor(images[start : start + batch_size])
+        with in_float32():
+            pooled, maps, logits = extractor(images[start : start + batch_size])
         _require_finite(extractor, name, start, pooled, maps, logits)
         spatial = np.ascontiguousarray(maps[:, :SPATIAL_CHANNELS]).reshape(len(maps), -1)  # the rest may go
         batches.append((pooled, spatial, _softmax(logits)))
@@ -65,6 +67,15 @@ def extract_features(
             progress(len(pooled))
     arrays = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     return FeatureStatistics(*arrays, name=name, extractor=getattr(extractor, "name", ""))
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Inside, networks that judge images compute in the type of their weights, whatever autocast holds outside."""
+    import torch  # scores that are read from files need none
+
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def _require_finite(extractor: FeatureExtractor, name: str, start: int, *found: np.ndarray) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ptq_exp.errors import CheckpointError, ConfigError, DataError, one_line
+from ptq_exp.evaluation.features import in_float32
 from ptq_exp.storage.atomic import file_digest
 
 SETTING = "evaluation.clip"
@@ -82,8 +83,9 @@ class ImageText:
             # the tokenizer shortens a long prompt in front of its end token, whose features are the text's
             tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
             given = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-            found = self.model(pixel_values=pixels["pixel_values"].to(self.device),
-                               **{key: value.to(self.device) for key, value in given.items()})
+            with in_float32():
+                found = self.model(pixel_values=pixels["pixel_values"].to(self.device),
+                                   **{key: value.to(self.device) for key, value in given.items()})
             values.append(cosine_score(found.image_embeds.cpu().numpy(), found.text_embeds.cpu().numpy()))
         return np.concatenate(values) if values else np.empty(0)
 

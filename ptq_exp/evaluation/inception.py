@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
+from ptq_exp.evaluation.features import in_float32
 from ptq_exp.evaluation.statistics import SPATIAL_CHANNELS
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.finite import require_finite
@@ -86,10 +87,11 @@ class InceptionExtractor:
             raise DataError(f"expected images uint8 [N, H, W, 1 or 3], found {images.dtype} of shape {images.shape}")
         if images.shape[3] == 1:
             images = images.repeat(3, axis=3)
-        stem = self._stem((self._resize(images, self._device) - 128) / 128)
-        spatial = self._spatial(stem)[:, :SPATIAL_CHANNELS]
-        pooled = self._top(stem).flatten(1)
-        logits = pooled @ self._classifier.weight.T
+        with in_float32():  # as the published numbers were made
+            stem = self._stem((self._resize(images, self._device) - 128) / 128)
+            spatial = self._spatial(stem)[:, :SPATIAL_CHANNELS]
+            pooled = self._top(stem).flatten(1)
+            logits = pooled @ self._classifier.weight.T
         return pooled.cpu().numpy(), spatial.cpu().numpy(), logits.cpu().numpy()
 
 

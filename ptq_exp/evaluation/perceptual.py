@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ptq_exp.errors import CheckpointError, ConfigError, DataError, one_line
+from ptq_exp.evaluation.features import in_float32
 from ptq_exp.storage.atomic import file_digest
 
 SETTING = "evaluation.lpips"
@@ -88,7 +89,8 @@ class Perceptual:
         for start in range(0, len(a), _BATCH):
             pair = [from_uint8(images[start : start + _BATCH]).expand(-1, 3, -1, -1) for images in (a, b)]
             pair = [x.repeat_interleave(factor, 2).repeat_interleave(factor, 3).to(self.device) for x in pair]
-            values.append(self.network(*pair).double().flatten().cpu().numpy())
+            with in_float32():
+                values.append(self.network(*pair).double().flatten().cpu().numpy())
         return np.concatenate(values) if values else np.empty(0)
 
 

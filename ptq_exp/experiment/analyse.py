@@ -47,7 +47,7 @@ def analyse(run: Run, settings: AnalysisConfig, keys: Keys, quantized: Quantized
     """
     layers = chosen_layers(quantized_layers(quantized.network), settings.layers)
     probe = probe_of(quantized.network, run.model.denoiser)
-    denoiser = replace(quantized, network=probe, statistics=None, compile=False).denoiser
+    denoiser = replace(quantized, network=probe, statistics=None, compile=False, cuda_graph=False).denoiser
     arrays = _activations(run, settings, keys.sampling(), denoiser, probe, layers)
     found: dict[str, Any] = {"file": FILE, "sites": len(arrays["sites"]), "steps": arrays["steps"].tolist()}
     if settings.sensitivity:

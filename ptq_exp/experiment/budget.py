@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,8 +58,11 @@ def planned_report(run: Run, plan: Plan, reconstruction: ReconstructionConfig) -
     return report
 
 
-def planned_network(run: Run, plan: Plan) -> tuple[nn.Module, Report]:
+def planned_network(run: Run, plan: Plan, look: Callable[..., object] = lambda *of: None) -> tuple[nn.Module, Report]:
     """Place transforms and quantizers on a copy of the network, neither fitted nor calibrated; returns its report, too.
+
+    Args:
+        look: called with the network, each transform before it is placed, its sites and the rules.
 
     Raises:
         PTQError: as the stages would.
@@ -68,7 +71,9 @@ def planned_network(run: Run, plan: Plan) -> tuple[nn.Module, Report]:
     with _silent():
         rules = policy(plan, run.model, network, example)
         for transform in transforms_of(plan.quantization.transforms):
-            transform.install_(network, transform.chosen(transform.find(network, example), rules))
+            sites = transform.chosen(transform.find(network, example), rules)
+            look(network, transform, sites, rules)
+            transform.install_(network, sites)
         return network, quantize_(network, rules, example)
 
 

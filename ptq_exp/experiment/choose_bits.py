@@ -139,7 +139,7 @@ def _errors(
     bits, groups = config.bits, choices.groups
     quantized, keys = _quantized(run, config, choices, (number,) * len(groups), states)
     probe = probe_of(quantized.network, transformed(run, quantized.transforms))
-    denoiser = replace(quantized, network=probe, compile=False).denoiser
+    denoiser = replace(quantized, network=probe, compile=False, cuda_graph=False).denoiser
     steps = measured_steps(len(run.grid), bits.sensitivity_steps)
     n = bits.sensitivity_samples
     module = SensitivityModule(

@@ -25,6 +25,11 @@ def check_pipeline(config: ExperimentConfig) -> None:
             raise ConfigError(
                 f"{setting}={value}: of a pipeline the calls that it makes are recorded; set {setting}={only}"
             )
+    if config.trainer.cuda_graph:
+        raise ConfigError(
+            "trainer.cuda_graph=true: what a pipeline gives its network changes from call to call, which a recording "
+            "would not see; set trainer.cuda_graph=false"
+        )
     if config.bits.schedule == "snr":
         raise ConfigError(
             "bits.schedule=snr: a pipeline's scheduler says no noise levels; set bits.schedule=budget, or a list"

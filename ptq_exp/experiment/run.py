@@ -22,11 +22,12 @@ from ptq_exp.experiment.pipeline import check_pipeline
 from ptq_exp.lightning import Bar, make_trainer
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization.offload import mapped_copy, outermost, release_after_calls_, weight_bytes
+from ptq_exp.runtime import GraphedNetwork
 from ptq_exp.settings.build import build, constructor
 from ptq_exp.settings.schema import CalibrationConfig, ExperimentConfig
 from ptq_exp.storage.cache import ArtifactCache
 
-_NOT_OF_LIGHTNING = ("threads", "max_memory_gb")
+_NOT_OF_LIGHTNING = ("threads", "max_memory_gb", "cuda_graph")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Run:
         extractor: of features of images; None = images are not scored.
         trainer_settings: arguments of `make_trainer`.
         compile: whether networks are compiled.
+        cuda_graph: whether evaluations of a sampling step are recorded and replayed.
         max_memory: bytes; a network whose weights do not fit in it twice is quantized block by block. None = in memory.
     """
 
@@ -55,6 +57,7 @@ class Run:
     extractor: FeatureExtractor | None
     trainer_settings: Mapping[str, Any]
     compile: bool = False
+    cuda_graph: bool = False
     max_memory: float | None = None
 
     @classmethod
@@ -82,6 +85,8 @@ class Run:
             model.denoiser.to(memory_format=torch.channels_last)
         trainer_settings = {key: value for key, value in asdict(config.trainer).items() if key not in _NOT_OF_LIGHTNING}
         device = make_trainer("", **trainer_settings).strategy.root_device
+        if config.trainer.cuda_graph:
+            _check_cuda_graph(device)
         sampler = config.sampler
         grid = model.time_grid(sampler.steps, sampler.spacing, eta=sampler.eta, solver=sampler.solver)
         scale = model.sampler.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
@@ -91,7 +96,7 @@ class Run:
             saved.check_grid(grid, scale)
         return cls(
             model, grid, scale, config.seed, device, cache, extractor, trainer_settings, config.model.compile,
-            bytes_of(config.trainer.max_memory_gb),
+            config.trainer.cuda_graph, bytes_of(config.trainer.max_memory_gb),
         )
 
     def trainer(self, title: str):
@@ -104,10 +109,11 @@ class Run:
 
     @property
     def full_precision(self) -> nn.Module:
-        """The model's own denoiser as the sampler calls it: guided, and compiled where that is asked for."""
+        """The model's own denoiser as the sampler calls it: guided; compiled or recorded where that is asked for."""
+        denoiser = self.model.denoiser
         if self.compile:
-            self.model.denoiser.compile()
-        return self.model.guided(self.model.denoiser, self.guidance_scale)
+            denoiser.compile()
+        return self.model.guided(GraphedNetwork(denoiser) if self.cuda_graph else denoiser, self.guidance_scale)
 
     @property
     def blockwise(self) -> bool:
@@ -186,6 +192,15 @@ def _model(config: ExperimentConfig, artifact: Artifact | None) -> DiffusionMode
     if node.get("_target_") != "ptq_exp.load_model":  # which has looked at its numbers already
         check_numbers(model, f"model.build={node.get('_target_')}")
     return model
+
+
+def _check_cuda_graph(device: torch.device) -> None:
+    """Raise ConfigError where no evaluation can be recorded."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"trainer.cuda_graph=true: CUDA graphs need an NVIDIA GPU, and this run computes on {device}: set "
+            "trainer.cuda_graph=false, or trainer.accelerator=gpu where there is one"
+        )
 
 
 def _check_constructors(config: ExperimentConfig) -> None:

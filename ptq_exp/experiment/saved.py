@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import ptq_exp
@@ -30,7 +30,7 @@ def load_saved(run: Run, saved: Artifact, path: str) -> QuantizedModel:
     except DataError as error:
         raise DataError(f"quantized={path}: {error}") from error
     log.info("quantized model: loaded from %s", saved.folder)
-    return quantized
+    return replace(quantized, cuda_graph=run.cuda_graph)
 
 
 def recipe(config: ExperimentConfig, model: DiffusionModel, evaluations: int) -> dict[str, Any]:

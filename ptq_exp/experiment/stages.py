@@ -133,5 +133,5 @@ def quantize_model(
     return QuantizedModel(
         run.model, network, report, run.grid, run.guidance_scale, tuple(rules), tuple(plan.widths),
         plan.time_bins if plan.n_bins > 1 else None, variance=variance, convention=correction.convention,
-        transforms=transforms, compile=run.compile,
+        transforms=transforms, compile=run.compile, cuda_graph=run.cuda_graph,
     )

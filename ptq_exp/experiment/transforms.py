@@ -53,17 +53,18 @@ def transform_(
         arrays = cached(run.cache, "transform", key, make, f"transform {transform.name}")
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
         applied.append(applied_to(network, example, Applied(transform, sites, tensors, left=left)))
-        places = "; ".join(f"{site} -> {_some(layers)}" for site, layers in sites.items())
-        log.info("quantization.transforms: %s: %d places qualify: %s", transform.name, len(sites), places or "none")
+        places = [site if layers == (site,) else f"{site} -> {_some(layers)}" for site, layers in sites.items()]
+        log.info("quantization.transforms: %s: %d places qualify: %s", transform.name, len(sites),
+                 _some(tuple(places), 4, "; ") or "none")
         for name, reason in left.items():
             log.info("quantization.transforms: %s: %s: %s", transform.name, name, reason)
     return tuple(applied)
 
 
-def _some(names: tuple[str, ...], most: int = 8) -> str:
-    """Return the first names, and how many others there are."""
+def _some(names: tuple[str, ...], most: int = 8, between: str = ", ") -> str:
+    """Return the first names, and how many others there are; results.json has all."""
     others = len(names) - most
-    return ", ".join(names[:most]) + (f" and {others} others" if others > 0 else "")
+    return between.join(names[:most]) + (f" and {others} others" if others > 0 else "")
 
 
 def transformed(run: Run, transforms: tuple[Applied, ...]) -> nn.Module:

@@ -72,18 +72,21 @@ class QuantMultiplier(nn.Module):
 @functools.cache
 def multiplier_class(original: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of a class of modules whose forward multiplies quantized operands."""
+    original_forward = original.forward  # torch.compile takes some classes of diffusers as they are, not their methods
 
-    # a compiled graph would be looked at again when it runs; the layers inside are not compiled either
     @torch.compiler.disable
-    def intercepted(self, *args: Any, **kwargs: Any) -> Any:
+    def untraced(self, *args: Any, **kwargs: Any) -> Any:
         with _Interception(self):
-            return original.forward(self, *args, **kwargs)
+            return original_forward(self, *args, **kwargs)
 
     @functools.wraps(original.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if any(product.active for product in self.products.values()):
-            return intercepted(self, *args, **kwargs)
-        return original.forward(self, *args, **kwargs)
+        if not any(product.active for product in self.products.values()):
+            return original_forward(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():  # nor is what runs inside: the calls of a graph would be looked at again
+            return untraced(self, *args, **kwargs)
+        with _Unbroken(), _Interception(self):
+            return original_forward(self, *args, **kwargs)
 
     # the class comes first: what it says about its own instances holds
     made = type(f"Quant{original.__name__}", (original, QuantMultiplier), {
@@ -126,6 +129,14 @@ def product_quantizers(multiplier: Multiplier, spec: QuantSpec, name: str) -> di
 def quantized_products(model: nn.Module) -> Iterator[tuple[str, QuantizedProduct]]:
     """Yield (name, quantizers) of all products, in module order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedProduct))
+
+
+class _Unbroken:
+    """Makes torch.compile leave to Python what it cannot trace as one graph: two would be intercepted as they run."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
 
 class _Interception(TorchFunctionMode):

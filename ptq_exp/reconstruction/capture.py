@@ -6,7 +6,7 @@ The forward ends where the block begins (or ends), and captured rows go to memor
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ptq_exp.calibration import to_device
 from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization import of_samples
 from ptq_exp.quantization.trace.evaluate import evaluate
-
-Batch = Sequence[Any]
-"""The arguments of one call, each [n, ...], the first a tensor; see `ptq_exp.quantization.trace.evaluate`."""
+from ptq_exp.reconstruction.copies import Batch, Rows, on_device
 
 
 @dataclass
@@ -97,7 +96,7 @@ class Calls:
 
     def rows(self, index: Tensor | slice, device: torch.device) -> list[Tensor]:
         """Return the rows `index` of the argument tensors, on `device`."""
-        return [tensor[index].to(device) for tensor in self.tensors]
+        return [to_device(tensor[index], device) for tensor in self.tensors]
 
     def ranges_of(self, module: nn.Module, index: Tensor | slice) -> AbstractContextManager[None]:
         """Inside, `module` runs on the rows `index`, each with the activation ranges of its own sampling step."""
@@ -136,7 +135,7 @@ def capture(
             `output_of` takes.
     """
     calls: Calls | None = None
-    start, shared = 0, frozenset()
+    start, shared, put = 0, frozenset(), Rows(device)
     for batch in batches:
         n = len(batch[0])
         inputs = on_device(batch, device)
@@ -153,15 +152,10 @@ def capture(
             room = [arena.allocate(rows, tensor) for tensor in found.tensors]
             leaving = arena.allocate(rows, found.output) if output else None
             calls = replace(found, tensors=room, output=leaving, step_rows=step_rows)
-        for whole, part in zip(calls.all_tensors(), found.all_tensors(), strict=True):
-            whole[start : start + n] = part.cpu()
+        put.put([whole[start : start + n] for whole in calls.all_tensors()], found.all_tensors())
         start += n
+    put.finish()
     return calls
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the arguments `batch`, their tensors on `device`."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def output_of(output: Any, name: str) -> Tensor:

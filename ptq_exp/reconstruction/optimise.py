@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ptq_exp.calibration import to_device
 from ptq_exp.reconstruction.activations import StepSizes, dropping
 from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss
 from ptq_exp.reconstruction.block_report import BlockError, LayerRounding
@@ -127,11 +128,10 @@ class BlockOptimisation:
         """One iteration; returns the reconstruction loss of its batch, 0-d, detached."""
         settings = self.settings
         self.t += 1
-        n = min(settings.batch_size, len(self.data))
-        index = torch.randperm(len(self.data), generator=self.rows_generator)[:n]
+        index = torch.randperm(len(self.data), generator=self.rows_generator)[: settings.batch_size]
         full = self.data.full.rows(index, self.device)
         inputs = self._mixed(full, index)
-        target = self.data.full.output[index].to(self.device)
+        target = to_device(self.data.full.output[index], self.device)
         h = self.rounding.h()
         tensors = {self._name(layer): w for layer, w in zip(self.block.layers, self.rounding.soft(h), strict=True)}
         if self.steps is not None:
@@ -236,15 +236,15 @@ def _outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tens
 def block_error(module: nn.Module, calls: Calls, target: Tensor, name: str) -> BlockError:
     """Error of `module` on the inputs of `calls` against `target` [N, ...]."""
     device = next(module.parameters()).device
-    squares, power = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    squares, power = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, len(calls), EVALUATION_BATCH):
         rows = slice(start, start + EVALUATION_BATCH)
         args, kwargs = calls.arguments(calls.rows(rows, device))
-        wanted = target[rows].to(device).double()
+        wanted = to_device(target[rows], device).double()
         with calls.ranges_of(module, rows):
             error = output_of(module(*args, **kwargs), name).double() - wanted
-        squares += error.square().sum().cpu()
-        power += wanted.square().sum().cpu()
+        squares += error.square().sum()
+        power += wanted.square().sum()
     mse, mean_square = float(squares) / target.numel(), float(power) / target.numel()
     return BlockError(mse, math.sqrt(mse / mean_square) if mean_square else math.inf)
 

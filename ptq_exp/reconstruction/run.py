@@ -13,7 +13,8 @@ from ptq_exp.calibration import CalibrationSet
 from ptq_exp.errors import DataError
 from ptq_exp.reconstruction.block_report import BlockError, BlockReport
 from ptq_exp.reconstruction.blocks import Block
-from ptq_exp.reconstruction.capture import Arena, Batch, capture
+from ptq_exp.reconstruction.capture import Arena, capture
+from ptq_exp.reconstruction.copies import Batch
 from ptq_exp.reconstruction.gptq_block import GPTQBlock, GPTQSettings
 from ptq_exp.reconstruction.optimise import BlockData, BlockOptimisation, Settings, block_error
 from ptq_exp.reconstruction.time_block import TimeBlock

@@ -19,7 +19,8 @@ from ptq_exp.quantization import WeightQuantizer, of_samples
 from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.quantization.trace.provenance import watching
 from ptq_exp.reconstruction.blocks import Block
-from ptq_exp.reconstruction.capture import Batch, Calls, on_device
+from ptq_exp.reconstruction.capture import Calls
+from ptq_exp.reconstruction.copies import Batch, on_device
 from ptq_exp.reconstruction.subnetwork import Part, Plan, check_same, plan_part
 
 

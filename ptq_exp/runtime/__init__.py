@@ -6,6 +6,7 @@ runtime.account()                                           # what ran as intege
 """
 
 from ptq_exp.runtime.base import RUNTIMES, ExecutedLayer, Execution, Runtime, runtime_of
+from ptq_exp.runtime.cuda_graph import GraphedNetwork
 from ptq_exp.runtime.simulate import Simulate
 
-__all__ = ["RUNTIMES", "ExecutedLayer", "Execution", "Runtime", "Simulate", "runtime_of"]
+__all__ = ["RUNTIMES", "ExecutedLayer", "Execution", "GraphedNetwork", "Runtime", "Simulate", "runtime_of"]

@@ -209,6 +209,11 @@ def _check_runtime(config: ExperimentConfig) -> None:
             f"runtime.compare={runtime.compare}: choose an engine, such as openvino, that runtime=simulate is compared "
             "with; an engine that draws the images is compared anyway"
         )
+    if config.trainer.cuda_graph and runtime.name == "openvino":
+        raise ConfigError(
+            "trainer.cuda_graph=true: runtime=openvino computes on the CPU: set trainer.cuda_graph=false, or choose "
+            "runtime=torch"
+        )
     # an engine that is not installed is reported before hours are spent
     runtime_of(runtime.name, runtime.options)
     if runtime.engine is not None:

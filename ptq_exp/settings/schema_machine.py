@@ -21,6 +21,9 @@ class TrainerConfig:
         "or the share of one job where several run at once.",
         low=1, high=4096,
     )
+    cuda_graph: bool = setting(
+        False, "Record an evaluation of the network as a CUDA graph, and replay it in every sampling step; needs a GPU."
+    )
     max_memory_gb: float | None = setting(
         None, "Quantize a network block by block, with weights and states on disk, where two copies of its weights are "
         "larger than so many GB; the result is the same. null: in memory.", low=0,

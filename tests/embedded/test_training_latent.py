@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from ptq_exp.cli import train_embedded
 from ptq_exp.embedded import digits
 from ptq_exp.embedded.digits import Digits
-from ptq_exp.embedded.networks import build_autoencoder, build_latent_unet
+from ptq_exp.embedded.networks import build_autoencoder, build_dit, build_latent_unet
 from ptq_exp.embedded.training.latent_modules import AutoencoderTraining, LatentDenoiserTraining, codes_used
 from ptq_exp.embedded.weights_file import WEIGHTS
 
@@ -51,7 +51,7 @@ def test_labels_are_dropped_at_the_asked_rate_and_by_the_step_alone():
     seen = []
 
     class Denoiser(torch.nn.Module):
-        class_embedding = torch.nn.Embedding(11, 1)
+        weight = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, x, t, y):
             seen.append(y)
@@ -78,7 +78,7 @@ def few_digits(monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
 
 
-FILES = {"autoencoder": "digits_vq", "latent_unet": "digits_latent_unet"}
+FILES = {"autoencoder": "digits_vq", "latent_unet": "digits_latent_unet", "dit": "digits_dit"}
 
 
 def train(network, folder, steps):
@@ -114,7 +114,8 @@ def train_in_two_parts(network, module_class, folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "network, module_class", [("autoencoder", AutoencoderTraining), ("latent_unet", LatentDenoiserTraining)]
+    "network, module_class",
+    [("autoencoder", AutoencoderTraining), ("latent_unet", LatentDenoiserTraining), ("dit", LatentDenoiserTraining)],
 )
 def test_an_interrupted_training_continues_bit_for_bit(
     few_digits, monkeypatch, tmp_path, network, module_class, capsys
@@ -131,6 +132,6 @@ def test_an_interrupted_training_continues_bit_for_bit(
     if network == "autoencoder":
         assert card["scaling_factor"] > 0 and 0 < card["codes_used"] <= 256
     else:
-        assert set(weights) == set(build_latent_unet().state_dict())
-        assert {key.split(".")[0] for key in weights} == {"unet", "class_embedding"}
+        build = {"latent_unet": build_latent_unet, "dit": build_dit}[network]
+        assert set(weights) == set(build().state_dict())
         assert card["samples"] == 10 and 0 <= card["label_agreement"] <= 1 <= card["inception_score"] <= 10

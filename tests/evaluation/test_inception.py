@@ -66,6 +66,13 @@ def test_outputs_are_the_librarys(adm, library, images):
         np.testing.assert_allclose(ours_, theirs_, rtol=1e-5, atol=1e-5 * np.abs(theirs_).max())
 
 
+def test_autocast_changes_nothing(adm, images):
+    wanted = adm(images[:1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = adm(images[:1])
+    assert all(np.array_equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
 def test_features_are_those_of_the_extractor_with_the_channels_of_the_map_first(adm, features, images):
     pooled, maps, logits = adm(images[4:])
     np.testing.assert_allclose(features.pooled[4:], pooled, rtol=1e-4, atol=1e-4)

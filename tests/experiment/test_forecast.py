@@ -205,7 +205,7 @@ def test_a_forecast_draws_nothing_changes_nothing_and_never_ends_a_run(base, mon
     def broken(*_):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(make, "_seconds", broken)
+    monkeypatch.setattr(make, "stage_seconds", broken)
     caplog.set_level("INFO", "ptq_exp")
     assert made(base) is None and "no forecast: no such kernel" in caplog.text
 

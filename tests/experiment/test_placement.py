@@ -44,7 +44,7 @@ def test_time_layers_see_every_time_once_and_each_step_has_its_row(command):
     assert len(segments) == 2 * 8 + 8
     said = next(folder.glob("*.log")).read_text()
     assert ": 18 quantizers depend on the time alone and see all 3 times" in said  # of 10 layers, 8 with an output's
-    assert ": 8 layers read concatenations" in said and ": 3 places qualify" in said
+    assert ": 8 layers read concatenations" in said and ": 3 places qualify: unet." in said
     files = ("results.json", "quantization.json")
     ((smooth,), again) = (json.loads((folder / name).read_text())["transforms"] for name in files)
     assert [smooth] == again and len(smooth["sites"]) == 3

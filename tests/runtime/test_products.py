@@ -6,6 +6,7 @@ from small_transformers import built, call_of
 
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_, select_row
 from ptq_exp.runtime.deployable import deployable
+from ptq_exp.runtime.export import export_network
 from ptq_exp.runtime.openvino import OpenVINO
 from ptq_exp.runtime.plan import FLOAT, INT8, integer_plan
 from ptq_exp.runtime.torch_int8 import TorchInt8
@@ -84,3 +85,15 @@ def test_openvino_multiplies_them_as_integers():
     assert error(made, network, call_of("flux")) < 0.03  # weights of 7 bits
     execution = runtime.account()
     assert execution.attention_int8_share == 1.0 and execution.int8_share == 1.0
+
+
+def test_onnx_files_have_them_as_integers(tmp_path):
+    """OpenVINO chooses kernels in float for the two products of SANA's linear attention, and says so."""
+    pytest.importorskip("onnxruntime")
+    network, _ = network_of("sana", qkv_symmetric=True)
+    written = export_network(network, call_of("sana", 2), call_of("sana"), tmp_path / "model.onnx")
+    assert set(written.errors) == {"onnxruntime", "openvino"} and max(written.errors.values()) < 0.01
+    products = {layer.layer.rpartition(".")[2]: layer for layer in written.layers if layer.is_product}
+    assert {name: layer.executed for name, layer in products.items()} == {
+        "qk": INT8, "av": INT8, "product": FLOAT, "product_2": FLOAT}
+    assert written.layers.int8_share == 1 and products["product"].reason == "the engine chose a float kernel"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MODELS = {
     "digits": "ptq_exp.embedded:digits_model",
     "digits_ldm": "ptq_exp.embedded:digits_ldm_model",
+    "digits_dit": "ptq_exp.embedded:digits_dit_model",
     "digits_text": "ptq_exp.embedded.prompted:digits_text",
     "digits_flow": "ptq_exp.embedded.prompted:digits_flow",
     "ddim_cifar10": "ptq_exp.diffusion.zoo:ddim_cifar10",
@@ -36,7 +37,7 @@ def load_model(name: str, checkpoint: str | None = None, *, dtype: str = "float3
 
     Args:
         name: a key of `MODELS`; also what tables call the model.
-        checkpoint: the original file (or diffusers folder); None = the embedded weights of `digits` and `digits_ldm`,
+        checkpoint: the original file (or diffusers folder); None = the embedded weights of `digits*`,
             random weights (warned about) of the others.
         dtype: of the denoiser: float32, bfloat16, float16 (float64 for tests).
         options: further arguments of the model's builder, such as `ema` of `ldm4_lsun_bedrooms256`.

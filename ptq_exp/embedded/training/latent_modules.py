@@ -7,6 +7,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptq_exp.embedded.digits import N_CLASSES
 from ptq_exp.embedded.training.modules import DenoiserTraining, EMATraining
 
 
@@ -65,8 +66,7 @@ class LatentDenoiserTraining(DenoiserTraining):
 
     def estimate(self, x_t: Tensor, t: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         dropped = (torch.rand(len(labels), generator=generator) < self.label_dropout).to(labels.device)
-        null_label = self.network.class_embedding.num_embeddings - 1
-        return self.network(x_t, t, labels.masked_fill(dropped, null_label))
+        return self.network(x_t, t, labels.masked_fill(dropped, N_CLASSES))
 
 
 def reconstruction_psnr(autoencoder: nn.Module, images: Tensor) -> float:

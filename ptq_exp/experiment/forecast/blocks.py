@@ -1,8 +1,11 @@
-"""How long a reconstruction takes: a few optimiser steps of a few blocks, and what all others are in proportion."""
+"""How long a reconstruction takes: a few optimiser steps, or GPTQ, of a few blocks, and all others in proportion."""
 
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,52 +16,95 @@ from ptq_exp.experiment.forecast.speeds import Speeds
 from ptq_exp.experiment.forecast.work import OBSERVED
 from ptq_exp.experiment.reconstruct import blocks_of, settings_of
 from ptq_exp.reconstruction import Block, Reconstruction
+from ptq_exp.reconstruction.run import HELD_OUT
 from ptq_exp.settings.schema import ReconstructionConfig
 
-_TIMED = 3  # blocks
-_STEPS = 2  # of each
+_STEPS = 2  # of each block that is tried
+_GPTQ_STATES = 8, 24
+_PATIENCE = 10.0  # seconds after which no further block is tried
 
 
-def reconstruction_seconds(speeds: Speeds, config: ReconstructionConfig, states: int) -> float | None:
-    """Return the seconds of reconstructing all blocks on `states` calibration states; None where nobody knows.
+def reconstruction_seconds(speeds: Speeds, config: ReconstructionConfig, states: int) -> float:
+    """Return the seconds of reconstructing all blocks on `states` calibration states.
 
-    An iteration takes a time between those of the blocks that were tried, by multiply-accumulates. What enters and
-    leaves a block is captured from both networks, each of which runs as far as the block: half of it on average.
+    A block takes a time between those of the blocks that were tried, by multiply-accumulates. What enters and leaves a
+    block is captured from both networks, each of which runs as far as the block: half of it on average. GPTQ needs
+    what enters alone, and the full-precision network for the states that judge it.
     """
     if not config.active:
         return 0.0
-    if config.method != "learned":
-        return None
     run, plan, network = speeds.run, speeds.plan, speeds.placed.network
     reference = run.model.denoiser.to(run.device)
     blocks = blocks_of(run, plan, config, network, reference)
     macs = {row.name: row.macs for row in speeds.placed.report.rows}
     sizes = [sum(macs.get(f"{block.name}.{layer}".strip("."), 0) for layer in block.layers) for block in blocks]
-    order = np.argsort(sizes, kind="stable")
-    chosen = {int(order[round(k * (len(blocks) - 1) / (_TIMED - 1))]) for k in range(_TIMED)}
-    timed = sorted((sizes[place], _step_seconds(speeds, config, blocks[place])) for place in chosen)
-    steps = np.interp(sizes, [size for size, _ in timed], [seconds for _, seconds in timed])
-    iterations = [settings_of(config).iterations(block) for block in blocks]
+    learned, rows = config.method == "learned", speeds.halves
+    settings = settings_of(config)
+    times = [settings.iterations(block) if learned else 1 for block in blocks]
+    measure = _step_seconds if learned else partial(_gptq_seconds, states=rows * states)
+    each = np.interp(sizes, *_tried(sizes, lambda place: measure(speeds, config, blocks[place])))
     evaluations = states / plan.batch_size
-    captured = speeds.full.seconds(plan.batch_size, evaluations) + speeds.of(OBSERVED).seconds(
-        plan.batch_size, evaluations
+    full = speeds.full.seconds(plan.batch_size, evaluations)  # of both halves of guidance
+    quantized = speeds.of(OBSERVED).seconds(rows * plan.batch_size, evaluations)
+    captured = quantized + (full if learned else full / HELD_OUT)
+    return float(np.dot(each, times)) + 0.5 * captured * len(blocks)
+
+
+def _tried(sizes: Sequence[float], measure: Callable[[int], float]) -> tuple[list[float], list[float]]:
+    """Return sizes of blocks, ascending, and what was measured of them: the middle one, and both ends where quick."""
+    order, measured_of = np.argsort(sizes, kind="stable"), {}
+    places = [int(order[round(share * (len(order) - 1))]) for share in (0.5, 0.0, 1.0)]
+    started = time.perf_counter()
+    for place in places:
+        if place not in measured_of and (not measured_of or time.perf_counter() - started < _PATIENCE):
+            measured_of[place] = measure(place)
+    if len(measured_of) == 1:  # in proportion, from nothing to the largest
+        (place, seconds), most = *measured_of.items(), max(sizes)
+        share = seconds / max(sizes[place], 1)
+        return [0.0, float(max(most, 1))], [0.0, share * max(most, 1)]
+    found = sorted((sizes[place], seconds) for place, seconds in measured_of.items())
+    return [size for size, _ in found], [seconds for _, seconds in found]
+
+
+def _begun(speeds: Speeds, config: ReconstructionConfig, block: Block, n: int, folder: Path) -> Reconstruction:
+    """Return the reconstruction of a block alone, on `n` states of noise, ready for its first step."""
+    run, plan = speeds.run, speeds.plan
+    made = Reconstruction(
+        speeds.placed.network, run.model.denoiser, [block], speeds.calibration_set(n), settings_of(config), seed=0,
+        batch_size=plan.batch_size, cache_bytes=1e9, folder=folder,
+        row_of_step=plan.time_bins if plan.n_bins > 1 else None,
     )
-    return float(np.dot(steps, iterations)) + 0.5 * captured * len(blocks)
+    made.begin()
+    return made
 
 
 def _step_seconds(speeds: Speeds, config: ReconstructionConfig, block: Block) -> float:
-    run, plan = speeds.run, speeds.plan
-    states = speeds.calibration_set(max(2, min(2 * config.batch_size, 64)))
-    with tempfile.TemporaryDirectory(prefix="ptq_exp_") as folder:
-        tried = Reconstruction(
-            speeds.placed.network, run.model.denoiser, [block], states, settings_of(config), seed=0,
-            batch_size=plan.batch_size, cache_bytes=1e9, folder=Path(folder),
-            row_of_step=plan.time_bins if plan.n_bins > 1 else None,
-        )
-        with torch.enable_grad():
-            tried.begin()
-            tried.step()
-            seconds, _ = measured(lambda: [tried.step() for _ in range(_STEPS)], run.device)
+    """Return the seconds of an optimiser step."""
+    n = max(2, min(2 * config.batch_size, 64))
+    with tempfile.TemporaryDirectory(prefix="ptq_exp_") as folder, torch.enable_grad():
+        tried = _begun(speeds, config, block, n, Path(folder))
+        tried.step()
+        seconds, _ = measured(lambda: [tried.step() for _ in range(_STEPS)], speeds.run.device)
         tried.arena.clear()
-    share = min(1.0, len(states) * 7 / 8 / config.batch_size)  # of a batch that so few states fill
+    share = min(1.0, n * (HELD_OUT - 1) / HELD_OUT / config.batch_size)  # of a batch that so few states fill
     return seconds / _STEPS / share
+
+
+def _gptq_seconds(speeds: Speeds, config: ReconstructionConfig, block: Block, states: int) -> float:
+    """Return the seconds of all layers of a block: sums over `states` states, then roundings, whatever the states."""
+
+    def seconds_of(n: int) -> float:
+        with tempfile.TemporaryDirectory(prefix="ptq_exp_") as folder:
+            tried = _begun(speeds, config, block, n, Path(folder))
+            layers = range(tried.iterations)
+            seconds, _ = measured(lambda: [tried.step() for _ in layers], speeds.run.device)
+            tried.current.revert()
+            tried.arena.clear()
+        return seconds
+
+    few, more = _GPTQ_STATES
+    of_few = seconds_of(few)
+    if of_few < _PATIENCE:  # what is used first is slow
+        of_few = seconds_of(few)
+    each = max(seconds_of(more) - of_few, 0.0) / (more - few)
+    return max(of_few + each * (states - few), 0.0)

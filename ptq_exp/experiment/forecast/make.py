@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,12 +12,13 @@ import numpy as np
 import torch
 
 from ptq_exp.errors import PTQError
-from ptq_exp.experiment.forecast.blocks import reconstruction_seconds
 from ptq_exp.experiment.forecast.forecast import Forecast
+from ptq_exp.experiment.forecast.pipelines import of_pipeline
 from ptq_exp.experiment.forecast.probe import in_use, measured
 from ptq_exp.experiment.forecast.room import Need, available_memory, check_disk, check_memory
+from ptq_exp.experiment.forecast.seconds import stage_seconds
 from ptq_exp.experiment.forecast.speeds import Speeds
-from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED, Work, work_of
+from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED, Work, work_of
 from ptq_exp.experiment.keys import Keys, joined, versioned
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
@@ -27,8 +27,7 @@ from ptq_exp.pipelines import PipelineModel, RecordedModel
 from ptq_exp.quantization import range_table
 from ptq_exp.quantization.offload import weight_bytes
 from ptq_exp.quantization.save import tensors_bytes
-from ptq_exp.settings.build import build
-from ptq_exp.settings.schema import RULES, ExperimentConfig
+from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.storage.cache import digest
 
 log = logging.getLogger("ptq_exp")
@@ -92,8 +91,8 @@ def _check(needs: Mapping[str, Need], device: torch.device) -> None:
 
 
 def _why_not(run: Run, config: ExperimentConfig, plan: Plan | None) -> str | None:
-    if isinstance(run.model, PipelineModel | RecordedModel):
-        return "pipelines are not measured"
+    if isinstance(run.model, RecordedModel):
+        return "a network with recorded calls is not measured"
     if run.blockwise:
         return "networks in files are not measured"
     if run.compile:
@@ -109,19 +108,23 @@ def _first_look(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Key
     with torch.no_grad():
         seconds, _ = measured(lambda: call.evaluate(network), run.device, repeats=3)
     reused = _reused(run, plan, config, keys)
-    work = work_of(config, run.grid, quantizes=plan is not None, quantized=plan is not None, seed=run.seed)
+    work = _work(run, config, plan is not None)
     return seconds * sum(e.samples for stage, found in work.items() if stage not in reused for e in found)
 
 
 def _forecast(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -> Forecast:
     started, before = time.perf_counter(), in_use(run.device)
     quantized = plan is not None
-    work = work_of(config, run.grid, quantizes=quantized, quantized=quantized, seed=run.seed)
+    work = _work(run, config, quantized)
     sizes = {network: max((e.largest for found in work.values() for e in found if e.network == network), default=1)
-             for network in (FULL, QUANTIZED, OBSERVED)}
-    speeds = Speeds(run, plan, sizes)
+             for network in (FULL, QUANTIZED, OBSERVED, EXECUTED)}
+    if config.runtime.name == "simulate":
+        sizes[EXECUTED] = sizes[QUANTIZED]
+    else:
+        sizes[QUANTIZED] = max(sizes[QUANTIZED], sizes[EXECUTED])
+    speeds = Speeds(run, plan, sizes, config.runtime)
     reused = _reused(run, plan, config, keys)
-    seconds = _seconds(speeds, config, work, set(reused), keys)
+    seconds = stage_seconds(speeds, config, work, set(reused))
     needs = _needs(speeds, config, quantized)
     disk = _disk(speeds, config, reused, quantized)
     return Forecast(
@@ -130,57 +133,17 @@ def _forecast(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys)
     )
 
 
+def _work(run: Run, config: ExperimentConfig, quantized: bool) -> Work:
+    pipeline = isinstance(run.model, PipelineModel)
+    work = work_of(config, run.grid, quantizes=quantized, quantized=quantized, seed=run.seed,
+                   guided=run.guidance_scale != 1 and not pipeline)
+    return of_pipeline(work, config, run.model, len(run.grid), run.seed) if pipeline else work
+
+
 def _place(stage: str) -> tuple[int, str]:
     name = stage.rstrip("_0123456789")
     name = stage if stage in _STAGES else name
     return (_STAGES.index(name) if name in _STAGES else len(_STAGES), stage)
-
-
-def _seconds(
-    speeds: Speeds, config: ExperimentConfig, work: Work, reused: set[str], keys: Keys
-) -> dict[str, float | None]:
-    evaluation, seconds = config.evaluation, {}
-    for stage, evaluations in work.items():
-        if stage in reused:
-            seconds[stage] = 0.0
-            continue
-        seconds[stage] = sum(speeds.of(e.network).fixed * e.times + speeds.of(e.network).each * e.samples
-                             for e in evaluations)
-        if stage.endswith("_images"):
-            batches = math.ceil(evaluation.n_samples / evaluation.batch_size)
-            seconds[stage] += speeds.decoded.seconds(evaluation.batch_size, batches)
-        if stage.startswith("quantize") and stage != "quantized_images":
-            seconds[stage] += speeds.placed.weights + speeds.placed.ranges
-            if config.quantization.transforms:
-                seconds[stage] = None
-    if speeds.plan is not None:
-        unknown = None if config.bits.schedule in RULES else 0.0
-        seconds["reconstruct"] = 0.0 if "reconstruct" in reused else reconstruction_seconds(
-            speeds, config.reconstruction, config.calibration.n_samples
-        )
-        seconds |= {"bit_schedule": unknown} | ({"analysis": None} if config.analysis.active else {})
-    return seconds | _of_scores(speeds, config, reused)
-
-
-def _of_scores(speeds: Speeds, config: ExperimentConfig, reused: set[str]) -> dict[str, float | None]:
-    run, evaluation, n = speeds.run, config.evaluation, config.evaluation.n_samples
-    if run.extractor is None:
-        return {}
-    real = None
-    if isinstance(evaluation.reference, dict):
-        real = len(build(evaluation.reference, "evaluation.reference"))
-    drawn = speeds.features.seconds(64, n / 64)
-    scored = speeds.scored(n, real or 0) if evaluation.reference is not None else 0.0
-    seconds: dict[str, float | None] = {
-        "fp32_scores": scored + (0.0 if "fp32_scores" in reused else drawn),
-        "reference": 0.0 if "reference" in reused or evaluation.reference is None else
-        None if real is None else speeds.features.seconds(64, real / 64),
-    }
-    if speeds.plan is not None:
-        seconds["scores"] = scored + drawn
-        unknown = evaluation.lpips is not None or evaluation.clip is not None
-        seconds["pairs"] = None if unknown else speeds.resampled(n, evaluation.fid_resamples)
-    return seconds
 
 
 def _reused(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -> tuple[str, ...]:
@@ -208,12 +171,16 @@ def _reused(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -
 
 def _needs(speeds: Speeds, config: ExperimentConfig, quantized: bool) -> dict[str, Need]:
     copies, batch = weight_bytes(speeds.run.model.denoiser), config.evaluation.batch_size
-    needs = {"drawing images": Need(0.0, speeds.full.bytes_each, "evaluation.batch_size", batch)}
+    rows = speeds.rows  # of an image
+    needs = {"drawing images": Need(0.0, rows * speeds.full.bytes_each, "evaluation.batch_size", batch)}
     if quantized:
-        needs["drawing quantized images"] = Need(copies, speeds.quantized.bytes_each, "evaluation.batch_size", batch)
-        needs["finding ranges"] = Need(
-            copies, speeds.of(OBSERVED).bytes_each, "calibration.batch_size", config.calibration.batch_size
-        )
+        each = rows * speeds.quantized.bytes_each
+        needs["drawing quantized images"] = Need(copies, each, "evaluation.batch_size", batch)
+        seen = speeds.halves * speeds.of(OBSERVED).bytes_each
+        if config.runtime.engine is not None:
+            bytes_ = copies + speeds.engine.bytes
+            needs["compiling for the engine"] = Need(bytes_, 0.0, "runtime", config.runtime.engine)
+        needs["finding ranges"] = Need(copies, seen, "calibration.batch_size", config.calibration.batch_size)
     return needs
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -18,22 +19,30 @@ from ptq_exp.evaluation.scores import score
 from ptq_exp.evaluation.statistics import FeatureStatistics
 from ptq_exp.experiment.budget import planned_network
 from ptq_exp.experiment.features import FEATURE_BATCH
+from ptq_exp.experiment.forecast.engine import Engine, engine_of
+from ptq_exp.experiment.forecast.pipelines import Zeros
 from ptq_exp.experiment.forecast.probe import BUDGET, Line, line, measured
-from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED
+from ptq_exp.experiment.forecast.transforms import TransformTime, between, transform_time
+from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
+from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization import (
     ActivationQuantizer,
     Report,
+    Rule,
+    Transform,
     WeightQuantizer,
     calibrating,
     freeze_weights_,
     quantizers,
     select_row,
 )
+from ptq_exp.settings.schema import RuntimeConfig
 
 _QUICK = "minmax"  # the range search of what is not timed
-_WEIGHTS, _RANGES = 4, 6  # that are timed
+_WEIGHTS, _RANGES = 2 * BUDGET, 6  # seconds for weights, of every shape one, and how many activations are timed
+_SHOWN = 4  # samples that a place of a transform is fitted on
 _RESAMPLES = 8  # of scores, at most, that are timed
 _LARGEST = 4_000_000  # values of a weight that is timed
 
@@ -45,6 +54,7 @@ class Placed:
     Attributes:
         weights: seconds of the range search of all weights.
         ranges: seconds of the range search of all activations, of all bins.
+        transforms: what was measured of each.
     """
 
     network: nn.Module
@@ -52,6 +62,7 @@ class Placed:
     weights: float
     ranges: float
     observed: Line
+    transforms: tuple[TransformTime, ...] = ()
 
 
 class Speeds:
@@ -61,17 +72,30 @@ class Speeds:
         run: its objects.
         plan: how its network is quantized; None = it is not.
         sizes: most samples at once of each network.
+        runtime: what executes the quantized network.
     """
 
-    def __init__(self, run: Run, plan: Plan | None, sizes: dict[str, int]) -> None:
-        self.run, self.plan, self.sizes = run, plan, sizes
+    def __init__(
+        self, run: Run, plan: Plan | None, sizes: dict[str, int], runtime: RuntimeConfig | None = None
+    ) -> None:
+        self.run, self.plan, self.sizes, self.runtime = run, plan, sizes, runtime or RuntimeConfig()
         self._generator = torch.Generator().manual_seed(0)
 
     def of(self, network: str) -> Line:
-        """Return the speed of an evaluation of FULL, QUANTIZED or OBSERVED."""
-        return {FULL: lambda: self.full, QUANTIZED: lambda: self.quantized, OBSERVED: lambda: self.placed.observed}[
-            network
-        ]()
+        """Return the speed of an evaluation of FULL, QUANTIZED, OBSERVED or EXECUTED."""
+        if network == EXECUTED:
+            return self.engine.speed
+        return self.placed.observed if network == OBSERVED else self.full if network == FULL else self.quantized
+
+    @property
+    def rows(self) -> float:
+        """Rows of one call of the network for each image that is drawn; those of guidance count in its speed."""
+        return self.run.model.copies / self.run.model.calls if isinstance(self.run.model, PipelineModel) else 1.0
+
+    @property
+    def halves(self) -> int:
+        """Rows that calibration sees of each state: with its conditions and, under guidance of our own, without."""
+        return 2 if self.run.guidance_scale != 1 and not isinstance(self.run.model, PipelineModel) else 1
 
     @cached_property
     def full(self) -> Line:
@@ -87,8 +111,17 @@ class Speeds:
         return self._line(self.run.model.guided(self.placed.network, self.run.guidance_scale), QUANTIZED)
 
     @cached_property
+    def engine(self) -> Engine:
+        """The engine that draws, or is measured."""
+        return engine_of(self.run, self.model(), self.runtime, self.call(self.sizes[EXECUTED]))
+
+    @cached_property
     def decoded(self) -> Line:
-        """The speed of the first stage; nothing where states are images."""
+        """The speed of the first stage, or of a pipeline without its network; nothing where states are images."""
+        model = self.run.model
+        if isinstance(model, PipelineModel):
+            draw = partial(model.run, Zeros(model), self.run.grid, seed=0, device=self.run.device)
+            return line(lambda n: draw(range(n)), max(1, int(self.sizes[FULL] / self.rows)), self.run.device)
         if self.run.model.first_stage is None:
             return Line(0.0, 0.0)
         return line(lambda n: self.run.model.decode(self.call(n).x), self.sizes[FULL], self.run.device)
@@ -96,7 +129,8 @@ class Speeds:
     @cached_property
     def placed(self) -> Placed:
         """The quantized network; see `Placed`."""
-        network, report = planned_network(self.run, self.plan)
+        transforms: list[TransformTime] = []
+        network, report = planned_network(self.run, self.plan, lambda *of: transforms.append(self._transform(*of)))
         weights = self._weights(network)
         observed, ranges = None, 0.0
         activations = [q for _, q in quantizers(network) if isinstance(q, ActivationQuantizer) and q.needs_data]
@@ -108,7 +142,8 @@ class Speeds:
                     observed = self._line(network, OBSERVED)
                 self.call(1).evaluate(network)
             ranges += self._ranges(activations, timed=row == 0)
-        return Placed(network, report, weights, ranges * self.plan.n_bins, observed or Line(0.0, 0.0))
+        observed = observed or Line(0.0, 0.0)
+        return Placed(network, report, weights, ranges * self.plan.n_bins, observed, tuple(transforms))
 
     @cached_property
     def features(self) -> Line:
@@ -156,36 +191,42 @@ class Speeds:
 
         return line(evaluate, self.sizes[which], self.run.device)
 
+    def _transform(
+        self, network: nn.Module, transform: Transform, sites: dict[str, tuple[str, ...]], rules: list[Rule]
+    ) -> TransformTime:
+        few = self.call(min(self.sizes[OBSERVED], _SHOWN))
+        return transform_time(
+            network, transform, sites, rules, few.evaluate, lambda shown: self._line(shown, OBSERVED), self.run.device
+        )
+
     @torch.no_grad()
     def _weights(self, network: nn.Module) -> float:
         """Give all weights ranges and freeze them; returns the seconds that the plan's search takes for them."""
         layers = [m for m in network.modules() if isinstance(getattr(m, "weight_quantizer", None), WeightQuantizer)]
-        layers.sort(key=lambda layer: layer.weight.numel())
-        small = [layer for layer in layers if layer.weight.numel() <= _LARGEST] or layers[:1]
-        places = {round(k * (len(small) - 1) / (_WEIGHTS - 1)) for k in range(_WEIGHTS)} if small else set()
-        timed = {}
-        for place, layer in enumerate(small):
-            if place in places and sum(timed.values()) < BUDGET:
-                timed[layer.weight.numel()] = self._seconds(
-                    lambda layer=layer: layer.weight_quantizer.search(layer.weight, self.plan.metric)
-                )
+        shapes: dict[tuple[int, ...], list[nn.Module]] = {}
+        for layer in sorted(layers, key=lambda layer: layer.weight.numel()):
+            shapes.setdefault(tuple(layer.weight.shape), []).append(layer)
+        small = [alike for alike in shapes.values() if alike[0].weight.numel() <= _LARGEST] or [*shapes.values()][:1]
+        timed: dict[tuple[int, ...], float] = {}
+        for first, *_ in sorted(small, key=lambda alike: -len(alike) * alike[0].weight.numel() ** 0.5):
+            if sum(timed.values()) < _WEIGHTS:
+                search = partial(first.weight_quantizer.search, first.weight, self.plan.metric)
+                timed[tuple(first.weight.shape)], _ = measured(search, self.run.device)
         for layer in layers:
             if not layer.weight_quantizer.ready:
                 layer.weight_quantizer.search(layer.weight, _QUICK)
         freeze_weights_(network)
-        return sum(_between(timed, layer.weight.numel()) for layer in layers)
+        sizes = {math.prod(shape): seconds for shape, seconds in timed.items()}
+        return sum(timed.get(tuple(m.weight.shape), between(sizes, m.weight.numel())) for m in layers)
 
     def _ranges(self, activations: list[ActivationQuantizer], *, timed: bool) -> float:
         """Give all activations ranges of what they saw; returns the seconds that the plan's search takes for them."""
         chosen = activations[:: max(1, len(activations) // _RANGES)] if timed else []
-        seconds = [self._seconds(lambda each=each: each.finish(self.plan.metric)) for each in chosen]
+        seconds = [measured(partial(each.finish, self.plan.metric), self.run.device)[0] for each in chosen]
         for quantizer in activations:
             if quantizer.saw_data:
                 quantizer.finish(_QUICK)
         return len(activations) * sum(seconds) / len(seconds) if seconds else 0.0
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        return measured(work, self.run.device)[0]
 
     def _images(self, n: int) -> np.ndarray:
         channels, height, width = self.run.model.image_shape
@@ -207,13 +248,3 @@ class Speeds:
         run, plan, bins = self.run, self.plan, self.plan.time_bins if self.plan.n_bins > 1 else None
         return QuantizedModel(run.model, self.placed.network, self.placed.report, run.grid, run.guidance_scale,
                               widths=tuple(plan.widths), time_bins=bins)
-
-
-def _between(timed: dict[int, float], size: int) -> float:
-    """Return the seconds of a weight of `size` values: between the sizes that were timed, in proportion beyond them."""
-    if not timed:
-        return 0.0
-    sizes = sorted(timed)
-    if size > sizes[-1]:
-        return timed[sizes[-1]] * size / sizes[-1]
-    return float(np.interp(size, sizes, [timed[known] for known in sizes]))

@@ -13,8 +13,8 @@ from ptq_exp.diffusion import TimeGrid
 from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import RULES, CalibrationConfig, ExperimentConfig
 
-FULL, QUANTIZED, OBSERVED = "full precision", "quantized", "observed"
-"""The networks: in full precision, quantized, and quantized while its activations are recorded."""
+FULL, QUANTIZED, OBSERVED, EXECUTED = "full precision", "quantized", "observed", "executed"
+"""The networks: in full precision, quantized, quantized while its activations are recorded, executed by an engine."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Evaluations:
     """Evaluations of a network.
 
     Attributes:
-        network: FULL, QUANTIZED or OBSERVED.
+        network: FULL, QUANTIZED, OBSERVED or EXECUTED.
         times: how many.
         samples: how many samples in all of them.
         largest: most samples at once.
@@ -43,12 +43,16 @@ class Evaluations:
 Work = Mapping[str, tuple[Evaluations, ...]]
 
 
-def work_of(config: ExperimentConfig, grid: TimeGrid, *, quantizes: bool, quantized: bool, seed: int) -> Work:
+def work_of(
+    config: ExperimentConfig, grid: TimeGrid, *, quantizes: bool, quantized: bool, seed: int, guided: bool = False
+) -> Work:
     """Map each stage that evaluates networks to its evaluations.
 
     Args:
         quantizes: a quantized network is made.
         quantized: there is one, made or loaded.
+        guided: calibration states are seen with their conditions and without; evaluations in full precision and
+            quantized are those of guided networks, one for both.
     """
     evaluation, steps = config.evaluation, len(grid)
     drawn = Evaluations.batches(FULL, evaluation.n_samples, evaluation.batch_size, steps)
@@ -60,13 +64,16 @@ def work_of(config: ExperimentConfig, grid: TimeGrid, *, quantizes: bool, quanti
             suffix = "" if n == 1 else f"_{n}"
             drawn_by = FULL if n == 1 else QUANTIZED
             work[f"calibration_set{suffix}"] = calibration_work(config.calibration, grid, seed, drawn_by)
-            work[f"quantize{suffix}"] = (Evaluations(OBSERVED, math.ceil(states / batch), states, batch),)
+            seen = 2 if guided and config.calibration.source is not None else 1
+            observed = Evaluations(OBSERVED, math.ceil(states / batch), seen * states, seen * batch)
+            work[f"quantize{suffix}"] = (observed, *_of_times(config, grid, batch))
         work["noise_statistics"] = _correction(config, steps)
     if quantized:
+        draws = QUANTIZED if config.runtime.name == "simulate" else EXECUTED
         n, batch = evaluation.eps_error_samples, min(evaluation.eps_error_samples, evaluation.batch_size)
-        work["eps_error"] = tuple(Evaluations.batches(network, n, batch, steps) for network in (FULL, QUANTIZED))
+        work["eps_error"] = tuple(Evaluations.batches(network, n, batch, steps) for network in (FULL, draws))
         work["quantized_images"] = (
-            Evaluations.batches(QUANTIZED, evaluation.n_samples, evaluation.batch_size, steps),
+            Evaluations.batches(draws, evaluation.n_samples, evaluation.batch_size, steps),
         )
     return {stage: found for stage, found in work.items() if found}
 
@@ -84,6 +91,14 @@ def calibration_work(config: CalibrationConfig, grid: TimeGrid, seed: int, netwo
         enters = torch.cat([torch.full_like(batch, int(batch.max())) for batch in batches])
     times = sum(int(batch.max()) for batch in batches)
     return (Evaluations(network, times, int(enters.sum()), min(config.batch_size, config.n_samples)),)
+
+
+def _of_times(config: ExperimentConfig, grid: TimeGrid, batch: int) -> tuple[Evaluations, ...]:
+    """Return the evaluations in which layers that depend on the time alone see all times."""
+    if config.quantization.time_layers != "all_steps" or config.calibration.source is None:
+        return ()
+    n = len(grid.timesteps.unique())
+    return (Evaluations(OBSERVED, math.ceil(n / batch), n, min(n, batch)),)
 
 
 def _correction(config: ExperimentConfig, steps: int) -> tuple[Evaluations, ...]:

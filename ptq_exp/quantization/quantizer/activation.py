@@ -84,7 +84,7 @@ class ActivationQuantizer(Quantizer):
                 raise QuantizationError(f"{self.name}: ranges are found bin by bin: show it the samples of one only")
             row = int(self.step.row)
         if row not in self._sketches:
-            self._sketches[row] = [RangeSketch(1, name=self.name) for _ in parts]
+            self._sketches[row] = [RangeSketch(1, name=self.name, device=x.device) for _ in parts]
         for sketch, part in zip(self._sketches[row], parts, strict=True):
             sketch.update(part.reshape(1, -1))
 

@@ -31,6 +31,9 @@ class Mode(StrEnum):
     QUANTIZE = "quantize"
 
 
+_MODES = {mode.value: mode for mode in Mode}
+
+
 class Quantizer(nn.Module):
     """Fake-quantizes a tensor with ranges kept as buffers, so that they travel with the state dict.
 
@@ -74,6 +77,17 @@ class Quantizer(nn.Module):
         if segments:
             owner = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))
             self.register_buffer("segment_of_channel", owner, persistent=False)
+
+    @property
+    def mode(self) -> Mode:
+        """What is done to the tensor that passes."""
+        # kept as a string: torch.compile does not see that an attribute has become another member of an enumeration,
+        # where it met the first one by its global name
+        return _MODES[self._mode]
+
+    @mode.setter
+    def mode(self, mode: Mode | str) -> None:
+        self._mode = Mode(mode).value
 
     def forward(self, x: Tensor, row: Tensor | None = None) -> Tensor:
         """Return `x` on the integer grid (same shape, multiples of ``scale``), or `x` itself when off.

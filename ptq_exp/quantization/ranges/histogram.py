@@ -27,20 +27,22 @@ class Histogram:
 
     Args:
         cells: number of histograms. bins: a power of two. name: layer to name in an error.
+        device: of the counts, which follow the batches.
 
     Attributes:
         min, max: [cells] float32. counts: [cells, bins] int64. zeros: [cells] int64.
         count: [cells] int64, all values seen. exponent: [cells] int64, |x| < 2^exponent for all of them.
     """
 
-    def __init__(self, cells: int, bins: int, name: str | None = None) -> None:
+    def __init__(
+        self, cells: int, bins: int, name: str | None = None, *, device: torch.device | str = "cpu"
+    ) -> None:
         self.cells, self.bins, self.name = cells, bins, name
-        self.min = torch.full((cells,), torch.inf)
-        self.max = torch.full((cells,), -torch.inf)
-        self.exponent = torch.full((cells,), MIN_EXPONENT)
-        self.counts = torch.zeros(cells, bins, dtype=torch.int64)
-        self.zeros = torch.zeros(cells, dtype=torch.int64)
-        self.count = torch.zeros(cells, dtype=torch.int64)
+        self.min = torch.full((cells,), torch.inf, device=device)
+        self.max = torch.full((cells,), -torch.inf, device=device)
+        self.exponent = torch.full((cells,), MIN_EXPONENT, device=device)
+        self.counts = torch.zeros(cells, bins, dtype=torch.int64, device=device)
+        self.zeros, self.count = (torch.zeros(cells, dtype=torch.int64, device=device) for _ in range(2))
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -74,7 +76,7 @@ class Histogram:
 
     def coarsened(self, bins: int) -> Histogram:
         """Return the same data on fewer bins (`bins` a power of two below the present number)."""
-        coarse = Histogram(self.cells, bins, self.name)
+        coarse = Histogram(self.cells, bins, self.name, device=self.counts.device)
         coarse.min, coarse.max, coarse.exponent = self.min, self.max, self.exponent
         coarse.zeros, coarse.count = self.zeros, self.count
         coarse.counts = self.counts.view(self.cells, bins, -1).sum(-1)

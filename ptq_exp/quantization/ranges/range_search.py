@@ -94,8 +94,8 @@ class RangeSketch(Histogram):
     depends on the multiset of all values only, not on the order or the split of the batches.
     """
 
-    def __init__(self, cells: int, name: str | None = None) -> None:
-        super().__init__(cells, SKETCH_BINS, name)
+    def __init__(self, cells: int, name: str | None = None, *, device: torch.device | str = "cpu") -> None:
+        super().__init__(cells, SKETCH_BINS, name, device=device)
 
     @torch.no_grad()
     def search(self, bits: int, symmetric: bool, metric: str = "lp") -> QRange:
@@ -156,7 +156,7 @@ def _sources(rows: Tensor, metric: str, space: GridSpace) -> tuple[ErrorSource, 
     """
     cells, n = rows.shape
     if metric == "kl" or isinstance(METRICS[metric], HistogramMetric):
-        histogram = Histogram(cells, MOST_KL_BINS)
+        histogram = Histogram(cells, MOST_KL_BINS, device=rows.device)
         histogram.update(rows)
         source = _histogram_source(histogram, metric, space)
         return source, source, histogram.count - histogram.zeros
@@ -170,7 +170,7 @@ def _sources(rows: Tensor, metric: str, space: GridSpace) -> tuple[ErrorSource, 
     else:
         exact = ElementwiseErrors(rows, None, METRICS[metric])
     bins = min(max(COARSE_BINS // cells, FEWEST_BINS), SKETCH_BINS)
-    histogram = Histogram(cells, _power_of_two(bins))
+    histogram = Histogram(cells, _power_of_two(bins), device=rows.device)
     if n <= histogram.bins:
         return exact, exact, rows.count_nonzero(1)
     histogram.update(rows)

@@ -1,0 +1,201 @@
+"""What a forecast counts is what is done: calls of pipelines, passes of transforms, rows under guidance, GPTQ."""
+
+import numpy as np
+import pytest
+import torch
+from small_networks import use_small_networks
+from small_pipelines import PROMPTS, SMALL
+
+import ptq_exp
+from ptq_exp.calibration import CalibrationSet
+from ptq_exp.calibration import positions as drawn_positions
+from ptq_exp.deploy.measure import STATES, _Enough, _Recorder
+from ptq_exp.experiment.budget import planned_network
+from ptq_exp.experiment.forecast import blocks, speeds
+from ptq_exp.experiment.forecast.engine import Engine, measuring_seconds
+from ptq_exp.experiment.forecast.pipelines import Zeros, of_pipeline
+from ptq_exp.experiment.forecast.probe import Line
+from ptq_exp.experiment.forecast.transforms import transform_time
+from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED, work_of
+from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.run import Run
+from ptq_exp.lightning import RecordingModule
+from ptq_exp.pipelines import PipelineModel
+from ptq_exp.quantization import Fitting, transforms_of
+from ptq_exp.runtime.timing import interleaved
+from ptq_exp.settings.build import build
+from ptq_exp.settings.compose import composed_from
+from ptq_exp.settings.schema import RuntimeConfig
+
+SMALLEST = ["sampler.steps=3", "evaluation.n_samples=4", "evaluation.batch_size=2", "evaluation.eps_error_samples=2",
+            "calibration.n_samples=6", "calibration.batch_size=4", "metric=minmax", "logger=none",
+            "trainer.progress_bar=false", "trainer.accelerator=cpu"]
+
+
+class Counting(Zeros):
+    """Answers with zeros and counts."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.rows = []
+
+    def forward(self, x, t, **conditions):
+        self.rows.append(len(x))
+        return super().forward(x, t, **conditions)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_calls_of_a_pipeline_are_those_that_it_makes(scale):
+    call = {"height": 16, "width": 16}
+    model = PipelineModel(SMALL["sd15"].build(), PROMPTS, steps=3, call=call, guidance_scale=scale)
+    assert model.copies == (1 if scale == 1 else 2)
+    grid, config = model.time_grid(), composed_from([*SMALLEST, "model=pipeline", "calibration.steps_per_sample=2"])
+    work = work_of(config, grid, quantizes=True, quantized=True, seed=config.seed)
+    found = of_pipeline(work, config, model, len(grid), config.seed)
+
+    network = Counting(model)
+    for start in (0, 2):
+        model.run(network, grid, range(start, start + 2), 0)
+    (images,) = found["fp32_images"]
+    assert (images.times, images.samples) == (len(network.rows), sum(network.rows))
+    assert images.largest == max(network.rows) and found["quantized_images"][0].samples == images.samples
+
+    recorder = Counting(model)
+    module = RecordingModule(model, grid, seed=config.seed, denoiser=recorder)
+    distribution = build(config.calibration.distribution, "x")
+    steps = drawn_positions(distribution, 12, len(grid), config.seed).view(6, 2)
+    for rows in torch.arange(6).split(4):
+        with torch.no_grad():
+            recorded = module.predict_step((rows, steps[rows]))
+    (states,) = found["calibration_set"]
+    assert (states.times, states.samples) == (len(recorder.rows), sum(recorder.rows))
+    (observed,) = found["quantize"]
+    assert observed.network == OBSERVED and observed.samples == 6 * recorded["x"].shape[1] == 12 * model.copies
+
+
+def test_calibration_sees_both_halves_of_guidance():
+    config = composed_from([*SMALLEST, "model=digits_ldm"])
+    grid = type("Grid", (), {"make_scheduler": None, "__len__": lambda self: 3,
+                             "network_time": lambda self, steps: steps.float()})()
+    (found,) = work_of(config, grid, quantizes=True, quantized=True, seed=0, guided=True)["quantize"]
+    zeros = np.zeros(6, np.int64)
+    states = CalibrationSet(np.zeros((6, 1, 2, 2), np.float32), zeros, np.zeros(6, np.float32), zeros,
+                            {"y": zeros}, {"y": np.array(1)})
+    rows = [len(call.x) for call in states.batches(4)]
+    assert found.samples == sum(rows) == 12 and found.times == len(rows) and found.largest == max(rows)
+
+
+def test_layers_of_the_time_alone_see_every_time():
+    grid = ptq_exp.load_model("digits").time_grid(7)
+    given = [*SMALLEST, "quantization.temporal=static", "calibration.batch_size=4"]
+    chosen = [composed_from([*given, f"quantization.time_layers={of}"]) for of in ("calibration_set", "all_steps")]
+    alone, seen = (work_of(config, grid, quantizes=True, quantized=True, seed=0) for config in chosen)
+    assert seen["quantize"][0] == alone["quantize"][0] and len(alone["quantize"]) == 1
+    assert (seen["quantize"][1].samples, seen["quantize"][1].times) == (7, 2)
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory):
+    """Objects of a run of a small network, and its transforms, each with sites and rules."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_networks(patch)
+        config = composed_from([*SMALLEST, "+experiment=svdquant", f"cache_dir={tmp_path_factory.mktemp('cache')}"])
+        run = Run.of(config)
+        yield run, Plan.of(config, run.grid), config
+
+
+def test_a_transform_is_forecast_by_its_passes_and_its_places(placed):
+    run, plan, _ = placed
+    looked = []
+
+    def look(network, transform, sites, rules):
+        sites = dict(list(sites.items())[-3:])  # enough, and quick
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        call = run.example().expanded(2).mapped(torch.Tensor.contiguous)
+        shown = []
+
+        def show(net):
+            shown.append(1)
+            call.evaluate(net)
+
+        found = transform_time(network, transform, sites, rules, call.evaluate, lambda net: Line(1.0, 0.5), run.device)
+        with torch.no_grad():
+            transform.fit(network, sites, Fitting(show, rules))
+        assert found.passes == len(shown) and found.fitted > 0
+        assert found.seconds(4, 8) == pytest.approx(found.fitted + len(shown) * 2 * (1 + 0.5 * 4))
+        assert all(torch.equal(value, network.state_dict()[name]) for name, value in before.items())
+        looked.append(transform.name)
+
+    planned_network(run, plan, look)
+    assert looked == ["smooth", "low_rank"]
+
+
+def test_a_transform_that_looks_at_nothing_passes_nothing(placed):
+    run, _, _ = placed
+    (rotate,) = transforms_of([{"name": "rotate", "group": 16}])
+    network = run.network_copy()
+    sites = rotate.find(network, run.example())
+    found = transform_time(network, rotate, sites, [], None, None, run.device)
+    assert found.passes == 0 and found.seconds(4, 1000) == found.seconds(4, 1)
+
+
+def test_gptq_takes_a_part_for_each_state_and_leaves_the_network_alone(placed, monkeypatch):
+    run, settings = placed[0], composed_from([*SMALLEST, "+experiment=gptq"])
+    config, plan = settings.reconstruction, Plan.of(settings, run.grid)
+    known = speeds.Speeds(run, plan, {FULL: 2, QUANTIZED: 2, OBSERVED: 2})
+    network = known.placed.network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    rounded = []
+
+    def measured(work, device):
+        work()
+        rounded.append(sum(not torch.equal(value, before[name]) for name, value in network.state_dict().items()))
+        return 3.0 + 0.5 * states[-1], 0.0
+
+    states, make = [], known.calibration_set
+    monkeypatch.setattr(known, "calibration_set", lambda n: states.append(n) or make(n))
+    monkeypatch.setattr(blocks, "measured", measured)
+    found = blocks.blocks_of(run, plan, config, network, run.model.denoiser)
+    assert blocks._gptq_seconds(known, config, found[1], 100) == pytest.approx(3.0 + 0.5 * 100)
+    assert all(rounded)  # it was tried indeed
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_blocks_between_those_that_were_tried_are_in_proportion(monkeypatch):
+    sizes = [10, 40, 20, 30, 0]
+    x, y = blocks._tried(sizes, lambda place: 2.0 * sizes[place])
+    assert np.allclose(np.interp(sizes, x, y), [2.0 * size for size in sizes])
+    monkeypatch.setattr(blocks, "_PATIENCE", -1.0)  # the middle one alone
+    x, y = blocks._tried(sizes, lambda place: 2.0 * sizes[place])
+    assert np.allclose(np.interp(sizes, x, y), [2.0 * size for size in sizes])
+
+
+@pytest.mark.parametrize(("most", "steps"), [(100.0, 6), (7.0, 6), (2.0, 12)])
+def test_an_engine_is_measured_as_long_as_the_clock_lets_it(most, steps):
+    """Against the loops themselves, on a clock of their own."""
+    engine = Engine(compiled=0.0, speed=Line(0.25, 0.125))
+    full, simulated, images = Line(0.0, 0.25), Line(0.5, 0.5), 2
+    settings = RuntimeConfig(compare="openvino", measure=4, measure_seconds=most)
+    now = [0.0]
+
+    def takes(line):
+        def work(*_, **__):
+            now[0] += line.seconds(images)
+            return torch.zeros(images, 1)
+
+        return work
+
+    recorder = _Recorder(takes(simulated), {round(i * (steps - 1) / (STATES - 1)) for i in range(STATES)}, most,
+                         lambda: now[0])
+    try:
+        for _ in range(steps):
+            recorder(None, None)
+        drawn = steps
+    except _Enough:
+        drawn = 0
+    for _ in range(len(recorder.kept) + drawn):
+        takes(engine.speed)()
+    ways = {name: takes(line) for name, line in (("f", full), ("s", simulated), ("e", engine.speed))}
+    interleaved(ways, settings.measure, budget=most, clock=lambda: now[0])
+    found = measuring_seconds(engine, full, simulated, settings, images, steps)
+    assert 0.8 < found / now[0] < 1.25
