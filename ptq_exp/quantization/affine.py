@@ -148,7 +148,7 @@ def _fake_quantize_values(
 
 def _clamp_(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
     """`x.clamp_(lowest, highest)`; on a CPU both of these passes together take less time than that one."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # which knows no `out` that is not contiguous
         return x.clamp_(lowest, highest)
     torch.maximum(x, lowest, out=x)
     return torch.minimum(x, highest, out=x)
