@@ -30,6 +30,6 @@ def draw(
     denoiser.to(device)
     if model.first_stage is not None:
         model.first_stage.to(device)
-    batches = tqdm(padded_batches(n, batch_size), desc=f"{model.name} images", disable=not progress)
+    batches = tqdm(padded_batches(n, batch_size), desc=f"{model.name} images", disable=not progress, mininterval=0.5)
     images = [to_uint8(model.sample(denoiser, grid, batch, seed, device=device, **noise_in_eps)) for batch in batches]
     return np.concatenate(images)[:n]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -108,28 +109,56 @@ class _Enough(Exception):
     """The time for a trajectory is over."""
 
 
-class _Recorder(nn.Module):
-    """A denoiser that keeps what it is called with and what it answers, at chosen evaluations, until a time is over."""
+class Trajectory(nn.Module):
+    """A denoiser that keeps what it is called with and answers at a few evaluations of its first trajectory.
 
-    def __init__(self, denoiser: nn.Module, keep: set[int], seconds: float, clock: Callable[[], float]) -> None:
+    Args:
+        steps: evaluations of one trajectory.
+        seconds: of the first trajectory, after which nothing more is kept.
+        stops: raise after these seconds, in place of going on.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, steps: int, seconds: float, clock: Callable[[], float] = time.perf_counter, *,
+        stops: bool = False,
+    ) -> None:
         super().__init__()
-        self.denoiser, self.keep, self.clock = denoiser, keep, clock
-        self.until, self.n = clock() + seconds, 0
-        self.kept: list[tuple[Call, Tensor]] = []
+        self.denoiser, self.steps, self.seconds, self.clock, self.stops = denoiser, steps, seconds, clock, stops
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the trajectory: the next one is the first."""
+        self.n, self.late, self.kept = 0, False, []
+
+    @property
+    def whole(self) -> bool:
+        """Whether a trajectory has come to its end in time."""
+        return self.n == self.steps and not self.late
 
     def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        if self.n and self.clock() > self.until:
+        if self.n == self.steps:
+            return self.denoiser(x, t, **conditions)
+        now = self.clock()
+        self.until = self.until if self.n else now + self.seconds
+        self.late = self.late or now > self.until
+        if self.late and self.stops:
             raise _Enough
         eps = self.denoiser(x, t, **conditions)
-        if self.n in self.keep:
-            self.kept.append((Call(x, t, conditions), eps))
+        if not self.late and self.n in {round(i * (self.steps - 1) / (STATES - 1)) for i in range(STATES)}:
+            self.kept.append((Call(x.clone(), t, conditions), eps.clone()))
         self.n += 1
         return eps
 
 
+def first_trajectory(quantized: QuantizedModel, seconds: float) -> Trajectory:
+    """Return the denoiser of a model as one that keeps what `faithfulness` needs of its first trajectory."""
+    return Trajectory(quantized.denoiser, len(quantized.grid), seconds)
+
+
 @torch.no_grad()
 def faithfulness(
-    quantized: QuantizedModel, images: int, seed: int, seconds: float, clock: Callable[[], float] = time.perf_counter
+    quantized: QuantizedModel, images: int, seed: int, seconds: float, clock: Callable[[], float] = time.perf_counter,
+    simulated: tuple[Trajectory, np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Compare what an engine computes with the simulation: noise estimates on its states, then images of one seed.
 
@@ -137,19 +166,23 @@ def faithfulness(
         images: of one batch.
         seconds: that the simulation may draw; it always gives at least one state. Where they are over before the
             images are drawn, there is no PSNR.
+        simulated: a trajectory that the simulation drew of these images and this seed, and the images, uint8; None, or
+            one that is not whole: it is drawn here.
 
     Returns:
         {"eps_error": mean relative error over "states" states, "psnr": mean over "images" images, in dB}.
     """
-    simulated, steps = quantized.on("simulate"), len(quantized.grid)
-    keep = {round(i * (steps - 1) / (STATES - 1)) for i in range(STATES)}
-    recorder = _Recorder(simulated.denoiser, keep, seconds, clock)
     device = next(quantized.network.parameters()).device
     how = {"batch_size": images, "device": device, "progress": False, **quantized.noise_in_eps}
-    try:
-        wanted = draw(quantized.model, recorder, quantized.grid, images, seed, **how)
-    except _Enough:
-        wanted = None
+    if simulated is not None and simulated[0].whole and len(simulated[1]) >= images:
+        recorder, wanted = simulated[0], simulated[1][:images]
+    else:
+        simulation = quantized.on("simulate").denoiser
+        recorder = Trajectory(simulation, len(quantized.grid), seconds, clock, stops=True)
+        try:
+            wanted = draw(quantized.model, recorder, quantized.grid, images, seed, **how)
+        except _Enough:
+            wanted = None
     errors = [float((call.evaluate(quantized.denoiser) - eps).norm() / eps.norm()) for call, eps in recorder.kept]
     found: dict[str, Any] = {"eps_error": sum(errors) / len(errors), "states": len(errors)}
     if wanted is not None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ptq_exp.evaluation.bootstrap import Interval, paired_bootstrap, percentiles, resampled_rows
-from ptq_exp.evaluation.metrics import mean_and_covariance
+from ptq_exp.evaluation.resampled import OfRows, Reference
 from ptq_exp.evaluation.scores import SCORES, Comparison
-from ptq_exp.evaluation.statistics import FeatureStatistics, GaussianStatistics
+from ptq_exp.evaluation.statistics import FeatureStatistics
 
-Reference = FeatureStatistics | GaussianStatistics
+_MANY_FEATURES = 512
+"""Columns from which on several threads make the decomposition of a covariance faster."""
 
 
 def pair_interval(
@@ -46,15 +50,16 @@ def change_intervals(
     between = [name for name, score in SCORES.items() if name in estimates and score.to_full_precision is not None]
     if not resamples or not (changes or between):
         return {}
-    reference = None if reference is None else _summed_up(reference)
     found: dict[str, list[float]] = {name: [] for name in (*changes, *between)}
-    for rows in resampled_rows(len(generated), resamples, prompts=prompts):
-        ours, theirs = _drawn(generated, rows), _drawn(full_precision, rows)
-        for name in changes:
-            function = SCORES[SCORES[name].change_of].function
-            found[name].append(function(Comparison(ours, reference)) - function(Comparison(theirs, reference)))
-        for name in between:
-            found[name].append(SCORES[name].to_full_precision(Comparison(ours, theirs)))
+    with _threads(max(generated.sizes)):
+        of_both = {name: [_of_rows(SCORES[name].change_of, side, reference) for side in (generated, full_precision)]
+                   for name in changes}
+        for rows in resampled_rows(len(generated), resamples, prompts=prompts):
+            for name, (ours, theirs) in of_both.items():
+                found[name].append(ours(rows) - theirs(rows))
+            for name in between:
+                images = Comparison(_drawn(generated, rows), _drawn(full_precision, rows))
+                found[name].append(SCORES[name].to_full_precision(images))
     return {name: _around(estimates[name], np.array(values), 0.0 if name in between else None)
             for name, values in found.items()}
 
@@ -74,15 +79,19 @@ def _around(estimate: float, resampled: np.ndarray, least: float | None) -> Inte
     return (low, high) if least is None else (max(low, least), max(high, least))
 
 
+def _threads(size: int) -> AbstractContextManager[Any]:
+    """Let one thread do the linear algebra of small matrices: several would wait for each other most of the time."""
+    return threadpool_limits(1, "blas") if size < _MANY_FEATURES else nullcontext()
+
+
+def _of_rows(name: str, features: FeatureStatistics, reference: Reference | None) -> OfRows:
+    """Return the function that computes a score of drawn rows of `features`."""
+    score = SCORES[name]
+    if score.of_rows is not None:
+        return score.of_rows(features, reference)
+    return lambda rows: score.function(Comparison(_drawn(features, rows), reference))
+
+
 def _drawn(features: FeatureStatistics, rows: np.ndarray) -> FeatureStatistics:
     return replace(features, pooled=features.pooled[rows], spatial=features.spatial[rows],
                    probabilities=features.probabilities[rows])
-
-
-def _summed_up(reference: Reference) -> Reference:
-    """Return the Gaussians of a reference of many images, which do not change between resamples."""
-    if isinstance(reference, GaussianStatistics) or len(reference) <= max(reference.sizes):
-        return reference
-    mu, sigma = mean_and_covariance(reference.pooled)
-    mu_s, sigma_s = mean_and_covariance(reference.spatial)
-    return GaussianStatistics(mu, sigma, mu_s, sigma_s, name=reference.name, extractor=reference.extractor)

@@ -94,7 +94,7 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     if np.min(eigenvalues, initial=0) < -_COVARIANCE_TOLERANCE * np.max(np.abs(eigenvalues), initial=0):
         raise DataError("sigma2 has a negative eigenvalue, so it is no covariance matrix")
     cross = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
-    return _combine(mu1 - mu2, np.trace(sigma1), np.trace(sigma2), cross)
+    return combined_distance(mu1 - mu2, np.trace(sigma1), np.trace(sigma2), cross)
 
 
 def frechet_distance_from_features(a: Array, b: Array) -> float:
@@ -117,7 +117,7 @@ def frechet_distance_from_features(a: Array, b: Array) -> float:
         return frechet_distance(mu_a, _covariance(a, mu_a), mu_b, _covariance(b, mu_b))
     factor_a, factor_b = _factor(a, mu_a), _factor(b, mu_b)
     cross = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
-    return _combine(mu_a - mu_b, np.sum(factor_a**2), np.sum(factor_b**2), cross)
+    return combined_distance(mu_a - mu_b, np.sum(factor_a**2), np.sum(factor_b**2), cross)
 
 
 def mean_and_covariance(features: Array) -> tuple[np.ndarray, np.ndarray]:
@@ -129,6 +129,30 @@ def mean_and_covariance(features: Array) -> tuple[np.ndarray, np.ndarray]:
     x = as_features(features, "features")
     mu = x.mean(axis=0)
     return mu, _covariance(x, mu)
+
+
+def mean_and_factor(features: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean [D] of features [N, D], and F [min(N, D), D] with F^T F = their covariance (ddof=1).
+
+    Raises:
+        DataError: as `mean_and_covariance`.
+    """
+    x = as_features(features, "features")
+    mu = x.mean(axis=0)
+    return mu, _factor(x, mu)
+
+
+def covariance_factor(sigma: Array, name: str) -> np.ndarray:
+    """Return F [rank, D] with F^T F = sigma [D, D].
+
+    Raises:
+        DataError: sigma is no covariance matrix; the message begins with `name`.
+    """
+    sigma = _as_covariance(sigma, name)
+    try:
+        return np.linalg.cholesky(sigma).T
+    except np.linalg.LinAlgError:
+        return _pivoted_cholesky(sigma, name)
 
 
 def _covariance(x: np.ndarray, mu: np.ndarray) -> np.ndarray:
@@ -160,8 +184,8 @@ def require_covariance(sigma: Array, name: str) -> None:
         _pivoted_cholesky(sigma, name)
 
 
-def _combine(mean_difference: np.ndarray, trace1: float, trace2: float, cross: float) -> float:
-    """Return the four terms of the distance; the true value is never negative, its rounding may be."""
+def combined_distance(mean_difference: np.ndarray, trace1: float, trace2: float, cross: float) -> float:
+    """Return the sum of the four terms of the distance; the true value is never negative, its rounding may be."""
     return max(0.0, float(mean_difference @ mean_difference + trace1 + trace2 - 2 * cross))
 
 

@@ -22,6 +22,7 @@ from ptq_exp.evaluation.metrics import (
 )
 from ptq_exp.evaluation.pairs import Pairs, clip_scores, lpips_values, psnr_values, ssim_values
 from ptq_exp.evaluation.prompts import prompt_accuracy
+from ptq_exp.evaluation.resampled import OfRows, fid_of_rows, sfid_of_rows
 from ptq_exp.evaluation.statistics import FeatureStatistics, GaussianStatistics, require_same_features
 
 __all__ = ["SCORES", "Comparison", "Score", "half_split_fid", "score", "shown"]
@@ -105,6 +106,8 @@ class Score:
         alone: `pair` looks at the quantized image alone: full-precision images have this score, too.
         to_full_precision: computes it from features, with the full-precision images in place of the real ones.
         change_of: the score is this one minus that of the full-precision images of the same seeds; "" = it is none.
+        of_rows: makes the function that computes it of drawn rows of the features, faster than `function` of each
+            resample would; None where there is no such way.
         needs: the setting without which it is not measured; "" = none of its own.
     """
 
@@ -119,12 +122,13 @@ class Score:
     alone: bool = False
     to_full_precision: Callable[[Comparison], float | None] | None = None
     change_of: str = ""
+    of_rows: Callable[[FeatureStatistics, FeatureStatistics | GaussianStatistics], OfRows] | None = None
     needs: str = ""
 
 
 SCORES: dict[str, Score] = {
-    "fid": Score("FID", -1, function=fid, level=HEADLINE),
-    "sfid": Score("sFID", -1, function=sfid, level=HEADLINE),
+    "fid": Score("FID", -1, function=fid, level=HEADLINE, of_rows=fid_of_rows),
+    "sfid": Score("sFID", -1, function=sfid, level=HEADLINE, of_rows=sfid_of_rows),
     "is": Score("IS", 1, function=lambda images: inception_score(images.generated.probabilities), level=HEADLINE),
     "kid": Score("KID", -1, 4, kid),
     "precision": Score("precision", 1, 3, lambda images: images.precision_recall[0]),

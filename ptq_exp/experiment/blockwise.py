@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ptq_exp.calibration import CalibrationSet, check_bins
 from ptq_exp.diffusion import Call
 from ptq_exp.errors import ConfigError
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
+from ptq_exp.lightning import Bar
 from ptq_exp.quantization import (
     ActivationQuantizer,
     Fitting,
@@ -83,7 +83,7 @@ class _Passes:
         for number, call in enumerate(self.calls(self.states)):
             self.answers.run(self.network, name, number, call)
 
-    def observe(self, name: str | None, part: nn.Module, chosen: set[str], bar: tqdm) -> None:
+    def observe(self, name: str | None, part: nn.Module, chosen: set[str], bar: Bar) -> None:
         """Find the ranges of the quantizers `chosen`, all of `part`, as `show` does, bin by bin."""
         bin_of_state, number = self.plan.time_bins[_steps(self.states)], 0
         for row in range(self.plan.n_bins):

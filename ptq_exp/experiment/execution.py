@@ -9,7 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ptq_exp.deploy.measure import call_of, execution_entry, faithfulness, networks, timed, times_entry
+import numpy as np
+
+from ptq_exp.deploy.measure import (
+    Trajectory,
+    call_of,
+    execution_entry,
+    faithfulness,
+    first_trajectory,
+    networks,
+    timed,
+    times_entry,
+)
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Made, Record
@@ -37,10 +48,23 @@ def options_of(name: str, options: Mapping[str, Any], run: Run) -> dict[str, Any
     return dict(options) | ({"cache": run.cache} if takes(name, "cache") else {})
 
 
-def measure_execution(run: Run, config: ExperimentConfig, quantized: QuantizedModel) -> Made:
+def watched_denoiser(quantized: QuantizedModel, config: ExperimentConfig) -> Trajectory | None:
+    """Return the simulation's denoiser, watched for `measure_execution`; None where it draws nothing for that."""
+    settings = config.runtime
+    if settings.compare is None or not settings.measure:
+        return None
+    return first_trajectory(quantized, settings.measure_seconds)
+
+
+def measure_execution(
+    run: Run, config: ExperimentConfig, quantized: QuantizedModel, watched: Trajectory | None, drawn: np.ndarray
+) -> Made:
     """Measure times, faithfulness and what runs as integers, on the engine of the settings.
 
     Each part that fails is a warning.
+
+    Args:
+        watched: what the simulation drew the images `drawn` with, see `watched_denoiser`.
 
     Returns:
         The entry `runtime` of results.json.
@@ -50,7 +74,8 @@ def measure_execution(run: Run, config: ExperimentConfig, quantized: QuantizedMo
     call, steps = call_of(engine, images).to(run.device), len(run.grid)
     entry: dict[str, Any] = {}
     with spoils_nothing("runtime.eps_error", "the images are in samples.npz"):
-        entry |= faithfulness(engine, images, config.seed, settings.measure_seconds)
+        simulated = None if watched is None else (watched, drawn)
+        entry |= faithfulness(engine, images, config.seed, settings.measure_seconds, simulated=simulated)
     found = networks(engine)
     with spoils_nothing("runtime.ms_per_evaluation", "python -m ptq_exp bench measures it"):
         times = timed(found, call, settings.measure, settings.measure_seconds)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ptq_exp.deploy.artifact import Artifact
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import check_network
 from ptq_exp.errors import ConfigError
@@ -17,7 +18,7 @@ from ptq_exp.experiment.analyse import analyse
 from ptq_exp.experiment.budget import check_budget, check_feasible
 from ptq_exp.experiment.choices import Choices
 from ptq_exp.experiment.correction import check_statistics
-from ptq_exp.experiment.execution import executed_by, measure_execution
+from ptq_exp.experiment.execution import executed_by, measure_execution, watched_denoiser
 from ptq_exp.experiment.features import reference_features
 from ptq_exp.experiment.forecast import Forecast, forecast_run, refuse_copy
 from ptq_exp.experiment.images import full_precision_images, quantized_images
@@ -34,6 +35,7 @@ from ptq_exp.experiment.saved import load_saved
 from ptq_exp.experiment.schedule import schedule_record, title_of
 from ptq_exp.experiment.scores import Scored, Scorer
 from ptq_exp.experiment.stage import Record, Stages
+from ptq_exp.experiment.threads import Watch, choose_threads
 from ptq_exp.experiment.writer import SAMPLES, RunWriter
 from ptq_exp.results.environment import environment, run_command
 from ptq_exp.results.record import Results
@@ -42,7 +44,7 @@ from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.storage.atomic import file_digest
 
 log = logging.getLogger("ptq_exp")
-SHORT_RUN = 20.0
+SHORT_RUN = 30.0
 """Seconds of network evaluations below which a run is not forecast, as that would be much of what it takes."""
 
 
@@ -68,7 +70,7 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
         tracked_run(config, folder) as wandb_sink,
     ):
         saved = open_saved(config)
-        run = Run.of(config, saved, fresh_since)
+        run = _run_of(config, saved, fresh_since)
         keys = Keys(config, run.model, run.grid, run.guidance_scale, saved)
         writer = RunWriter(folder, results)
         stage = Stages(run.cache, writer)
@@ -97,10 +99,18 @@ def run_experiment(config: ExperimentConfig, folder: Path, fresh_since: float | 
             outcome = _evaluated(run, config, keys, stage, writer, quantized, scorer, pair_scorer, fp_images, fp)
         _finish(results, config, outcome, forecast)
         if quantized is not None and config.runtime.engine is not None and config.runtime.measure:
-            _measure_engine(results, stage, run, config, quantized)
+            _measure_engine(results, stage, run, config, quantized, outcome)
         look_at(outcome, results.values, config, folder, writer.pictures, wandb_sink)
     say(outcome, results.values, folder)
     return results.values
+
+
+def _run_of(config: ExperimentConfig, saved: Artifact | None = None, fresh_since: float | None = None) -> Run:
+    """Build the objects of the run, and choose its threads by what is free meanwhile."""
+    watch = Watch.begin()
+    run = Run.of(config, saved, fresh_since)
+    choose_threads(config.trainer, run.device, watch)
+    return run
 
 
 def forecast_experiment(config: ExperimentConfig, folder: Path) -> Forecast | None:
@@ -114,7 +124,7 @@ def forecast_experiment(config: ExperimentConfig, folder: Path) -> Forecast | No
     """
     if config.quantized is not None:
         raise ConfigError("forecast=true: only what makes a quantized model is forecast, not quantized=PATH")
-    run = Run.of(config)
+    run = _run_of(config)
     keys = Keys(config, run.model, run.grid, run.guidance_scale)
     plan = Plan.of(config, run.grid) if config.bits.name != FULL_PRECISION else None
     check_network(run.model, run.grid, config.seed, run.device, config.model.checkpoint)
@@ -141,11 +151,12 @@ def _finish(results: Results, config: ExperimentConfig, outcome: Outcome, foreca
 
 
 def _measure_engine(
-    results: Results, stage: Stages, run: Run, config: ExperimentConfig, quantized: QuantizedModel
+    results: Results, stage: Stages, run: Run, config: ExperimentConfig, quantized: QuantizedModel,
+    outcome: Outcome,
 ) -> None:
     """Time the engine and compare it with the simulation; what goes wrong here is a warning."""
     with spoils_nothing("the section runtime of results.json", "images and scores are there"):
-        stage("runtime", measure_execution, run, config, quantized)
+        stage("runtime", measure_execution, run, config, quantized, outcome.watched, outcome.images)
     results.finish()
 
 
@@ -192,9 +203,9 @@ def _evaluated(
         writer.layers(quantized)
     if config.analysis.active:
         stage("analysis", analyse, run, config.analysis, keys, quantized)
-    path = writer.folder / SAMPLES
+    path, watched = writer.folder / SAMPLES, watched_denoiser(quantized, config)
     images = stage("quantized_images", quantized_images, run, config.evaluation, joined(keys.images(), key), quantized,
-                   f"{name.upper()} images", path)
+                   f"{name.upper()} images", path, watched)
     scored = stage("scores", scorer, images, f"{name.upper()} features", {"images": file_digest(path)})
     of_pairs = stage("pairs", pair_scorer, images, fp_images, scored, fp, scorer)
-    return Outcome(images, fp_images, scored.scores | of_pairs | eps_errors(error), quantized.report, saved)
+    return Outcome(images, fp_images, scored.scores | of_pairs | eps_errors(error), quantized.report, saved, watched)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation import (
@@ -21,6 +20,7 @@ from ptq_exp.evaluation import (
 from ptq_exp.experiment.keys import joined, versioned
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key, cached, resumable
+from ptq_exp.lightning import Bar
 from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import EvaluationConfig
 from ptq_exp.storage.pieces import Parts, slices
@@ -71,7 +71,7 @@ def reference_features(run: Run, config: EvaluationConfig) -> Reference | None:
     def make(folder: Path) -> Reference:
         with _naming("evaluation.reference"):
             if isinstance(node, str):
-                with tqdm(desc="reference", unit=" images", disable=not run.trainer_settings["progress_bar"]) as bar:
+                with Bar(desc="reference", unit=" images", disable=not run.trainer_settings["progress_bar"]) as bar:
                     return load_reference(node, extractor, progress=bar.update)
             images = build(node, "evaluation.reference")
             name = f"{config.name}, {len(images)} real"

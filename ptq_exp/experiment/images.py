@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ptq_exp.deploy.measure import Trajectory
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key, cached, resumable
@@ -29,15 +30,24 @@ def full_precision_images(run: Run, config: EvaluationConfig, key: Key) -> np.nd
 
 
 def quantized_images(
-    run: Run, config: EvaluationConfig, key: Key, quantized: QuantizedModel, title: str, path: Path
+    run: Run, config: EvaluationConfig, key: Key, quantized: QuantizedModel, title: str, path: Path,
+    watched: Trajectory | None = None,
 ) -> np.ndarray:
     """Draw the images of the quantized model into the file `path`; a killed run with the same key is continued.
+
+    Args:
+        watched: its denoiser, where the trajectory of the first images is wanted; a continued run drew them before.
 
     Returns:
         uint8 [N, H, W, C], memory-mapped: a set of images may be larger than the memory.
     """
     with resumable(run.cache, "quantized images", key) as folder:
-        return _drawn(run, config, quantized.denoiser, title, folder, path, **quantized.noise_in_eps)
+        drawn_before = folder.exists() and any(folder.iterdir())
+        denoiser = quantized.denoiser if watched is None else watched
+        images = _drawn(run, config, denoiser, title, folder, path, **quantized.noise_in_eps)
+    if watched is not None and drawn_before:
+        watched.forget()
+    return images
 
 
 def _drawn(

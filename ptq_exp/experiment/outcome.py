@@ -15,6 +15,7 @@ import numpy as np
 
 from ptq_exp.deploy.artifact import SUBFOLDER
 from ptq_exp.deploy.card import write_card
+from ptq_exp.deploy.measure import Trajectory
 from ptq_exp.experiment.execution import line
 from ptq_exp.quantization import Report
 from ptq_exp.reports.grid import save_grid
@@ -37,6 +38,7 @@ class Outcome:
         metrics: scores of the images.
         report: of the quantized network's layers; None in full precision.
         saved: description of the saved model; None = none was saved.
+        watched: what drew the images, where an engine is to be compared with it.
     """
 
     images: np.ndarray
@@ -44,6 +46,7 @@ class Outcome:
     metrics: dict[str, float]
     report: Report | None = None
     saved: Mapping[str, Any] | None = None
+    watched: Trajectory | None = None
 
 
 def look_at(

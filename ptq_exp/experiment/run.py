@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ptq_exp.calibration import WITHOUT_IMAGES
 from ptq_exp.deploy.artifact import Artifact
@@ -20,7 +19,7 @@ from ptq_exp.diffusion.zoo.registry import check_numbers
 from ptq_exp.errors import CheckpointError, ConfigError, PTQError
 from ptq_exp.evaluation import FeatureExtractor
 from ptq_exp.experiment.pipeline import check_pipeline
-from ptq_exp.lightning import make_trainer
+from ptq_exp.lightning import Bar, make_trainer
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization.offload import mapped_copy, outermost, release_after_calls_, weight_bytes
 from ptq_exp.runtime import GraphedNetwork
@@ -74,7 +73,7 @@ class Run:
         """
         _check_constructors(config)
         if config.trainer.threads is not None:
-            torch.set_num_threads(config.trainer.threads)
+            torch.set_num_threads(config.trainer.threads)  # here, too: what is built may compute
             if config.trainer.devices > 1:  # the processes that Lightning starts read it
                 os.environ["OMP_NUM_THREADS"] = str(config.trainer.threads)
         model = _model(config, saved)
@@ -104,9 +103,9 @@ class Run:
         """Make a Lightning Trainer whose progress bar is called `title`."""
         return make_trainer(title, **self.trainer_settings)
 
-    def progress(self, total: int, title: str) -> tqdm:
+    def progress(self, total: int, title: str) -> Bar:
         """Make a progress bar, unless they are switched off."""
-        return tqdm(total=total, desc=title, disable=not self.trainer_settings["progress_bar"])
+        return Bar(total=total, desc=title, disable=not self.trainer_settings["progress_bar"])
 
     @property
     def full_precision(self) -> nn.Module:

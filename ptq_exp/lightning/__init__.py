@@ -9,12 +9,13 @@ from ptq_exp.lightning.analysis import (
 from ptq_exp.lightning.calibration import CalibrationModule, collect_calibration_set
 from ptq_exp.lightning.evaluation import EvaluationModule, draw_images
 from ptq_exp.lightning.noise import NoiseModule, PropagationModule, measure
+from ptq_exp.lightning.progress import Bar
 from ptq_exp.lightning.reconstruction import reconstruct_network
 from ptq_exp.lightning.recording import RecordingModule, record_calibration_set
 from ptq_exp.lightning.trainer import make_trainer
 
 __all__ = [
-    "ActivationModule", "CalibrationModule", "EvaluationModule", "NoiseModule", "PropagationModule",
+    "ActivationModule", "Bar", "CalibrationModule", "EvaluationModule", "NoiseModule", "PropagationModule",
     "RecordingModule", "SensitivityModule", "collect_calibration_set", "draw_images", "make_trainer", "measure",
     "measure_sensitivity", "reconstruct_network", "record_activations", "record_calibration_set",
 ]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Checkpoint
 from torch.utils.data import DataLoader
 
+from ptq_exp.lightning.progress import ProgressBar
 from ptq_exp.lightning.trainer import make_trainer
 from ptq_exp.reconstruction import BlockReport, Reconstruction
 from ptq_exp.storage.atomic import atomic_path
@@ -67,7 +68,7 @@ class BlockCheckpoint(Checkpoint):
             trainer.save_checkpoint(temporary, weights_only=False)  # the state of the loops, too
 
 
-class BlockProgressBar(TQDMProgressBar):
+class BlockProgressBar(ProgressBar):
     """Shows number and name of the block, and the loss of the latest iteration."""
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: ReconstructionModule) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ptq_exp.errors import ConfigError, one_line
+from ptq_exp.lightning.progress import ProgressBar
 
 _HARMLESS = (
     ".*does not have many workers.*",  # an item is a sample index: loader processes would have nothing to do
@@ -23,7 +23,7 @@ _HARMLESS = (
 )
 
 
-class StageProgressBar(TQDMProgressBar):
+class StageProgressBar(ProgressBar):
     """A progress bar with the elapsed and remaining time, titled with what is being computed."""
 
     def __init__(self, title: str) -> None:

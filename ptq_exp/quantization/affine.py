@@ -139,11 +139,19 @@ def _fake_quantize_values(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor, kept: Tensor | None
 ) -> Tensor:
     # The zero point only moves the clamp bounds, so one temporary and four passes do.
-    values = torch.div(x, scale).round_().clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
+    values = _clamp_(torch.div(x, scale).round_(), qmin - zero_point, qmax - zero_point).mul_(scale)
     if kept is None:
         return values
     # exact at 0 and 1, and on a CPU several times faster than `where`, as are all masks of numbers below
     return torch.lerp(values, x.to(values.dtype), kept.to(values.dtype))
+
+
+def _clamp_(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    """`x.clamp_(lowest, highest)`; on a CPU both of these passes together take less time than that one."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # which knows no `out` that is not contiguous
+        return x.clamp_(lowest, highest)
+    torch.maximum(x, lowest, out=x)
+    return torch.minimum(x, highest, out=x)
 
 
 class _FakeQuantize(torch.autograd.Function):

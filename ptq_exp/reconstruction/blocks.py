@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -153,3 +153,10 @@ def _same_value(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+
+
+def held_twice(module: nn.Module, tensors: Iterable[Tensor]) -> bool:
+    """Whether one of `tensors`, parameters and buffers of `module`, has more than one name there."""
+    chosen = {id(tensor) for tensor in tensors}
+    held = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return sum(id(tensor) in chosen for _, tensor in held) > len(chosen)

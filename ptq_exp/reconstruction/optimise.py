@@ -19,7 +19,7 @@ from ptq_exp.calibration import to_device
 from ptq_exp.reconstruction.activations import StepSizes, dropping
 from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss
 from ptq_exp.reconstruction.block_report import BlockError, LayerRounding
-from ptq_exp.reconstruction.blocks import Block
+from ptq_exp.reconstruction.blocks import Block, held_twice
 from ptq_exp.reconstruction.capture import Calls, output_of
 from ptq_exp.reconstruction.randomness import block_generator, random_mask
 
@@ -113,7 +113,7 @@ class BlockOptimisation:
         self.optimizer = torch.optim.Adam(groups, fused=self.device.type in ("cpu", "cuda"))
         self.rows_generator = block_generator(seed, block.name, "rows", torch.device("cpu"))
         self.generator = block_generator(seed, block.name, "elements", self.device)
-        self.t, self.weights = 0, self.rounding.v.numel()
+        self.t, self.weights, self.tied = 0, self.rounding.v.numel(), held_twice(self.module, self._tensors())
         self.details: list[LayerRounding] = []
         self.before = [tensor.clone() for tensor in self._tensors()]
         self._losses: list[Tensor] = []
@@ -143,7 +143,7 @@ class BlockOptimisation:
             self._inner(self.module) as inner,
             self.data.full.ranges_of(self.module, index),
         ):
-            output = functional_call(self.module, tensors, args, kwargs)
+            output = functional_call(self.module, tensors, args, kwargs, tie_weights=self.tied)
         loss = reconstruction_loss(output_of(output, self.block.name), target, settings.power)
         for name, value in wanted.items():
             loss = loss + settings.inner_weight * reconstruction_loss(inner[name], value, settings.power)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 MODES = ("offline", "online", "none")
 _log = logging.getLogger(__name__)
+_LAUNCH = "wandb.sdk.launch.inputs.internal"
 
 
 def make_logger(
@@ -109,7 +111,8 @@ def _start(logger: WandbLogger, mode: str) -> None:
     from wandb.errors import AuthenticationError, UsageError
 
     try:
-        _ = logger.experiment
+        with _without_launch(mode):
+            _ = logger.experiment
     except (AuthenticationError, UsageError) as error:
         if mode == "offline":
             raise ConfigError(f"W&B refuses a setting of logger ({error}); logger.mode=none leaves W&B out") from error
@@ -122,6 +125,22 @@ def _start(logger: WandbLogger, mode: str) -> None:
         if mode == "offline":
             raise PTQError(f"W&B cannot start ({reason(error)}); logger.mode=none leaves it out") from error
         raise PTQError(f"W&B does not answer ({reason(error)}): check the network, or logger.mode=offline") from error
+
+
+@contextmanager
+def _without_launch(mode: str) -> Iterator[None]:
+    """Keep W&B from importing its launch service, which takes seconds and gives an offline run nothing.
+
+    A run asks it for inputs of a job as it starts; where that cannot be imported W&B notes it in its log, and goes on.
+    """
+    hidden = mode == "offline" and _LAUNCH not in sys.modules
+    if hidden:
+        sys.modules[_LAUNCH] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[_LAUNCH]
 
 
 def log_metrics(logger: WandbLogger | None, metrics: Mapping[str, float], step: int | None = None) -> None:

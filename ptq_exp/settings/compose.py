@@ -18,10 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
 from ptq_exp.errors import ConfigError, nearest, one_line
+from ptq_exp.settings.field import check_section
 from ptq_exp.settings.names import path_settings
 from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.settings.strict import check_types
 from ptq_exp.storage.paths import with_homes
+
+_ALWAYS_CHECKED = ("", "logger", "sampler", "evaluation", "trainer", "runtime", "analysis")
+"""Sections that count whatever is quantized and how; the others are looked at where they are used."""
 
 
 def run_name(
@@ -120,6 +124,8 @@ def validated(composed: DictConfig, given: Sequence[str] = ()) -> ExperimentConf
         config = cast(ExperimentConfig, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_schema_message(error)) from error
+    for section in _ALWAYS_CHECKED:  # what is wrong there is said before anything is imported that takes seconds
+        check_section(section, getattr(config, section) if section else config, quick=True)
     import_all(config.imports)
     from ptq_exp.settings.checks import check  # loads torch: help and tab completion do without
 

@@ -11,6 +11,7 @@ from ptq_exp.errors import ConfigError
 
 KEY = "setting"
 """Where a dataclass field keeps its `Setting`."""
+_LIGHT = "ptq_exp.storage."
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,16 @@ def setting_of(entry: Field[Any]) -> Setting | None:
     return Setting(entry.metadata["meaning"], low, high, entry.metadata["choices"] or None)
 
 
-def check_section(name: str, section: Any) -> None:
+def check_section(name: str, section: Any, *, quick: bool = False) -> None:
     """Raise ConfigError for the first setting of `section` that is no valid word or out of bounds; None is let through.
 
     Args:
         name: of the section on the command line, such as "sampler"; "" for settings without a section.
         section: an instance of a dataclass of the schema.
+        quick: leave out settings whose words are found in a module that takes seconds to import.
     """
     for key, known in settings_of(section):
+        if quick and isinstance(known.choices, str) and not known.choices.startswith(_LIGHT):
+            continue
         if (value := getattr(section, key)) is not None:
             known.check(f"{name}.{key}" if name else key, value)

@@ -17,7 +17,8 @@ class TrainerConfig:
     strategy: str = setting("auto", "Lightning's strategy for several devices.")
     progress_bar: bool = setting(True, "Show progress bars.")
     threads: int | None = setting(
-        None, "CPU threads; null: as many as torch takes, or the share of one job where several run at once.",
+        None, "CPU threads; null: as many as cores are free while the run starts (OMP_NUM_THREADS, where it is set), "
+        "or the share of one job where several run at once.",
         low=1, high=4096,
     )
     cuda_graph: bool = setting(

@@ -7,6 +7,7 @@ from torch import nn
 from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization import Policy, QuantSpec, Rule, TensorSpec, Widths, calibrate_weights_, quantize_
 from ptq_exp.reconstruction import Arena, Block, Rounding, capture, find_blocks
+from ptq_exp.reconstruction.blocks import held_twice
 
 EXAMPLE = (torch.zeros(1, 1, 6, 6), torch.zeros(1))
 CPU = torch.device("cpu")
@@ -151,3 +152,14 @@ def test_streams_of_other_widths_are_refused_with_the_setting(tmp_path):
     said = r"block returns 2 tensors \(\(2, 3, 4\), \(2, 5, 7\)\).*granularity=layer"
     with pytest.raises(QuantizationError, match=said):
         capture(OfJoint(Joint((4, 7))), "block", [(x,)], 2, Arena(1e6, tmp_path), output=True, device=CPU)
+
+
+def test_tensors_of_two_names_are_noticed():
+    module = nn.Module()
+    module.a, module.b, module.c = nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2)
+    module.d = module.c  # a module of two names
+    assert not held_twice(module, [module.a.weight, module.b.weight])
+    assert held_twice(module, [module.a.weight, module.c.running_mean])
+    module.b.weight = module.a.weight
+    assert held_twice(module, [module.a.weight]) and held_twice(module, [module.b.weight])
+    assert not held_twice(module, [module.b.bias]) and not held_twice(module, [])

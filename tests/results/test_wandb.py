@@ -1,5 +1,6 @@
 """Real offline W&B runs, read back with W&B's own reader; online without a key ends in one clear error."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -114,3 +115,17 @@ def test_none_is_no_run_and_logging_to_it_does_nothing(tmp_path):
 def test_an_unknown_mode_names_the_valid_ones(tmp_path):
     with pytest.raises(ConfigError, match=r"logger\.mode='ofline' .* offline, online, none"):
         wandb_run.make_logger("ofline", tmp_path)
+
+
+def test_an_offline_run_does_without_the_launch_service(monkeypatch):
+    from ptq_exp.results.wandb import _LAUNCH, _without_launch
+
+    monkeypatch.delitem(sys.modules, _LAUNCH, raising=False)
+    with _without_launch("offline"), pytest.raises(ModuleNotFoundError):
+        importlib.import_module(_LAUNCH)
+    assert _LAUNCH not in sys.modules
+    with _without_launch("online"):
+        assert _LAUNCH not in sys.modules  # nothing stands in its way
+    monkeypatch.setitem(sys.modules, _LAUNCH, sys)
+    with _without_launch("offline"):
+        assert importlib.import_module(_LAUNCH) is sys  # it is there already

@@ -43,6 +43,7 @@ from ptq_exp.settings.schema import RuntimeConfig
 _QUICK = "minmax"  # the range search of what is not timed
 _WEIGHTS, _RANGES = 2 * BUDGET, 6  # seconds for weights, of every shape one, and how many activations are timed
 _SHOWN = 4  # samples that a place of a transform is fitted on
+_RESAMPLES = 8  # of scores, at most, that are timed
 _LARGEST = 4_000_000  # values of a weight that is timed
 
 
@@ -162,11 +163,10 @@ class Speeds:
             return 0.0
         ours = self._features(n)
         wanted = {"fid_increase": 0.0, "sfid_increase": 0.0, "is_increase": 0.0}
-        tried = 2
-        seconds, _ = measured(
-            lambda: change_intervals(ours, ours, self._features(2 * n), wanted, resamples=tried), torch.device("cpu")
-        )
-        return seconds / tried * resamples
+        real = self._features(2 * n)
+        seconds = line(lambda tried: change_intervals(ours, ours, real, wanted, resamples=tried), _RESAMPLES,
+                       torch.device("cpu"))
+        return seconds.seconds(resamples)
 
     def call(self, n: int) -> Call:
         """Return a call of `n` samples of noise."""

@@ -19,10 +19,10 @@ def break_the_last(monkeypatch):
     """The last combination loses its device while it draws."""
     draw = experiment.quantized_images
 
-    def failing(run, config, key, quantized, title, path):
+    def failing(run, config, key, quantized, title, *rest):
         if (title, run.seed) == ("W4A8 images", 1):
             raise RuntimeError("device lost")
-        return draw(run, config, key, quantized, title, path)
+        return draw(run, config, key, quantized, title, *rest)
 
     monkeypatch.setattr(experiment, "quantized_images", failing)
 
