@@ -44,7 +44,7 @@ from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.storage.atomic import file_digest
 
 log = logging.getLogger("ptq_exp")
-SHORT_RUN = 30.0
+SHORT_RUN = 60.0
 """Seconds of network evaluations below which a run is not forecast, as that would be much of what it takes."""
 
 

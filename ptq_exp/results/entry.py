@@ -10,7 +10,7 @@ CORRECTED = "runs with a correction"
 EXECUTED = "runs with an engine (`runtime=openvino`, `runtime.compare`)"
 CHOSEN = "runs with a budget (`bits=auto`)"
 GATED = "runs with `evaluation.gate`"
-FORECAST = "runs of 30 s and more whose model can be forecast: one device, no `bits=auto`"
+FORECAST = "runs of a minute and more that can be forecast: one device, no `bits=auto`, no engine that draws"
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ from small_pipelines import PROMPTS, SMALL
 import ptq_exp
 from ptq_exp.calibration import CalibrationSet
 from ptq_exp.calibration import positions as drawn_positions
-from ptq_exp.deploy.measure import STATES, _Enough, _Recorder
+from ptq_exp.deploy.measure import Trajectory, _Enough
 from ptq_exp.experiment.budget import planned_network
-from ptq_exp.experiment.forecast import blocks, speeds
+from ptq_exp.experiment.forecast import blocks, forecast_run, speeds
 from ptq_exp.experiment.forecast.engine import Engine, measuring_seconds
 from ptq_exp.experiment.forecast.pipelines import Zeros, of_pipeline
 from ptq_exp.experiment.forecast.probe import Line
 from ptq_exp.experiment.forecast.transforms import transform_time
 from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED, work_of
+from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
 from ptq_exp.lightning import RecordingModule
@@ -170,12 +171,13 @@ def test_blocks_between_those_that_were_tried_are_in_proportion(monkeypatch):
     assert np.allclose(np.interp(sizes, x, y), [2.0 * size for size in sizes])
 
 
+@pytest.mark.parametrize("draws", ["openvino", "simulate"])
 @pytest.mark.parametrize(("most", "steps"), [(100.0, 6), (7.0, 6), (2.0, 12)])
-def test_an_engine_is_measured_as_long_as_the_clock_lets_it(most, steps):
-    """Against the loops themselves, on a clock of their own."""
+def test_an_engine_is_measured_as_long_as_the_clock_lets_it(most, steps, draws):
+    """Against the loops themselves, on a clock of their own; where the simulation draws, its images are there."""
     engine = Engine(compiled=0.0, speed=Line(0.25, 0.125))
     full, simulated, images = Line(0.0, 0.25), Line(0.5, 0.5), 2
-    settings = RuntimeConfig(compare="openvino", measure=4, measure_seconds=most)
+    settings = RuntimeConfig(name=draws, compare="openvino", measure=4, measure_seconds=most)
     now = [0.0]
 
     def takes(line):
@@ -185,17 +187,36 @@ def test_an_engine_is_measured_as_long_as_the_clock_lets_it(most, steps):
 
         return work
 
-    recorder = _Recorder(takes(simulated), {round(i * (steps - 1) / (STATES - 1)) for i in range(STATES)}, most,
-                         lambda: now[0])
+    recorder = Trajectory(takes(simulated), steps, most, lambda: now[0], stops=True)
     try:
         for _ in range(steps):
-            recorder(None, None)
+            recorder(torch.zeros(images, 1), torch.zeros(1))
         drawn = steps
     except _Enough:
         drawn = 0
+    if drawn and draws == "simulate":
+        now[0] = 0.0
     for _ in range(len(recorder.kept) + drawn):
         takes(engine.speed)()
     ways = {name: takes(line) for name, line in (("f", full), ("s", simulated), ("e", engine.speed))}
     interleaved(ways, settings.measure, budget=most, clock=lambda: now[0])
     found = measuring_seconds(engine, full, simulated, settings, images, steps)
     assert 0.8 < found / now[0] < 1.25
+
+
+@pytest.mark.parametrize("runtime", ["runtime.compare=openvino", "runtime=openvino"])
+def test_nothing_is_compiled_for_a_forecast_that_nobody_asked_for(runtime, monkeypatch, tmp_path, caplog):
+    def compiled(*_):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(speeds, "engine_of", compiled)
+    use_small_networks(monkeypatch)
+    config = composed_from([*SMALLEST, runtime, f"cache_dir={tmp_path / 'cache'}"])
+    run = Run.of(config)
+    keys = Keys(config, run.model, run.grid, run.guidance_scale)
+    with caplog.at_level("INFO", "ptq_exp"):
+        made = forecast_run(run, Plan.of(config, run.grid), config, keys, tmp_path, 1e-9)
+    if runtime == "runtime=openvino":
+        assert made is None and "an engine would have to be compiled for it" in caplog.text
+    else:
+        assert made.seconds["runtime"] is None and made.seconds["quantized_images"] > 0

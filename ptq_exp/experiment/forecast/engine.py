@@ -66,15 +66,16 @@ def measuring_seconds(
 ) -> float:
     """Return the seconds of comparing an engine with the simulation and of timing it, for one batch of images.
 
-    The simulation draws as long as it may; the engine answers its states, and draws the same images where the
-    simulation came to the end. Then all networks are evaluated in turns; none begins after the time is over.
+    The simulation draws as long as it may, again where it did not come to the end while it drew the images of the run;
+    the engine answers its states, and draws the same images where the simulation came to the end. Then all networks
+    are evaluated in turns; none begins after the time is over.
     """
     most = settings.measure_seconds
     draws = steps * simulated.seconds(images)
     one = engine.speed.seconds(images)
     seconds = sum(engine.floats) + (engine.compiled if settings.name == "simulate" else 0.0)  # else it is in the cache
     if draws <= most:
-        seconds += draws + (min(STATES, steps) + steps) * one
+        seconds += (0.0 if settings.name == "simulate" else draws) + (min(STATES, steps) + steps) * one
     else:
         done = most / simulated.seconds(images) / steps
         seconds += most + simulated.seconds(images) + max(1, int(STATES * done)) * one

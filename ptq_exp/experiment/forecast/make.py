@@ -43,12 +43,16 @@ def forecast_run(
     """Forecast a run, and refuse one that cannot fit; a forecast that cannot be made is a line in the log.
 
     Args:
-        at_least: seconds; a run whose network is evaluated for less, as a first look has it, is not forecast.
+        at_least: seconds; a run whose network is evaluated for less, as a first look has it, is not forecast, and no
+            engine is compiled for the forecast of another. 0 = whatever it takes.
 
     Raises:
         ConfigError: memory or disk do not suffice; the message names the setting that makes it fit.
     """
-    if (missing := _why_not(run, config, plan)) is not None:
+    missing = _why_not(run, config, plan)
+    if missing is None and at_least and config.runtime.name != "simulate":
+        missing = "an engine would have to be compiled for it; forecast=true does"
+    if missing is not None:
         log.info("no forecast: %s", missing)
         return None
     try:
@@ -56,7 +60,7 @@ def forecast_run(
             if at_least and (seconds := _first_look(run, plan, config, keys)) < at_least:
                 log.info("no forecast: the network is evaluated for about %.0f s", seconds)
                 return None
-            made = _forecast(run, plan, config, keys)
+            made = _forecast(run, plan, config, keys, compiles=not at_least)
     except (PTQError, RuntimeError, ArithmeticError, LookupError, AttributeError, TypeError, OSError) as error:
         log.info("no forecast: %s", " ".join(str(error).split()) or type(error).__name__)
         return None
@@ -112,7 +116,7 @@ def _first_look(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Key
     return seconds * sum(e.samples for stage, found in work.items() if stage not in reused for e in found)
 
 
-def _forecast(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -> Forecast:
+def _forecast(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys, *, compiles: bool) -> Forecast:
     started, before = time.perf_counter(), in_use(run.device)
     quantized = plan is not None
     work = _work(run, config, quantized)
@@ -122,7 +126,7 @@ def _forecast(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys)
         sizes[EXECUTED] = sizes[QUANTIZED]
     else:
         sizes[QUANTIZED] = max(sizes[QUANTIZED], sizes[EXECUTED])
-    speeds = Speeds(run, plan, sizes, config.runtime)
+    speeds = Speeds(run, plan, sizes, config.runtime, compiles=compiles)
     reused = _reused(run, plan, config, keys)
     seconds = stage_seconds(speeds, config, work, set(reused))
     needs = _needs(speeds, config, quantized)
@@ -177,7 +181,7 @@ def _needs(speeds: Speeds, config: ExperimentConfig, quantized: bool) -> dict[st
         each = rows * speeds.quantized.bytes_each
         needs["drawing quantized images"] = Need(copies, each, "evaluation.batch_size", batch)
         seen = speeds.halves * speeds.of(OBSERVED).bytes_each
-        if config.runtime.engine is not None:
+        if speeds.compiles and config.runtime.engine is not None:
             bytes_ = copies + speeds.engine.bytes
             needs["compiling for the engine"] = Need(bytes_, 0.0, "runtime", config.runtime.engine)
         needs["finding ranges"] = Need(copies, seen, "calibration.batch_size", config.calibration.batch_size)

@@ -74,6 +74,8 @@ def _of_engine(
     runtime = config.runtime
     if runtime.engine is None:
         return {}
+    if not speeds.compiles:
+        return {"runtime": None} if runtime.measure else {}
     draws = runtime.name != "simulate"
     found: dict[str, float | None] = {}
     if draws:  # it is compiled for each size of a batch

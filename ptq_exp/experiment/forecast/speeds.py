@@ -73,12 +73,15 @@ class Speeds:
         plan: how its network is quantized; None = it is not.
         sizes: most samples at once of each network.
         runtime: what executes the quantized network.
+        compiles: compile the network to time its engine, which takes tens of seconds.
     """
 
     def __init__(
-        self, run: Run, plan: Plan | None, sizes: dict[str, int], runtime: RuntimeConfig | None = None
+        self, run: Run, plan: Plan | None, sizes: dict[str, int], runtime: RuntimeConfig | None = None, *,
+        compiles: bool = True,
     ) -> None:
         self.run, self.plan, self.sizes, self.runtime = run, plan, sizes, runtime or RuntimeConfig()
+        self.compiles = compiles
         self._generator = torch.Generator().manual_seed(0)
 
     def of(self, network: str) -> Line:
