@@ -3,7 +3,8 @@
 import pytest
 from guide_runs import chosen_by, run_or_plan
 
-RUNS = chosen_by(lambda page: page.startswith("results/"))
+# kit_w4a8 names three levels, of which the small network has two: test_experiment_files runs it on the embedded one
+RUNS = [job for job in chosen_by(lambda page: page.startswith("results/")) if "+experiment=kit_w4a8" not in str(job)]
 pytestmark, COMMON_CACHE = pytest.mark.usefixtures("small_networks"), True
 
 
