@@ -55,6 +55,7 @@ from ptq_exp.storage.paths import PathArgument
 NETWORKS = {"unet": 5000, "classifier": 2500, "autoencoder": 1500, "latent_unet": 5000, "dit": 6000, **pipelines.STEPS}
 """Default number of optimizer steps of each."""
 LATENT_NETWORKS = {"latent_unet": (build_latent_unet, UNET_BLOCKS), "dit": (build_dit, DIT_BLOCKS)}
+"""Networks on the latents of the autoencoder: how each is built, and the names of its blocks."""
 FILES = {"autoencoder": "digits_vq", "kl_autoencoder": "digits_kl", **{name: name for name in pipelines.NETWORKS}}
 DATA = {
     "unet": "16x16, all 1,797", "classifier": "16x16, four fifths", "autoencoder": "32x32, four fifths",

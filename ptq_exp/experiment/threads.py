@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
-from ptq_exp.settings.schema import TrainerConfig
+from ptq_exp.settings.schema_machine import TrainerConfig
 
 log = logging.getLogger("ptq_exp")
 

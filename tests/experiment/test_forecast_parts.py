@@ -26,7 +26,7 @@ from ptq_exp.quantization import Fitting, transforms_of
 from ptq_exp.runtime.timing import interleaved
 from ptq_exp.settings.build import build
 from ptq_exp.settings.compose import composed_from
-from ptq_exp.settings.schema import RuntimeConfig
+from ptq_exp.settings.schema_machine import RuntimeConfig
 
 SMALLEST = ["sampler.steps=3", "evaluation.n_samples=4", "evaluation.batch_size=2", "evaluation.eps_error_samples=2",
             "calibration.n_samples=6", "calibration.batch_size=4", "metric=minmax", "logger=none",

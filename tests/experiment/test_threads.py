@@ -7,7 +7,7 @@ import torch
 
 from ptq_exp.experiment import threads
 from ptq_exp.experiment.threads import Watch, choose_threads, threads_for
-from ptq_exp.settings.schema import TrainerConfig
+from ptq_exp.settings.schema_machine import TrainerConfig
 
 
 @pytest.mark.parametrize(("free", "cores", "wanted"), [

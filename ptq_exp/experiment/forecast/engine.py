@@ -12,7 +12,7 @@ from ptq_exp.diffusion import Call
 from ptq_exp.experiment.forecast.probe import Line, measured
 from ptq_exp.experiment.run import Run
 from ptq_exp.quantization import select_row, step_of
-from ptq_exp.settings.schema import RuntimeConfig
+from ptq_exp.settings.schema_machine import RuntimeConfig
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from ptq_exp.quantization import (
     quantizers,
     select_row,
 )
-from ptq_exp.settings.schema import RuntimeConfig
+from ptq_exp.settings.schema_machine import RuntimeConfig
 
 _QUICK = "minmax"  # the range search of what is not timed
 _WEIGHTS, _RANGES = 2 * BUDGET, 6  # seconds for weights, of every shape one, and how many activations are timed
