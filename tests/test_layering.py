@@ -27,7 +27,7 @@ FLOORS = [
         "reports": "errors storage evaluation results",
     },
     {
-        "reconstruction": "errors quantization calibration",
+        "reconstruction": "errors quantization diffusion calibration",
         "deploy": "errors storage quantization diffusion pipelines evaluation calibration correction runtime",
     },
     {

@@ -5,10 +5,9 @@ from ptq_exp.calibration.calibration_set import CalibrationSet, condition_arrays
 from ptq_exp.calibration.sources import SOURCES, WITHOUT_IMAGES, StateRequest, chosen_images, source
 from ptq_exp.calibration.time_labels import LABELS, Labelled, labelled
 from ptq_exp.calibration.timesteps import Constant, Normal, SkewNormal, Uniform, positions
-from ptq_exp.diffusion.call import to_device
 
 __all__ = [
     "LABELS", "SOURCES", "TEMPORAL", "WITHOUT_IMAGES", "CalibrationSet", "Constant", "Labelled", "Normal", "SkewNormal",
     "StateRequest", "Uniform", "check_bins", "chosen_images", "condition_arrays", "labelled", "positions", "source",
-    "time_bins", "to_device",
+    "time_bins",
 ]

@@ -43,7 +43,7 @@ class Call(NamedTuple):
 
 
 def on_device(conditions: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """`conditions` on `device`."""
+    """Return the conditions, by name, on `device`."""
     return {name: to_device(value, device) for name, value in conditions.items()}
 
 

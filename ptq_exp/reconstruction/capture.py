@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_exp.calibration import to_device
+from ptq_exp.diffusion import to_device
 from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization import of_samples
 from ptq_exp.quantization.trace.evaluate import evaluate

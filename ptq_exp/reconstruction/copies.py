@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ptq_exp.calibration import to_device
+from ptq_exp.diffusion import to_device
 
 Batch = Sequence[Any]
 """The arguments of one call, each [n, ...], the first a tensor; see `ptq_exp.quantization.trace.evaluate`."""

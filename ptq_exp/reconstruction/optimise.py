@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ptq_exp.calibration import to_device
+from ptq_exp.diffusion import to_device
 from ptq_exp.reconstruction.activations import StepSizes, dropping
 from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss
 from ptq_exp.reconstruction.block_report import BlockError, LayerRounding
