@@ -1,4 +1,4 @@
-"""What plots over the sampling steps are drawn with: figures, lines, axes, and numbers that are checked first."""
+"""What plots over the sampling steps are drawn with: figures, lines, axes, and numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ptq_exp.errors import DataError
 from ptq_exp.storage.atomic import atomic_path
 
 _DPI = 100
@@ -46,48 +45,10 @@ def step_axis(axes: Axes, steps: int) -> None:
     axes.set_xlabel(STEP)
 
 
-def as_curve(name: str, values: Sequence[float], steps: int | None = None) -> np.ndarray:
-    """One float per step, [S]; NaN, which matplotlib leaves out, for all that is not finite.
-
-    Raises:
-        DataError: they are no numbers, or not as many as there are steps; the message begins with `name`.
-    """
-    values = as_array(name, values, np.float64)
-    if values.ndim != 1 or not values.size or steps not in (None, len(values)):
-        expected = "one number for each step" if steps is None else f"{steps} numbers, one for each step"
-        raise DataError(f"{name} must be {expected}, found shape {values.shape}")
+def as_curve(values: Sequence[float]) -> np.ndarray:
+    """One float per step, [S]; NaN, which matplotlib leaves out, for all that is not finite."""
+    values = np.asarray(values, np.float64)
     return np.where(np.isfinite(values), values, np.nan)
-
-
-def as_array(name: str, values: Any, dtype: type | None = None) -> np.ndarray:
-    """`values` as an array.
-
-    Raises:
-        DataError: they are none; the message begins with `name`.
-    """
-    try:
-        return np.asarray(values, dtype=dtype)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{name} must be numbers in rows of one length: {error}") from error
-
-
-def as_histogram(histogram: np.ndarray, edges: Sequence[float], steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return counts [S, B] and the ascending edges [B + 1] of their bins.
-
-    Raises:
-        DataError: they are not that, or do not fit; the message begins with the name of one.
-    """
-    histogram, edges = as_array("histogram", histogram), as_array("edges", edges, np.float64)
-    if edges.ndim != 1 or len(edges) < 2 or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
-        raise DataError(f"edges must be two or more ascending finite numbers, found shape {edges.shape}")
-    if histogram.shape != (steps, len(edges) - 1) or histogram.dtype.kind not in "iu":
-        raise DataError(
-            f"histogram must be integers of shape {(steps, len(edges) - 1)} (steps, bins), found {histogram.dtype} of "
-            f"shape {histogram.shape}"
-        )
-    if not histogram.any() or histogram.min() < 0:
-        raise DataError("histogram must hold counts: none is negative and not all are 0")
-    return histogram, edges
 
 
 def write_figure(path: str | os.PathLike, figure: Figure) -> None:

@@ -16,20 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, SymmetricalLogLocator
 
 from ptq_exp.errors import DataError
-from ptq_exp.reports.curves import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    STEP,
-    WIDTH,
-    as_array,
-    as_curve,
-    as_histogram,
-    draw,
-    new_figure,
-    step_axis,
-)
+from ptq_exp.reports.curves import BLUE, GREEN, GREY, ORANGE, STEP, WIDTH, as_curve, draw, new_figure, step_axis
 
 _THIRDS = ("noisy", "middle", "clean")
 _LOG_RANGE = 20  # a curve that spans more than this factor is hard to read on a linear axis
@@ -50,11 +37,10 @@ def eps_error(
         width: inches.
 
     Raises:
-        DataError: not lists of S numbers, a negative one, or no finite one.
+        DataError: a negative one, or no finite one.
     """
-    before = None if before is None else as_curve("before", before)
-    after = as_curve("after", after, None if before is None else len(before))
-    share = None if share is None else as_curve("share", share, len(after))
+    before = None if before is None else as_curve(before)
+    after = as_curve(after)
     both = np.concatenate([after] if before is None else [before, after])
     both = both[~np.isnan(both)]
     if not both.size or both.min() < 0:
@@ -74,7 +60,7 @@ def eps_error(
         _draw_change(lower[0], before, after)
     if share is not None:
         lower[-1].axhline(share_of_noise, color=GREY, linewidth=1, linestyle="--", label="independent errors, 1 / √N")
-        draw(lower[-1], share, BLUE)
+        draw(lower[-1], as_curve(share), BLUE)
         lower[-1].set_ylim(0, 1.05)
         lower[-1].set_ylabel("share of a\nfixed pattern")
         lower[-1].legend()
@@ -110,13 +96,8 @@ def noise(
             bins count also what lies beyond them.
         edges: of the bins, ascending, [B + 1].
         title: over the picture.
-
-    Raises:
-        DataError: shapes that do not fit, counts that are no counts, or edges that do not ascend.
     """
-    k = as_curve("k", k)
-    r, kurtosis = as_curve("r", r, len(k)), as_curve("kurtosis", kurtosis, len(k))
-    histogram, edges = as_histogram(histogram, edges, len(k))
+    k, r, kurtosis = map(as_curve, (k, r, kurtosis))
     figure = new_figure(6.6, title)
     grid = figure.add_gridspec(3, 2, width_ratios=(1, 1.1))
     bottom = figure.add_subplot(grid[2, 0])
@@ -172,17 +153,9 @@ def bit_schedule(
         forward_snr: alpha_bar / (1 - alpha_bar) of each step, S; infinity, such as in the last step, leaves a gap.
         title: over the picture.
         width: inches.
-
-    Raises:
-        DataError: shapes that do not fit, or widths that are no positive integers.
     """
-    widths = as_array("bits", bits)
-    if widths.ndim != 1 or not widths.size or widths.dtype.kind not in "iu" or widths.min() < 1:
-        found = f"{widths.dtype} of shape {widths.shape}"
-        raise DataError(f"bits must be one positive integer for each step, found {found}")
-    output_snr = output_snr or {}
-    curves = {size: as_curve(f"output_snr[{size}]", output_snr[size], len(widths)) for size in sorted(output_snr)}
-    forward = None if forward_snr is None else as_curve("forward_snr", forward_snr, len(widths))
+    widths = np.asarray(bits)
+    curves = {size: as_curve(snr) for size, snr in sorted((output_snr or {}).items())}
     figure = new_figure(6.0 if curves else 0.24 * width + 0.8, title, width)
     lower = figure.add_subplot(2, 1, 2) if curves else figure.add_subplot()
     if curves:
@@ -190,9 +163,9 @@ def bit_schedule(
         shades = matplotlib.colormaps["viridis"](np.linspace(0.8, 0.1, len(curves)))
         for (size, snr), color in zip(curves.items(), shades, strict=True):
             draw(upper, _positive(snr), color, f"output at {size} bits, ‖ε‖² / ‖ε_q − ε‖²")
-        if forward is not None:
+        if forward_snr is not None:
             name = r"forward process, $\bar\alpha\,/\,(1-\bar\alpha)$"
-            draw(upper, _positive(forward), ORANGE, name, linestyle="--")
+            draw(upper, _positive(as_curve(forward_snr)), ORANGE, name, linestyle="--")
         upper.set_yscale("log")
         upper.set_ylabel("signal-to-noise ratio")
         upper.tick_params(labelbottom=False)

@@ -1,4 +1,4 @@
-"""The curves hold the numbers that were given, the files are whole pictures, and what does not fit is refused."""
+"""The curves hold the numbers that were given, and the files are whole pictures."""
 
 import math
 import subprocess
@@ -91,10 +91,6 @@ def test_eps_error_leaves_gaps_where_there_is_no_number():
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ([0.1, 0.2], [0.1], "after must be 2 numbers"),
-        ([[0.1]], [[0.1]], "before must be one number for each step"),
-        ([], [], "before"),
-        (["a"], [0.1], "before must be numbers"),
         ([0.1], [-0.1], "negative"),
         ([math.nan], [math.nan], "finite"),
     ],
@@ -102,11 +98,6 @@ def test_eps_error_leaves_gaps_where_there_is_no_number():
 def test_eps_error_refuses_what_does_not_fit(before, after, message):
     with pytest.raises(DataError, match=message):
         figures.eps_error(before, after)
-
-
-def test_a_share_for_other_steps_is_refused():
-    with pytest.raises(DataError, match="share must be 7 numbers"):
-        figures.eps_error(BEFORE, AFTER, share=[0.5])
 
 
 def noise_figure(**changes):
@@ -146,26 +137,6 @@ def test_a_single_step_has_one_density():
     assert [patch.get_label() for patch in figure.axes[3].patches] == ["noisy (step 0)"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"r": [0.5]}, "r must be 7 numbers"),
-        ({"kurtosis": [[0.5] * STEPS]}, "kurtosis"),
-        ({"histogram": histogram(6)}, r"histogram must be integers of shape \(7, 8\)"),
-        ({"histogram": histogram().astype(float)}, "float64"),
-        ({"histogram": [[1], [1, 2]]}, "histogram must be numbers in rows"),
-        ({"histogram": 0 * histogram()}, "counts"),
-        ({"histogram": histogram() - 1}, "counts"),
-        ({"edges": EDGES[:-1]}, "histogram must be integers of shape"),
-        ({"edges": EDGES[::-1]}, "ascending"),
-        ({"edges": [*EDGES[:-1], math.inf]}, "finite"),
-    ],
-)
-def test_noise_refuses_what_does_not_fit(changes, message):
-    with pytest.raises(DataError, match=message):
-        noise_figure(**changes)
-
-
 def test_the_bit_schedule_stands_below_the_ratios_it_comes_from():
     arguments = schedule(output_snr={8: [90.0, 80.0, math.inf], 4: [9.0, 8.0, 7.0]})
     bits, ratios = figures.bit_schedule(**arguments).axes
@@ -183,21 +154,6 @@ def test_the_bit_schedule_stands_below_the_ratios_it_comes_from():
 def test_a_bit_schedule_may_stand_alone():
     (bits,) = figures.bit_schedule(**schedule()).axes
     assert bits.get_ylabel() == "activation bits" and bits.get_xlabel() == "sampling step s (0 = noisiest)"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (schedule(bits=(8.0, 8.0, 4.0)), "bits must be one positive integer"),
-        (schedule(bits=(8, 8, 0)), "bits"),
-        (schedule(bits=()), "bits"),
-        (schedule(output_snr={4: [1.0]}), r"output_snr\[4\] must be 3 numbers"),
-        (schedule(forward_snr=(1.0,)), "forward_snr must be 3 numbers"),
-    ],
-)
-def test_a_bit_schedule_that_does_not_fit_is_refused(arguments, message):
-    with pytest.raises(DataError, match=message):
-        figures.bit_schedule(**arguments)
 
 
 def test_titles_are_plain_text():
