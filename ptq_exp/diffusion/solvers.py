@@ -13,7 +13,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import Tensor
@@ -79,7 +78,7 @@ def solver_grid(
     if not 1 <= steps <= total:
         raise ConfigError(f"sampler.steps={steps}: choose 1..{total}, the length of the model's training schedule")
     make_scheduler = partial(
-        _scheduler, solver, steps, final_zero=schedule.final_alpha_cumprod == 1, trained_betas=_betas(schedule),
+        _scheduler, solver, steps, final_zero=schedule.final_alpha_cumprod == 1, trained_betas=schedule.betas.numpy(),
         num_train_timesteps=total, timestep_spacing=spacing, steps_offset=_offset(schedule, steps, solver),
     )
     scheduler = make_scheduler()
@@ -101,12 +100,6 @@ def _scheduler(solver: str, steps: int, **settings: Any) -> Any:
     scheduler = _FACTORIES[solver](prediction_type="epsilon", **settings)
     scheduler.set_timesteps(steps)
     return scheduler
-
-
-def _betas(schedule: NoiseSchedule) -> np.ndarray:
-    """beta_t = 1 - alpha_bar_t / alpha_bar_(t-1), float64 [T]."""
-    levels = schedule.alphas_cumprod.double()
-    return (1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])).numpy()
 
 
 def _offset(schedule: NoiseSchedule, steps: int, solver: str) -> int:

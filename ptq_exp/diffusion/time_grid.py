@@ -46,6 +46,12 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.alphas_cumprod)
 
+    @property
+    def betas(self) -> Tensor:
+        """beta_t = 1 - alpha_bar_t / alpha_bar_(t-1), float64 [T]."""
+        levels = self.alphas_cumprod.double()
+        return 1 - levels / torch.cat([levels.new_ones(1), levels[:-1]])
+
     @classmethod
     def latent_diffusion(cls, total: int = 1000) -> NoiseSchedule:
         """Make that of Rombach et al. 2022: roots of the betas evenly spaced; it ends at alphas_cumprod[0]."""

@@ -127,9 +127,7 @@ def check_schedule(state: Mapping[str, Tensor], schedule: NoiseSchedule, path: s
     Raises:
         CheckpointError: `betas` or `alphas_cumprod` of the file are others.
     """
-    ours = schedule.alphas_cumprod.double()
-    previous = torch.cat([ours.new_ones(1), ours[:-1]])
-    for key, expected in {"betas": 1 - ours / previous, "alphas_cumprod": ours}.items():
+    for key, expected in {"betas": schedule.betas, "alphas_cumprod": schedule.alphas_cumprod.double()}.items():
         if key not in state:
             continue
         found = state[key].double()

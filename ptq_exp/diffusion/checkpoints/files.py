@@ -12,12 +12,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ptq_exp.diffusion.checkpoints.inert import STAND_INS
 from ptq_exp.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 _WRAPPERS = ("module.", "_orig_mod.")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)|function <[\w-]+ ?(?:function |method |class )?'?([\w.]+)")
+
+
+class ModelCheckpoint:
+    """Stands for Lightning's callback of that name; holds nothing and does nothing."""
+
+
+class EarlyStopping:
+    """Stands for Lightning's callback of that name; holds nothing and does nothing."""
+
+
+# Lightning 1.x kept the state of callbacks under their classes: published checkpoints name these beside their tensors
+_STAND_INS = [
+    (ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    (ModelCheckpoint, "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint"),
+    (EarlyStopping, "pytorch_lightning.callbacks.early_stopping.EarlyStopping"),
+]
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -83,7 +98,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path, mmap: bool) -> object:
     try:
-        with torch.serialization.safe_globals(STAND_INS):
+        with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = _GLOBAL.search(str(error))

@@ -6,7 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -17,8 +17,8 @@ from ptq_exp.storage.finite import extremes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _SEED = 0
-_RANDOM = ContextVar("random_weights", default=False)
-_MAPPED = ContextVar("mapped_weights", default=False)
+RANDOM, MAPPED = ContextVar("random_weights", default=False), ContextVar("mapped_weights", default=False)
+"""Whether the call comes from inside `random_weights`, `mapped_weights`."""
 
 
 class RandomWeightsWarning(UserWarning):
@@ -56,37 +56,26 @@ def empty_or_random(name: str, checkpoint: object | None) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def random_weights() -> Iterator[None]:
+def random_weights() -> AbstractContextManager[None]:
     """Components of folders that are loaded inside get random weights: the files of weights are not there."""
-    token = _RANDOM.set(True)
-    try:
-        yield
-    finally:
-        _RANDOM.reset(token)
+    return _switched(RANDOM)
 
 
-def random_weights_wanted() -> bool:
-    """Whether the call comes from inside `random_weights`."""
-    return _RANDOM.get()
-
-
-@contextmanager
-def mapped_weights() -> Iterator[None]:
+def mapped_weights() -> AbstractContextManager[None]:
     """Components of folders that are loaded inside keep their weights in their safetensors files, mapped into memory.
 
     As far as they are wanted in the type that they have there; others are converted, and take memory.
     """
-    token = _MAPPED.set(True)
+    return _switched(MAPPED)
+
+
+@contextmanager
+def _switched(on: ContextVar[bool]) -> Iterator[None]:
+    token = on.set(True)
     try:
         yield
     finally:
-        _MAPPED.reset(token)
-
-
-def mapped_weights_wanted() -> bool:
-    """Whether the call comes from inside `mapped_weights`."""
-    return _MAPPED.get()
+        on.reset(token)
 
 
 def of_random_weights(cls: type[nn.Module], settings: Mapping, where: str) -> nn.Module:

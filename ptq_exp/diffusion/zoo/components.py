@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ptq_exp.diffusion.checkpoints import read_checkpoint
-from ptq_exp.diffusion.zoo.build import mapped_weights_wanted, of_random_weights, random_weights_wanted
+from ptq_exp.diffusion.zoo.build import MAPPED, RANDOM, of_random_weights
 from ptq_exp.diffusion.zoo.settings import read_json
 from ptq_exp.diffusion.zoo.weights import STEM, damage, find_weights
 from ptq_exp.errors import CheckpointError, one_line
@@ -32,7 +32,7 @@ def load_component(
         CheckpointError: weights are missing, left over, of another shape, or in a file that cannot be read safely.
     """
     folder = component_folder(root, component)
-    if random_weights_wanted():
+    if RANDOM.get():
         return of_random_weights(cls, read_json(folder / "config.json"), f"model.checkpoint={folder}")
     try:
         weights = find_weights(folder)
@@ -43,7 +43,7 @@ def load_component(
         with _quiet():  # what does not fit is reported below, in one line
             module, info = cls.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, torch_dtype=dtype,
-                low_cpu_mem_usage=mapped_weights_wanted(), variant=weights.variant, use_safetensors=weights.safe,
+                low_cpu_mem_usage=MAPPED.get(), variant=weights.variant, use_safetensors=weights.safe,
             )
     except Exception as error:  # whatever a damaged folder makes the library stumble over
         reason = damage(weights.files) or one_line(error, 300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 
 import torch
 from diffusers import DiTTransformer2DModel
@@ -23,14 +24,14 @@ from ptq_exp.diffusion.zoo.network import (
     state_shape,
 )
 from ptq_exp.diffusion.zoo.place import INDEX, local_folder
-from ptq_exp.diffusion.zoo.scheduler import Scheduler, assumed, read_scheduler
+from ptq_exp.diffusion.zoo.scheduler import Scheduler, read_scheduler
 from ptq_exp.diffusion.zoo.settings import Settings, whole
 from ptq_exp.diffusion.zoo.unet import CLASSES, read_unet
 from ptq_exp.errors import ConfigError
 from ptq_exp.storage.atomic import file_digest
 
-_UNET_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-_PIPELINES = (*_UNET_PIPELINES, "LDMPipeline", "DiTPipeline")
+log = logging.getLogger(__name__)
+_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline", "DiTPipeline")
 _STEPS, _DIT_GUIDANCE = 50, 4.0
 
 
@@ -88,7 +89,9 @@ def _scheduler(index: Settings) -> Scheduler:
     path = (folder / "scheduler_config.json").relative_to(index.root)
     if not (index.root / path).exists():
         if not index.values:
-            return assumed(Settings(index.root, str(path), {"_class_name": "DDPMScheduler"}, ConfigError))
+            taken = "no scheduler settings; assuming linear betas 1e-4..0.02 over 1000 steps, x0 clipped"
+            log.warning("%s: %s", index.root, taken)
+            return read_scheduler(Settings(index.root, str(path), {"_class_name": "DDPMScheduler"}, ConfigError))
         raise index.error("a pipeline has a scheduler, but there is no scheduler/scheduler_config.json")
     settings = Settings.read(index.root, str(path), ConfigError)
     return read_scheduler(settings, named_class(index, "scheduler"), index.values.get("_class_name"))

@@ -186,10 +186,3 @@ def _name_what_is_left(settings: Settings, cls: type, config: Mapping[str, Any])
             "%s/%s: %s: settings of the solver of %s, not followed: here sampler= chooses the solver, and "
             "sampler.eta the noise that DDIM adds", settings.root, settings.file, ", ".join(left), cls.__name__,
         )
-
-
-def assumed(settings: Settings) -> Scheduler:
-    """Return what a network without scheduler settings is taken to be trained with: DDPM's (logged)."""
-    assumed = "no scheduler settings; assuming linear betas 1e-4..0.02 over 1000 steps, x0 clipped"
-    log.warning("%s: %s", settings.root, assumed)
-    return read_scheduler(settings)
