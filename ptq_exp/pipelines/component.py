@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers import SchedulerMixin
@@ -51,6 +53,17 @@ def own_copy(pipeline: Any) -> Any:
             setattr(own, name, copy.deepcopy(component))
     own.set_progress_bar_config(disable=True)
     return own
+
+
+@contextmanager
+def standing_in(pipeline: Any, name: str, component: nn.Module) -> Iterator[None]:
+    """While in force, `pipeline` has `component` in the place of its component `name`."""
+    before = getattr(pipeline, name)
+    setattr(pipeline, name, component)
+    try:
+        yield
+    finally:
+        setattr(pipeline, name, before)
 
 
 def top_layers(component: nn.Module, globs: tuple[str, ...]) -> tuple[str, ...]:

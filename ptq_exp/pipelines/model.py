@@ -16,14 +16,21 @@ from ptq_exp.diffusion.noise import EVALUATION, sample_generator
 from ptq_exp.errors import ConfigError
 from ptq_exp.pipelines.adapters import without_fused
 from ptq_exp.pipelines.arguments import call_arguments, check_arguments, checked_classes, number, sampler_arguments
-from ptq_exp.pipelines.component import BLOCKS, FIRST_LAYERS, LAST_LAYERS, find_component, own_copy, top_layers
+from ptq_exp.pipelines.component import (
+    BLOCKS,
+    FIRST_LAYERS,
+    LAST_LAYERS,
+    find_component,
+    own_copy,
+    standing_in,
+    top_layers,
+)
 from ptq_exp.pipelines.identity import pipeline_digest, plain
 from ptq_exp.pipelines.layout import CallLayout
 from ptq_exp.pipelines.network import PipelineNetwork, component_calling
 from ptq_exp.pipelines.probe import Stopped, first_calls, times_of
 from ptq_exp.pipelines.prompts import Request, opened, requests_of
 from ptq_exp.pipelines.randomness import own_random_numbers
-from ptq_exp.pipelines.stand_in import standing_in
 from ptq_exp.pipelines.walk import Walk, joined
 
 STEPS = 20
@@ -57,7 +64,7 @@ class PipelineModel(DiffusionModel):
         component: str | None = None, call: Mapping[str, Any] | None = None, guidance_scale: float | None = None,
         eta: float | None = None, name: str = "pipeline", asked: Sequence[int] | None = None,
     ) -> None:
-        self.name, self.component, self.structure = name, find_component(pipeline, component), None
+        self.name, self.component = name, find_component(pipeline, component)
         self.requests, self.pipeline = requests_of(prompts), own_copy(pipeline)
         self._asked = None if asked is None else list(asked)
         self.call = opened(call or {}) | sampler_arguments(pipeline, guidance_scale=guidance_scale, eta=eta or None)
@@ -76,8 +83,7 @@ class PipelineModel(DiffusionModel):
         self.calls, self.copies, self._answer_shape = len(calls), len(self._example.x), tuple(answer.shape[1:])
         channels, height, *rest = self._answer_shape
         self.sample_shape = (channels, self.copies * height, *rest)
-        self.schedule, self.clip_sample, self.first_stage = NoiseSchedule(torch.ones(1)), False, None
-        self.n_classes, self.null_label, self.conditions = None, None, None
+        self.schedule, self.clip_sample = NoiseSchedule(torch.ones(1)), False
         self.first_layers, self.last_layers = (top_layers(network, globs) for globs in (FIRST_LAYERS, LAST_LAYERS))
         self.blocks = BLOCKS
         eta, scale = (number(self.pipeline, self.call, *of) for of in (("eta", 0.0), ("guidance_scale", 1.0)))
@@ -140,11 +146,6 @@ class PipelineModel(DiffusionModel):
             )
         return denoiser
 
-    @property
-    def unconditional(self) -> dict[str, int | Tensor]:
-        """{}: the pipeline evaluates both halves of guidance, and both are recorded."""
-        return {}
-
     def example_inputs(self) -> Call:
         """Return a call of one row, as the pipeline made it."""
         device = next(self.denoiser.parameters()).device
@@ -186,23 +187,21 @@ class PipelineModel(DiffusionModel):
         found = [({"prompt": self.call.get("prompt")} | dict(self.request(int(i), seed)))["prompt"] for i in indices]
         return found if all(isinstance(prompt, str) for prompt in found) else None
 
-    def generators(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> list[torch.Generator]:
-        """Return the generator of each image, new."""
-        return [sample_generator(seed, int(i), stream) for i in indices]
-
     def arguments(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> dict[str, Any]:
-        """Return the arguments of the pipeline's call that draws images `indices` of `seed`."""
+        """Return the arguments of the pipeline's call that draws images `indices` of `seed`; its generators are new."""
         requests = [self.request(int(i), seed, stream) for i in indices]
         own = {"num_inference_steps": self.steps, "output_type": "np"}
         given = call_arguments(self.pipeline, requests, self.call, own)
-        return given | {"generator": self.generators(indices, seed, stream)}
+        return given | {"generator": [sample_generator(seed, int(i), stream) for i in indices]}
 
     def run(
         self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, *, stream: int = EVALUATION,
         device: torch.device | str = "cpu", steps: int | None = None,
         on_step: Callable[[StepRecord], None] | None = None, **noise_in_eps: Any,
     ) -> Tensor:
-        """Draw images [N, C, H, W] in [-1, 1] of sample `indices` of `seed`, with `denoiser` in the component's place.
+        """Draw images of sample `indices` of `seed`, with `denoiser` in the component's place.
+
+        They are float64 [N, C, H, W] in [-1, 1], at the levels of uint8.
 
         Args:
             steps: end after so many of the grid's steps; the images are empty then, [0].
@@ -242,10 +241,6 @@ class PipelineModel(DiffusionModel):
         images = np.asarray(drawn.images)
         levels = np.rint(np.clip(images, 0, 1) * np.float32(255)).astype(np.float64)  # as diffusers rounds them
         return torch.from_numpy(levels / 127.5 - 1).permute(0, 3, 1, 2).to(device)
-
-    def sample(self, denoiser: nn.Module, grid: TimeGrid, indices: Sequence[int], seed: int, **kwargs) -> Tensor:
-        """Images float64 [N, C, H, W] in [-1, 1] of sample `indices` of `seed`, at the levels of uint8; see `run`."""
-        return self.run(denoiser, grid, indices, seed, **kwargs)
 
     def pipeline_with(self, component: nn.Module) -> Any:
         """Return a pipeline that is used as the model's own, with another `component`, see `answering`."""

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ptq_exp.diffusion.call import Call
 from ptq_exp.errors import ConfigError, PTQError, one_line
+from ptq_exp.pipelines.component import standing_in
 from ptq_exp.pipelines.layout import CallLayout, state_and_time
 from ptq_exp.pipelines.nested import bound_arguments, containers_of, flattened, nested
 from ptq_exp.pipelines.network import channels_first, component_calling
 from ptq_exp.pipelines.randomness import own_random_numbers
-from ptq_exp.pipelines.stand_in import standing_in
 
 _AUTOENCODERS = ("vae", "vqvae", "movq")
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.diffusion import Call, DiffusionModel, NoiseSchedule, SamplerDefaults, TimeGrid
-from ptq_exp.diffusion.noise import EVALUATION
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.pipelines.component import BLOCKS, FIRST_LAYERS, LAST_LAYERS, top_layers
 from ptq_exp.pipelines.identity import add_weights, plain
@@ -50,8 +49,7 @@ class RecordedModel(DiffusionModel):
             answer = network(**layout.arguments(*self.calls[0]))
         shape = channels_first(answer if isinstance(answer, Tensor) else answer[0]).shape
         self.sample_shape = self.image_shape = tuple(shape[1:])
-        self.schedule, self.clip_sample, self.first_stage = NoiseSchedule(torch.ones(1)), False, None
-        self.n_classes, self.null_label, self.conditions, self.structure = None, None, None, None
+        self.schedule, self.clip_sample = NoiseSchedule(torch.ones(1)), False
         self.first_layers, self.last_layers = (top_layers(network, globs) for globs in (FIRST_LAYERS, LAST_LAYERS))
         self.blocks, self.sampler = BLOCKS, SamplerDefaults(len(self._times), "recorded")
 
@@ -92,10 +90,6 @@ class RecordedModel(DiffusionModel):
     def check_calls(self, grid: TimeGrid, seed: int, device: torch.device | str = "cpu") -> list[Call]:
         """Return the first call."""
         return [self.calls[0].to(device)]
-
-    def draw_conditions(self, indices: Sequence[int], seed: int, stream: int = EVALUATION) -> dict[str, Tensor]:
-        """{}: conditions come with the calls."""
-        return {}
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         """Nothing can be drawn.

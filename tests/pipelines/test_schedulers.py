@@ -61,7 +61,7 @@ def test_images_calls_and_times(name):
     model = PipelineModel(pipe, ["low", "lowest newer"], steps=STEPS, call=CALL)
     grid = model.time_grid()
     by_hand = pipe(["low", "lowest newer"], **CALL, num_inference_steps=STEPS, output_type="np",
-                   generator=model.generators([0, 1], SEED)).images
+                   generator=model.arguments([0, 1], SEED)["generator"]).images
     given = list(dict.fromkeys(pipe.scheduler.timesteps.double().tolist()))
     np.testing.assert_allclose(grid.timesteps.numpy(), given, rtol=1e-6)
     own = to_uint8(model.sample(model.denoiser, grid, [0, 1], SEED))
