@@ -56,6 +56,14 @@ def nearest(word: str, valid: Iterable[str], n: int = 1) -> str:
     return f"valid: {', '.join(known)}" if len(known) < 40 else "python -m ptq_exp --help lists what there is"
 
 
+def not_installed(who: str, package: str, extra: str) -> ConfigError:
+    """Return the error of a choice `who` that needs a `package` of one of our extras, which is not there."""
+    return ConfigError(
+        f"{who} needs {package}, which is not installed: pip install 'ptq-exp[{extra}]' "
+        f"(in a checkout: pip install -e '.[{extra}]')"
+    )
+
+
 class Interrupted(BaseException):
     """Ctrl-C (SIGINT), or SIGTERM, as schedulers send it.
 

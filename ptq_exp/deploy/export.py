@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -19,11 +17,11 @@ from ptq_exp.deploy.export_page import page
 from ptq_exp.deploy.load import load_quantized
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import Call
-from ptq_exp.errors import ConfigError, PTQError
+from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import select_row
 from ptq_exp.runtime.export import FORMATS, Exported, check_format, export_network
 from ptq_exp.runtime.plan import check_weights
-from ptq_exp.storage.atomic import file_digest, write_npz
+from ptq_exp.storage.atomic import file_digest, replacing_folder, write_npz
 from ptq_exp.storage.plain_json import to_plain, write_json
 
 ABOUT, EXAMPLE, PAGE = "export.json", "example.npz", "README.md"
@@ -73,21 +71,8 @@ class Export:
         """
         artifact = Artifact.open(self.quantized)
         quantized = load_quantized(self.quantized, self.checkpoint)
-        out = Path(self.out)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
-                about = self._written(artifact, quantized, Path(name))
-                out.mkdir(exist_ok=True)
-                for path in out.iterdir():
-                    path.unlink()
-                for path in Path(name).iterdir():
-                    os.replace(path, out / path.name)
-        except OSError as error:
-            raise PTQError(
-                f"cannot write out={self.out}: {error.strerror or error}; free space there or give another folder"
-            ) from error
-        return about
+        with replacing_folder(Path(self.out)) as folder:
+            return self._written(artifact, quantized, folder)
 
     def _written(self, artifact: Artifact, quantized: QuantizedModel, folder: Path) -> dict[str, Any]:
         rows = rows_of_steps(quantized)

@@ -13,7 +13,7 @@ from torch import nn
 from ptq_exp import __version__
 from ptq_exp.deploy.integer_weights import plain_weight
 from ptq_exp.deploy.quantized_model import QuantizedModel
-from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.errors import DataError, not_installed
 from ptq_exp.quantization import WeightQuantizer
 from ptq_exp.quantization.online import OnlineLayer
 from ptq_exp.storage.atomic import atomic_path
@@ -28,8 +28,7 @@ TYPES = {4: ("Q4_0", "Q4_1"), 5: ("Q5_0", "Q5_1"), 8: ("Q8_0", "Q8_0")}
 def check_gguf() -> None:
     """Raise ConfigError where the package that writes these files is not installed."""
     if find_spec("gguf") is None:
-        raise ConfigError("format=gguf needs the package gguf, which is not installed: pip install 'ptq-exp[gguf]' (in "
-                          "a checkout: pip install -e '.[gguf]')")
+        raise not_installed("format=gguf", "the package gguf", "gguf")
 
 
 def write_gguf(quantized: QuantizedModel, path: Path) -> dict[str, Any]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-import tempfile
 from collections import Counter
 from functools import partial
 from importlib.util import find_spec
@@ -22,9 +20,10 @@ from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.deploy.saving import check_adapters
 from ptq_exp.deploy.sdnq_layer import sdnq_layer
 from ptq_exp.deploy.sdnq_page import page
-from ptq_exp.errors import ConfigError, DataError, PTQError
+from ptq_exp.errors import ConfigError, DataError, not_installed
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization.packed_network import packed_layers, type_name
+from ptq_exp.storage.atomic import replacing_folder
 from ptq_exp.storage.plain_json import read_json, to_plain, write_json
 
 ABOUT, PAGE, WEIGHTS = "export.json", "README.md", "diffusion_pytorch_model.safetensors"
@@ -37,8 +36,7 @@ _HAS_WEIGHTS = (
 def check_sdnq() -> None:
     """Raise ConfigError where the package that lays out these folders is not installed."""
     if find_spec("sdnq") is None:
-        raise ConfigError("format=sdnq needs the package sdnq, which is not installed: pip install 'ptq-exp[sdnq]' (in "
-                          "a checkout: pip install -e '.[sdnq]')")
+        raise not_installed("format=sdnq", "the package sdnq", "sdnq")
 
 
 def write_sdnq(quantized: QuantizedModel, out: Path) -> dict[str, Any]:
@@ -64,19 +62,8 @@ def write_sdnq(quantized: QuantizedModel, out: Path) -> dict[str, Any]:
     if inside is None:
         raise ConfigError(f"format=sdnq: the network of {quantized.model.name} is no model of diffusers alone, which "
                           "from_pretrained could read: give format=gguf or format=comfy, files of weights by name")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
-            folder = Path(name) / "made"
-            about = _written(quantized, *inside, folder)
-            if out.exists():
-                shutil.rmtree(out)
-            folder.rename(out)
-    except OSError as error:
-        raise PTQError(
-            f"cannot write out={out}: {error.strerror or error}; free space there or give another folder"
-        ) from error
-    return about
+    with replacing_folder(out) as folder:
+        return _written(quantized, *inside, folder)
 
 
 def _check_free(out: Path) -> None:

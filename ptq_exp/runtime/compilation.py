@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq_exp.errors import ConfigError, PTQError
+from ptq_exp.errors import PTQError, not_installed
 from ptq_exp.runtime.deployable import Deployable
 from ptq_exp.runtime.graph import Kernels, kernels_of
 from ptq_exp.runtime.grouped import GroupedLinear, packed_
@@ -228,8 +228,5 @@ def import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise ConfigError(
-            "runtime=openvino needs OpenVINO, which is not installed: pip install 'ptq-exp[openvino]' "
-            "(in a checkout: pip install -e '.[openvino]')"
-        ) from error
+        raise not_installed("runtime=openvino", "OpenVINO", "openvino") from error
     return openvino

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import ConfigError, not_installed
 from ptq_exp.quantization import step_of
 from ptq_exp.quantization.cost.account import describe
 from ptq_exp.runtime.base import ExecutedLayer, Execution
@@ -65,10 +65,7 @@ def check_format(name: Any) -> None:
     if name == "onnx":
         check_installed()
     elif find_spec("openvino") is None:
-        raise ConfigError(
-            "format=openvino needs OpenVINO, which is not installed: pip install 'ptq-exp[openvino]' "
-            "(in a checkout: pip install -e '.[openvino]')"
-        )
+        raise not_installed("format=openvino", "OpenVINO", "openvino")
 
 
 def export_network(

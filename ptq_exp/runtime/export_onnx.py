@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import ConfigError, not_installed
 from ptq_exp.runtime.deployable import Deployable
 from ptq_exp.runtime.operators import OPSET, spelt_for_onnx
 
@@ -34,10 +34,7 @@ _LARGEST = 2**31 - 2**20
 def check_installed() -> None:
     """Raise ConfigError unless the libraries of the extra `onnx` are there."""
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
-        raise ConfigError(
-            f"format=onnx needs {', '.join(missing)}, which is not installed: pip install 'ptq-exp[onnx]' "
-            "(in a checkout: pip install -e '.[onnx]')"
-        )
+        raise not_installed("format=onnx", ", ".join(missing), "onnx")
     if find_spec("torch.onnx.ops") is None:
         raise ConfigError(f"format=onnx needs torch 2.8 or newer, this is {torch.__version__}: upgrade torch")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +44,28 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def replacing_folder(out: Path) -> Iterator[Path]:
+    """Yield a new folder beside `out`, whose files take the place of all that is in `out` when the block ends well.
+
+    Raises:
+        PTQError: the disk is full, the folder cannot be written, ...; the message begins with `out=`.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+            yield Path(name)
+            out.mkdir(exist_ok=True)
+            for path in out.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            for path in Path(name).iterdir():
+                os.replace(path, out / path.name)
+    except OSError as error:
+        raise PTQError(
+            f"cannot write out={out}: {error.strerror or error}; free space there or give another folder"
+        ) from error
 
 
 def _refused(error: Exception) -> str | None:

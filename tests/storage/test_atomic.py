@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ptq_exp.errors import PTQError
-from ptq_exp.storage.atomic import atomic_path, write_npz
+from ptq_exp.storage.atomic import atomic_path, replacing_folder, write_npz
 
 
 @contextmanager
@@ -93,3 +93,20 @@ def test_npz_holds_the_arrays_and_refuses_objects(tmp_path):
             assert archive["a"].tolist() == list(range(1000)) and str(archive["name"]) == "text"
     with pytest.raises(PTQError, match="'a' holds Python objects"):
         write_npz(tmp_path / "x.npz", a=np.array([object()]))
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "new" / "out"
+    for name in ("first", "second"):
+        with replacing_folder(out) as folder:
+            (folder / name).mkdir()
+            (folder / name / "file").write_text(name)
+    assert [path.relative_to(out).as_posix() for path in out.rglob("*")] == ["second", "second/file"]
+    with pytest.raises(ZeroDivisionError), replacing_folder(out) as folder:
+        (folder / "third").write_text(str(1 / 0))
+    assert (out / "second" / "file").read_text() == "second" and list(out.parent.iterdir()) == [out]
+    with (
+        pytest.raises(PTQError, match="^cannot write out=.*; free space there"),
+        replacing_folder(out / "second" / "file" / "out"),
+    ):
+        pass

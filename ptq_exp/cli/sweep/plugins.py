@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from omegaconf import DictConfig
 
-from ptq_exp.errors import ConfigError
+from ptq_exp.errors import not_installed
 
 # module -> (extra of this package, plugin)
 PLUGINS = {
@@ -24,10 +24,7 @@ def check_plugins(config: DictConfig) -> None:
         if module in PLUGINS and not _installed(module):
             extra, plugin = PLUGINS[module]
             choice = config.hydra.runtime.choices[f"hydra/{group}"]
-            raise ConfigError(
-                f"hydra/{group}={choice} needs {plugin}, which is not installed: pip install 'ptq-exp[{extra}]' "
-                f"(in a checkout: pip install -e '.[{extra}]')"
-            )
+            raise not_installed(f"hydra/{group}={choice}", plugin, extra)
 
 
 def _installed(module: str) -> bool:
