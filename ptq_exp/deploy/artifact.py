@@ -9,7 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -24,10 +24,8 @@ from ptq_exp.storage.atomic import file_digest
 SUBFOLDER, PIPELINE_FILE = "quantized", "model_index.json"
 SCHEDULE_FILE, STATISTICS_FILE = "bit_schedule.json", "noise_statistics.npz"
 SECTIONS = ("seed", "model", "sampler", "calibration", "metric", "bits", "quantization", "reconstruction", "correction")
-OF_MODEL = (
-    "name", "checkpoint", "dtype", "ema", "conditions", "prompts", "call", "config", "component",
-    "channels_last", "compile"
-)
+OF_MODEL = ("name", "checkpoint", "dtype", "ema", "conditions", "prompts", "call", "config", "component",
+            "channels_last", "compile")
 """The settings that are saved with a model. No others are taken from a file: some name code that a run executes."""
 _EXPECTED = {
     "model.name": str, "model.digest": str, "model.dtype": str, "model.options": dict, "settings.model": dict,
@@ -109,8 +107,8 @@ class Artifact:
         if self.description["noise_statistics"] is not None:
             settings["correction"]["statistics"] = str(self.folder / STATISTICS_FILE)
         if self.identity.get("target") == "ptq_exp.load_model" and self.description.get("pipeline") is not None:
-            settings["model"] = {key: value for key, value in settings["model"].items() if value is not None}
-            settings["model"].pop("name", None)
+            given = {key: value for key, value in settings["model"].items() if value is not None}
+            settings["model"] = {key: value for key, value in given.items() if key != "name"}
         return settings
 
     def setting(self, name: str, kind: type | UnionType, default: Any) -> Any:
@@ -188,13 +186,8 @@ class Artifact:
         Raises:
             DataError: they are damaged.
         """
-        entry = self.description["grid"]
         try:
-            times, *levels = (
-                torch.tensor(entry[key], dtype=torch.float64)
-                for key in ("timesteps", "alphas_cumprod", "alphas_cumprod_prev")
-            )
-            return TimeGrid(times, *levels, float(entry["eta"]), str(entry["solver"]))
+            return TimeGrid.from_dict(self.description["grid"])
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self.folder / DESCRIPTION_FILE} is damaged: grid: {one_line(repr(error))}") from error
 
@@ -238,20 +231,14 @@ def _folder_of(path: Path) -> Path:
 
 def grid_entry(grid: TimeGrid, guidance_scale: float) -> dict[str, Any]:
     """Return what of a sampler noise statistics depend on."""
-    return {
-        "timesteps": grid.timesteps.tolist(), "alphas_cumprod": grid.alphas_cumprod.tolist(),
-        "alphas_cumprod_prev": grid.alphas_cumprod_prev.tolist(), "eta": grid.eta, "solver": grid.solver,
-        "guidance_scale": guidance_scale,
-    }
+    return grid.to_dict() | {"guidance_scale": guidance_scale}
 
 
 def _same(found: Any, wanted: Any) -> bool:
     """Whether two values agree; lists of numbers up to the rounding of another machine."""
     if not isinstance(found, list) or not isinstance(wanted, list):
         return found == wanted
-    return len(found) == len(wanted) and torch.allclose(
-        torch.tensor(found, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-12
-    )
+    return len(found) == len(wanted) and np.allclose(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 def _short(digest: str) -> str:

@@ -16,7 +16,7 @@ from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.deploy.restore import restored
 from ptq_exp.errors import DataError, PTQError, one_line
 from ptq_exp.pipelines import PipelineModel, RecordedModel
-from ptq_exp.quantization.offload import fill_ as fill_weights_
+from ptq_exp.quantization.offload import fill_
 from ptq_exp.quantization.save import DESCRIPTION_FILE
 from ptq_exp.storage.plain_json import read_json
 
@@ -86,29 +86,18 @@ def load_pipeline(artifact: Artifact, device: torch.device | str) -> QuantizedMo
     return replace(quantized, model=model, network=model.denoiser, grid=grid)
 
 
-def fill_(component: nn.Module, artifact: Artifact) -> None:
-    """Give parameters without memory zeros of the types that were saved.
+def loaded_component(component: nn.Module, folder: Path) -> QuantizedModel:
+    """Make the quantized model of a component that diffusers has built of its config.json, without weights.
 
     Raises:
-        DataError: a type is damaged.
+        DataError: see `quantized_component`; or a type that was saved is damaged.
     """
+    artifact = Artifact.open(folder)
     entry = artifact.description["network"]
     try:
         usual = dtype_of(entry["dtype"])
         others = {name: dtype_of(kind) for name, kind in entry["other_dtypes"].items()}
     except (KeyError, AttributeError, DataError) as error:
         raise DataError(f"{artifact.folder / DESCRIPTION_FILE} is damaged: network: {one_line(error)}") from error
-    fill_weights_(component, lambda name: others.get(name, usual))
-
-
-def loaded_component(component: nn.Module, folder: Path) -> QuantizedModel:
-    """Make the quantized model of a component that diffusers has built of its config.json, without weights.
-
-    Raises:
-        DataError: see `quantized_component`.
-    """
-    artifact = Artifact.open(folder)
-    fill_(component, artifact)
+    fill_(component, lambda name: others.get(name, usual))
     return quantized_component(artifact, component)
-
-

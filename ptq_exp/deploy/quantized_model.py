@@ -106,9 +106,7 @@ class QuantizedModel:
     def on(self, runtime_name: str, runtime_options: Mapping[str, Any] | None = None) -> QuantizedModel:
         """Make the same model, executed by another runtime."""
         recorded = self.cuda_graph and runtime_name != "openvino"  # which computes on the CPU
-        return replace(
-            self, runtime_name=runtime_name, runtime_options=runtime_options or {}, cuda_graph=recorded,
-        )
+        return replace(self, runtime_name=runtime_name, runtime_options=runtime_options or {}, cuda_graph=recorded)
 
     @cached_property
     def component(self) -> nn.Module:

@@ -7,7 +7,7 @@ labels, statistics and schedules are all indexed by the position s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from ptq_exp.errors import ConfigError
 
 SPACINGS = ("leading", "linspace", "quad", "trailing")
 _QUAD_SHARE = 0.8
+_TENSORS = ("timesteps", "alphas_cumprod", "alphas_cumprod_prev")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,20 @@ class TimeGrid:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON: times, noise levels, `eta`, and the name of the solver."""
+        return {key: getattr(self, key).tolist() for key in _TENSORS} | {"eta": self.eta, "solver": self.solver}
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> TimeGrid:
+        """Return the grid of what `to_dict` gave; a scheduler of diffusers is not made again.
+
+        Raises:
+            KeyError, TypeError, ValueError: an entry is missing or of another type.
+        """
+        tensors = (torch.tensor(entry[key], dtype=torch.float64) for key in _TENSORS)
+        return cls(*tensors, float(entry["eta"]), str(entry["solver"]))
 
     def network_time(self, step: int | Tensor, n: int = 1) -> Tensor:
         """Network time as float32 [n] for one `step`, or [len(step)] for a tensor of steps."""

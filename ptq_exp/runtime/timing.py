@@ -59,4 +59,3 @@ def ratio(times: Mapping[str, Times], slow: str, fast: str) -> float | None:
     if slow not in times or fast not in times:
         return None
     return statistics.median(a / b for a, b in zip(times[slow].ms, times[fast].ms, strict=True))
-
