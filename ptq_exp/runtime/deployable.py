@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from ptq_exp.quantization.online import OnlineLayer
 from ptq_exp.runtime.grouped import GroupedLinear
 from ptq_exp.runtime.integers import BYTE, grids
-from ptq_exp.runtime.online import with_online
 from ptq_exp.runtime.plain_layers import FloatLayer, GridQuantizer, IntegerLayer, Row
 from ptq_exp.runtime.plan import ATTENTION, INT8, PRODUCT, LayerPlan, Plan, layers_of
 from ptq_exp.runtime.sixteen_bits import store_
@@ -126,8 +127,30 @@ def deployable(network: nn.Module, plan: Plan, integer_layer: type[IntegerLayer]
             entry = LayerPlan(**{**vars(entry), "output": None})  # on the heads instead
         if entry.grouped is not None:
             output = nn.Identity() if entry.output is None else GridQuantizer(entry.output, row)
-            made.set_submodule(name, with_online(layer, GroupedLinear(layer, entry.grouped, output)))
+            made.set_submodule(name, _with_online(layer, GroupedLinear(layer, entry.grouped, output)))
             continue
         kind = integer_layer if entry.executed == INT8 else FloatLayer
-        made.set_submodule(name, with_online(layer, kind(layer, entry, row)))
+        made.set_submodule(name, _with_online(layer, kind(layer, entry, row)))
     return Deployable(made, row, rows)
+
+
+def _with_online(layer: nn.Module, made: nn.Module) -> nn.Module:
+    """Give `made`, which stands for `layer` and has a module `output` at its end, the online parts of `layer`.
+
+    What transforms compute at run time stays in floating point, before and beside the layer.
+    """
+    if not isinstance(layer, OnlineLayer):
+        return made
+    made.online, made.branch, made.after, made.output = layer.online, layer.branch, made.output, nn.Identity()
+    made.register_forward_pre_hook(_before)
+    made.register_forward_hook(_after)
+    return made
+
+
+def _before(made: Any, args: tuple[Tensor, ...]) -> Tensor:
+    return made.online(args[0])
+
+
+def _after(made: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    """`args` are what `_before` returned."""
+    return made.after(y if made.branch is None else y + made.branch(args[0]))

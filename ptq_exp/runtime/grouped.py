@@ -92,15 +92,10 @@ def group_settings(network: nn.Module) -> dict[str, int]:
     return {"DYNAMIC_QUANTIZATION_GROUP_SIZE": math.gcd(*sizes)} if sizes else {}
 
 
-def packed_(model: Any) -> int:
-    """Store levels and zeros of weights in groups as 4 bits each, two to a byte, in OpenVINO's traced model.
-
-    Returns:
-        How many constants were changed.
-    """
+def packed_(model: Any) -> None:
+    """Store levels and zeros of weights in groups as 4 bits each, two to a byte, in OpenVINO's traced model."""
     import openvino
 
-    changed = 0
     for node in model.get_ordered_ops():
         if node.get_type_name() != "Constant" or node.get_element_type() != openvino.Type.u8 or node.data.ndim != 3:
             continue
@@ -113,5 +108,3 @@ def packed_(model: Any) -> int:
         made.set_friendly_name(node.get_friendly_name())
         for target in list(node.output(0).get_target_inputs()):
             target.replace_source_output(made.output(0))
-        changed += 1
-    return changed

@@ -8,14 +8,22 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import QuantAttention, QuantConv1d, QuantConv2d, QuantLinear, Row
+from ptq_exp.quantization import (
+    ActivationQuantizer,
+    DynamicQuantizer,
+    QuantAttention,
+    QuantConv1d,
+    QuantConv2d,
+    QuantLinear,
+    Row,
+    quantizers,
+)
 from ptq_exp.quantization.products import QuantizedProduct
 from ptq_exp.quantization.quantizer import Quantizer
 from ptq_exp.quantization.quantizer.formats import format_of
 from ptq_exp.quantization.trace.products import product_site
 from ptq_exp.runtime.grouped import SMALLEST, GroupedWeight, grouped_weight
 from ptq_exp.runtime.integers import BYTE, SEVEN_BITS, Grid, IntegerWeight, grids, regridded, shifted
-from ptq_exp.runtime.number_formats import check_formats
 
 INT8, FLOAT = "int8", "float"
 ATTENTION, PRODUCT = "Attention", "Product"
@@ -83,7 +91,7 @@ def integer_plan(
         ConfigError: a layer has a scale for each group of input channels, and `regrid` is off; or activations have a
             number format.
     """
-    check_formats(network, asked)
+    _check_formats(network, asked)
     plan: Plan = {}
     for name, layer in network.named_modules():
         if isinstance(layer, QuantConv1d | QuantConv2d | QuantLinear):
@@ -94,6 +102,24 @@ def integer_plan(
         elif isinstance(layer, QuantizedProduct):
             plan[name] = _product(name, layer)
     return plan
+
+
+def _check_formats(network: nn.Module, asked: str) -> None:
+    """Raise ConfigError, beginning with the setting `asked`, if activations follow the data or have a number format.
+
+    Their rounding can only be simulated; weights in a format are executed in float, with the values that they have.
+    """
+    for name, quantizer in quantizers(network):
+        if isinstance(quantizer, DynamicQuantizer):
+            raise ConfigError(
+                f"{asked}: {name} has dynamic ranges, which are simulated only: choose runtime=simulate, or "
+                "quantization.activation=static"
+            )
+        if isinstance(quantizer, ActivationQuantizer) and (made := format_of(quantizer)):
+            raise ConfigError(
+                f"{asked}: {name} rounds to the number format {made}, which is simulated only: choose "
+                "runtime=simulate, or integer activations, such as bits.activation=8"
+            )
 
 
 def entry_of(plan: Plan, row: Row) -> LayerPlan | None:
