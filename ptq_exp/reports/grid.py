@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ptq_exp.errors import DataError
 from ptq_exp.evaluation.images import image_grid
 from ptq_exp.storage.atomic import atomic_path
 
@@ -21,7 +19,7 @@ def save_grid(
     fp_images: np.ndarray,
     q_images: np.ndarray,
     *,
-    labels: Sequence[str] = ("FP32", "quantized"),
+    labels: tuple[str, str],
     columns: int = 8,
 ) -> None:
     """Write the picture of `image_grid` as PNG, its rows labelled in turn with the two `labels`.
@@ -33,11 +31,9 @@ def save_grid(
         columns: images per row.
 
     Raises:
-        DataError: not two labels, or images as `image_grid` refuses them.
+        DataError: images as `image_grid` refuses them.
         PTQError: the file cannot be written.
     """
-    if len(labels) != 2:
-        raise DataError(f"save_grid needs two labels, found {list(labels)}")
     grid = image_grid(fp_images, q_images, columns)
     rows = 2 * -(-len(fp_images) // min(columns, len(fp_images)))
     font = ImageFont.load_default(size=_FONT_SIZE)

@@ -1,10 +1,8 @@
 """grid.png: the grid itself, beside it one label per row."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from ptq_exp.errors import DataError
 from ptq_exp.evaluation import image_grid
 from ptq_exp.reports.grid import save_grid
 
@@ -24,9 +22,3 @@ def test_the_grid_stands_right_of_the_labels(tmp_path):
     ink = [(row < 128).sum() for row in rows]
     assert min(ink) > 100  # a label in the margin of each of the rows FP, Q, FP, Q
     assert not np.array_equal(rows[0], rows[1])
-
-
-def test_labels_are_two(tmp_path):
-    with pytest.raises(DataError, match="two labels"):
-        save_grid(tmp_path / "grid.png", images(1, 0), images(1, 0), labels=("FP32",))
-    assert list(tmp_path.iterdir()) == []

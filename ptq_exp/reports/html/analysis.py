@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ptq_exp.reports.figures import box_plots
-from ptq_exp.reports.html.picture import drawn
-from ptq_exp.reports.html.section import Section
+from ptq_exp.reports.html.section import Section, drawn
 from ptq_exp.reports.html.table import Cell, Table, number, text
 from ptq_exp.storage.npz import npz_arrays
 

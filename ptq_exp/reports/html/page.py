@@ -17,13 +17,13 @@ NAME = "report.html"
 _TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
-def write_page(folder: Path, template: str, **values: Any) -> Path:
-    """Render `template` with `values`, all text escaped, and write it to report.html in `folder`, atomically.
+def write_page(folder: Path, **values: Any) -> Path:
+    """Render the template of reports with `values`, all text escaped, to report.html in `folder`, atomically.
 
     Raises:
         PTQError: the file cannot be written.
     """
-    page = _templates().get_template(template).render(**values)
+    page = _templates().get_template("report.html.j2").render(**values)
     path = folder / NAME
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

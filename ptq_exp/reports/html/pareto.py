@@ -6,8 +6,7 @@ from functools import partial
 
 import pandas as pd
 
-from ptq_exp.reports.html.picture import drawn
-from ptq_exp.reports.html.section import Section
+from ptq_exp.reports.html.section import Section, drawn
 from ptq_exp.reports.pareto import front_figure
 from ptq_exp.reports.tables.columns import OF_REFERENCE, VALUES
 from ptq_exp.reports.tables.request import ResultTable

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image as Picture
 
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation.scores import SCORES
@@ -14,12 +18,11 @@ from ptq_exp.reports.html.allocation import allocation_section
 from ptq_exp.reports.html.analysis import activation_section, sensitivity_section
 from ptq_exp.reports.html.cost import cost_section
 from ptq_exp.reports.html.execution import execution_section
-from ptq_exp.reports.html.page import file_uri, write_page
-from ptq_exp.reports.html.picture import drawn
-from ptq_exp.reports.html.section import Image, Section
+from ptq_exp.reports.html.page import data_uri, file_uri, write_page
+from ptq_exp.reports.html.section import Image, Section, drawn
 from ptq_exp.reports.html.table import Table, number, text
-from ptq_exp.reports.html.worst import worst_section
 from ptq_exp.results.environment import run_command
+from ptq_exp.results.worst_pairs import WorstPair, worst_pairs
 from ptq_exp.storage.plain_json import read_json
 
 
@@ -34,7 +37,7 @@ def write_run_report(folder: Path) -> Path:
     if not isinstance(results, Mapping) or results.get("status") != "finished":
         raise DataError(f"{folder / 'results.json'} is not of a finished run, which alone has a report: run it again")
     found = [
-        _summary(results), _images(results, folder), worst_section(results, folder), _eps_error(results),
+        _summary(results), _images(results, folder), _worst(results, folder), _eps_error(results),
         _noise(folder), activation_section(folder), sensitivity_section(folder), _schedule(results),
         allocation_section(results), execution_section(results, folder), cost_section(folder),
         _reproduce(results, folder),
@@ -42,7 +45,7 @@ def write_run_report(folder: Path) -> Path:
     config = results["config"]
     sampler = config["sampler"]
     return write_page(
-        folder, "report.html.j2", title=str(results["name"]), tiles=_tiles(results),
+        folder, title=str(results["name"]), tiles=_tiles(results),
         subtitle=f"{config['model']['name']}, {config['bits']['name'].upper()}, {sampler['solver']} with "
         f"{sampler['steps']} steps, seed {results['seed']}",
         sections=[section for section in found if section is not None],
@@ -94,6 +97,32 @@ def _images(results: Mapping[str, Any], folder: Path) -> Section | None:
     bits = results["config"]["bits"]["name"].upper()
     alt = f"Images of the full-precision model over those of {bits}" if "quantization" in results else "Images"
     return Section("images", "Images", images=[Image(uri, alt, caption=f"{alt}, same seeds.")])
+
+
+def _worst(results: Mapping[str, Any], folder: Path) -> Section | None:
+    """Return the pairs of the lowest PSNR, the worst first; None where the run has not left any."""
+    pairs = worst_pairs(folder)
+    if not pairs:
+        return None
+    bits = results["config"]["bits"]["name"].upper()
+    text = (f"Left full precision, right {bits}, from the same noise: the {len(pairs)} pairs of the lowest PSNR of "
+            f"{results['metric_spec']['n_samples']}, the worst first.")
+    return Section("worst-pairs", "Worst pairs", text=[text], gallery=[_pair(pair, bits) for pair in pairs])
+
+
+def _pair(pair: WorstPair, bits: str) -> Image:
+    from ptq_exp.evaluation.images import side_by_side  # loads torch: other reports do without
+
+    stream = io.BytesIO()
+    Picture.fromarray(side_by_side(pair.fp_image, pair.image)).save(stream, format="PNG")
+    drawn_from = f"{pair.drawn_from}, " if pair.drawn_from else ""
+    alt = f"Image {pair.index} in full precision and in {bits}"
+    return Image(data_uri(stream.getvalue(), ".png"), alt,
+                 caption=f"{drawn_from}image {pair.index}: PSNR {_decibels(pair.psnr)}")
+
+
+def _decibels(psnr: float) -> str:
+    return f"{psnr:.1f} dB" if np.isfinite(psnr) else "infinite"
 
 
 def _eps_error(results: Mapping[str, Any]) -> Section | None:

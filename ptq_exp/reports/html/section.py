@@ -1,11 +1,29 @@
-"""`Section`: one part of a report, as `templates/report.html.j2` shows it."""
+"""`Section`: one part of a report, as `templates/report.html.j2` shows it, and the pictures in it."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ptq_exp.reports.html.picture import Picture
+import matplotlib
+from matplotlib.figure import Figure
+
+from ptq_exp.reports.html.page import data_uri
 from ptq_exp.reports.html.table import Table
+
+WIDE, NARROW = 9.0, 3.7
+"""Inches; the narrow one is for windows below 640 pixels."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Addresses of one figure in two widths, for narrow and for wide windows, and what it shows in words."""
+
+    narrow: str
+    wide: str
+    alt: str
+    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,3 +50,17 @@ class Section:
     folded_tables: list[tuple[str, Table]] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
     folded_code: list[tuple[str, str]] = field(default_factory=list)
+
+
+def drawn(draw: Callable[[float], Figure], alt: str, caption: str = "") -> Picture:
+    """Return the figure that `draw` makes of a width in inches, as a `Picture`."""
+    narrow, wide = (_svg(draw(width)) for width in (NARROW, WIDE))
+    return Picture(narrow, wide, alt, caption)
+
+
+def _svg(figure: Figure) -> str:
+    """Return the figure as a data URI; the same figure gives the same text."""
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "ptq-exp"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return data_uri(stream.getvalue(), ".svg")

@@ -38,7 +38,7 @@ def write_sweep_report(folder: Path) -> Path:
     found = [table and pareto_section(table, runs), table and _compared(table), _runs(runs, folder), _failures(runs),
              _reproduce(runs, folder)]
     return write_page(
-        folder, "report.html.j2", title=f"Sweep {folder.resolve().name}", subtitle=subtitle, tiles=[],
+        folder, title=f"Sweep {folder.resolve().name}", subtitle=subtitle, tiles=[],
         sections=[section for section in found if section is not None],
     )
 

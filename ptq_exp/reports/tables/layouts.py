@@ -12,8 +12,7 @@ import yaml
 
 from ptq_exp.errors import ConfigError, nearest, one_line
 from ptq_exp.reports.tables.columns import VALUES
-from ptq_exp.reports.tables.published import Published, PublishedRow, idle_key
-from ptq_exp.reports.tables.request import BY_RUN, Request, RowLabel
+from ptq_exp.reports.tables.request import BY_RUN, Published, PublishedRow, Request, RowLabel, idle_key
 
 _KEYS = {
     "title": str, "rows": list, "cols": list, "values": list, "agg": list, "where": dict, "delta": bool,

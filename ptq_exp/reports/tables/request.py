@@ -1,4 +1,4 @@
-"""What a table shows, and the table itself before it is written down."""
+"""What a table shows, figures that others have published beside ours, and the table before it is written down."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from ptq_exp.reports.tables.columns import IDLE_GROUPS
 from ptq_exp.reports.tables.labels import label
-from ptq_exp.reports.tables.published import Published
 
 REFERENCE = "FP32"
 """What a row of the full-precision model is called."""
@@ -32,13 +32,51 @@ class RowLabel:
 
 
 @dataclass(frozen=True)
+class PublishedRow:
+    """The figures of one row: its settings by key, whether it is the full-precision model, and {value name: number}."""
+
+    settings: Mapping[str, Any]
+    fp32: bool
+    figures: Mapping[str, float]
+
+    def key(self, rows: Sequence[str]) -> tuple[Any, ...]:
+        """Its choices for the keys `rows`; what has no effect in full precision is missing there."""
+        return tuple(None if self.fp32 and idle_key(key) else self.settings[key] for key in rows)
+
+
+@dataclass(frozen=True)
+class Published:
+    """The figures of one source: a short heading, where exactly they stand, and its rows."""
+
+    heading: str
+    source: str
+    rows: Sequence[PublishedRow]
+
+    def values(self) -> list[str]:
+        """Return the values that there are figures of, in order of appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.figures))
+
+
+def published_keys(published: Sequence[Published], key: str) -> list[Any]:
+    """Return the choices of `key` in order of appearance; none where they are numbers, which stand by size."""
+    rows = [row for entry in published for row in entry.rows]
+    choices = list(dict.fromkeys(row.settings[key] for row in rows if key in row.settings))
+    return choices if all(isinstance(choice, str) for choice in choices) else []
+
+
+def idle_key(key: str) -> bool:
+    """Whether the configuration key has no effect on the full-precision model."""
+    return key == "name" or key.split(".", maxsplit=1)[0] in IDLE_GROUPS
+
+
+@dataclass(frozen=True)
 class Request:
     """What a table shows; the names are those of the command line and of `conf/table/`.
 
     Attributes:
         where: key -> values that are let through.
-        best_within: None marks the best among rows that have the same full-precision model, sampler and scores, () the
-            best of all that are scored alike.
+        best_of_all: mark the best of all rows that are scored alike, not of those alone that have the same
+            full-precision model and sampler, too.
         apart: give runs that differ in other settings rows of their own, with these settings as columns, instead of
             refusing to average them.
         sort: a value by which rows are sorted, best first after full precision; `BY_RUN`; "" = by their choices.
@@ -53,7 +91,7 @@ class Request:
     where: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     delta: bool = False
     fp32: bool = True
-    best_within: Sequence[str] | None = None
+    best_of_all: bool = False
     published: Sequence[Published] = ()
     title: str = ""
     apart: bool = False

@@ -27,8 +27,7 @@ from ptq_exp.reports.tables.columns import (
 from ptq_exp.reports.tables.identity import plain, telling_apart
 from ptq_exp.reports.tables.labels import condition, label, letter, natural, word
 from ptq_exp.reports.tables.notes import INTERVALS, fate_of, members_of, scored
-from ptq_exp.reports.tables.published import PublishedRow, published_keys
-from ptq_exp.reports.tables.request import BY_RUN, REFERENCE, Request, ResultTable
+from ptq_exp.reports.tables.request import BY_RUN, REFERENCE, PublishedRow, Request, ResultTable, published_keys
 
 _ARROWS = {-1: " ↓", 0: "", 1: " ↑"}
 
@@ -121,8 +120,7 @@ class _Builder:
         frame = self._texts(rows, specs)
         blocks = [*self.request.blocks, *self.keys[len(self.request.rows):]] if self.request.blocks else []
         members = [(row[0], members_of(cell for cell in self.cells if _row_of(cell) == row)) for row in rows]
-        titles = {name: name for name in frame}
-        table = ResultTable(frame, titles, {}, {}, [], self.request.title, blocks, members)
+        table = ResultTable(frame, {name: name for name in frame}, {}, {}, [], self.request.title, blocks, members)
         counts = [len(numbers) for cell in self.cells for numbers in cell.numbers.values() if len(numbers)]
         usual = max(set(counts), key=lambda n: (counts.count(n), n)) if counts else 0
         numbers = self._measured(table, rows, columns, usual) | self._published(table, rows)
@@ -235,8 +233,8 @@ class _Builder:
         return texts
 
     def _block(self, row: Key) -> Key:
-        if self.request.best_within is not None:
-            return tuple(row[self.keys.index(key)] for key in self.request.best_within)
+        if self.request.best_of_all:
+            return ()
         return tuple(value for column, value in zip(self.rows, row, strict=True) if not is_idle(column))
 
     def _published(self, table: ResultTable, rows: Sequence[RowKey]) -> dict[str, pd.Series]:

@@ -17,16 +17,16 @@ from ptq_exp.reports.tables.result_table import result_table
 from ptq_exp.reports.tables.runs import gather
 
 
-def sweep_table(folder: str | os.PathLike, keys: Sequence[str], *, best: str | None = None) -> str:
+def sweep_table(folder: str | os.PathLike, keys: Sequence[str]) -> str:
     """Return the runs below `folder`, mean ± std over seeds: a row per choice of `keys`, the best row marked.
 
-    It shows the scores of the headline and the bit operations, as far as a run has them.
+    It shows the scores of the headline and the bit operations, as far as a run has them; the first of these that has a
+    better side chooses the marked row.
 
     Args:
         folder: of the sweep; it is searched for results.json.
         keys: what was swept, as on the command line ("bits", "calibration.n_samples", "seed", "+experiment"); seed is
             averaged over, experiments are distinguished by their names.
-        best: the value that chooses the marked row; None: the first one shown that has a better side.
 
     Raises:
         PTQError: there are no results, an unknown key or value, or runs that differ in a setting that is no key.
@@ -36,18 +36,14 @@ def sweep_table(folder: str | os.PathLike, keys: Sequence[str], *, best: str | N
     names = [key.lstrip("+~").partition("@")[0] for key in keys]
     names = ["name" if name == "experiment" else name for name in names]
     rows = [name for name in dict.fromkeys(names) if name != "seed"] or ["name"]
-    table = result_table(runs, Request(rows=rows, values=values, best_within=()))
-    return render(_marked(table, best or _judge(values, runs)))
+    table = result_table(runs, Request(rows=rows, values=values, best_of_all=True))
+    return render(_marked(table, next((name for name in values if value_of(name, runs).better), None)))
 
 
 def _present(runs: pd.DataFrame) -> list[str]:
     names = [*HEADLINE_VALUES, "bops_ratio"]
     there = [VALUES[name].column in runs and runs[VALUES[name].column].notna().any() for name in names]
     return list(compress(names, there)) or ["fid"]
-
-
-def _judge(values: Sequence[str], runs: pd.DataFrame) -> str | None:
-    return next((name for name in values if value_of(name, runs).better), None)
 
 
 def _marked(table: ResultTable, best: str | None) -> ResultTable:

@@ -7,9 +7,8 @@ import pytest
 from markdown_text import squeezed
 
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.reports.tables.published import Published, PublishedRow
 from ptq_exp.reports.tables.render import plain_frame, render
-from ptq_exp.reports.tables.request import BY_RUN, Request, RowLabel
+from ptq_exp.reports.tables.request import BY_RUN, Published, PublishedRow, Request, RowLabel
 from ptq_exp.reports.tables.result_table import result_table
 from ptq_exp.reports.tables.runs import gather
 
@@ -84,7 +83,7 @@ def test_the_best_is_sought_among_runs_with_the_same_full_precision_model(tmp_pa
             write_run(tmp_path / f"{model}{calibration}", "w8a8", calibration, metrics={"fid": fid}, config=settings)
     rows = ["model", "calibration"]
     assert table_of(tmp_path, rows).frame["fid.best"].tolist() == [True, False, True, False]
-    assert table_of(tmp_path, rows, best_within=()).frame["fid.best"].tolist() == [False, False, True, False]
+    assert table_of(tmp_path, rows, best_of_all=True).frame["fid.best"].tolist() == [False, False, True, False]
 
 
 def test_different_metric_specs_are_never_averaged(tmp_path, write_run):
