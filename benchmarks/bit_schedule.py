@@ -10,11 +10,11 @@ other load on the machine hits both alike.
 from __future__ import annotations
 
 import argparse
-import statistics
 import warnings
+from itertools import cycle
 
 import torch
-from sampling import milliseconds, quantized_copy
+from sampling import compare, quantized_copy
 
 from ptq_exp import load_model
 from ptq_exp.correction import Scheduled
@@ -33,14 +33,9 @@ def bench(name: str, batch: int, repeats: int) -> None:
     steps = [Call(x, grid.network_time(step, batch), conditions) for step in range(len(grid))]
     single = quantized_copy(model, steps[0], "cpu")
     scheduled = Scheduled(quantized_copy(model, steps[0], "cpu", (4, 8)), torch.arange(len(grid)) % 2, grid)
-    for denoiser in (single, scheduled):
-        steps[0].evaluate(denoiser)
-    turns = []
-    for repeat in range(repeats):
-        step = steps[repeat % len(steps)]
-        turns.append((milliseconds(single, step, "cpu"), milliseconds(scheduled, step, "cpu")))
-    one, two = (statistics.median(side) for side in zip(*turns, strict=True))
-    ratio = statistics.median(b / a for a, b in turns)
+    calls = {"single": (single, cycle(steps)), "scheduled": (scheduled, cycle(steps))}
+    ways = {name: lambda way=way, of=of: next(of).evaluate(way) for name, (way, of) in calls.items()}
+    one, two, ratio = compare(ways, repeats)
     print(f"{name:<22} {batch:>5} {one:>10.2f} {two:>14.2f} {ratio:>7.3f}", flush=True)
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers.models.attention import Attention, BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from sampling import compare
 from torch import nn
 
 from ptq_exp.quantization import (
@@ -94,14 +94,10 @@ def forward_backward(network: nn.Module, inputs: tuple) -> Callable[[], None]:
     return once
 
 
-def milliseconds(function: Callable[[], object], n: int, device: str) -> float:
-    """Mean wall time of `n` calls."""
-    started = time.perf_counter()
+def repeated(function: Callable[[], object], n: int) -> None:
+    """Call a function `n` times."""
     for _ in range(n):
         function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - started) / n
 
 
 def main() -> None:
@@ -121,14 +117,10 @@ def main() -> None:
         for method in ("weights", "qdrop"):
             found = optimisation(network, inputs, method, args.iterations * (args.turns + 1))
             floor = forward_backward(network, inputs)
-            milliseconds(found.step, 5, args.device), milliseconds(floor, 5, args.device)
-            turns = [
-                (milliseconds(found.step, args.iterations, args.device),
-                 milliseconds(floor, args.iterations, args.device))
-                for _ in range(args.turns)
-            ]
-            ours, plain = (statistics.median(side) for side in zip(*turns, strict=True))
-            ratio = statistics.median(a / b for a, b in turns)
+            ways = {"floor": partial(repeated, floor, args.iterations),
+                    "ours": partial(repeated, found.step, args.iterations)}
+            plain, ours, ratio = compare(ways, args.turns, args.device)
+            plain, ours = plain / args.iterations, ours / args.iterations
             print(f"{title:<34}{method:<10}{ours:>16.2f}{plain:>10.2f}{ratio:>7.2f}", flush=True)
 
 

@@ -28,7 +28,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ptq_exp import load_model
-from ptq_exp.deploy.measure import SIMULATION, TORCH, timed, times_entry
+from ptq_exp.deploy.measure import SIMULATION, TORCH, execution_entry, timed, times_entry
 from ptq_exp.diffusion import Call
 from ptq_exp.quantization import Policy, Rule, Widths, calibrate_, quantize_
 from ptq_exp.reports.runtime import table
@@ -113,11 +113,8 @@ def bench(name: str, args: argparse.Namespace) -> dict[str, Any]:
             mixed = runtime_of(args.engine, {"precision": "bf16"}).compile(simulated, call_of(1))
             ways |= on_engine | {f"{args.engine}_int8_bf16": mixed}
         error = _error(call.evaluate(ways[f"{args.engine}_int8"]), call.evaluate(simulated))
-        rows_of = runtime.account()
         row = {
-            "engine": args.engine, "version": getattr(runtime, "version", torch.__version__), "threads": threads,
-            "int8_share": rows_of.int8_share, "attention_int8_share": rows_of.attention_int8_share,
-            "file_bytes": getattr(runtime, "file_bytes", None), "eps_error": error,
+            **execution_entry(runtime), "eps_error": error,
             "eps_error_fp32": _error(call.evaluate(simulated), call.evaluate(network)),
             **times_entry(timed(ways, call, args.repeats, clock=args.clock), args.engine, batch, 1),
         }

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import resource
-import statistics
-import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from torch import nn
 from ptq_exp import load_model
 from ptq_exp.diffusion import Call, DiffusionModel
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
+from ptq_exp.runtime.timing import interleaved, ratio
 
 
 def quantized_copy(model: DiffusionModel, inputs: Call, device: str, activation: int | Sequence[int] = 8) -> nn.Module:
@@ -35,23 +35,17 @@ def quantized_copy(model: DiffusionModel, inputs: Call, device: str, activation:
     return quantized
 
 
-def milliseconds(denoiser: nn.Module, inputs: Call, device: str) -> float:
-    """Wall time of one evaluation."""
-    started = time.perf_counter()
-    inputs.evaluate(denoiser)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - started)
+def compare(ways: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> tuple[float, float, float]:
+    """Return ms of the first of two ways, of the second, and the second over the first; medians over turns."""
 
+    def waited(way: Callable[[], object]) -> None:
+        way()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-def compare(
-    full: nn.Module, quantized: nn.Module, inputs: Call, repeats: int, device: str
-) -> tuple[float, float, float]:
-    """(ms in full precision, ms fake-quantized, ratio), medians over turns, after one warm-up of each."""
-    milliseconds(full, inputs, device), milliseconds(quantized, inputs, device)
-    turns = [(milliseconds(full, inputs, device), milliseconds(quantized, inputs, device)) for _ in range(repeats)]
-    ms_full, ms_quantized = (statistics.median(side) for side in zip(*turns, strict=True))
-    return ms_full, ms_quantized, statistics.median(b / a for a, b in turns)
+    times = interleaved({name: partial(waited, way) for name, way in ways.items()}, repeats)
+    first, second = ways
+    return times[first].median, times[second].median, ratio(times, second, first)
 
 
 def peak_memory(device: str) -> float:
@@ -79,9 +73,12 @@ def bench(name: str, args: argparse.Namespace) -> None:
         if mode == "compiled":
             model.denoiser.compile()
             quantized.compile()
-        ms_full, ms_quantized, ratio = compare(model.denoiser, quantized, inputs, args.repeats, args.device)
-        print(f"{name:<22} {mode:<9} {args.batch:>5} {halves:>6} {ms_full:>10.1f} {ms_quantized:>10.1f} {ratio:>7.2f} "
-              f"{peak_memory(args.device):>8.2f}", flush=True)
+        ms_full, ms_quantized, relative = compare(
+            {"full": partial(inputs.evaluate, model.denoiser), "quantized": partial(inputs.evaluate, quantized)},
+            args.repeats, args.device,
+        )
+        print(f"{name:<22} {mode:<9} {args.batch:>5} {halves:>6} {ms_full:>10.1f} {ms_quantized:>10.1f} "
+              f"{relative:>7.2f} {peak_memory(args.device):>8.2f}", flush=True)
 
 
 def main() -> None:

@@ -130,7 +130,7 @@ def _row(quantized: QuantizedModel, threads: int, given: dict[str, Any]) -> dict
     torch.set_num_threads(threads)  # engines take as many
     found, call = networks(quantized, mixed=True), call_of(quantized, given["batch"])
     times = timed(found, call, given["repeats"])
-    row = execution_entry(quantized) | times_entry(
+    row = execution_entry(quantized.runtime) | times_entry(
         times, quantized.runtime.name, given["batch"], len(quantized.grid)
     )
     if given["memory"]:

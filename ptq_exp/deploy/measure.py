@@ -17,7 +17,7 @@ from ptq_exp.diffusion import Call
 from ptq_exp.errors import ConfigError
 from ptq_exp.evaluation.images import mean_psnr
 from ptq_exp.quantization import select_row, step_of
-from ptq_exp.runtime import RUNTIMES
+from ptq_exp.runtime import RUNTIMES, Runtime
 from ptq_exp.runtime.timing import Times, interleaved, ratio
 
 TORCH, SIMULATION = "torch_fp32", "simulation"
@@ -94,9 +94,9 @@ def times_entry(times: Mapping[str, Times], engine: str, images: int, steps: int
     }
 
 
-def execution_entry(quantized: QuantizedModel) -> dict[str, Any]:
+def execution_entry(runtime: Runtime) -> dict[str, Any]:
     """Say what executes a model, and what of it as integers, for results.json."""
-    runtime, rows = quantized.runtime, quantized.runtime.account()
+    rows = runtime.account()
     optional = {"file_bytes": getattr(runtime, "file_bytes", None), "saturation": getattr(runtime, "saturation", None)}
     return {
         "engine": runtime.name, "version": getattr(runtime, "version", torch.__version__),

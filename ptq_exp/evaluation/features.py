@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
+from scipy.special import softmax
 
 from ptq_exp.errors import DataError
 from ptq_exp.evaluation.image_source import ImageSource
@@ -62,7 +63,7 @@ def extract_features(
             pooled, maps, logits = extractor(images[start : start + batch_size])
         _require_finite(extractor, name, start, pooled, maps, logits)
         spatial = np.ascontiguousarray(maps[:, :SPATIAL_CHANNELS]).reshape(len(maps), -1)  # the rest may go
-        batches.append((pooled, spatial, _softmax(logits)))
+        batches.append((pooled, spatial, softmax(logits.astype(np.float64), axis=1)))
         if progress is not None:
             progress(len(pooled))
     arrays = (np.concatenate(parts) for parts in zip(*batches, strict=True))
@@ -88,8 +89,3 @@ def _require_finite(extractor: FeatureExtractor, name: str, start: int, *found: 
                 f"evaluation.extractor={shown}: gives NaN or infinity in "
                 f"the {what} of image {start + int(bad.argmax())} of {name or 'the images'}; check its weights"
             )
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)

@@ -151,7 +151,7 @@ def covariance_factor(sigma: Array, name: str) -> np.ndarray:
     sigma = _as_covariance(sigma, name)
     try:
         return np.linalg.cholesky(sigma).T
-    except np.linalg.LinAlgError:
+    except np.linalg.LinAlgError:  # singular, which it may be
         return _pivoted_cholesky(sigma, name)
 
 
@@ -178,10 +178,7 @@ def require_covariance(sigma: Array, name: str) -> None:
         raise DataError(f"{name} has a negative variance, so it is no covariance matrix")
     if not sigma.any():
         raise DataError(f"{name} is 0 everywhere, so it is the covariance of no set of images")
-    try:
-        np.linalg.cholesky(sigma)
-    except np.linalg.LinAlgError:  # singular, which it may be
-        _pivoted_cholesky(sigma, name)
+    covariance_factor(sigma, name)
 
 
 def combined_distance(mean_difference: np.ndarray, trace1: float, trace2: float, cross: float) -> float:

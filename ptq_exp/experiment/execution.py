@@ -86,7 +86,7 @@ def measure_execution(
                 name: peak_bytes(network, tuple(call)) for name, network in found.items()
                 if isinstance(network, CompiledNetwork)
             }
-    entry |= execution_entry(engine)
+    entry |= execution_entry(engine.runtime)
     rows = [asdict(row) for row in engine.runtime.account()]
     return Made(entry, Record({"runtime": entry}, files={FILE: partial(_write_rows, rows)}))
 
