@@ -75,7 +75,7 @@ class Export:
             return self._written(artifact, quantized, folder)
 
     def _written(self, artifact: Artifact, quantized: QuantizedModel, folder: Path) -> dict[str, Any]:
-        rows = rows_of_steps(quantized)
+        rows = None if quantized.rows is None else quantized.rows.tolist()
         if rows is not None:
             select_row(quantized.network, rows[0])
         example, any_batch = quantized.model.example_inputs(), self.batch == DYNAMIC
@@ -109,15 +109,6 @@ class Export:
             "int8_share": made.layers.int8_share, "executed_by": made.engine,
             "layers": [asdict(layer) for layer in made.layers],
         }
-
-
-def rows_of_steps(quantized: QuantizedModel) -> list[int] | None:
-    """Row of the activation ranges in each sampling step; None where there is one row."""
-    if quantized.time_bins is not None:
-        return quantized.time_bins.tolist()
-    if quantized.schedule is None or len(quantized.widths) < 2:
-        return None
-    return quantized.schedule.rows(list(quantized.widths)).tolist()
 
 
 def _first_step(quantized: QuantizedModel, n: int) -> Call:

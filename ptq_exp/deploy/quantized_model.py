@@ -76,11 +76,14 @@ class QuantizedModel:
     @cached_property
     def uncorrected(self) -> nn.Module:
         """The same without the correction of the noise."""
+        return self._guided(self.rows)
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Row of the activation ranges in each step, int64 [S]; None where there is one row."""
         if self.time_bins is not None:
-            return self._guided(self.time_bins)
-        if self.schedule is None or len(self.widths) < 2:
-            return self._guided(None)
-        return self._guided(self.schedule.rows(list(self.widths)))
+            return self.time_bins
+        return None if self.schedule is None or len(self.widths) < 2 else self.schedule.rows(list(self.widths))
 
     def at_row(self, row: int) -> nn.Module:
         """Return the guided denoiser with one row of the activation ranges in all steps."""

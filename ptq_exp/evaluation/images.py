@@ -37,7 +37,7 @@ def from_uint8(images: np.ndarray) -> torch.Tensor:
     Raises:
         DataError: not uint8 or not [N, H, W, 1 or 3].
     """
-    images = _as_images(images, "images")
+    images = as_images(images, "images")
     return torch.tensor(images).permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1).contiguous()
 
 
@@ -53,7 +53,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Raises:
         DataError: not uint8 [N, H, W, 1 or 3], or different shapes.
     """
-    a, b = _as_images(a, "a"), _as_images(b, "b")
+    a, b = as_images(a, "a"), as_images(b, "b")
     if a.shape != b.shape:
         raise DataError(f"psnr compares image by image: shapes {a.shape} and {b.shape} differ")
     squared = (a.astype(np.float64) - b) ** 2
@@ -106,7 +106,7 @@ def image_grid(
     Raises:
         DataError: as `psnr`, or no images, or columns < 1.
     """
-    fp_images, q_images = _as_images(fp_images, "fp_images"), _as_images(q_images, "q_images")
+    fp_images, q_images = as_images(fp_images, "fp_images"), as_images(q_images, "q_images")
     if fp_images.shape != q_images.shape or len(fp_images) == 0:
         raise DataError(f"image_grid needs N >= 1 pairs, found shapes {fp_images.shape} and {q_images.shape}")
     if columns < 1:
@@ -130,7 +130,7 @@ def side_by_side(fp_image: np.ndarray, q_image: np.ndarray, *, tile: int = 96, p
     Raises:
         DataError: as `psnr`.
     """
-    pair = _as_images(np.stack([fp_image, q_image]), "the pair")
+    pair = as_images(np.stack([fp_image, q_image]), "the pair")
     row = _row(pair, 2, max(1, -(-tile // max(pair.shape[1:3]))), padding)
     return np.concatenate([np.full((padding, row.shape[1], 3), _WHITE, np.uint8), row])
 
@@ -146,7 +146,8 @@ def _row(images: np.ndarray, columns: int, factor: int, padding: int) -> np.ndar
     return row
 
 
-def _as_images(images: np.ndarray, name: str) -> np.ndarray:
+def as_images(images: np.ndarray, name: str) -> np.ndarray:
+    """Return uint8 images [N, H, W, 1 or 3]; anything else is a DataError that begins with `name`."""
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise DataError(

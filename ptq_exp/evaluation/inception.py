@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ptq_exp.errors import CheckpointError, ConfigError, DataError
+from ptq_exp.errors import CheckpointError, ConfigError
 from ptq_exp.evaluation.features import in_float32
+from ptq_exp.evaluation.images import as_images
 from ptq_exp.evaluation.statistics import SPATIAL_CHANNELS
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.finite import require_finite
@@ -82,9 +83,7 @@ class InceptionExtractor:
         Raises:
             DataError: not uint8 [N, H, W, 1 or 3].
         """
-        images = np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-            raise DataError(f"expected images uint8 [N, H, W, 1 or 3], found {images.dtype} of shape {images.shape}")
+        images = as_images(images, "images")
         if images.shape[3] == 1:
             images = images.repeat(3, axis=3)
         with in_float32():  # as the published numbers were made

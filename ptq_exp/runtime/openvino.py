@@ -70,10 +70,8 @@ class OpenVINO:
             return CompiledNetwork(probe, threads=self.threads, try_first=False, cache=self.cache)
 
         self.saturation = check_sums(small, "7bit" if self.weights == "7bit" else "as_saved", self.name)
-        groups = self.weights == GROUPS
-        plan = integer_plan(network, regrid=self.regrid, seven_bits=self.weights == "7bit", groups=groups)
-        if groups:
-            plan = probed_groups(plan, small)
+        seven_bits, groups = self.weights == "7bit", self.weights == GROUPS
+        plan = probed_groups(integer_plan(network, regrid=self.regrid, seven_bits=seven_bits, groups=groups), small)
         plain = deployable(network, plan)
         made = CompiledNetwork(
             plain, precision=self.precision, threads=self.threads, rows=plain.rows, cache=self.cache

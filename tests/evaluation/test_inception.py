@@ -119,7 +119,7 @@ def test_grey_is_repeated_to_three_channels(adm, images):
 
 @pytest.mark.parametrize(("shape", "dtype"), [((1, 8, 8, 2), np.uint8), ((1, 8, 8, 3), np.float32), ((8, 8), np.uint8)])
 def test_other_arrays_are_data_errors(adm, shape, dtype):
-    with pytest.raises(DataError, match="expected images uint8"):
+    with pytest.raises(DataError, match="images must be uint8"):
         adm(np.zeros(shape, dtype))
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import ptq_exp
 from ptq_exp.cli.main import main
-from ptq_exp.deploy.export import Export, rows_of_steps
+from ptq_exp.deploy.export import Export
 from ptq_exp.deploy.export_page import page
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_, select_row
@@ -177,7 +177,7 @@ def test_what_is_said_of_an_export(name, exported, by_engine):
 def test_a_schedule_of_widths_is_a_row_for_each_step(tmp_path):
     zipfile.ZipFile(GOLDEN / "saved_model_1_steps.zip").extractall(tmp_path)
     quantized = ptq_exp.load_quantized(tmp_path / "scheduled", checkpoint=str(tmp_path / "model"))
-    widths = [quantized.widths[row] for row in rows_of_steps(quantized)]
+    widths = [quantized.widths[row] for row in quantized.rows]
     assert widths == list(quantized.schedule.activation) and len(set(widths)) == 2
 
 
