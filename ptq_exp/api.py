@@ -173,7 +173,11 @@ def sample(
     how = {"batch_size": batch_size, "device": device, "progress": progress}
     if isinstance(model, QuantizedModel):
         given = {"steps": steps, "spacing": spacing, "eta": eta, "guidance_scale": guidance_scale, "denoiser": denoiser}
-        _refuse([name for name, value in given.items() if value is not None])
+        if refused := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(
+                f"{refused[0]}: a saved quantized model is sampled as it was made; for other settings, without its "
+                "schedule and correction, call sample(quantized.model, n, denoiser=quantized.network, ...)"
+            )
         return model.sample(n, seed, **how)
     grid = model.time_grid(steps, spacing, eta=eta)
     scale = model.sampler.guidance_scale if guidance_scale is None else guidance_scale
@@ -183,11 +187,3 @@ def sample(
         if denoiser is None:
             check_network(model, grid, seed, device)  # says more, where the network alone is the reason
         raise
-
-
-def _refuse(given: list[str]) -> None:
-    if given:
-        raise ConfigError(
-            f"{given[0]}: a saved quantized model is sampled as it was made; for other settings, without its schedule "
-            "and correction, call sample(quantized.model, n, denoiser=quantized.network, ...)"
-        )

@@ -57,7 +57,8 @@ _SETTINGS = {
 def page(about: Mapping[str, Any]) -> str:
     """Write the text of the page, from the content of export.json."""
     name, source, sampler = about["format"], about["source"], about["sampler"]
-    program = _PROGRAMS[name].format(file=about["file"], settings=_literal(about["settings"]))
+    settings = ", ".join(f'"{key}": "{value}"' for key, value in about["settings"].items())
+    program = _PROGRAMS[name].format(file=about["file"], settings=f"{{{settings}}}")
     beside = []
     if sampler["guidance_scale"] != 1:
         beside.append(f"guidance of scale {sampler['guidance_scale']:g}")
@@ -78,10 +79,6 @@ def page(about: Mapping[str, Any]) -> str:
 
 def _ports(ports: list[dict[str, Any]]) -> str:
     return ", ".join(f"`{port['name']}` {port['type']} [{', '.join(map(str, port['shape']))}]" for port in ports)
-
-
-def _literal(settings: Mapping[str, Any]) -> str:
-    return "{" + ", ".join(f'"{key}": "{value}"' for key, value in settings.items()) + "}"
 
 
 def _probe(probe: Mapping[str, Any] | None) -> str:

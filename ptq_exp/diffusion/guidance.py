@@ -40,12 +40,7 @@ def both_halves(call: Call, unconditional: Mapping[str, float | Tensor]) -> Call
     Conditions without an entry in `unconditional` are the same in both halves.
     """
     conditions = {
-        name: torch.cat([_without(value, unconditional.get(name, value)), value])
+        name: torch.cat([torch.as_tensor(unconditional.get(name, value)).to(value).expand_as(value), value])
         for name, value in call.conditions.items()
     }
     return Call(torch.cat([call.x, call.x]), torch.cat([call.t, call.t]), conditions)
-
-
-def _without(value: Tensor, unconditional: float | Tensor) -> Tensor:
-    """Return what the N samples of a condition, `value` [N, ...], have without it."""
-    return torch.as_tensor(unconditional).to(value).expand_as(value)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -51,7 +50,8 @@ def change_intervals(
     if not resamples or not (changes or between):
         return {}
     found: dict[str, list[float]] = {name: [] for name in (*changes, *between)}
-    with _threads(max(generated.sizes)):
+    # one thread for the linear algebra of small matrices: several would wait for each other most of the time
+    with threadpool_limits(1, "blas") if max(generated.sizes) < _MANY_FEATURES else nullcontext():
         of_both = {name: [_of_rows(SCORES[name].change_of, side, reference) for side in (generated, full_precision)]
                    for name in changes}
         for rows in resampled_rows(len(generated), resamples, prompts=prompts):
@@ -77,11 +77,6 @@ def _around(estimate: float, resampled: np.ndarray, least: float | None) -> Inte
     """Return percentiles of the resampled values, moved so that their mean is the estimate."""
     low, high = percentiles(resampled - resampled.mean() + estimate)
     return (low, high) if least is None else (max(low, least), max(high, least))
-
-
-def _threads(size: int) -> AbstractContextManager[Any]:
-    """Let one thread do the linear algebra of small matrices: several would wait for each other most of the time."""
-    return threadpool_limits(1, "blas") if size < _MANY_FEATURES else nullcontext()
 
 
 def _of_rows(name: str, features: FeatureStatistics, reference: Reference | None) -> OfRows:

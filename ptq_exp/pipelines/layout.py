@@ -124,7 +124,8 @@ class CallLayout:
         flat: dict[str, Any] = {self.state: x.to(self.state_dtype)}
         if self.time is not None:
             flat[self.time] = t if self.time_dtype is None else t.to(self.time_dtype)
-        flat |= {name: _on(value, x.device) for name, value in self.constants.items()}
+        flat |= {name: value.to(x.device) if isinstance(value, Tensor) else value
+                 for name, value in self.constants.items()}
         flat |= {name: conditions[name].to(dtype) for name, dtype in self.conditions.items()}
         return nested(flat, self.nested)
 
@@ -166,7 +167,3 @@ def _same(value: Any, expected: Any) -> bool:
         return type(value) is type(expected) and bool(value == expected)
     except (RuntimeError, ValueError):  # arrays, of which no single answer can be given
         return False
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

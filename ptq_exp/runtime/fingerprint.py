@@ -18,6 +18,7 @@ from ptq_exp.storage.atomic import file_digest
 
 _WITHOUT_MEANING = ("_use_default_values",)
 """Attributes that differ between processes: diffusers lists which settings were not given, in the order of a set."""
+_digest_of = cache(file_digest)
 _PACKAGES = ("torch", "diffusers", "transformers")
 
 
@@ -84,8 +85,3 @@ def _code(network: nn.Module) -> Iterator[str]:
             yield f"{name}:{version(name)}\n"
         except PackageNotFoundError:
             continue
-
-
-@cache
-def _digest_of(path: str) -> str:
-    return file_digest(Path(path))

@@ -15,6 +15,8 @@ SCHEDULE_BUFFERS = (
 UNUSED = (*SCHEDULE_BUFFERS, "loss.*", "first_stage_model.loss.*")
 """Patterns of what a file may hold without being part of the network: recomputed schedules, training losses."""
 EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
+_CODEBOOK = ("quantize.embedding.weight", "quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight",
+             "post_quant_conv.bias")
 _LAYERS, _CHANNELS_PER_HEAD, _FIRST_STAGE_LEVELS = 2, 32, 3
 
 
@@ -30,17 +32,13 @@ def unconditional_unet(key: str, tensor: Tensor) -> dict[str, Tensor]:
 
 def vq_first_stage(key: str, tensor: Tensor) -> dict[str, Tensor]:
     """Return the VQ autoencoder with f = 4: three levels, one codebook."""
-    if key in ("quantize.embedding.weight", *_around_the_codebook()):
+    if key in _CODEBOOK:
         return {key: tensor}
     side, _, inner = key.partition(".")
     if side not in ("encoder", "decoder"):
         return {}
     return {f"{side}.{name}": value for name, value in
             ermongroup.unet(inner, tensor, levels=_FIRST_STAGE_LEVELS).items()}
-
-
-def _around_the_codebook() -> list[str]:
-    return [f"{module}.{leaf}" for module in ("quant_conv", "post_quant_conv") for leaf in ("weight", "bias")]
 
 
 def class_embedding(key: str, tensor: Tensor) -> dict[str, Tensor]:

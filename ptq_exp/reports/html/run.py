@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image as Picture
 
 from ptq_exp.errors import DataError
@@ -117,12 +117,9 @@ def _pair(pair: WorstPair, bits: str) -> Image:
     Picture.fromarray(side_by_side(pair.fp_image, pair.image)).save(stream, format="PNG")
     drawn_from = f"{pair.drawn_from}, " if pair.drawn_from else ""
     alt = f"Image {pair.index} in full precision and in {bits}"
-    return Image(data_uri(stream.getvalue(), ".png"), alt,
-                 caption=f"{drawn_from}image {pair.index}: PSNR {_decibels(pair.psnr)}")
-
-
-def _decibels(psnr: float) -> str:
-    return f"{psnr:.1f} dB" if np.isfinite(psnr) else "infinite"
+    psnr = f"{pair.psnr:.1f} dB" if math.isfinite(pair.psnr) else "infinite"
+    caption = f"{drawn_from}image {pair.index}: PSNR {psnr}"
+    return Image(data_uri(stream.getvalue(), ".png"), alt, caption=caption)
 
 
 def _eps_error(results: Mapping[str, Any]) -> Section | None:

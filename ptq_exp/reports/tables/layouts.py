@@ -69,18 +69,16 @@ def read_layout(path: str | os.PathLike) -> Layout:
     values = {key: _checked(path, key, value) for key, value in content.items()}
     if lacking := [key for key in _REQUIRED if not values.get(key)]:
         raise ConfigError(f"{path}: {lacking[0]} is missing")
-    where = {key: one if isinstance(one, list) else [one] for key, one in values.get("where", {}).items()}
-    published = [_published(path, entry, values["rows"]) for entry in values.get("published", [])]
-    request = Request(
-        rows=values["rows"], cols=values.get("cols", []), values=values["values"], agg=values.get("agg", ["seed"]),
-        where=where, delta=values.get("delta", False), published=published, title=values["title"],
-        apart=values.get("apart", False), sort=_sort(path, values.get("sort", "")),
-        labels=[_label(path, entry, values["rows"]) for entry in values.get("labels", [])],
-        blocks=values.get("blocks", []),
-    )
+    command, rows = values.pop("command"), values["rows"]
+    request = Request(**values | {
+        "where": {key: one if isinstance(one, list) else [one] for key, one in values.get("where", {}).items()},
+        "published": [_published(path, entry, rows) for entry in values.get("published", [])],
+        "labels": [_label(path, entry, rows) for entry in values.get("labels", [])],
+        "sort": _sort(path, values.get("sort", "")),
+    })
     if unknown := [key for key in request.blocks if key not in request.rows]:
         raise ConfigError(f"{path}: blocks: {unknown[0]} is no key of the rows; {nearest(unknown[0], request.rows)}")
-    return Layout(path.stem, request, tuple(values["command"]))
+    return Layout(path.stem, request, tuple(command))
 
 
 def _checked(path: Path, key: Any, value: Any) -> Any:

@@ -57,7 +57,8 @@ def online_rows(project: str, base_url: str | None = None, api_key: str | None =
 def _online_row(run: Any) -> dict[str, Any]:
     status = {"finished": "finished", "running": "running", "pending": "running"}.get(run.state, "failed")
     error = {"error": run.state} if status == "failed" else {}
-    row = {"run": f"{run.name} ({run.id})", "modified": _seconds(run.created_at), "status": status} | error
+    made = datetime.fromisoformat(run.created_at.replace("Z", "+00:00")).timestamp() if run.created_at else 0.0
+    row = {"run": f"{run.name} ({run.id})", "modified": made, "status": status} | error
     return row | recorded(run.config, run.summary_metrics)
 
 
@@ -93,7 +94,3 @@ def _scratch_folder() -> Iterator[None]:
                 del os.environ["WANDB_DIR"]
             else:
                 os.environ["WANDB_DIR"] = before
-
-
-def _seconds(time: str | None) -> float:
-    return datetime.fromisoformat(time.replace("Z", "+00:00")).timestamp() if time else 0.0
