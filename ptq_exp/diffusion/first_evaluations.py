@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -57,14 +56,6 @@ def wider(dtype: torch.dtype) -> str:
 
 def first_not_finite(network: nn.Module, call: Call) -> str:
     """Where, on the way through `network`, the first NaN or infinity is: "in the output of LAYER"."""
-    with _watching(network) as found, torch.no_grad():
-        call.evaluate(network)
-    return found[0] if found else "in the output of the network"
-
-
-@contextmanager
-def _watching(network: nn.Module) -> Iterator[list[str]]:
-    """Return what the layers (modules without modules) of `network` take and give that is not finite, in order."""
     found: list[str] = []
 
     def look(what: str):
@@ -75,12 +66,13 @@ def _watching(network: nn.Module) -> Iterator[list[str]]:
 
         return hook
 
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, torch.no_grad():
         for name, module in network.named_modules():
-            if next(module.children(), None) is None and name:
+            if next(module.children(), None) is None and name:  # a layer: a module without modules
                 for hook in (
                     module.register_forward_pre_hook(look(f"in the input of {name}")),
                     module.register_forward_hook(look(f"in the output of {name}")),
                 ):
                     hooks.callback(hook.remove)
-        yield found
+        call.evaluate(network)
+    return found[0] if found else "in the output of the network"

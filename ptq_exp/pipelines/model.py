@@ -128,11 +128,11 @@ class PipelineModel(DiffusionModel):
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image, found by drawing one with a network that answers zeros."""
-        zeros = component_calling(self.denoiser.component, self.denoiser.layout.call, self._zeros)
-        return tuple(self._images(zeros, [0], 0, EVALUATION, self.pipeline.device).shape[1:])
+        def zeros(call: Call) -> Tensor:
+            return call.x.new_zeros(len(call.x), *self._answer_shape)
 
-    def _zeros(self, call: Call) -> Tensor:
-        return call.x.new_zeros(len(call.x), *self._answer_shape)
+        shell = component_calling(self.denoiser.component, self.denoiser.layout.call, zeros)
+        return tuple(self._images(shell, [0], 0, EVALUATION, self.pipeline.device).shape[1:])
 
     def guided(self, denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module:
         """`denoiser`: guidance is the pipeline's own.

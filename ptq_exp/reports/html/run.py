@@ -20,7 +20,7 @@ from ptq_exp.reports.html.cost import cost_section
 from ptq_exp.reports.html.execution import execution_section
 from ptq_exp.reports.html.page import data_uri, file_uri, write_page
 from ptq_exp.reports.html.section import Image, Section, drawn
-from ptq_exp.reports.html.table import Table, number, text
+from ptq_exp.reports.html.table import Table, listing, number, text
 from ptq_exp.results.environment import run_command
 from ptq_exp.results.worst_pairs import WorstPair, worst_pairs
 from ptq_exp.storage.plain_json import read_json
@@ -162,11 +162,8 @@ def _schedule(results: Mapping[str, Any]) -> Section | None:
 
 def _reproduce(results: Mapping[str, Any], folder: Path) -> Section:
     """Command, environment, seconds and settings; the command of older runs from what Hydra left."""
-    tables = [
-        Table([("", False), ("", False)], [[text(key), text(value)] for key, value in results[part].items()], label,
-              sortable=False, head=False)
-        for part, label in (("environment", "Environment"),) if part in results
-    ]
+    environment = [[text(key), text(value)] for key, value in results.get("environment", {}).items()]
+    tables = [listing(environment, "Environment")] if "environment" in results else []
     seconds = results.get("seconds", {})
     folded = []
     if seconds:

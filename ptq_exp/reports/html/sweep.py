@@ -11,7 +11,7 @@ from ptq_exp.errors import DataError
 from ptq_exp.reports.html.page import NAME, write_page
 from ptq_exp.reports.html.pareto import pareto_section
 from ptq_exp.reports.html.section import Section
-from ptq_exp.reports.html.table import Cell, Table, number, text
+from ptq_exp.reports.html.table import Cell, Table, listing, number, text
 from ptq_exp.reports.tables.columns import HEADLINE_VALUES, VALUES
 from ptq_exp.reports.tables.request import BY_RUN, Request, ResultTable
 from ptq_exp.reports.tables.result_table import result_table
@@ -113,7 +113,7 @@ def _reproduce(runs: pd.DataFrame, folder: Path) -> Section | None:
         rows.append([text(column.removeprefix(prefix)), text(", ".join(known))])
     if command is None and not rows:
         return None
-    tables = [Table([("", False), ("", False)], rows, "Environment", sortable=False, head=False)] if rows else []
+    tables = [listing(rows, "Environment")] if rows else []
     return Section("reproduce", "How to reproduce it", code=[command] if command else [], tables=tables)
 
 

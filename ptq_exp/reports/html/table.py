@@ -39,6 +39,11 @@ class Table:
     order: tuple[int, str] | None = None
 
 
+def listing(rows: list[list[Cell]], label: str) -> Table:
+    """Return a table of names and their values, without a head."""
+    return Table([("", False), ("", False)], rows, label, sortable=False, head=False)
+
+
 def number(value: Any, form: str = "{:.4g}", deviation: Any = None, interval: Sequence[float] | None = None) -> Cell:
     """Return a number, with its standard deviation or interval if there is one; a dash where it is missing or NaN."""
     if is_missing(value):

@@ -74,7 +74,6 @@ def read_layout(path: str | os.PathLike) -> Layout:
         "where": {key: one if isinstance(one, list) else [one] for key, one in values.get("where", {}).items()},
         "published": [_published(path, entry, rows) for entry in values.get("published", [])],
         "labels": [_label(path, entry, rows) for entry in values.get("labels", [])],
-        "sort": _sort(path, values.get("sort", "")),
     })
     if unknown := [key for key in request.blocks if key not in request.rows]:
         raise ConfigError(f"{path}: blocks: {unknown[0]} is no key of the rows; {nearest(unknown[0], request.rows)}")
@@ -91,13 +90,9 @@ def _checked(path: Path, key: Any, value: Any) -> Any:
         raise ConfigError(f"{path}: {key}={value}: expected a {kind.__name__}, found a {type(value).__name__}")
     if kind is list and key not in ("published", "labels") and not all(isinstance(item, str) for item in value):
         raise ConfigError(f"{path}: {key}={value}: expected a list of names")
+    if key == "sort" and value not in ("", BY_RUN, *VALUES):
+        raise ConfigError(f"{path}: sort={value}: no such value; {nearest(value, [BY_RUN, *VALUES])}")
     return value
-
-
-def _sort(path: Path, name: str) -> str:
-    if name not in ("", BY_RUN, *VALUES):
-        raise ConfigError(f"{path}: sort={name}: no such value; {nearest(name, [BY_RUN, *VALUES])}")
-    return name
 
 
 def _label(path: Path, entry: Any, rows: list[str]) -> RowLabel:
