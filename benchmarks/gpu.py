@@ -31,7 +31,7 @@ from runtime import of_zoo
 from torch import Tensor, nn
 
 from ptq_exp.calibration import CalibrationSet
-from ptq_exp.diffusion import Call
+from ptq_exp.diffusion import Call, DiTDenoiser
 from ptq_exp.errors import PTQError
 from ptq_exp.quantization import Policy, Widths, calibrate_, quantize_
 from ptq_exp.reconstruction import Annealing, Reconstruction, Settings, find_blocks
@@ -44,16 +44,17 @@ Made = tuple[nn.Module, Callable[[int], Call], Policy, tuple[str, ...]]
 """A network, a function that makes calls of n samples, its policy, and the patterns of its blocks."""
 
 
-class Estimate(nn.Module):
-    """A network of diffusers called as eps(x, t, **conditions)."""
+class SDXL(nn.Module):
+    """The U-Net of Stable Diffusion XL called as eps(x, t, **conditions)."""
 
-    def __init__(self, network: nn.Module, arguments: Callable[..., dict[str, Any]]) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.arguments = network, arguments
+        self.network = network
 
-    def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, size: Tensor) -> Tensor:
         """Return the estimate for states [N, C, H, W]."""
-        return self.network(x, **self.arguments(t, **conditions), return_dict=False)[0][:, : x.shape[1]]
+        added = {"text_embeds": pooled, "time_ids": size}
+        return self.network(x, t, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
 
 def zoo(name: str) -> Made:
@@ -68,12 +69,12 @@ def dit_xl(_: str) -> Made:
         num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32,
         patch_size=2, num_embeds_ada_norm=1000,
     )
-    made = Estimate(network.eval(), lambda t, y: {"timestep": t, "class_labels": y})
 
     def call(n: int) -> Call:
         return Call(torch.randn(n, 4, 32, 32), torch.full((n,), 500.0), {"y": torch.arange(n)})
 
-    return made, call, Policy(first=("*pos_embed.proj",), last=("*proj_out_2",)), ("*transformer_blocks.*",)
+    policy = Policy(first=("*pos_embed.proj",), last=("*proj_out_2",))
+    return DiTDenoiser(network, 1000).eval(), call, policy, ("*transformer_blocks.*",)
 
 
 def sdxl(_: str) -> Made:
@@ -86,15 +87,11 @@ def sdxl(_: str) -> Made:
         addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
     )
 
-    def arguments(t: Tensor, text: Tensor, pooled: Tensor, size: Tensor) -> dict[str, Any]:
-        added = {"text_embeds": pooled, "time_ids": size}
-        return {"timestep": t, "encoder_hidden_states": text, "added_cond_kwargs": added}
-
     def call(n: int) -> Call:
         text = {"text": torch.randn(n, 77, 2048), "pooled": torch.randn(n, 1280), "size": torch.ones(n, 6) * 1024}
         return Call(torch.randn(n, 4, 128, 128), torch.full((n,), 500.0), text)
 
-    return Estimate(network.eval(), arguments), call, Policy(), ("*resnets.*", "*transformer_blocks.*")
+    return SDXL(network.eval()), call, Policy(), ("*resnets.*", "*transformer_blocks.*")
 
 
 NETWORKS: dict[str, tuple[Callable[[str], Made], int, int]] = {

@@ -29,28 +29,13 @@ from torch import Tensor, nn
 
 from ptq_exp import load_model
 from ptq_exp.deploy.measure import SIMULATION, TORCH, execution_entry, timed, times_entry
-from ptq_exp.diffusion import Call
+from ptq_exp.diffusion import Call, DiTDenoiser
 from ptq_exp.quantization import Policy, Rule, Widths, calibrate_, quantize_
 from ptq_exp.reports.runtime import table
 from ptq_exp.runtime import runtime_of
 from ptq_exp.runtime.memory import peak_bytes
 
 CLASSES = 1000
-
-
-class DiT(nn.Module):
-    """A diffusion transformer of 12 blocks, width 768, on 256 tokens (Peebles and Xie, 2023: DiT-B/2)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.transformer = DiTTransformer2DModel(
-            num_attention_heads=12, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12, sample_size=32,
-            patch_size=2, num_embeds_ada_norm=CLASSES,
-        )
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return the estimate for states [N, 4, 32, 32]."""
-        return self.transformer(x, timestep=t, class_labels=y).sample[:, :4]
 
 
 def of_zoo(name: str) -> tuple[nn.Module, Callable[[int], Call], Policy]:
@@ -65,12 +50,16 @@ def of_zoo(name: str) -> tuple[nn.Module, Callable[[int], Call], Policy]:
 
 
 def dit(_: str) -> tuple[nn.Module, Callable[[int], Call], Policy]:
-    """Return the same of the transformer."""
+    """Return the same of a transformer of 12 blocks, width 768, on 256 tokens (Peebles and Xie, 2023: DiT-B/2)."""
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=12, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12, sample_size=32,
+        patch_size=2, num_embeds_ada_norm=CLASSES,
+    )
 
     def call(n: int) -> Call:
         return Call(torch.randn(n, 4, 32, 32), torch.full((n,), 500.0), {"y": torch.arange(n)})
 
-    return DiT().eval(), call, Policy(first=("*pos_embed.proj",), last=("*proj_out_2",))
+    return DiTDenoiser(transformer, CLASSES).eval(), call, Policy(first=("*pos_embed.proj",), last=("*proj_out_2",))
 
 
 NETWORKS: dict[str, tuple[Callable, int]] = {
