@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +92,19 @@ def _shape(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def _stop(*_: Any, **__: Any) -> NoReturn:
-    """Stand for the decoding of an autoencoder: where a pipeline would begin it, there is nothing more to see."""
-    raise Stopped
+class _Undecoded(nn.Module):
+    """An autoencoder that ends the call where the pipeline would decode: there is nothing to see."""
+
+    def __init__(self, autoencoder: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["autoencoder"] = autoencoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["autoencoder"], name)
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """End the call."""
+        raise Stopped
 
 
 def _call(pipeline: Any, component: str, forward: Callable, arguments: Mapping[str, Any]) -> None:
@@ -109,9 +119,7 @@ def _call(pipeline: Any, component: str, forward: Callable, arguments: Mapping[s
         stack.enter_context(standing_in(pipeline, component, shell))
         for name in _AUTOENCODERS:
             if isinstance(getattr(pipeline, name, None), nn.Module):
-                autoencoder = copy.copy(getattr(pipeline, name))
-                autoencoder.decode = _stop
-                stack.enter_context(standing_in(pipeline, name, autoencoder))
+                stack.enter_context(standing_in(pipeline, name, _Undecoded(getattr(pipeline, name))))
         try:
             pipeline(**arguments)
         except Stopped:
