@@ -13,6 +13,7 @@ from torch import nn
 from ptq_exp.deploy.draw import draw
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import DiffusionModel, check_network
+from ptq_exp.diffusion.zoo.build import DTYPES
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.pipelines import PipelineModel, RecordedModel
 
@@ -127,9 +128,8 @@ def _only(call: Mapping[str, Any], why: str) -> None:
 def _model_overrides(model: DiffusionModel) -> list[str]:
     group = "pipeline" if isinstance(model, (PipelineModel, RecordedModel)) else "diffusers"
     dtype = str(next(model.denoiser.parameters()).dtype).removeprefix("torch.")
-    types = ["float32", "bfloat16", "float16", "float64"]
     return [f"model={group}", f"model.name={model.name}", "logger=none", *(
-        [f"model.dtype={dtype}"] if group == "pipeline" and dtype in types else []
+        [f"model.dtype={dtype}"] if group == "pipeline" and dtype in DTYPES else []
     )]
 
 

@@ -18,6 +18,7 @@ from ptq_exp.errors import CheckpointError, ConfigError
 from ptq_exp.evaluation.features import in_float32
 from ptq_exp.evaluation.images import as_images
 from ptq_exp.evaluation.statistics import SPATIAL_CHANNELS
+from ptq_exp.evaluation.tensors import read_tensors
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.finite import require_finite
 
@@ -132,7 +133,9 @@ def _network(path: Path) -> nn.Module:
     # imported here: it takes two seconds that `import ptq_exp.evaluation` need not
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    state = _read_tensors(path)
+    setting = "evaluation.weights"
+    state = read_tensors(path, setting, f"torch-fidelity's {WEIGHTS_FILE}")
+    require_finite(state, f"{setting}={path}", "download the file again", CheckpointError)
     copy = io.BytesIO()
     torch.save(state, copy)
     copy.seek(0)
@@ -142,27 +145,8 @@ def _network(path: Path) -> nn.Module:
     except RuntimeError as error:  # names all that differs, in one line of a kind
         reason = " ".join(line.strip() for line in str(error).splitlines()[1:])[:200]
         raise CheckpointError(
-            f"evaluation.weights={path}: weights of another network ({reason}); expected {WEIGHTS_FILE}"
+            f"{setting}={path}: weights of another network ({reason}); expected {WEIGHTS_FILE}"
         ) from error
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a PyTorch file, without running code that it may contain."""
-    if not path.is_file():
-        raise CheckpointError(f"evaluation.weights={path}: no such file; expected torch-fidelity's {WEIGHTS_FILE}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler raises nearly anything on a foreign or damaged file
-        raise CheckpointError(
-            f"evaluation.weights={path}: damaged, or no file of plain PyTorch weights; expected {WEIGHTS_FILE}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        found = ", ".join(map(str, list(state)[:3])) if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(
-            f"evaluation.weights={path}: found {found}, not tensors by name; expected {WEIGHTS_FILE}"
-        )
-    require_finite(state, f"evaluation.weights={path}", "download the file again", CheckpointError)
-    return state
 
 
 def _cached_weights() -> Path:

@@ -12,6 +12,7 @@ import torch
 
 from ptq_exp.errors import CheckpointError, ConfigError, DataError, one_line
 from ptq_exp.evaluation.features import in_float32
+from ptq_exp.evaluation.tensors import read_tensors
 from ptq_exp.storage.atomic import file_digest
 
 SETTING = "evaluation.lpips"
@@ -53,7 +54,7 @@ class Perceptual:
             raise CheckpointError(f"{SETTING} is not set: LPIPS needs the weights of its trunk, the file {_FILES}")
         package = _package()
         path = Path(weights)
-        state = _read(path)
+        state = read_tensors(path, SETTING, _FILES)
         trunk = _trunk_of(state, path)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # the network is made of random weights
             warnings.simplefilter("ignore")  # torchvision's words on how the package makes its networks
@@ -121,23 +122,6 @@ def _package() -> Any:
         raise ConfigError(f"{SETTING} needs the package lpips ({one_line(error)}): pip install 'ptq-exp[pairs]'"
                           ) from error
     return package
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    """Read tensors by name, without running code that the file may contain."""
-    if not path.is_file():
-        raise CheckpointError(f"{SETTING}={path}: no such file; expected {_FILES}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an unpickler raises nearly anything on a foreign or damaged file
-        raise CheckpointError(f"{SETTING}={path}: damaged, or no file of plain weights; expected {_FILES}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{SETTING}={path}: holds no tensors by name; expected {_FILES}")
-    return state
 
 
 def _trunk_of(state: dict[str, torch.Tensor], path: Path) -> str:
