@@ -108,9 +108,7 @@ def bench(name: str, args: argparse.Namespace) -> dict[str, Any]:
             **times_entry(timed(ways, call, args.repeats, clock=args.clock), args.engine, batch, 1),
         }
         if args.memory and threads == args.threads[0] and hasattr(runtime, "in_float"):
-            row["peak_bytes"] = {
-                way: peak_bytes(ways[way], tuple(call)) for way in ways if way not in (TORCH, SIMULATION)
-            }
+            row["peak_bytes"] = peak_bytes(ways, call)
         rows.append(row)
         print(f"{name}, {threads} threads: {row['int8_share']:.2%} of conv + linear MACs and "
               f"{row['attention_int8_share'] or 0:.0%} of attention as int8; to the simulation {error:.2%}", flush=True)

@@ -27,7 +27,6 @@ from ptq_exp.experiment.stage import Made, Record
 from ptq_exp.results.sinks import spoils_nothing
 from ptq_exp.runtime.base import takes
 from ptq_exp.runtime.memory import peak_bytes
-from ptq_exp.runtime.openvino import CompiledNetwork
 from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.settings.schema_machine import RuntimeConfig
 from ptq_exp.storage.plain_json import write_json
@@ -82,10 +81,7 @@ def measure_execution(
         entry |= {"batch_size": images, **times_entry(times, settings.engine, images, steps)}
     if settings.measure_memory:
         with spoils_nothing("runtime.peak_bytes", "python -m ptq_exp bench memory=true measures it"):
-            entry["peak_bytes"] = {
-                name: peak_bytes(network, tuple(call)) for name, network in found.items()
-                if isinstance(network, CompiledNetwork)
-            }
+            entry["peak_bytes"] = peak_bytes(found, call)
     entry |= execution_entry(engine.runtime)
     rows = [asdict(row) for row in engine.runtime.account()]
     return Made(entry, Record({"runtime": entry}, files={FILE: partial(_write_rows, rows)}))

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ptq_exp.errors import PTQError
 from ptq_exp.runtime.openvino import CompiledNetwork
@@ -30,7 +32,13 @@ with open("/proc/self/status") as file:
 """
 
 
-def peak_bytes(network: CompiledNetwork, call: tuple[Any, ...]) -> int:
+def peak_bytes(networks: Mapping[str, nn.Module], call: Sequence[Any]) -> dict[str, int]:
+    """Measure memory, by name, of those of the `networks` that OpenVINO executes; see `_peak_bytes`."""
+    compiled = {name: network for name, network in networks.items() if isinstance(network, CompiledNetwork)}
+    return {name: _peak_bytes(network, tuple(call)) for name, network in compiled.items()}
+
+
+def _peak_bytes(network: CompiledNetwork, call: tuple[Any, ...]) -> int:
     """Measure the largest memory of a fresh process that reads, compiles and evaluates the `network`, with numpy alone.
 
     Raises:
