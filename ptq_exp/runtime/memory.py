@@ -33,17 +33,19 @@ with open("/proc/self/status") as file:
 
 
 def peak_bytes(networks: Mapping[str, nn.Module], call: Sequence[Any]) -> dict[str, int]:
-    """Measure memory, by name, of those of the `networks` that OpenVINO executes; see `_peak_bytes`."""
+    """Measure the largest memory of fresh processes that read, compile and evaluate a network, with numpy alone.
+
+    Args:
+        networks: by name; those that OpenVINO does not execute are left out.
+
+    Raises:
+        PTQError: a process does not end well, or the system does not say (it needs /proc of Linux).
+    """
     compiled = {name: network for name, network in networks.items() if isinstance(network, CompiledNetwork)}
     return {name: _peak_bytes(network, tuple(call)) for name, network in compiled.items()}
 
 
 def _peak_bytes(network: CompiledNetwork, call: tuple[Any, ...]) -> int:
-    """Measure the largest memory of a fresh process that reads, compiles and evaluates the `network`, with numpy alone.
-
-    Raises:
-        PTQError: the process does not end well, or the system does not say (it needs /proc of Linux).
-    """
     path, flat = network.files(call)
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.npz"
