@@ -110,7 +110,7 @@ class _Enough(Exception):
 
 
 class Trajectory(nn.Module):
-    """A denoiser that keeps what it is called with and answers at a few evaluations of its first trajectory.
+    """A denoiser that keeps, for `faithfulness`, calls and answers at a few evaluations of its first trajectory.
 
     Args:
         steps: evaluations of one trajectory.
@@ -148,11 +148,6 @@ class Trajectory(nn.Module):
             self.kept.append((Call(x.clone(), t, conditions), eps.clone()))
         self.n += 1
         return eps
-
-
-def first_trajectory(quantized: QuantizedModel, seconds: float) -> Trajectory:
-    """Return the denoiser of a model as one that keeps what `faithfulness` needs of its first trajectory."""
-    return Trajectory(quantized.denoiser, len(quantized.grid), seconds)
 
 
 @torch.no_grad()

@@ -11,16 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ptq_exp.deploy.measure import (
-    Trajectory,
-    call_of,
-    execution_entry,
-    faithfulness,
-    first_trajectory,
-    networks,
-    timed,
-    times_entry,
-)
+from ptq_exp.deploy.measure import Trajectory, call_of, execution_entry, faithfulness, networks, timed, times_entry
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Made, Record
@@ -52,7 +43,7 @@ def watched_denoiser(quantized: QuantizedModel, config: ExperimentConfig) -> Tra
     settings = config.runtime
     if settings.compare is None or not settings.measure:
         return None
-    return first_trajectory(quantized, settings.measure_seconds)
+    return Trajectory(quantized.denoiser, len(quantized.grid), settings.measure_seconds)
 
 
 def measure_execution(

@@ -65,7 +65,7 @@ def test_images_that_were_drawn_before_give_the_same_numbers(monkeypatch):
     simulated, other = (ptq_exp.quantize(model, bits, **how) for bits in ("w8a8", "w4a8"))
     monkeypatch.setattr(type(other), "on", lambda self, _: simulated)
     wanted = faithfulness(other, 3, 0, 100.0)
-    watched = measure.first_trajectory(simulated, 100.0)
+    watched = measure.Trajectory(simulated.denoiser, len(simulated.grid), 100.0)
     images = to_uint8(model.sample(watched, simulated.grid, range(3), 0))
     calls, draw = [], measure.draw
     monkeypatch.setattr(measure, "draw", lambda *args, **named: calls.append(1) or draw(*args, **named))
