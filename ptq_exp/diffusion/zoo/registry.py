@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -52,15 +52,16 @@ def load_model(name: str, checkpoint: str | None = None, *, dtype: str = "float3
     build = getattr(import_module(module), function)
     # every model of the command has the settings of all; what is not set asks for nothing
     options = {option: value for option, value in options.items() if value is not None}
-    _check_options(name, build, options)
+    taken = inspect.signature(build).parameters
+    _check_options(name, taken, options)
     arguments = {"name": name, **options}
     if checkpoint is not None:
         arguments["checkpoint"] = with_homes(checkpoint, "model.checkpoint")
-    if "dtype" in inspect.signature(build).parameters:
+    if "dtype" in taken:
         arguments["dtype"] = dtype
     elif dtype != "float32":
         raise ConfigError(f"model.dtype={dtype}: the model {name} is made for float32 alone")
-    if checkpoint is None and _needs_checkpoint(build):
+    if checkpoint is None and "checkpoint" in taken and taken["checkpoint"].default is inspect.Parameter.empty:
         raise ConfigError(f"model.checkpoint=null: the model {name} needs a checkpoint")
     model = build(**arguments)
     check_numbers(model, f"model.checkpoint={checkpoint}")
@@ -96,14 +97,9 @@ def _ends(values: Tensor) -> str:
     return f"{float(values[0]):g} to {float(values[-1]):g}" if len(values) else "nothing"
 
 
-def _needs_checkpoint(build: Callable) -> bool:
-    parameter = inspect.signature(build).parameters.get("checkpoint")
-    return parameter is not None and parameter.default is parameter.empty
-
-
-def _check_options(name: str, build: Callable, options: dict) -> None:
+def _check_options(name: str, taken: Iterable[str], options: dict) -> None:
     """ConfigError for an option that the builder does not have."""
-    known = set(inspect.signature(build).parameters) - {"name", "checkpoint", "dtype"}
+    known = set(taken) - {"name", "checkpoint", "dtype"}
     for option in options:
         if option not in known:
             which = nearest(option, known) if known else "there are none"
