@@ -58,7 +58,7 @@ def by_hand(name, indices):
         requests = [{"prompt": request} if isinstance(request, str) else request for request in requests]
         given |= {key: [request[key] for request in requests] for key in requests[0]}
     pipe.set_progress_bar_config(disable=True)
-    generators = model(name).generators(indices, SEED)
+    generators = model(name).arguments(indices, SEED)["generator"]
     return np.rint(255 * np.asarray(pipe(
         **given, num_inference_steps=STEPS, generator=generators, output_type="np").images))
 

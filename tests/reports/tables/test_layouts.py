@@ -27,7 +27,7 @@ def read(tmp_path, text):
 
 def test_a_layout_as_written(tmp_path):
     layout = read(tmp_path, GOOD)
-    assert (layout.name, layout.command, layout.request.agg) == ("t", ("python -m ptq_exp",), ["seed"])
+    assert (layout.name, layout.command, layout.request.agg) == ("t", ("python -m ptq_exp",), ("seed",))
     assert layout.request.where == {"bits": ["w8a8"], "metric": ["lp", "kl"]}
     (published,) = layout.request.published
     assert published.values() == ["fid"] and [row.figures for row in published.rows] == [{"fid": 1.0}, {"fid": 2.5}]
