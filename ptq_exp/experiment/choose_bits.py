@@ -27,7 +27,6 @@ from ptq_exp.lightning import SensitivityModule, measure_sensitivity
 from ptq_exp.quantization import probe_of
 from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.storage.atomic import write_npz
-from ptq_exp.storage.npz import npz_arrays
 
 log = logging.getLogger("ptq_exp")
 
@@ -152,8 +151,7 @@ def _errors(
     name = choices.candidates[number]
 
     def make(folder: Path) -> Arrays:
-        measure_sensitivity(module, run.trainer(f"{len(groups)} groups at {name}"), folder, folder / "joined.npz")
-        return {"sensitivity": np.array(npz_arrays(folder / "joined.npz")["error"])}
+        return {"sensitivity": measure_sensitivity(module, run.trainer(f"{len(groups)} groups at {name}"), folder)}
 
     found = cached(run.cache, "sensitivity", key, make, f"sensitivity at {name}")
     return np.array(found["sensitivity"])

@@ -23,7 +23,7 @@ from ptq_exp.experiment.stage import Key, cached, resumable
 from ptq_exp.lightning import Bar
 from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import EvaluationConfig
-from ptq_exp.storage.pieces import Parts, slices
+from ptq_exp.storage.pieces import JOINED, Parts, slices
 
 Reference = FeatureStatistics | GaussianStatistics
 FEATURE_BATCH = 64
@@ -35,7 +35,7 @@ def image_features(run: Run, images: np.ndarray, title: str, key: Key) -> Featur
     key = versioned("features", joined(key, {"extractor": run.extractor.name}))
     with resumable(run.cache, "features", key) as folder, run.progress(len(images), title) as bar:
         parts = Parts(folder, list(batches), len(images), ("pooled", "spatial", "probabilities"))
-        path = folder / "joined.npz"
+        path = folder / JOINED
         while not parts.join(path, name=np.array(title), extractor=np.array(run.extractor.name)):
             missing = parts.missing()
             bar.n = len(images) - sum(len(range(*batches[start].indices(len(images)))) for start in missing)

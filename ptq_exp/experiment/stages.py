@@ -51,24 +51,20 @@ def make_calibration_set(
     def make(folder: Path) -> CalibrationSet:
         distribution = build(config.distribution, "calibration.distribution")
         denoiser = run.full_precision if previous is None else previous.uncorrected
-        joined = folder / "joined.npz"
         if isinstance(run.model, PipelineModel):
             drawn = positions(distribution, config.n_samples * config.steps_per_sample, len(run.grid), run.seed)
-            recording = RecordingModule(run.model, run.grid, seed=run.seed, denoiser=denoiser)
             return record_calibration_set(
-                recording, run.trainer("calibration set"), drawn.view(config.n_samples, -1), config.batch_size, folder,
-                joined,
+                RecordingModule(run.model, run.grid, seed=run.seed, denoiser=denoiser),
+                run.trainer("calibration set"), drawn.view(config.n_samples, -1), config.batch_size, folder,
             )
         drawn = positions(distribution, config.n_samples, len(run.grid), run.seed)
         states = labelled(drawn, run.grid, config.labels)
         module = CalibrationModule(
             run.model, run.grid, config.source, seed=run.seed, images=images, denoiser=denoiser
         )
-        collect_calibration_set(
-            module, run.trainer("calibration set"), states, config.batch_size, folder, joined,
-            guided=run.guidance_scale != 1,
+        return collect_calibration_set(
+            module, run.trainer("calibration set"), states, config.batch_size, folder, guided=run.guidance_scale != 1
         )
-        return CalibrationSet.load(joined)
 
     return cached(
         run.cache, "calibration", key, make, f"calibration set {config.name}{which}", save=CalibrationSet.save,
