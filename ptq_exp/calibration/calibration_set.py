@@ -61,6 +61,13 @@ class CalibrationSet:
             if name not in self.conditions or np.shape(values) != self.conditions[name].shape[1:]:
                 raise DataError(f"calibration set: unconditional.{name} belongs to no condition of its shape")
 
+    @classmethod
+    def of(cls, call: Call, step: Tensor) -> CalibrationSet:
+        """Return the rows of a call as states at the positions `step` [N], on which no evaluation was spent."""
+        plain = call.mapped(lambda rows: (rows.float() if rows.is_floating_point() else rows).cpu())
+        conditions = {name: value.numpy() for name, value in plain.conditions.items()}
+        return cls(plain.x.numpy(), step.cpu().numpy(), plain.t.numpy(), np.zeros(len(step), np.int64), conditions)
+
     def __len__(self) -> int:
         return len(self.x)
 
