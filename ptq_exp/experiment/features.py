@@ -29,11 +29,20 @@ Reference = FeatureStatistics | GaussianStatistics
 FEATURE_BATCH = 64
 
 
+def features_key(run: Run, key: Key) -> Key:
+    """Return what identifies the features of the images whose key is `key`."""
+    return versioned("features", joined(key, {"extractor": run.extractor.name}))
+
+
+def reference_key(run: Run, config: EvaluationConfig) -> Key:
+    """Return what identifies the features that scores refer to, but for the content of files."""
+    return versioned("reference", {"reference": config.reference, "extractor": run.extractor.name})
+
+
 def image_features(run: Run, images: np.ndarray, title: str, key: Key) -> FeatureStatistics:
     """Compute features of `images`, batch by batch on disk: a killed run with the same `key` is continued."""
     batches = {rows.start: rows for rows in slices(len(images), FEATURE_BATCH)}
-    key = versioned("features", joined(key, {"extractor": run.extractor.name}))
-    with resumable(run.cache, "features", key) as folder, run.progress(len(images), title) as bar:
+    with resumable(run.cache, "features", features_key(run, key)) as folder, run.progress(len(images), title) as bar:
         parts = Parts(folder, list(batches), len(images), ("pooled", "spatial", "probabilities"))
         path = folder / JOINED
         while not parts.join(path, name=np.array(title), extractor=np.array(run.extractor.name)):
@@ -41,9 +50,7 @@ def image_features(run: Run, images: np.ndarray, title: str, key: Key) -> Featur
             bar.n = len(images) - sum(len(range(*batches[start].indices(len(images)))) for start in missing)
             for start in missing:
                 found = extract_features(run.extractor, images[batches[start]])
-                parts.write(
-                    start, pooled=found.pooled, spatial=found.spatial, probabilities=found.probabilities
-                )
+                parts.write(start, pooled=found.pooled, spatial=found.spatial, probabilities=found.probabilities)
                 bar.update(len(found))
         return FeatureStatistics.load(path)
 
@@ -51,7 +58,7 @@ def image_features(run: Run, images: np.ndarray, title: str, key: Key) -> Featur
 def full_precision_features(run: Run, images: np.ndarray, key: Key) -> FeatureStatistics:
     """Compute (or reuse) features of the full-precision images, whose key is `key`."""
     return cached(
-        run.cache, "features", versioned("features", joined(key, {"extractor": run.extractor.name})),
+        run.cache, "features", features_key(run, key),
         lambda folder: image_features(run, images, "FP32 features", key), "FP32 features",
         save=lambda value, path: value.save(path), load=FeatureStatistics.load,
     )
@@ -66,7 +73,7 @@ def reference_features(run: Run, config: EvaluationConfig) -> Reference | None:
     if run.extractor is None or config.reference is None:
         return None
     node, extractor = config.reference, run.extractor
-    key = versioned("reference", {"reference": node, "extractor": extractor.name})
+    key = reference_key(run, config)
 
     def make(folder: Path) -> Reference:
         with _naming("evaluation.reference"):
