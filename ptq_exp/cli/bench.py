@@ -15,8 +15,7 @@ from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.errors import ConfigError, command_line
 from ptq_exp.reports.runtime import markdown
 from ptq_exp.runtime.base import takes
-from ptq_exp.runtime.memory import peak_bytes
-from ptq_exp.runtime.openvino import CompiledNetwork
+from ptq_exp.runtime.memory import peaks
 from ptq_exp.settings.overrides import unquoted
 from ptq_exp.storage.cache import ArtifactCache
 from ptq_exp.storage.paths import with_home
@@ -131,8 +130,5 @@ def _row(quantized: QuantizedModel, threads: int, given: dict[str, Any]) -> dict
         times, quantized.runtime.name, given["batch"], len(quantized.grid)
     )
     if given["memory"]:
-        row["peak_bytes"] = {
-            name: peak_bytes(network, tuple(call)) for name, network in found.items()
-            if isinstance(network, CompiledNetwork)
-        }
+        row["peak_bytes"] = peaks(found, call)
     return row

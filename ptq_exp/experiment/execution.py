@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,7 @@ from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Made, Record
 from ptq_exp.results.sinks import spoils_nothing
 from ptq_exp.runtime.base import takes
-from ptq_exp.runtime.memory import peak_bytes
-from ptq_exp.runtime.openvino import CompiledNetwork
+from ptq_exp.runtime.memory import peaks
 from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.settings.schema_machine import RuntimeConfig
 from ptq_exp.storage.plain_json import write_json
@@ -82,17 +79,10 @@ def measure_execution(
         entry |= {"batch_size": images, **times_entry(times, settings.engine, images, steps)}
     if settings.measure_memory:
         with spoils_nothing("runtime.peak_bytes", "python -m ptq_exp bench memory=true measures it"):
-            entry["peak_bytes"] = {
-                name: peak_bytes(network, tuple(call)) for name, network in found.items()
-                if isinstance(network, CompiledNetwork)
-            }
+            entry["peak_bytes"] = peaks(found, call)
     entry |= execution_entry(engine)
     rows = [asdict(row) for row in engine.runtime.account()]
-    return Made(entry, Record({"runtime": entry}, files={FILE: partial(_write_rows, rows)}))
-
-
-def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    write_json(path, {"layers": rows})
+    return Made(entry, Record({"runtime": entry}, {FILE: lambda path: write_json(path, {"layers": rows})}))
 
 
 def line(entry: Mapping[str, Any]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ptq_exp.errors import DataError
+from ptq_exp.errors import naming
 from ptq_exp.evaluation import (
     FeatureStatistics,
     GaussianStatistics,
@@ -73,10 +72,11 @@ def reference_features(run: Run, config: EvaluationConfig) -> Reference | None:
     if run.extractor is None or config.reference is None:
         return None
     node, extractor = config.reference, run.extractor
+    of_reference = partial(naming, "evaluation.reference: ", unless="evaluation.")
     key = reference_key(run, config)
 
     def make(folder: Path) -> Reference:
-        with _naming("evaluation.reference"):
+        with of_reference():
             if isinstance(node, str):
                 with Bar(desc="reference", unit=" images", disable=not run.trainer_settings["progress_bar"]) as bar:
                     return load_reference(node, extractor, progress=bar.update)
@@ -85,20 +85,9 @@ def reference_features(run: Run, config: EvaluationConfig) -> Reference | None:
             return extract_features(extractor, images, name=name, batch_size=FEATURE_BATCH)
 
     if isinstance(node, str):
-        with _naming("evaluation.reference"):
+        with of_reference():
             key["content"] = content_digest(node)
     return cached(
         run.cache, "reference", key, make, "reference features", save=lambda value, path: value.save(path),
         load=load_statistics, detail=lambda reference: f", {reference.name}",
     )
-
-
-@contextmanager
-def _naming(setting: str) -> Iterator[None]:
-    """Errors about the data inside name the setting that says where they are."""
-    try:
-        yield
-    except DataError as error:
-        if "evaluation." in str(error):  # says one already
-            raise
-        raise DataError(f"{setting}: {error}") from error

@@ -10,7 +10,7 @@ from torch import Tensor
 from ptq_exp.calibration import Labelled, labelled, positions, time_bins
 from ptq_exp.correction import BitSchedule, parse_widths
 from ptq_exp.diffusion import TimeGrid
-from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.errors import ConfigError, naming
 from ptq_exp.quantization import Policy, group_bits
 from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import RULES, BitsConfig, CalibrationConfig, ExperimentConfig
@@ -100,10 +100,8 @@ def given_schedule(bits: BitsConfig, grid: TimeGrid) -> BitSchedule:
         DataError: no such file.
     """
     if isinstance(bits.schedule, str) and bits.schedule.endswith(".json"):
-        try:
+        with naming("bits.schedule="):  # the error begins with the path
             schedule = BitSchedule.load(bits.schedule)
-        except DataError as error:  # begins with the path
-            raise DataError(f"bits.schedule={error}") from error
         schedule.check(grid)
         if schedule.weight != bits.weight:
             raise ConfigError(

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from ptq_exp.errors import PTQError
 from ptq_exp.runtime.openvino import CompiledNetwork
@@ -28,6 +30,12 @@ for _ in range(n):
 with open("/proc/self/status") as file:
     print(next(line.split()[1] for line in file if line.startswith("VmHWM")))
 """
+
+
+def peaks(networks: Mapping[str, nn.Module], call: tuple[Any, ...]) -> dict[str, int]:
+    """Measure `peak_bytes` of each network that an engine has compiled, by its name."""
+    return {name: peak_bytes(network, tuple(call)) for name, network in networks.items()
+            if isinstance(network, CompiledNetwork)}
 
 
 def peak_bytes(network: CompiledNetwork, call: tuple[Any, ...]) -> int:
