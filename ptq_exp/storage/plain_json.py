@@ -81,3 +81,14 @@ def restore(value: Any) -> Any:
     if isinstance(value, list):
         return [restore(item) for item in value]
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten {"a": {"b": 1}} to {"a.b": 1}; an empty mapping disappears."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
