@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 from ptq_exp.errors import ConfigError, one_line
 from ptq_exp.settings.compose import config_folder
 from ptq_exp.settings.overrides import given
-from ptq_exp.storage.plain_json import flatten
 
 BITS = "bits"
 
@@ -71,6 +70,8 @@ def check_composition(overrides: Sequence[str]) -> None:
 
 
 def _file(default: ResultDefault, repository: CachingConfigRepository) -> ConfigFile:
+    from ptq_exp.storage.plain_json import flatten  # loads numpy: help does without
+
     path = default.config_path or ""
     loaded = repository.load_config(path)
     content = OmegaConf.to_container(loaded.config, resolve=False) if loaded else {}
