@@ -43,6 +43,17 @@ class QuantizationError(PTQError):
     """A quantizer cannot be placed, calibrated or run."""
 
 
+@contextmanager
+def naming(where: str, unless: str | None = None) -> Iterator[None]:
+    """Put `where` before an error about data inside: its setting or file; not before one whose text holds `unless`."""
+    try:
+        yield
+    except DataError as error:
+        if unless is not None and unless in str(error):
+            raise
+        raise DataError(f"{where}{error}") from error
+
+
 def one_line(error: object, limit: int = 200) -> str:
     """Return the text of an error, or of another object, as one line of at most `limit` characters; never empty."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

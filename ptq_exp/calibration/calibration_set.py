@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ptq_exp.diffusion.call import Call
 from ptq_exp.diffusion.guidance import both_halves
-from ptq_exp.errors import DataError
+from ptq_exp.errors import DataError, naming
 from ptq_exp.storage.atomic import write_npz
 from ptq_exp.storage.finite import is_finite
 from ptq_exp.storage.npz import npz_arrays, require_arrays
@@ -61,6 +61,13 @@ class CalibrationSet:
             if name not in self.conditions or np.shape(values) != self.conditions[name].shape[1:]:
                 raise DataError(f"calibration set: unconditional.{name} belongs to no condition of its shape")
 
+    @classmethod
+    def of(cls, call: Call, step: Tensor) -> CalibrationSet:
+        """Return the rows of a call as states at the positions `step` [N], on which no evaluation was spent."""
+        plain = call.mapped(lambda rows: (rows.float() if rows.is_floating_point() else rows).cpu())
+        conditions = {name: value.numpy() for name, value in plain.conditions.items()}
+        return cls(plain.x.numpy(), step.cpu().numpy(), plain.t.numpy(), np.zeros(len(step), np.int64), conditions)
+
     def __len__(self) -> int:
         return len(self.x)
 
@@ -101,11 +108,9 @@ class CalibrationSet:
         require_arrays(path, arrays, {"x": ("f", axes), "step": ("iu", 1), "t": ("f", 1), "evaluations": ("iu", 1)})
         if any(key not in _OWN and not key.startswith((_CONDITION, _WITHOUT)) for key in arrays):
             raise DataError(f"{path} is no calibration set: it holds {', '.join(arrays)}")
-        try:
+        with naming(f"{path}: "):
             return cls(**{key: arrays[key] for key in _OWN}, conditions=_below(_CONDITION, arrays),
                        unconditional=_below(_WITHOUT, arrays))
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
 
     def _arrays(self) -> dict[str, np.ndarray]:
         """Those with a row for each state, by their names in a file."""

@@ -25,7 +25,7 @@ def check_groups(arguments: list[str]) -> None:
         for choice in choices:
             if key == "name" and "/" in str(choice):
                 raise ConfigError(f"name={choice}: folders are called after it, give a name without /")
-            folders = [folder / key for folder in (config_folder(), own_folder(asked)) if folder is not None]
+            folders = [folder / key for folder in _folders(asked)]
             if any(folder.is_dir() for folder in folders) and not _is_option(choice):
                 options = ", ".join(sorted({path.stem for folder in folders for path in folder.glob("*.yaml")}))
                 raise ConfigError(f"{key}={choice}: choose one of {options}; -m {key}=A,B runs one after another")
@@ -73,8 +73,7 @@ def with_saved_model(arguments: list[str]) -> list[str]:
     from ptq_exp.deploy.artifact import Artifact  # torch takes seconds
 
     names = {Artifact.open(with_home(str(path), "quantized")).identity["name"] for path in paths}
-    folders = [folder for folder in (config_folder(), own_folder(command)) if folder is not None]
-    if len(names) > 1 or not any((folder / "model" / f"{min(names)}.yaml").exists() for folder in folders):
+    if len(names) > 1 or not any((folder / "model" / f"{min(names)}.yaml").exists() for folder in _folders(command)):
         raise ConfigError(f"quantized={paths[0]} holds {', '.join(sorted(names))}: give model=, one of conf/model")
     return [*arguments, f"model={quoted(min(names))}"]
 
@@ -82,6 +81,12 @@ def with_saved_model(arguments: list[str]) -> list[str]:
 def own_folder(command: Namespace) -> Path | None:
     """Return the folder that --config-dir names."""
     return None if command.config_dir is None else Path(command.config_dir)
+
+
+def _folders(command: Namespace) -> list[Path]:
+    """Return the folders of configuration files: the package's and, where there is one, the user's own."""
+    own = own_folder(command)
+    return [config_folder()] if own is None else [config_folder(), own]
 
 
 def with_home_folders(arguments: list[str]) -> list[str]:

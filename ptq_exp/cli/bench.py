@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ptq_exp.cli.commands import parser_of
 from ptq_exp.deploy.load import load_quantized
 from ptq_exp.deploy.measure import call_of, engines, execution_entry, networks, timed, times_entry
 from ptq_exp.deploy.quantized_model import QuantizedModel
@@ -48,10 +48,7 @@ _DEFAULTS = {
 
 def main(argv: Sequence[str]) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ptq_exp bench", description=__doc__, epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("bench", __doc__, _HELP)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     with command_line():
         given = settings_of(parser.parse_args(argv).settings)

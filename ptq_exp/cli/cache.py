@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from ptq_exp.cli.commands import parser_of
 from ptq_exp.errors import PTQError, command_line
 from ptq_exp.settings.compose import config_folder
 from ptq_exp.settings.overrides import unquoted
@@ -144,10 +145,7 @@ def _number(text: str) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ptq_exp cache", description=__doc__, epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("cache", __doc__, _HELP)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls | prune")
     show = actions.add_parser("ls", help="list entries and totals")
     show.add_argument("--totals", action="store_true", help="a line per kind alone")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from packaging.requirements import Requirement
 from ptq_exp import __version__
 from ptq_exp.cli.cache import size_text
 from ptq_exp.errors import PTQError
+from ptq_exp.results.environment import usable_cores
 
 OK, WARNING, PROBLEM = LEVELS = ("ok", "warning", "problem")
 _PACKAGE = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def devices() -> Iterator[Finding]:
     """Check CPU cores, CUDA, MPS."""
     import torch
 
-    yield Finding(OK, f"CPU: {_cores()} cores")
+    yield Finding(OK, f"CPU: {usable_cores()} cores")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             about = torch.cuda.get_device_properties(i)
@@ -110,11 +110,6 @@ def devices() -> Iterator[Finding]:
         yield Finding(OK, "CUDA: none, runs use the CPU")
     mps = getattr(torch.backends, "mps", None)
     yield Finding(OK, f"MPS: {'available' if mps is not None and mps.is_available() else 'none'}")
-
-
-def _cores() -> int:
-    """Cores that this process may use, which a container or a batch system may limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def disk(setting: str, folder: Path) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -16,6 +17,14 @@ COMMANDS = {
     "train_embedded": "train an embedded network again",
 }
 """First argument of the command line -> what it does."""
+
+
+def parser_of(name: str, about: str | None, examples: str) -> argparse.ArgumentParser:
+    """Make the parser of a command; its texts keep their lines."""
+    return argparse.ArgumentParser(
+        prog=f"python -m ptq_exp {name}", description=about, epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def run_command(name: str, arguments: list[str]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptq_exp.cli.commands import parser_of
 from ptq_exp.errors import ConfigError, command_line, nearest
 from ptq_exp.storage.paths import with_home
 
@@ -47,10 +47,7 @@ examples:
 
 def main(argv: Sequence[str]) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ptq_exp export", description=__doc__, epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("export", __doc__, _HELP)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="see below")
     with command_line():
         given = settings(parser.parse_args(argv).settings)

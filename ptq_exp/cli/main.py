@@ -9,12 +9,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -36,8 +37,9 @@ from ptq_exp.errors import (
 )
 from ptq_exp.settings.compose import config_folder
 from ptq_exp.settings.composition import unreadable, wrong_choice
+from ptq_exp.settings.names import setting_names
 from ptq_exp.settings.overrides import given, typed
-from ptq_exp.settings.schema import ExperimentConfig, SweepConfig
+from ptq_exp.settings.schema import SweepConfig
 
 TRACEBACK = "HYDRA_FULL_ERROR"
 _failures: list[str] = []
@@ -117,15 +119,9 @@ def _check_stray(arguments: list[str]) -> None:
 
 def _known_settings() -> list[str]:
     """Return every setting and group of the schema, dotted."""
-
-    def walk(node, prefix: str):
-        for key, value in node.items():
-            yield f"{prefix}{key}"
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-
-    container = OmegaConf.to_container(OmegaConf.structured(ExperimentConfig()))
-    return [*walk(container, ""), *walk({"sweep": vars(SweepConfig())}, "")]
+    names = [*setting_names(), *(f"sweep.{entry.name}" for entry in fields(SweepConfig))]
+    parts = [name.split(".") for name in names]
+    return list(dict.fromkeys(".".join(one[:n]) for one in parts for n in range(1, len(one) + 1)))
 
 
 def _done_elsewhere(arguments: list[str]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from ptq_exp.cli.commands import parser_of
 from ptq_exp.cli.coordinate_search import Search
 from ptq_exp.cli.search_pairs import with_pairs
 from ptq_exp.cli.search_space import Space, Trial
@@ -53,10 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ptq_exp search", description=__doc__, epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("search", __doc__, _HELP)
     parser.add_argument("overrides", nargs="+", help="settings of all trials, bits= among them")
     parser.add_argument("--space", default="best", help="name in conf/search, or a YAML file (best)")
     parser.add_argument("--until", help="the last stage to decide (all)")

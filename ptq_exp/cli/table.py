@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ptq_exp.cli.commands import parser_of
 from ptq_exp.errors import ConfigError, DataError, command_line
 from ptq_exp.reports.tables.columns import VALUES
 from ptq_exp.reports.tables.layouts import Layout, find_layout, layouts
@@ -88,12 +89,7 @@ def layout_list() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ptq_exp table",
-        description=__doc__,
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("table", __doc__, _HELP)
     add = parser.add_argument
     add("runs", nargs="*", default=["runs"], action=PathArgument, help="folders that are searched for runs (runs)")
     add("--layout", metavar="NAME", help="a ready-made table, one of --list (experiments)")

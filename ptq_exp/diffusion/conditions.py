@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptq_exp.diffusion.noise import EVALUATION, sample_generator
-from ptq_exp.errors import DataError
+from ptq_exp.errors import DataError, naming
 from ptq_exp.storage.finite import is_finite
 from ptq_exp.storage.npz import npz_arrays
 
@@ -74,13 +74,11 @@ class ConditionTable:
         """
         if not Path(path).is_file():
             raise DataError(f"model.conditions={path}: no such file; give an .npz file of arrays [K, ...]")
-        try:
+        with naming(f"model.conditions={path}: "):
             tensors = {name: _tensor(name, array) for name, array in npz_arrays(path).items()}
             rows = {name: value for name, value in tensors.items() if not name.startswith(WITHOUT)}
             without = {name.removeprefix(WITHOUT): tensors[name] for name in tensors if name not in rows}
             return cls(rows, without)
-        except DataError as error:
-            raise DataError(f"model.conditions={path}: {error}") from error
 
 
 def _tensor(name: str, array: np.ndarray) -> Tensor:

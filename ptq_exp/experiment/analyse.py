@@ -18,12 +18,11 @@ from ptq_exp.errors import ConfigError
 from ptq_exp.experiment.keys import Keys, versioned
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key, Made, Record, cached
-from ptq_exp.lightning import ActivationModule, SensitivityModule, measure_sensitivity, record_activations
+from ptq_exp.lightning import ActivationModule, SensitivityModule, measure, measure_sensitivity
 from ptq_exp.quantization import ActivationQuantizer, probe_of, quantized_layers, quantizers
 from ptq_exp.reports.html.analysis import FILE
 from ptq_exp.settings.schema import AnalysisConfig
 from ptq_exp.storage.atomic import write_npz
-from ptq_exp.storage.npz import npz_arrays
 
 log = logging.getLogger("ptq_exp")
 
@@ -107,9 +106,7 @@ def _activations(
     key = {**key, "sites": sites, "steps": steps, "samples": [n, batch_size, settings.values]}
 
     def make(folder: Path) -> Arrays:
-        path = folder / "joined.npz"
-        record_activations(module, run.trainer("activation ranges"), n, batch_size, folder, path)
-        return {"activations": quantiles(**npz_arrays(path))}
+        return {"activations": quantiles(**measure(module, run.trainer("activation ranges"), n, batch_size, folder))}
 
     found = _measured(run, "activations", key, make, f"{len(sites)} sites in {len(steps)} steps of {n} trajectories")
     return {"sites": np.array(sites), "steps": np.array(steps), "fractions": np.array(FRACTIONS)} | found
@@ -128,8 +125,7 @@ def _sensitivity(
     key = {**key, "layers": layers, "steps": steps, "samples": [n, settings.batch_size]}
 
     def make(folder: Path) -> Arrays:
-        measure_sensitivity(module, run.trainer("sensitivity of layers"), folder, folder / "joined.npz")
-        return {"sensitivity": np.array(npz_arrays(folder / "joined.npz")["error"])}
+        return {"sensitivity": measure_sensitivity(module, run.trainer("sensitivity of layers"), folder)}
 
     what = f"{len(layers)} layers in {len(steps)} steps of {n} trajectories"
     found = _measured(run, "sensitivity", key, make, what)

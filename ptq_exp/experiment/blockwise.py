@@ -18,6 +18,7 @@ from ptq_exp.calibration import CalibrationSet, check_bins
 from ptq_exp.diffusion import Call
 from ptq_exp.errors import ConfigError
 from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.ranges import states_of_bins
 from ptq_exp.experiment.run import Run
 from ptq_exp.lightning import Bar
 from ptq_exp.quantization import (
@@ -29,7 +30,6 @@ from ptq_exp.quantization import (
     calibrating,
     finish_calibration,
     quantizers,
-    select_row,
 )
 from ptq_exp.quantization.offload import Answers, blocks_in_order, last_readers, release, without
 from ptq_exp.quantization.stored import range_arrays, restore_ranges_
@@ -85,12 +85,8 @@ class _Passes:
 
     def observe(self, name: str | None, part: nn.Module, chosen: set[str], bar: Bar) -> None:
         """Find the ranges of the quantizers `chosen`, all of `part`, as `show` does, bin by bin."""
-        bin_of_state, number = self.plan.time_bins[_steps(self.states)], 0
-        for row in range(self.plan.n_bins):
-            states = self.states
-            if self.plan.n_bins > 1:
-                select_row(self.network, row)
-                states = states.take((bin_of_state == row).nonzero().flatten().numpy())
+        number = 0
+        for states in states_of_bins(self.plan, self.network, self.states):
             with calibrating(self.network, chosen):
                 for call in self.calls(states):
                     self.answers.run(self.network, name, number, call)
@@ -115,7 +111,7 @@ def calibrate_blocks(run: Run, plan: Plan, network: nn.Module, calibration_set: 
         DataError: a bin has no states.
     """
     check_blockwise(plan)
-    check_bins(plan.time_bins, _steps(calibration_set))
+    check_bins(plan.time_bins, torch.from_numpy(np.array(calibration_set.step)))
     passes, observed = _Passes(run, plan, network, calibration_set, folder), _observed(network)
     names, outside = passes.names, without(network, passes.names)
     calibrate_weights_(outside, plan.metric)
@@ -171,26 +167,16 @@ def fit_blocks(
     return tensors | fit(_OUTSIDE, lambda _: passes.show(None)) | fit(_SEVERAL, passes.whole)
 
 
-def _steps(states: CalibrationSet) -> torch.Tensor:
-    """Return the sampling step of each state, int64 [N]."""
-    return torch.from_numpy(np.array(states.step))
-
-
 _OUTSIDE, _SEVERAL = "", "*"
 """In the place of a block's name: the layers of a site lie in none, or in several."""
 
 
 def _block_of(site: str, layers: tuple[str, ...], names: list[str]) -> str:
     """Return the block in which all of a site lies."""
+    makers = () if " " in site or site.isdigit() else (site,)  # else it is what several layers have in common
     own = {next((name for name in names if layer.startswith(f"{name}.") or layer == name), _OUTSIDE)
-           for layer in (*layers, *_makers(site, layers))}
+           for layer in (*layers, *makers)}
     return own.pop() if len(own) == 1 else _SEVERAL
-
-
-def _makers(site: str, layers: tuple[str, ...]) -> Iterator[str]:
-    """Yield the module that `site` names, if it does: not what several layers have in common."""
-    if " " not in site and not site.isdigit():
-        yield site
 
 
 def check_blockwise(plan: Plan) -> None:

@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq_exp.calibration import check_bins, labelled, positions
+from ptq_exp.calibration import check_bins
 from ptq_exp.diffusion import Call, TimeGrid
 from ptq_exp.errors import InfeasibleError, QuantizationError
-from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.plan import Plan, drawn_states
 from ptq_exp.experiment.policy import policy
 from ptq_exp.experiment.reconstruct import blocks_of
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Made, Record
 from ptq_exp.quantization import Report, disabled, quantize_, transforms_of
 from ptq_exp.quantization.cost.operands import operands_of
-from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import ExperimentConfig, ReconstructionConfig
 
 
@@ -35,11 +34,8 @@ def check_feasible(run: Run, plan: Plan, config: ExperimentConfig) -> Made:
         PTQError: as the stages would: rules that match nothing, ranges that do not fit a layer, blocks that cannot be
             reconstructed, steps without calibration states.
     """
-    calibration = config.calibration
-    if calibration.source is not None:
-        distribution = build(calibration.distribution, "calibration.distribution")
-        drawn = positions(distribution, calibration.n_samples, len(run.grid), run.seed)
-        check_bins(plan.time_bins, labelled(drawn, run.grid, calibration.labels).step)
+    if config.calibration.source is not None:
+        check_bins(plan.time_bins, drawn_states(config.calibration, run.grid, run.seed).step)
     report = planned_report(run, plan, config.reconstruction)
     return Made(report, Record(_budget(plan.bits.min_bops_ratio, report)))
 

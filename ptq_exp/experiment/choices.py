@@ -85,15 +85,15 @@ class Choices:
         layers = _free_layers(run, plan)
         network = run.model.denoiser.to(run.device)
         groups = tuple(sharing(network, run.example(), layers))
-        reports = [_report(run, with_candidates(config, groups, candidates, [number] * len(groups)))
+
+        def at(number: int) -> ExperimentConfig:
+            return with_candidates(config, groups, candidates, [number] * len(groups))
+
+        reports = [planned_report(run, Plan.of(at(number), run.grid), ReconstructionConfig())
                    for number in range(len(candidates))]
         counted = [_limit(name, value, groups, reports) for name, value in limits.items() if name in _COUNTED]
         if "latency_ms" in limits:
             cls(groups, candidates, tuple(counted)).check()  # before anything is timed
-
-            def at(number: int) -> ExperimentConfig:
-                return with_candidates(config, groups, candidates, [number] * len(groups))
-
             cost, fixed = latency_table(run, at, len(candidates), groups)
             counted.append(Limit("latency_ms", limits["latency_ms"], cost, fixed, limits["latency_ms"]))
         choices = cls(groups, candidates, tuple(counted))
@@ -164,10 +164,6 @@ def _free_layers(run: Run, plan: Plan) -> list[str]:
         raise ConfigError("bits.budget: there is no layer to choose widths for: bits.groups, quantization.keep_fp and "
                           "the first and last layers take all")
     return free
-
-
-def _report(run: Run, config: ExperimentConfig) -> Report:
-    return planned_report(run, Plan.of(config, run.grid), ReconstructionConfig())
 
 
 def _bops_of(row: Row) -> float:

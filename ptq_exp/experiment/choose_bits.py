@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq_exp.calibration import CalibrationSet
 from ptq_exp.correction import measured_steps
@@ -27,7 +26,7 @@ from ptq_exp.lightning import SensitivityModule, measure_sensitivity
 from ptq_exp.quantization import probe_of
 from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.storage.atomic import write_npz
-from ptq_exp.storage.npz import npz_arrays
+from ptq_exp.storage.pieces import slices
 
 log = logging.getLogger("ptq_exp")
 
@@ -58,8 +57,8 @@ def measure_alone(run: Run, config: ExperimentConfig, choices: Choices, states: 
     On trajectories of the full-precision model whose noise no image is drawn from. Weights and activations are
     quantized together, by the ranges that the network has where the candidate is that of all groups.
     """
-    errors = [_errors(run, config, choices, number, states) for number in range(len(choices.candidates))]
-    return np.stack(errors, 1)
+    trials = _Trials(run, config, choices, states)
+    return np.stack([trials.errors(number) for number in range(len(choices.candidates))], 1)
 
 
 def best_choice(
@@ -79,12 +78,11 @@ def best_choice(
     score = np.square(error).mean(2)
     problem = choices.allocation(score)
     solved = [one.choice for one in problem.best(config.bits.solutions, max(1, len(choices.groups) // 20))]
-    final = partial(_final_error, run, config, choices, states)
-    found = []
+    trials, found = _Trials(run, config, choices, states), []
     for choice in dict.fromkeys([*solved, *choices.uniform()]):
         used = {choices.candidates[number] for number in choice}
         predicted = float(np.sqrt(problem.score_of(choice)))
-        found.append(Measured(choice, predicted, final(choice), used.pop() if len(used) == 1 else ""))
+        found.append(Measured(choice, predicted, trials.final_error(choice), used.pop() if len(used) == 1 else ""))
     best = min(found, key=lambda one: one.measured)
     log.info("bits of %d groups of layers: %s", len(choices.groups), _counts(choices, best))
     arrays = {
@@ -124,66 +122,66 @@ def _counts(choices: Choices, one: Measured) -> dict[str, int]:
     return {name: counts[number] for number, name in enumerate(choices.candidates) if counts[number]}
 
 
-def _quantized(
-    run: Run, config: ExperimentConfig, choices: Choices, choice: tuple[int, ...], states: CalibrationSet
-) -> tuple[QuantizedModel, Keys]:
-    settings = with_candidates(config, choices.groups, choices.candidates, choice)
-    keys = Keys(settings, run.model, run.grid, run.guidance_scale)
-    return quantize_model(run, Plan.of(settings, run.grid), keys, states), keys
+@dataclass(frozen=True)
+class _Trials:
+    """Quantizes the network by choices, and measures what that does."""
 
+    run: Run
+    config: ExperimentConfig
+    choices: Choices
+    states: CalibrationSet
 
-def _errors(
-    run: Run, config: ExperimentConfig, choices: Choices, number: int, states: CalibrationSet
-) -> np.ndarray:
-    """Measure the errors [G, S] of the groups at one candidate."""
-    bits, groups = config.bits, choices.groups
-    quantized, keys = _quantized(run, config, choices, (number,) * len(groups), states)
-    probe = probe_of(quantized.network, transformed(run, quantized.transforms))
-    denoiser = replace(quantized, network=probe, compile=False, cuda_graph=False).denoiser
-    steps = measured_steps(len(run.grid), bits.sensitivity_steps)
-    n = bits.sensitivity_samples
-    module = SensitivityModule(
-        run.model, denoiser, probe, quantized.network, run.grid, groups, steps, range(n), seed=run.seed, batch_size=n,
-        stream=CALIBRATION,
-    )
-    key = versioned("sensitivity", keys.ranges(1)) | {
-        "layers": [list(group) for group in groups], "steps": steps, "samples": [n, n], "stream": CALIBRATION,
-    }
-    name = choices.candidates[number]
+    def quantized(self, choice: tuple[int, ...]) -> tuple[QuantizedModel, Keys]:
+        """Return the network with the candidates of a choice, and its keys."""
+        run, choices = self.run, self.choices
+        settings = with_candidates(self.config, choices.groups, choices.candidates, choice)
+        keys = Keys(settings, run.model, run.grid, run.guidance_scale)
+        return quantize_model(run, Plan.of(settings, run.grid), keys, self.states), keys
 
-    def make(folder: Path) -> Arrays:
-        measure_sensitivity(module, run.trainer(f"{len(groups)} groups at {name}"), folder, folder / "joined.npz")
-        return {"sensitivity": np.array(npz_arrays(folder / "joined.npz")["error"])}
+    def errors(self, number: int) -> np.ndarray:
+        """Measure the errors [G, S] of the groups at one candidate."""
+        run, bits, groups = self.run, self.config.bits, self.choices.groups
+        quantized, keys = self.quantized((number,) * len(groups))
+        probe = probe_of(quantized.network, transformed(run, quantized.transforms))
+        denoiser = replace(quantized, network=probe, compile=False, cuda_graph=False).denoiser
+        steps, n = measured_steps(len(run.grid), bits.sensitivity_steps), bits.sensitivity_samples
+        module = SensitivityModule(
+            run.model, denoiser, probe, quantized.network, run.grid, groups, steps, range(n), seed=run.seed,
+            batch_size=n, stream=CALIBRATION,
+        )
+        key = versioned("sensitivity", keys.ranges(1)) | {
+            "layers": [list(group) for group in groups], "steps": steps, "samples": [n, n], "stream": CALIBRATION,
+        }
+        name = self.choices.candidates[number]
 
-    found = cached(run.cache, "sensitivity", key, make, f"sensitivity at {name}")
-    return np.array(found["sensitivity"])
+        def make(folder: Path) -> Arrays:
+            return {"sensitivity": measure_sensitivity(module, run.trainer(f"{len(groups)} groups at {name}"), folder)}
 
+        return np.array(cached(run.cache, "sensitivity", key, make, f"sensitivity at {name}")["sensitivity"])
 
-def _final_error(
-    run: Run, config: ExperimentConfig, choices: Choices, states: CalibrationSet, choice: tuple[int, ...]
-) -> float:
-    """Measure how far trajectories end from those of full precision, relative, geometric mean over them.
+    def final_error(self, choice: tuple[int, ...]) -> float:
+        """Measure how far trajectories end from those of full precision, relative, geometric mean over them.
 
-    That mean is what PSNR averages; a few trajectories that end in another image do not outweigh all others.
-    """
-    quantized, keys = _quantized(run, config, choices, choice, states)
-    n, batch_size = config.bits.solution_samples, config.evaluation.batch_size
-    key = versioned("solution", keys.ranges(1)) | {"samples": [n, batch_size], "stream": CALIBRATION}
+        That mean is what PSNR averages; a few trajectories that end in another image do not outweigh all others.
+        """
+        run, n, batch_size = self.run, self.config.bits.solution_samples, self.config.evaluation.batch_size
+        quantized, keys = self.quantized(choice)
+        key = versioned("solution", keys.ranges(1)) | {"samples": [n, batch_size], "stream": CALIBRATION}
 
-    def ends(denoiser: torch.nn.Module, samples: list[int]) -> Tensor:
-        return run.model.run(
-            denoiser, run.grid, samples, run.seed, stream=CALIBRATION, device=run.device
-        ).double().flatten(1)
+        def ends(denoiser: nn.Module, samples: range) -> Tensor:
+            return run.model.run(
+                denoiser, run.grid, samples, run.seed, stream=CALIBRATION, device=run.device
+            ).double().flatten(1)
 
-    def make(folder: Path) -> Arrays:
-        errors = []
-        with run.progress(n, "a solution on whole trajectories") as bar, torch.no_grad():
-            for start in range(0, n, batch_size):
-                samples = list(range(start, min(n, start + batch_size)))
-                wanted = ends(run.full_precision, samples)
-                errors.append((ends(quantized.denoiser, samples) - wanted).norm(dim=1) / wanted.norm(dim=1))
-                bar.update(len(samples))
-        return {"error": torch.cat(errors).cpu().numpy()}
+        def make(folder: Path) -> Arrays:
+            errors = []
+            with run.progress(n, "a solution on whole trajectories") as bar, torch.no_grad():
+                for rows in slices(n, batch_size):
+                    samples = range(rows.start, rows.stop)
+                    wanted = ends(run.full_precision, samples)
+                    errors.append((ends(quantized.denoiser, samples) - wanted).norm(dim=1) / wanted.norm(dim=1))
+                    bar.update(len(samples))
+            return {"error": torch.cat(errors).cpu().numpy()}
 
-    found = cached(run.cache, "solution", key, make, "solution on whole trajectories")
-    return float(np.exp(np.log(np.maximum(found["error"], 1e-12)).mean()))
+        found = cached(run.cache, "solution", key, make, "solution on whole trajectories")
+        return float(np.exp(np.log(np.maximum(found["error"], 1e-12)).mean()))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ptq_exp.correction import BitSchedule, MomentChunks, NoiseStatistics
 from ptq_exp.deploy.quantized_model import QuantizedModel
-from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.errors import ConfigError, naming
 from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.noise import collect, fit, noise_of_widths
 from ptq_exp.experiment.plan import Plan, given_schedule
@@ -77,10 +77,8 @@ def _noise_of(
 
 
 def _given_statistics(config: CorrectionConfig) -> NoiseStatistics:
-    try:
+    with naming("correction.statistics="):  # the error begins with the path
         return NoiseStatistics.load(config.statistics)
-    except DataError as error:  # begins with the path
-        raise DataError(f"correction.statistics={error}") from error
 
 
 def _made_for(config: CorrectionConfig, keys: Keys, schedule: BitSchedule | None) -> dict[str, Any]:

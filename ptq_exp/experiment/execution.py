@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,11 +73,7 @@ def measure_execution(
             entry["peak_bytes"] = peak_bytes(found, call)
     entry |= execution_entry(engine.runtime)
     rows = [asdict(row) for row in engine.runtime.account()]
-    return Made(entry, Record({"runtime": entry}, files={FILE: partial(_write_rows, rows)}))
-
-
-def _write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    write_json(path, {"layers": rows})
+    return Made(entry, Record({"runtime": entry}, {FILE: lambda path: write_json(path, {"layers": rows})}))
 
 
 def line(entry: Mapping[str, Any]) -> str:

@@ -36,9 +36,9 @@ from ptq_exp.experiment.schedule import schedule_record, title_of
 from ptq_exp.experiment.scores import Scored, Scorer
 from ptq_exp.experiment.stage import Record, Stages
 from ptq_exp.experiment.threads import Watch, choose_threads
-from ptq_exp.experiment.writer import SAMPLES, RunWriter
+from ptq_exp.experiment.writer import RunWriter
 from ptq_exp.results.environment import environment, run_command
-from ptq_exp.results.record import Results
+from ptq_exp.results.record import SAMPLES, Results
 from ptq_exp.results.sinks import spoils_nothing
 from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
 from ptq_exp.storage.atomic import file_digest

@@ -15,13 +15,14 @@ from ptq_exp.experiment.stage import Key, cached, resumable
 from ptq_exp.lightning import EvaluationModule, draw_images
 from ptq_exp.results.record import read_samples, write_samples
 from ptq_exp.settings.schema import EvaluationConfig
+from ptq_exp.storage.pieces import JOINED
 
 
 def full_precision_images(run: Run, config: EvaluationConfig, key: Key) -> np.ndarray:
     """Draw (or reuse) the full-precision images, uint8 [N, H, W, C], memory-mapped."""
 
     def make(folder: Path) -> np.ndarray:
-        return _drawn(run, config, run.full_precision, "FP32 images", folder, folder / "joined.npz")
+        return _drawn(run, config, run.full_precision, "FP32 images", folder, folder / JOINED)
 
     return cached(
         run.cache, "images", key, make, "FP32 images", save=lambda images, path: write_samples(path, images),

@@ -8,7 +8,7 @@ import numpy as np
 
 from ptq_exp.calibration import chosen_images
 from ptq_exp.calibration.sources import NO_IMAGES
-from ptq_exp.errors import DataError
+from ptq_exp.errors import DataError, naming
 from ptq_exp.experiment.run import Run, calibration_images
 from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.storage.pieces import slices
@@ -24,14 +24,10 @@ def checked_images(run: Run, config: ExperimentConfig) -> Any:
     Raises:
         PTQError: one line that names the setting, and the file where there is one.
     """
-    try:
+    with naming("model.images.path: ", unless="model.images"):
         images = calibration_images(config)
         if config.calibration.source in ("raw", "diffuse"):
             _check_images(run, images, config.calibration.n_samples)
-    except DataError as error:
-        if "model.images" in str(error):  # says it already
-            raise
-        raise DataError(f"model.images.path: {error}") from error
     return images
 
 

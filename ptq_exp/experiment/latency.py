@@ -57,7 +57,7 @@ def latency_table(
     }
 
     def make(folder: Path) -> Arrays:
-        call = _example(run, batch)
+        call = run.noise(batch, torch.Generator().manual_seed(0))
         layers = [name for group in groups for name in group]
         inputs = _inputs(run.model.denoiser.to(run.device), call, layers)
         table = [_times(run, at(c), layers, inputs) for c in range(candidates)]
@@ -70,13 +70,6 @@ def latency_table(
 
 def _deciding(config: ExperimentConfig) -> list[Any]:
     return [sorted(config.bits.groups.items(), key=str), str(config.quantization)]
-
-
-def _example(run: Run, batch: int) -> Call:
-    """Return a call with a state of noise: zeros have no range."""
-    call = run.example().expanded(batch)
-    noise = torch.randn(call.x.shape, generator=torch.Generator().manual_seed(0)).to(call.x)
-    return call.mapped(lambda tensor: tensor.contiguous())._replace(x=noise)
 
 
 def _inputs(network: nn.Module, call: Call, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +25,6 @@ from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Arrays, Key, cached
 from ptq_exp.lightning import NoiseModule, PropagationModule, measure
 from ptq_exp.settings.schema import CorrectionConfig, EvaluationConfig
-from ptq_exp.storage.npz import npz_arrays
 
 log = logging.getLogger("ptq_exp")
 
@@ -134,9 +132,7 @@ def measured(
     """Return what `module` finds on samples 0..n-1, memory-mapped; reused, or continued where a killed run stopped."""
     kind = "noise" if isinstance(module, NoiseModule) else "propagation"
     key = versioned(kind, {**key, "samples": [n, batch_size], "arrays": [*module.names, *module.totals]})
-
-    def make(folder: Path) -> Arrays:
-        measure(module, run.trainer(title), n, batch_size, folder, folder / "joined.npz")
-        return npz_arrays(folder / "joined.npz")
-
-    return cached(run.cache, kind, key, make, title, detail=lambda _: f", {n} trajectories")
+    return cached(
+        run.cache, kind, key, lambda folder: measure(module, run.trainer(title), n, batch_size, folder), title,
+        detail=lambda _: f", {n} trajectories",
+    )

@@ -54,13 +54,8 @@ def noise_record(quantized: QuantizedModel, error: EpsError, title: str) -> Reco
 
 def _correction(quantized: QuantizedModel, error: EpsError) -> dict[str, Any]:
     statistics, change = quantized.statistics, error.after / error.before - 1
-    found = {
-        "k": statistics.k.tolist(),
-        "k_unshrunk": statistics.k_unshrunk.tolist(),
-        "k_stderr": statistics.k_stderr.tolist(),
-        "r": statistics.r.tolist(),
-        "residual_std": statistics.residual_std.tolist(),
-        "kurtosis": statistics.kurtosis.tolist(),
+    of_steps = ("k", "k_unshrunk", "k_stderr", "r", "residual_std", "kurtosis")
+    found = {name: getattr(statistics, name).tolist() for name in of_steps} | {
         "residual_step_correlation": error.step_correlation.tolist(),
         "held_out_change_mean": float(change.mean()),
         "held_out_change_worst": float(change.max()),

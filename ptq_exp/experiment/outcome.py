@@ -118,7 +118,7 @@ def _for_wandb(
             for name in ("eps_error_uncorrected", "fixed_pattern_share", "fixed_pattern_share_uncorrected"):
                 if per_step := values.get(f"{name}_per_step"):
                     row[f"{name}_of_step"] = per_step[step]
-            wandb_run.log_metrics(logger, row)
+            logger.log_metrics(row)
 
     numbers = dict(values["metrics"]) | {"calibration/evaluations": values.get("evaluations", 0)}
     numbers |= {f"fp32/{key}": value for key, value in values["fp32"].items()}
@@ -130,7 +130,7 @@ def _for_wandb(
     summed = {key: values[key] for key in sections if key in values}
     items = {
         "the errors per step": errors_per_step,
-        "the scores": lambda logger: wandb_run.log_metrics(logger, numbers),
+        "the scores": lambda logger: logger.log_metrics(numbers),
         "the summary": lambda logger: wandb_run.log_summary(logger, summed),
         "grid.png": lambda logger: wandb_run.log_image(
             logger, "grid", folder / "grid.png", caption="full precision over quantized, same seeds"),

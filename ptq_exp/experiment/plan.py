@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ptq_exp.calibration import time_bins
+from ptq_exp.calibration import Labelled, labelled, positions, time_bins
 from ptq_exp.correction import BitSchedule, parse_widths
 from ptq_exp.diffusion import TimeGrid
-from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.errors import ConfigError, naming
 from ptq_exp.quantization import Policy, group_bits
-from ptq_exp.settings.schema import RULES, BitsConfig, ExperimentConfig
+from ptq_exp.settings.build import build
+from ptq_exp.settings.schema import RULES, BitsConfig, CalibrationConfig, ExperimentConfig
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,17 @@ class Plan:
         return int(self.time_bins.max()) + 1
 
 
+def drawn_positions(config: CalibrationConfig, n_steps: int, seed: int, each: int = 1) -> Tensor:
+    """Draw the positions [n_samples, each] in a grid of `n_steps` at which states of the trajectories are taken."""
+    distribution = build(config.distribution, "calibration.distribution")
+    return positions(distribution, config.n_samples * each, n_steps, seed).view(-1, each)
+
+
+def drawn_states(config: CalibrationConfig, grid: TimeGrid, seed: int) -> Labelled:
+    """Draw the positions and times of states that are taken one from each trajectory."""
+    return labelled(drawn_positions(config, len(grid), seed)[:, 0], grid, config.labels)
+
+
 def activation_widths(bits: BitsConfig, grid: TimeGrid) -> list[int | str]:
     """List the widths that activations are calibrated for, ascending, or their number format."""
     if bits.schedule is None:
@@ -88,10 +100,8 @@ def given_schedule(bits: BitsConfig, grid: TimeGrid) -> BitSchedule:
         DataError: no such file.
     """
     if isinstance(bits.schedule, str) and bits.schedule.endswith(".json"):
-        try:
+        with naming("bits.schedule="):  # the error begins with the path
             schedule = BitSchedule.load(bits.schedule)
-        except DataError as error:  # begins with the path
-            raise DataError(f"bits.schedule={error}") from error
         schedule.check(grid)
         if schedule.weight != bits.weight:
             raise ConfigError(

@@ -22,7 +22,6 @@ from ptq_exp.experiment.stage import Record, Stages
 from ptq_exp.quantization import group_bits
 from ptq_exp.settings.compose import composed_from
 from ptq_exp.settings.overrides import quoted
-from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.storage.cache import ArtifactCache
 
 log = logging.getLogger("ptq_exp")
@@ -99,6 +98,3 @@ def _written(value: Any, inside: bool = False) -> str:
     if inside and isinstance(value, str):
         return quoted(value)
     return "null" if inside and value is None else str(value)
-
-
-__all__ = ["ExperimentConfig", "bits_overrides", "overrides_of", "quantize_with"]

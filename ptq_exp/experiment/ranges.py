@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -45,7 +45,6 @@ def calibrate(run: Run, plan: Plan, network: nn.Module, report: Report, calibrat
     layers = sum(row.weight_bits is not None for row in report.rows if row.scope == "conv_linear")
     with run.progress(layers, "weight ranges") as bar:
         calibrate_weights_(network, plan.metric, bar.update)
-    bin_of_state = plan.time_bins[torch.from_numpy(np.array(calibration_set.step))]
     check_bins(plan.time_bins, torch.from_numpy(np.array(calibration_set.step)))
     if not any(q.needs_data for _, q in quantizers(network) if isinstance(q, ActivationQuantizer)):
         log.info("activation ranges: none is calibrated")
@@ -53,17 +52,24 @@ def calibrate(run: Run, plan: Plan, network: nn.Module, report: Report, calibrat
         return
     of_time, others = _time_quantizers(run, plan, network)
     with run.progress(len(calibration_set), "calibration forward") as bar:
-        for row in range(plan.n_bins):
-            states = calibration_set
-            if plan.n_bins > 1:
-                select_row(network, row)
-                states = calibration_set.take((bin_of_state == row).nonzero().flatten().numpy())
+        for row, states in enumerate(states_of_bins(plan, network, calibration_set)):
             for batch in states.batches(plan.batch_size):
                 _observe(run, network, [batch], others)
                 bar.update(min(plan.batch_size, bar.total - bar.n))
             if of_time:
                 _observe(run, network, batches_of_times(run, plan, row), of_time)
             finish_calibration(network, plan.metric)
+
+
+def states_of_bins(plan: Plan, network: nn.Module, states: CalibrationSet) -> Iterator[CalibrationSet]:
+    """Yield the states of each bin of sampling steps, while the bin's row of ranges is in force."""
+    if plan.n_bins == 1:
+        yield states
+        return
+    bin_of_state = plan.time_bins[torch.from_numpy(np.array(states.step))]
+    for row in range(plan.n_bins):
+        select_row(network, row)
+        yield states.take((bin_of_state == row).nonzero().flatten().numpy())
 
 
 @torch.no_grad()

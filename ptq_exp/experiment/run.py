@@ -141,6 +141,11 @@ class Run:
         """Return a call of one sample on the device, for tracing."""
         return self.model.example_inputs().to(self.device)
 
+    def noise(self, n: int, generator: torch.Generator) -> Call:
+        """Return a call of `n` samples of noise on the device, for timing: zeros have no range."""
+        call = self.example().expanded(n).mapped(torch.Tensor.contiguous)
+        return call._replace(x=torch.randn(call.x.shape, generator=generator).to(call.x))
+
 
 def bytes_of(gigabytes: float | None) -> float | None:
     """Return a setting in GB as bytes."""

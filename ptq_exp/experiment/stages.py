@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptq_exp.calibration import CalibrationSet, labelled, positions
+from ptq_exp.calibration import CalibrationSet
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import Call, TimeGrid
 from ptq_exp.experiment.blockwise import calibrate_blocks
 from ptq_exp.experiment.keys import Keys
-from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.plan import Plan, drawn_positions, drawn_states
 from ptq_exp.experiment.policy import policy
 from ptq_exp.experiment.ranges import calibrate
 from ptq_exp.experiment.run import Run
@@ -24,7 +24,6 @@ from ptq_exp.lightning import CalibrationModule, RecordingModule, collect_calibr
 from ptq_exp.pipelines import PipelineModel, RecordedModel
 from ptq_exp.quantization import quantize_
 from ptq_exp.quantization.stored import range_arrays, restore_ranges_
-from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import CalibrationConfig
 
 log = logging.getLogger("ptq_exp")
@@ -49,26 +48,19 @@ def make_calibration_set(
         return _noise_alone(run)
 
     def make(folder: Path) -> CalibrationSet:
-        distribution = build(config.distribution, "calibration.distribution")
         denoiser = run.full_precision if previous is None else previous.uncorrected
-        joined = folder / "joined.npz"
         if isinstance(run.model, PipelineModel):
-            drawn = positions(distribution, config.n_samples * config.steps_per_sample, len(run.grid), run.seed)
-            recording = RecordingModule(run.model, run.grid, seed=run.seed, denoiser=denoiser)
             return record_calibration_set(
-                recording, run.trainer("calibration set"), drawn.view(config.n_samples, -1), config.batch_size, folder,
-                joined,
+                RecordingModule(run.model, run.grid, seed=run.seed, denoiser=denoiser), run.trainer("calibration set"),
+                drawn_positions(config, len(run.grid), run.seed, config.steps_per_sample), config.batch_size, folder,
             )
-        drawn = positions(distribution, config.n_samples, len(run.grid), run.seed)
-        states = labelled(drawn, run.grid, config.labels)
+        states = drawn_states(config, run.grid, run.seed)
         module = CalibrationModule(
             run.model, run.grid, config.source, seed=run.seed, images=images, denoiser=denoiser
         )
-        collect_calibration_set(
-            module, run.trainer("calibration set"), states, config.batch_size, folder, joined,
-            guided=run.guidance_scale != 1,
+        return collect_calibration_set(
+            module, run.trainer("calibration set"), states, config.batch_size, folder, guided=run.guidance_scale != 1
         )
-        return CalibrationSet.load(joined)
 
     return cached(
         run.cache, "calibration", key, make, f"calibration set {config.name}{which}", save=CalibrationSet.save,
@@ -81,27 +73,17 @@ def _noise_alone(run: Run) -> CalibrationSet:
     """Return two states of noise at the first step, to prove a quantized network by; nothing is calibrated on them."""
     example = run.model.example_inputs().expanded(2)
     draw = torch.Generator().manual_seed(run.seed)
-    x = torch.randn(example.x.shape, generator=draw)
-    first = run.grid.network_time(torch.zeros(2, dtype=torch.long))
-    conditions = {
-        name: (value.float() if value.is_floating_point() else value).cpu().numpy()
-        for name, value in example.conditions.items()
-    }
-    zeros = np.zeros(2, np.int64)
-    return CalibrationSet(x.numpy(), zeros, first.float().cpu().numpy(), zeros, conditions)
+    x, first = torch.randn(example.x.shape, generator=draw), torch.zeros(2, dtype=torch.long)
+    return CalibrationSet.of(example._replace(x=x, t=run.grid.network_time(first)), first)
 
 
 def _given_calls(model: RecordedModel, grid: TimeGrid) -> CalibrationSet:
     """Return the calibration set of the calls that somebody has recorded, each row a state."""
     call = Call(
-        torch.cat([call.x for call in model.calls]).cpu().float(), torch.cat([call.t for call in model.calls]).cpu(),
-        {name: torch.cat([call.conditions[name] for call in model.calls]).cpu() for name in model.calls[0].conditions},
+        torch.cat([call.x for call in model.calls]), torch.cat([call.t for call in model.calls]),
+        {name: torch.cat([call.conditions[name] for call in model.calls]) for name in model.calls[0].conditions},
     )
-    conditions = {
-        name: (value.float() if value.is_floating_point() else value).numpy() for name, value in call.conditions.items()
-    }
-    step = grid.step_of(call.t).numpy()
-    return CalibrationSet(call.x.numpy(), step, call.t.numpy(), np.zeros(len(call.x), np.int64), conditions)
+    return CalibrationSet.of(call, grid.step_of(call.t))
 
 
 def quantize_model(

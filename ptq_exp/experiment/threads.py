@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
+from ptq_exp.results.environment import usable_cores
 from ptq_exp.settings.schema_machine import TrainerConfig
 
 log = logging.getLogger("ptq_exp")
@@ -63,7 +64,7 @@ def choose_threads(config: TrainerConfig, device: torch.device, watch: Watch) ->
         if device.type != "cpu" or config.devices > 1 or any(name in os.environ for name in _VARIABLES):
             return
         time.sleep(max(0.0, SHORTEST - (time.perf_counter() - watch.now)))
-        cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _quota())
+        cores = min(usable_cores(), _quota())
         free = watch.free(Watch.begin())
         if free is None:
             return

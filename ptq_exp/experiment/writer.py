@@ -15,13 +15,11 @@ from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.experiment.stage import Record
 from ptq_exp.quantization import range_table
 from ptq_exp.quantization.save import DESCRIPTION_FILE
-from ptq_exp.results.record import Results, write_samples
+from ptq_exp.results.record import SAMPLES, Results, write_samples
 from ptq_exp.results.sinks import spoils_nothing
 from ptq_exp.storage.plain_json import write_json
 
 log = logging.getLogger("ptq_exp")
-
-SAMPLES = "samples.npz"
 
 
 class RunWriter:

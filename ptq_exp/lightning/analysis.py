@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from ptq_exp.diffusion import Call, DiffusionModel, TimeGrid
 from ptq_exp.diffusion.noise import EVALUATION
 from ptq_exp.diffusion.sampler import StepRecord
-from ptq_exp.lightning.writer import predict_to_file, sample_indices
+from ptq_exp.lightning.writer import measure
 from ptq_exp.quantization.probe import layers_quantized
 from ptq_exp.quantization.trace.tap import ActivationTap
-from ptq_exp.storage.pieces import Parts
 
 
 class ActivationModule(pl.LightningModule):
@@ -33,7 +32,7 @@ class ActivationModule(pl.LightningModule):
         copies: of each sample in a batch: 2 with guidance.
     """
 
-    names = ("low", "high", "values")
+    names, totals = ("low", "high", "values"), ()
 
     def __init__(
         self, model: DiffusionModel, denoiser: nn.Module, probe: nn.Module, grid: TimeGrid, sites: Sequence[str],
@@ -87,7 +86,7 @@ class SensitivityModule(pl.LightningModule):
         batch_size: trajectories at a time.
     """
 
-    names = ("error",)
+    names, totals = ("error",), ()
 
     def __init__(
         self, model: DiffusionModel, denoiser: nn.Module, probe: nn.Module, quantized: nn.Module, grid: TimeGrid,
@@ -129,16 +128,6 @@ class SensitivityModule(pl.LightningModule):
             )
 
 
-def record_activations(
-    module: ActivationModule, trainer: pl.Trainer, n: int, batch_size: int, folder: Path, path: Path
-) -> None:
-    """Record trajectories 0..n-1 into the file `path`; batches already in `folder` are not drawn again."""
-    parts = Parts(folder, range(0, n, batch_size), n, module.names)
-    predict_to_file(module, trainer, parts, lambda start: sample_indices(start, batch_size), path)
-
-
-def measure_sensitivity(module: SensitivityModule, trainer: pl.Trainer, folder: Path, path: Path) -> None:
-    """Measure all groups of layers into the file `path` (error [L, S]); those in `folder` are there."""
-    count = len(module.layers)
-    parts = Parts(folder, range(count), count, module.names)
-    predict_to_file(module, trainer, parts, lambda start: torch.tensor([start]), path)
+def measure_sensitivity(module: SensitivityModule, trainer: pl.Trainer, folder: Path) -> np.ndarray:
+    """Measure the error [L, S] of all groups of layers; those already in `folder` are not measured again."""
+    return measure(module, trainer, len(module.layers), 1, folder)["error"]

@@ -8,12 +8,11 @@ import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor, nn
 
-from ptq_exp.calibration import Labelled, StateRequest, condition_arrays, labelled, source
+from ptq_exp.calibration import CalibrationSet, Labelled, StateRequest, condition_arrays, source
 from ptq_exp.calibration.sources import ImageSource
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.diffusion.noise import CALIBRATION
-from ptq_exp.lightning.writer import predict_to_file, sample_indices
-from ptq_exp.storage.pieces import Parts
+from ptq_exp.lightning.writer import predict_at
 
 
 class CalibrationModule(pl.LightningModule):
@@ -21,6 +20,8 @@ class CalibrationModule(pl.LightningModule):
 
     `denoiser` (the model's own by default) is guided where guidance is wanted.
     """
+
+    names = ("x", "evaluations")
 
     def __init__(
         self, model: DiffusionModel, grid: TimeGrid, source_name: str, *, seed: int, denoiser: nn.Module | None = None,
@@ -42,25 +43,16 @@ class CalibrationModule(pl.LightningModule):
 
 
 def collect_calibration_set(
-    module: CalibrationModule, trainer: pl.Trainer, states: Labelled | Tensor, batch_size: int, folder: Path,
-    path: Path, *, guided: bool = False,
-) -> None:
-    """Write the calibration set of samples 0..N-1, sample i as `states` has it, to `path`.
+    module: CalibrationModule, trainer: pl.Trainer, states: Labelled, batch_size: int, folder: Path, *,
+    guided: bool = False,
+) -> CalibrationSet:
+    """Collect the calibration set of samples 0..N-1, sample i as `states` has it.
 
-    Batches already in `folder` are not computed again. `states` may be the positions [N] that the samples enter, each
-    then with the time of its position. `guided`: they are seen without their conditions, too; see `CalibrationSet`.
+    Batches already in `folder` are not computed again. `guided`: states are seen without their conditions, too; see
+    `CalibrationSet`.
     """
-    if isinstance(states, Tensor):
-        states = labelled(states, module.grid)
-    steps = states.enters
-    parts = Parts(folder, range(0, len(steps), batch_size), len(steps), ("x", "evaluations"))
     model = module.model
-    conditions = model.draw_conditions(range(len(steps)), module.sample_seed, CALIBRATION)
+    conditions = model.draw_conditions(range(len(states.enters)), module.sample_seed, CALIBRATION)
     extra = {"step": states.step.numpy(), "t": states.t.numpy()}
     extra |= condition_arrays(conditions, model.unconditional if guided else {})
-
-    def batch_of(start: int) -> tuple[Tensor, Tensor]:
-        index = sample_indices(start, min(batch_size, len(steps) - start))
-        return index, steps[index]
-
-    predict_to_file(module, trainer, parts, batch_of, path, **extra)
+    return CalibrationSet.load(predict_at(module, trainer, states.enters, batch_size, folder, **extra))

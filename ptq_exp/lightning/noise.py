@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -20,8 +19,6 @@ from ptq_exp.correction import (
 )
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.diffusion.paired import paired_estimates
-from ptq_exp.lightning.writer import predict_to_file, sample_indices
-from ptq_exp.storage.pieces import Parts
 
 
 class NoiseModule(pl.LightningModule):
@@ -104,11 +101,3 @@ class PropagationModule(pl.LightningModule):
             device=self.device,
         )
         return {"cause": cause.numpy(), "effect": effect.numpy()}
-
-
-def measure(
-    module: NoiseModule | PropagationModule, trainer: pl.Trainer, n: int, batch_size: int, folder: Path, path: Path
-) -> None:
-    """Run `module` on samples 0..n-1 into the file `path`; batches already in `folder` are not measured again."""
-    parts = Parts(folder, range(0, n, batch_size), n, module.names, module.totals)
-    predict_to_file(module, trainer, parts, lambda start: sample_indices(start, batch_size), path)

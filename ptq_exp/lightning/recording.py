@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from ptq_exp.calibration import CalibrationSet, condition_arrays
 from ptq_exp.diffusion import Call, StepRecord, TimeGrid
 from ptq_exp.diffusion.noise import CALIBRATION
-from ptq_exp.lightning.writer import predict_to_file, sample_indices
+from ptq_exp.lightning.writer import predict_at
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.storage.npz import npz_arrays
-from ptq_exp.storage.pieces import Parts
 
 
 class RecordingModule(pl.LightningModule):
@@ -65,20 +64,13 @@ class RecordingModule(pl.LightningModule):
 
 
 def record_calibration_set(
-    module: RecordingModule, trainer: pl.Trainer, steps: Tensor, batch_size: int, folder: Path, path: Path
+    module: RecordingModule, trainer: pl.Trainer, steps: Tensor, batch_size: int, folder: Path
 ) -> CalibrationSet:
-    """Record the calibration set of images 0..N-1, image i in the steps `steps[i]` ([N, m]), by way of `path`.
+    """Record the calibration set of images 0..N-1, image i in the steps `steps[i]` ([N, m]).
 
     Batches already in `folder` are not drawn again. Rows of one image stand behind each other in the set.
     """
-    parts = Parts(folder, range(0, len(steps), batch_size), len(steps), module.names)
-
-    def batch_of(start: int) -> tuple[Tensor, Tensor]:
-        index = sample_indices(start, min(batch_size, len(steps) - start))
-        return index, steps[index]
-
-    predict_to_file(module, trainer, parts, batch_of, path)
-    arrays = npz_arrays(path)
+    arrays = npz_arrays(predict_at(module, trainer, steps, batch_size, folder))
     copies = arrays["x"].shape[1]
     rows = {name: values.reshape(-1, *values.shape[2:]) for name, values in arrays.items() if name != "evaluations"}
     evaluations = np.zeros((len(steps), copies), np.int64)

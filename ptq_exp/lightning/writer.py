@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
 from torch.utils.data import DataLoader
 
-from ptq_exp.storage.pieces import Parts
+from ptq_exp.storage.npz import npz_arrays
+from ptq_exp.storage.pieces import JOINED, Parts
 
 
 class PartWriter(BasePredictionWriter):
@@ -47,6 +50,35 @@ def predict_to_file(
             trainer.predict(module, DataLoader(batches, batch_size=None), return_predictions=False)
         finally:
             trainer.callbacks.remove(writer)
+
+
+def measure(module: Any, trainer: pl.Trainer, n: int, batch_size: int, folder: Path) -> dict[str, np.ndarray]:
+    """Run `module` on samples 0..n-1; batches already in `folder` are not computed again.
+
+    Args:
+        module: one whose `names` and `totals` say what it predicts, see `Parts`.
+
+    Returns:
+        The arrays, memory-mapped.
+    """
+    parts = Parts(folder, range(0, n, batch_size), n, module.names, module.totals)
+    predict_to_file(module, trainer, parts, lambda start: sample_indices(start, batch_size), folder / JOINED)
+    return npz_arrays(folder / JOINED)
+
+
+def predict_at(
+    module: Any, trainer: pl.Trainer, steps: torch.Tensor, batch_size: int, folder: Path, **extra: np.ndarray
+) -> Path:
+    """Run `module` on (i, steps[i]) for each row of `steps`, as `measure` does; returns the file of all arrays."""
+    n = len(steps)
+
+    def batch_of(start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        index = sample_indices(start, min(batch_size, n - start))
+        return index, steps[index]
+
+    parts = Parts(folder, range(0, n, batch_size), n, module.names)
+    predict_to_file(module, trainer, parts, batch_of, folder / JOINED, **extra)
+    return folder / JOINED
 
 
 def sample_indices(start: int, batch_size: int) -> torch.Tensor:

@@ -36,6 +36,11 @@ def environment() -> dict[str, Any]:
     return found
 
 
+def usable_cores() -> int:
+    """Return the cores that this process may use, which a container or a batch system may limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def git_commit(checkout: Path) -> str | None:
     """Return the commit of a git checkout, with "+changes" where files differ from it; None for any other folder."""
     if not (checkout / ".git").exists():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
 
 from ptq_exp.results.entry import CHOSEN, CORRECTED, EXECUTED, FORECAST, QUANTIZED, Entry
 from ptq_exp.results.layout_scores import SCORE_ENTRIES
@@ -197,12 +195,3 @@ LAYOUT = (
 def entry_of(key: str) -> Entry | None:
     """Find the entry that describes a dotted key; None if nothing does."""
     return next((entry for entry in LAYOUT if fnmatchcase(key, entry.key)), None)
-
-
-def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """List the dotted keys of all values that are no dictionaries."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"

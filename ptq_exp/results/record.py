@@ -16,6 +16,8 @@ from ptq_exp.storage.plain_json import to_plain, write_json
 
 INTERRUPTED = "interrupted"
 """Status of a run that a signal ended."""
+SAMPLES = "samples.npz"
+"""The file of a run's images, in its folder."""
 
 
 class Results:
@@ -49,14 +51,13 @@ class Results:
         """Last update: status "finished"."""
         self.update("done", **values, status="finished")
 
-    def fail(self, error: BaseException | str) -> None:
+    def fail(self, error: BaseException) -> None:
         """Last update: the status of `error` and its text; the stage stays the last one reached."""
-        text = error if isinstance(error, str) else str(error) or type(error).__name__
-        kind = "" if isinstance(error, str) else type(error).__name__
-        status = "infeasible" if isinstance(error, InfeasibleError) else "failed"
-        if isinstance(error, BaseException) and (signalled := interruption(error)):
+        status, text = "infeasible" if isinstance(error, InfeasibleError) else "failed", str(error)
+        if signalled := interruption(error):
             status, text = INTERRUPTED, signalled
-        self.update(self.values["stage"], status=status, error=text, error_type=kind)
+        kind = type(error).__name__
+        self.update(self.values["stage"], status=status, error=text or kind, error_type=kind)
 
     def __enter__(self) -> Results:
         return self

@@ -143,30 +143,19 @@ def _without_launch(mode: str) -> Iterator[None]:
             del sys.modules[_LAUNCH]
 
 
-def log_metrics(logger: WandbLogger | None, metrics: Mapping[str, float], step: int | None = None) -> None:
-    """Log numbers; nothing happens without a logger."""
-    if logger is not None:
-        logger.log_metrics(dict(metrics), step=step)
+def log_summary(logger: WandbLogger, sections: Mapping[str, Any]) -> None:
+    """Set what a run is summed up by, nested settings and numbers alike."""
+    logger.experiment.summary.update(to_plain(dict(sections), "summary"))
 
 
-def log_summary(logger: WandbLogger | None, sections: Mapping[str, Any]) -> None:
-    """Set what a run is summed up by, nested settings and numbers alike; nothing happens without a logger."""
-    if logger is not None:
-        logger.experiment.summary.update(to_plain(dict(sections), "summary"))
+def log_image(logger: WandbLogger, key: str, path: str | os.PathLike, caption: str | None = None) -> None:
+    """Log an image file."""
+    logger.log_image(key, [os.fspath(path)], caption=[caption])
 
 
-def log_image(
-    logger: WandbLogger | None, key: str, path: str | os.PathLike, caption: str | None = None
-) -> None:
-    """Log an image file; nothing happens without a logger."""
-    if logger is not None:
-        logger.log_image(key, [os.fspath(path)], caption=[caption])
-
-
-def log_table(logger: WandbLogger | None, key: str, frame: pd.DataFrame) -> None:
-    """Log a table; nothing happens without a logger."""
-    if logger is not None:
-        logger.log_table(key, dataframe=of_one_type(frame))
+def log_table(logger: WandbLogger, key: str, frame: pd.DataFrame) -> None:
+    """Log a table."""
+    logger.log_table(key, dataframe=of_one_type(frame))
 
 
 def of_one_type(frame: pd.DataFrame) -> pd.DataFrame:
@@ -190,10 +179,9 @@ def _text(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def finish(logger: WandbLogger | None, exit_code: int = 0) -> None:
+def finish(logger: WandbLogger, exit_code: int = 0) -> None:
     """Close the run (the jobs of a sweep would merge into one otherwise); 0 marks success."""
-    if logger is not None:
-        logger.experiment.finish(exit_code=exit_code)
+    logger.experiment.finish(exit_code=exit_code)
 
 
 def abandon(logger: WandbLogger) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ptq_exp.results.record import read_samples
+from ptq_exp.results.record import SAMPLES, read_samples
 from ptq_exp.storage.npz import npz_arrays
 
 FILE = "pairs.npz"
@@ -26,16 +26,16 @@ class WorstPair:
     drawn_from: str = ""
 
 
-def worst_pairs(folder: Path, samples: str = "samples.npz") -> list[WorstPair]:
+def worst_pairs(folder: Path) -> list[WorstPair]:
     """Read the worst pairs of the run in `folder`, the lowest PSNR first; none where it has not left them.
 
     Raises:
         DataError: a file is damaged.
     """
-    if not (folder / FILE).is_file() or not (folder / samples).is_file():
+    if not (folder / FILE).is_file() or not (folder / SAMPLES).is_file():
         return []
     kept = npz_arrays(folder / FILE)
-    images, labels = read_samples(folder / samples)
+    images, labels = read_samples(folder / SAMPLES)
     prompts = kept.get("prompts")
     found = []
     for place, index in enumerate(kept["worst"].tolist()):

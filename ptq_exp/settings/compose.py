@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import ptq_exp
 from ptq_exp.errors import ConfigError, nearest, one_line
+from ptq_exp.results.environment import usable_cores
 from ptq_exp.settings.field import check_section
 from ptq_exp.settings.names import path_settings
 from ptq_exp.settings.schema import FULL_PRECISION, ExperimentConfig
@@ -62,7 +62,7 @@ def job_threads() -> int | None:
     if jobs is None:
         of_ray = OmegaConf.select(launcher, "ray.remote.num_cpus")
         return launcher.get("cpus_per_task", of_ray and max(1, int(of_ray)))
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     jobs = jobs if jobs > 0 else max(1, cores + 1 + jobs)  # as joblib counts: -1 = all cores, -2 = all but one
     return None if jobs == 1 else max(1, cores // jobs)
 

@@ -70,13 +70,16 @@ def check_composition(overrides: Sequence[str]) -> None:
 
 
 def _file(default: ResultDefault, repository: CachingConfigRepository) -> ConfigFile:
+    from ptq_exp.storage.plain_json import flatten  # loads numpy: help does without
+
     path = default.config_path or ""
     loaded = repository.load_config(path)
     content = OmegaConf.to_container(loaded.config, resolve=False) if loaded else {}
     package = default.package or ""
     for name in reversed(package.split(".") if package else []):
         content = {name: content}
-    bits = _flat(content.get(BITS)) if isinstance(content, dict) else {}
+    section = content.get(BITS) if isinstance(content, dict) else None  # there may be text in its place
+    bits = flatten(section, f"{BITS}.") if isinstance(section, dict) else {}
     if default.primary or default.parent is None:  # it declares what options do not mention
         bits = {key: value for key, value in bits.items() if value is not None}
     chosen = [
@@ -84,16 +87,6 @@ def _file(default: ResultDefault, repository: CachingConfigRepository) -> Config
         if isinstance(entry, GroupDefault) and (entry.group or "").lstrip("/") == BITS and isinstance(entry.value, str)
     ]
     return ConfigFile(path, bits, chosen[-1] if chosen else None)
-
-
-def _flat(value: Any, prefix: str = BITS) -> dict[str, Any]:
-    """Flatten nested values to dotted keys; nothing for None or text in place of a section."""
-    if not isinstance(value, dict):
-        return {}
-    found = {}
-    for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}.{key}") if isinstance(inner, dict) else {f"{prefix}.{key}": inner}
-    return found
 
 
 def _check_bits(files: Sequence[ConfigFile], chosen: str | None, keys: Sequence[str]) -> None:

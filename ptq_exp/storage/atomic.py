@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -104,7 +104,7 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_npz(path: str | os.PathLike[str], *, compressed: bool = False, **arrays: np.ndarray) -> None:
+def write_npz(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
     """Write named arrays (no Python objects) as one `.npz` file, atomically.
 
     Raises:
@@ -113,6 +113,5 @@ def write_npz(path: str | os.PathLike[str], *, compressed: bool = False, **array
     for name, array in arrays.items():
         if np.asarray(array).dtype.hasobject:
             raise PTQError(f"cannot write {path}: array {name!r} holds Python objects, not numbers or text")
-    save: Callable[..., None] = np.savez_compressed if compressed else np.savez
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-        save(stream, **arrays)
+        np.savez(stream, **arrays)

@@ -162,6 +162,10 @@ class ArtifactCache:
                 ) from error
             yield lease
 
+    def has(self, kind: str, spec: Mapping[str, Any]) -> bool:
+        """Return whether there is an entry that would be reused, if it is whole."""
+        return self.mode == "on" and (self.root / kind / digest(kind, spec) / "entry.json").exists()
+
     def _reused(self, kind: str, entry: Path, load: Callable[[Path], T], say: bool = False) -> tuple[T] | None:
         """Return the value of an entry that is there, whole and not to be replaced; None if there is none."""
         if not entry.exists():
@@ -170,11 +174,12 @@ class ArtifactCache:
             if say and self.mode == "on":
                 _log.warning("cache entry %s is damaged (%s): building it again", entry, problem)
             return None
-        if self.mode == "refresh" and _made_at(entry) < self.fresh_since:
+        record = read_json(entry / "entry.json")
+        if self.mode == "refresh" and float(record.get("made_at", 0.0)) < self.fresh_since:
             return None
-        value = _load(entry, load)
+        value = _load(entry / record["artefact"], load)
         self.hits[kind] += 1
-        self.seconds[kind] += float(read_json(entry / "entry.json").get("seconds", math.nan))
+        self.seconds[kind] += float(record.get("seconds", math.nan))
         _log.info("reusing %s from %s", kind, entry)
         return (value,)
 
@@ -223,13 +228,7 @@ def _remove(folder: Path | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _made_at(entry: Path) -> float:
-    """Seconds since 1970; 0 for an entry that does not say."""
-    return float(read_json(entry / "entry.json").get("made_at", 0.0))
-
-
-def _load(entry: Path, load: Callable[[Path], T]) -> T:
-    artefact = entry / read_json(entry / "entry.json")["artefact"]
+def _load(artefact: Path, load: Callable[[Path], T]) -> T:
     try:
         return load(artefact)
     except Exception as error:

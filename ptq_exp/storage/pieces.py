@@ -5,7 +5,6 @@ Nothing here holds more than one piece in memory, so that a set of images or fea
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,9 @@ import numpy as np
 from ptq_exp.errors import DataError
 from ptq_exp.storage.atomic import atomic_path, write_npz
 from ptq_exp.storage.npz import open_npz
+
+JOINED = "joined.npz"
+"""All pieces in one file, in their folder."""
 
 
 class Parts:
@@ -44,7 +46,7 @@ class Parts:
 
     def write(self, start: int, **arrays: np.ndarray) -> None:
         """Write one piece, atomically; each array [rows, ...], but for the totals."""
-        write_npz(self.path(start), compressed=False, **arrays)
+        write_npz(self.path(start), **arrays)
 
     def join(self, path: Path, **extra: np.ndarray) -> bool:
         """Write all pieces as one uncompressed `.npz` file with arrays [n, ...], and the `extra` arrays beside them.
@@ -64,10 +66,6 @@ class Parts:
         except DataError:  # of a piece; what cannot be written is another error
             return False
         return True
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _join_array(self, archive: zipfile.ZipFile, name: str) -> None:
         first = self._read(self.starts[0], name)

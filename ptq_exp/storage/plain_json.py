@@ -32,7 +32,7 @@ def to_plain(value: Any, where: str = "value") -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        return float(value) if math.isfinite(value) else _non_finite_name(value)
+        return float(value) if math.isfinite(value) else json.dumps(float(value))  # NaN, Infinity, -Infinity
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -49,12 +49,6 @@ def to_plain(value: Any, where: str = "value") -> Any:
     if isinstance(value, list | tuple):
         return [to_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise PTQError(f"{where} is a {type(value).__name__}, which cannot be written as JSON")
-
-
-def _non_finite_name(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    return "Infinity" if value > 0 else "-Infinity"
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -87,3 +81,14 @@ def restore(value: Any) -> Any:
     if isinstance(value, list):
         return [restore(item) for item in value]
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten {"a": {"b": 1}} to {"a.b": 1}; an empty mapping disappears."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

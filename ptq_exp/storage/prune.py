@@ -31,14 +31,12 @@ def held(root: Path, entry: Entry) -> bool:
         return not free
 
 
-def chosen(
-    found: Sequence[Entry], limits: Limits, is_held: Callable[[Entry], bool], now: float | None = None
-) -> list[tuple[Entry, str]]:
+def chosen(found: Sequence[Entry], limits: Limits, is_held: Callable[[Entry], bool]) -> list[tuple[Entry, str]]:
     """Choose the entries that go, and say why: useless ones, then those beyond the limits, least recently used first.
 
     What `is_held` counts for `max_bytes`, but others go in its place.
     """
-    now = time.time() if now is None else now
+    now = time.time()
     gone = {entry: entry.problem for entry in found if entry.problem}
     rest = sorted((entry for entry in found if entry not in gone), key=lambda entry: (entry.used, entry.path))
     if limits.everything:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptq_exp.calibration import CalibrationSet, Constant, Uniform, labelled, positions
+from ptq_exp.calibration import Constant, Uniform, labelled, positions
 from ptq_exp.diffusion import NoiseSchedule, SampleNoise, TimeGrid, sample
 from ptq_exp.diffusion.noise import CALIBRATION
 from ptq_exp.errors import ConfigError
@@ -50,8 +50,7 @@ def test_reversed_states_are_those_after_the_pass_of_their_label(toy, solver, tm
     module = CalibrationModule(toy, grid, "denoise", seed=3)
     trainer = make_trainer("test", accelerator="cpu", progress_bar=False)
     states = labelled(drawn, grid, "reversed")
-    collect_calibration_set(module, trainer, states, n, tmp_path / "parts", tmp_path / "set.npz")
-    made = CalibrationSet.load(tmp_path / "set.npz")
+    made = collect_calibration_set(module, trainer, states, n, tmp_path / "parts")
 
     after = []  # the state that leaves each pass is the one that enters the next
     noise = SampleNoise(3, range(n), toy.sample_shape, stream=CALIBRATION)

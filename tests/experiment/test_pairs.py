@@ -6,9 +6,9 @@ import torch
 
 from ptq_exp.diffusion import DiffusionModel
 from ptq_exp.evaluation import SCORES, paired_bootstrap, psnr, ssim
-from ptq_exp.results.layout import entry_of, leaves
+from ptq_exp.results.layout import entry_of
 from ptq_exp.results.worst_pairs import WORST, worst_pairs
-from ptq_exp.storage.plain_json import read_json
+from ptq_exp.storage.plain_json import flatten, read_json
 
 PAIRS = ["+experiment=uniform_w8a8", "bits=w4a4", "metric=minmax", "logger=none", "evaluation=pairs",
          "evaluation.n_samples=15", "evaluation.fid_resamples=20"]
@@ -71,7 +71,7 @@ def test_lpips_and_clip_score_beside_the_others(command, tmp_path, monkeypatch):
     folder = command(*PAIRS, f"evaluation.lpips={tmp_path / 'alex.pth'}", f"evaluation.clip={tmp_path}")
     results = read_json(folder / "results.json")
     metrics = results["metrics"]
-    assert metrics["lpips"] > 0 and [key for key in leaves(results) if entry_of(key) is None] == []
+    assert metrics["lpips"] > 0 and [key for key in flatten(results) if entry_of(key) is None] == []
     assert metrics["clip_score_change"] == pytest.approx(metrics["clip_score"] - results["fp32"]["clip_score"])
     assert set(results["intervals"]) == {"psnr", "ssim", "lpips", "clip_score", "clip_score_change", "fid_to_fp"}
     assert results["metric_spec"]["clip"] == "tiny-clip-0" and "enlarged 4 times" in results["metric_spec"]["lpips"]

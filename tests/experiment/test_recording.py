@@ -82,12 +82,12 @@ def test_a_dead_or_hanging_process_of_wandb_is_a_warning_and_the_next_run_is_who
     monkeypatch.setitem(tracked_module.PATIENCE, "offline", 2.0)
     with tracked("offline", tmp_path / "one") as run:
         os.kill(wandb.setup()._connection._proc._process.pid, how)
-        run.record({"a number": lambda logger: wandb_run.log_metrics(logger, {"x": 1.0})})
+        run.record({"a number": lambda logger: logger.log_metrics({"x": 1.0})})
     (line,) = warned()
     assert line.startswith("W&B lacks ") and "the end of the run (" in line and "results.json" in line
     monkeypatch.setitem(tracked_module.PATIENCE, "offline", 30.0)
     with tracked("offline", tmp_path / "two") as run:
-        run.record({"a number": lambda logger: wandb_run.log_metrics(logger, {"x": 1.0})})
+        run.record({"a number": lambda logger: logger.log_metrics({"x": 1.0})})
     assert logged(tmp_path / "two")["summary"]["x"] == 1.0 and len(warned()) == 1
 
 

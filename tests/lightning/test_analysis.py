@@ -10,7 +10,7 @@ from torch import nn
 from ptq_exp.diffusion import DiffusionModel, NoiseSchedule, relative_eps_error
 from ptq_exp.errors import QuantizationError
 from ptq_exp.experiment.analyse import FRACTIONS, quantiles
-from ptq_exp.lightning import ActivationModule, SensitivityModule, measure_sensitivity, record_activations
+from ptq_exp.lightning import ActivationModule, SensitivityModule, measure, measure_sensitivity
 from ptq_exp.quantization import (
     ActivationTap,
     Policy,
@@ -23,7 +23,6 @@ from ptq_exp.quantization import (
     quantized_layers,
     quantizers,
 )
-from ptq_exp.storage.npz import npz_arrays
 from ptq_exp.storage.pieces import Parts
 
 SEED, STEPS, SCALE = 3, 4, 2.0
@@ -71,8 +70,7 @@ def recorded(model, quantized, trainer, folder, *, n=5, batch=2, values=1000, sc
         model, model.guided(probe, scale), probe, model.time_grid(STEPS, eta=0.5), SITES, steps, seed=SEED,
         values=values, copies=1 if scale == 1 else 2,
     )
-    record_activations(module, trainer, n, batch, folder / "parts", folder / "joined.npz")
-    return npz_arrays(folder / "joined.npz")
+    return measure(module, trainer, n, batch, folder / "parts")
 
 
 def all_values(model, n, scale):
@@ -156,8 +154,7 @@ def test_sensitivity_is_that_of_a_loop_over_networks(model, quantized, trainer, 
     folder = tmp_path / "parts"
     # a killed run had measured one layer already
     Parts(folder, range(3), 3, ("error",)).write(1, error=np.full((1, 3), 7.0))
-    measure_sensitivity(module, trainer, folder, tmp_path / "joined.npz")
-    error = npz_arrays(tmp_path / "joined.npz")["error"]
+    error = measure_sensitivity(module, trainer, folder)
     assert error.shape == (3, 3) and (error[1] == 7).all()
     for i in (0, 2):
         expected = brute_force(model, quantized, layers[i], grid, 5)[steps]

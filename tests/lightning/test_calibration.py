@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptq_exp.calibration import CalibrationSet, StateRequest, source
+from ptq_exp.calibration import StateRequest, labelled, source
 from ptq_exp.errors import ConfigError
 from ptq_exp.lightning import CalibrationModule, collect_calibration_set
 from ptq_exp.storage.atomic import write_npz
@@ -13,8 +13,8 @@ STEPS = torch.tensor([3, 0, 5, 1, 2, 4, 5, 0, 3, 2])
 
 
 def collect(module, trainer, batch_size, folder):
-    collect_calibration_set(module, trainer, STEPS, batch_size, folder / f"parts{batch_size}", folder / "set.npz")
-    return CalibrationSet.load(folder / "set.npz")
+    states = labelled(STEPS, module.grid)
+    return collect_calibration_set(module, trainer, states, batch_size, folder / f"parts{batch_size}")
 
 
 def test_the_set_does_not_depend_on_the_batch_size(digits, trainer, tmp_path):

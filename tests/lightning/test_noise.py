@@ -9,7 +9,6 @@ from ptq_exp.correction import MomentChunks, fit_moments, fixed_pattern_share
 from ptq_exp.diffusion.noise import EVALUATION
 from ptq_exp.diffusion.paired import paired_estimates
 from ptq_exp.lightning import NoiseModule, measure
-from ptq_exp.storage.npz import npz_arrays
 
 N, STEPS, SEED = 5, 3, 2
 
@@ -32,8 +31,7 @@ def module_of(toy, grid, denoiser=None, **options):
 
 
 def measured(toy, grid, trainer, folder, batch, **options):
-    measure(module_of(toy, grid, **options), trainer, N, batch, folder, folder / "joined.npz")
-    return npz_arrays(folder / "joined.npz")
+    return measure(module_of(toy, grid, **options), trainer, N, batch, folder)
 
 
 def pairs(toy, grid):
@@ -80,7 +78,7 @@ def test_an_interrupted_measurement_goes_on_and_counts_every_sample_once(toy, tr
     failing = module_of(toy, grid, counting(Off(toy.denoiser), fails_at=STEPS + 2, fail=fail), summed=N)
     folder = tmp_path / "parts"
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        measure(failing, trainer, N, 2, folder, folder / "joined.npz")
+        measure(failing, trainer, N, 2, folder)
     assert len(list(folder.glob("*.npz"))) == 1
     again = measured(toy, grid, trainer, folder, 2, summed=N)
     assert all(np.array_equal(again[name], whole[name]) for name in ("moments", "error_sum"))

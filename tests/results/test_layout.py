@@ -9,8 +9,8 @@ import pytest
 from small_networks import use_blank_pictures, use_one_composition, use_small_networks
 
 from ptq_exp.results.entry import Entry
-from ptq_exp.results.layout import LAYOUT, entry_of, leaves
-from ptq_exp.storage.plain_json import read_json
+from ptq_exp.results.layout import LAYOUT, entry_of
+from ptq_exp.storage.plain_json import flatten, read_json
 
 SMALL = [
     "sampler.steps=3", "evaluation.n_samples=4", "evaluation.batch_size=4", "evaluation.eps_error_samples=2",
@@ -62,18 +62,18 @@ def runs(tmp_path_factory):
 
 def test_every_entry_of_real_runs_is_described(runs):
     assert [run["status"] for run in runs] == ["finished", "finished", "finished", "infeasible"]
-    assert [key for run in runs for key in leaves(run) if entry_of(key) is None] == []
+    assert [key for run in runs for key in flatten(run) if entry_of(key) is None] == []
 
 
 def test_everything_described_is_in_a_real_run(runs):
-    found = {entry_of(key).key for run in runs for key in leaves(run)}
+    found = {entry_of(key).key for run in runs for key in flatten(run)}
     assert {entry.key for entry in LAYOUT} - found <= ELSEWHERE
     assert all(entry.when for entry in LAYOUT if entry.key in ELSEWHERE)
 
 
 def test_what_all_runs_have_is_in_those_that_finished(runs):
     for run in runs[:3]:
-        found = {entry_of(key).key for key in leaves(run)}
+        found = {entry_of(key).key for key in flatten(run)}
         assert [entry.key for entry in LAYOUT if not entry.when and entry.key not in found] == []
 
 

@@ -18,11 +18,11 @@ from ptq_exp.cli.sweep.record import SweepRecord, plain_key
 from ptq_exp.errors import ConfigError, DataError, InfeasibleError, PTQError
 from ptq_exp.evaluation.gate import gate_line, judged
 from ptq_exp.reports.tables.identity import decides_numbers
-from ptq_exp.reports.tables.runs import completed, flatten
+from ptq_exp.reports.tables.runs import completed
 from ptq_exp.settings.compose import validated
 from ptq_exp.settings.composition import check_composition
 from ptq_exp.settings.schema import ExperimentConfig, SweepConfig
-from ptq_exp.storage.plain_json import read_json, to_plain, write_json
+from ptq_exp.storage.plain_json import flatten, read_json, to_plain, write_json
 
 log = logging.getLogger("ptq_exp")
 RESULTS = "results.json"

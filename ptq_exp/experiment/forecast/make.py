@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ptq_exp.errors import PTQError
+from ptq_exp.experiment.features import features_key, reference_key
 from ptq_exp.experiment.forecast.forecast import Forecast
 from ptq_exp.experiment.forecast.pipelines import of_pipeline
 from ptq_exp.experiment.forecast.probe import in_use, measured
@@ -19,7 +20,7 @@ from ptq_exp.experiment.forecast.room import Need, available_memory, check_disk,
 from ptq_exp.experiment.forecast.seconds import stage_seconds
 from ptq_exp.experiment.forecast.speeds import Speeds
 from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED, Work, work_of
-from ptq_exp.experiment.keys import Keys, joined, versioned
+from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key
@@ -28,7 +29,6 @@ from ptq_exp.quantization import range_table
 from ptq_exp.quantization.offload import weight_bytes
 from ptq_exp.quantization.save import tensors_bytes
 from ptq_exp.settings.schema import ExperimentConfig
-from ptq_exp.storage.cache import digest
 
 log = logging.getLogger("ptq_exp")
 _LARGEST = 1e9  # bytes of a network that is packed to see how long its file gets
@@ -152,25 +152,18 @@ def _place(stage: str) -> tuple[int, str]:
 
 def _reused(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -> tuple[str, ...]:
     """Return the stages whose whole result lies in the cache."""
-    if run.cache.mode != "on":
-        return ()
     found: dict[str, tuple[str, Key]] = {"fp32_images": ("images", keys.images())}
     if run.extractor is not None:
-        name = {"extractor": run.extractor.name}
-        found["fp32_scores"] = ("features", versioned("features", joined(keys.images(), name)))
+        found["fp32_scores"] = ("features", features_key(run, keys.images()))
         if isinstance(config.evaluation.reference, dict):
-            key = versioned("reference", {"reference": config.evaluation.reference} | name)
-            found["reference"] = ("reference", key)
+            found["reference"] = ("reference", reference_key(run, config.evaluation))
     if plan is not None:
         found["quantize"] = ("ranges", keys.ranges(1))
         if config.calibration.source is not None:
             found["calibration_set"] = ("calibration", keys.calibration(1))
         if config.reconstruction.active:
             found["reconstruct"] = ("reconstruction", keys.quantization())
-    return tuple(
-        stage for stage, (kind, key) in found.items()
-        if (run.cache.root / kind / digest(kind, key) / "entry.json").exists()
-    )
+    return tuple(stage for stage, (kind, key) in found.items() if run.cache.has(kind, key))
 
 
 def _needs(speeds: Speeds, config: ExperimentConfig, quantized: bool) -> dict[str, Need]:

@@ -7,10 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ptq_exp.calibration import positions
 from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED, Evaluations, Work
+from ptq_exp.experiment.plan import drawn_positions
 from ptq_exp.pipelines import PipelineModel
-from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import ExperimentConfig
 
 
@@ -54,10 +53,7 @@ def _recorded(config: ExperimentConfig, steps: int, seed: int, network: str) -> 
     calibration = config.calibration
     if calibration.source is None:
         return ()
-    drawn = positions(
-        build(calibration.distribution, "calibration.distribution"),
-        calibration.n_samples * calibration.steps_per_sample, steps, seed,
-    ).view(calibration.n_samples, -1)
+    drawn = drawn_positions(calibration, steps, seed, calibration.steps_per_sample)
     batches = [(int(part.max()) + 1, len(part)) for part in drawn.split(calibration.batch_size)]
     largest = min(calibration.batch_size, calibration.n_samples)
     return (Evaluations(network, sum(n for n, _ in batches), sum(n * size for n, size in batches), largest),)

@@ -33,10 +33,6 @@ class Line:
         """Return the seconds of `times` evaluations of `n` samples."""
         return times * (self.fixed + self.each * n)
 
-    def bytes(self, n: float) -> float:
-        """Return the most bytes that an evaluation of `n` samples takes."""
-        return self.bytes_each * n
-
 
 def line(work: Callable[[int], object], n: int, device: torch.device, budget: float = BUDGET) -> Line:
     """Measure `work(1)` and `work(m)`, m as near to `n` as `budget` seconds allow, and draw a line through both.

@@ -173,17 +173,12 @@ class Speeds:
 
     def call(self, n: int) -> Call:
         """Return a call of `n` samples of noise."""
-        call = self.run.example().expanded(n)
-        x = torch.randn(call.x.shape, generator=self._generator).to(call.x)
-        return call.mapped(torch.Tensor.contiguous)._replace(x=x)
+        return self.run.noise(n, self._generator)
 
     def calibration_set(self, n: int) -> CalibrationSet:
         """Return `n` states of noise, spread over the sampling steps."""
-        call, steps = self.call(n), torch.linspace(0, len(self.run.grid) - 1, n).long()
-        times = self.run.grid.network_time(steps)
-        conditions = {name: value.cpu().numpy() for name, value in call.conditions.items()}
-        return CalibrationSet(call.x.cpu().float().numpy(), steps.numpy(), times.float().numpy(), steps.numpy(),
-                              conditions)
+        steps = torch.linspace(0, len(self.run.grid) - 1, n).long()
+        return CalibrationSet.of(self.call(n)._replace(t=self.run.grid.network_time(steps)), steps)
 
     def _line(self, network: Callable[..., object], which: str) -> Line:
         calls: dict[int, Call] = {}

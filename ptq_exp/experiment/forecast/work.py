@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ptq_exp.calibration import labelled, positions
 from ptq_exp.diffusion import TimeGrid
-from ptq_exp.settings.build import build
+from ptq_exp.experiment.plan import drawn_states
 from ptq_exp.settings.schema import RULES, CalibrationConfig, ExperimentConfig
 
 FULL, QUANTIZED, OBSERVED, EXECUTED = "full precision", "quantized", "observed", "executed"
@@ -82,10 +81,7 @@ def calibration_work(config: CalibrationConfig, grid: TimeGrid, seed: int, netwo
     """Return the evaluations that the states of a calibration set take; a trajectory leaves its batch at its state."""
     if config.source != "denoise":
         return ()
-    enters = labelled(
-        positions(build(config.distribution, "calibration.distribution"), config.n_samples, len(grid), seed), grid,
-        config.labels,
-    ).enters
+    enters = drawn_states(config, grid, seed).enters
     batches = enters.split(config.batch_size)
     if grid.make_scheduler is not None:  # all pay for the last
         enters = torch.cat([torch.full_like(batch, int(batch.max())) for batch in batches])

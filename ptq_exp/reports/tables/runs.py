@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ptq_exp.errors import DataError
-from ptq_exp.storage.plain_json import read_json
+from ptq_exp.storage.plain_json import flatten, read_json
 
 _LABELS, _RUNTIME, _PAIRS = "config.calibration.labels", "config.runtime.name", "config.evaluation.pairs"
 """Settings that older runs lack: they paired states and times, executed the simulation, and measured PSNR of pairs."""
@@ -97,14 +97,3 @@ def completed(flat: dict[str, Any]) -> dict[str, Any]:
 def with_weights(flat: dict[str, Any]) -> dict[str, Any]:
     """Return the columns of a run in which the digest of its weights is a setting: one path may have held several."""
     return {_WEIGHTS.get(key, key): value for key, value in flat.items()}
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten {"a": {"b": 1}} to {"a.b": 1}; an empty mapping disappears."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -10,8 +10,8 @@ from datetime import datetime
 from typing import Any
 
 from ptq_exp.errors import ConfigError, DataError, one_line
-from ptq_exp.reports.tables.runs import completed, flatten, with_weights
-from ptq_exp.storage.plain_json import restore
+from ptq_exp.reports.tables.runs import completed, with_weights
+from ptq_exp.storage.plain_json import flatten, restore
 
 TABLE_TAG = "ptq-exp-table"
 """Tag of the W&B runs that hold nothing but a table: no experiments."""
