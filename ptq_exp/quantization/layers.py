@@ -8,61 +8,49 @@ quantizers off the outputs are those of the full-precision layer bit for bit.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization.online import ORDINARY, OnlineConv1d, OnlineConv2d, OnlineLayer, OnlineLinear
+from ptq_exp.quantization.online import (
+    ORDINARY,
+    ChangedLayer,
+    OnlineConv1d,
+    OnlineConv2d,
+    OnlineLayer,
+    OnlineLinear,
+)
 from ptq_exp.quantization.quantizer.formats import activation_quantizer, weight_quantizer
 from ptq_exp.quantization.specs import QuantSpec, TensorSpec
 
 
-def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-    """Make an ordinary layer where a new one is asked for: one is quantized by `retype_` alone.
+class QuantLayer(ChangedLayer):
+    """What all quantized layers have in common."""
 
-    Adapters of peft are new layers of the type of the layer that they belong to.
-    """
-    return FULL_PRECISION[cls](*args, **kwargs) if args or kwargs else nn.Module.__new__(cls)
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply the quantized input by the quantized weight, and quantize the output."""
+        return self.output_quantizer(self.product(input))
 
 
-class QuantConv1d(nn.Conv1d):
+class QuantConvolution(QuantLayer):
+    """What quantized convolutions have in common."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """As `forward`, before the output is quantized; the input is padded after its quantization."""
+        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantConv1d(QuantConvolution, nn.Conv1d):
     """`nn.Conv1d` ``[B, C_in, L] -> [B, C_out, L']`` on quantized operands."""
 
-    __new__ = _new
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve the quantized input (padded after quantization) with the quantized weight."""
-        return self.output_quantizer(self.product(input))
-
-    def product(self, x: Tensor) -> Tensor:
-        """As `forward`, before the output is quantized."""
-        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
-
-
-class QuantConv2d(nn.Conv2d):
+class QuantConv2d(QuantConvolution, nn.Conv2d):
     """`nn.Conv2d` ``[B, C_in, H, W] -> [B, C_out, H', W']`` on quantized operands."""
 
-    __new__ = _new
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve the quantized input (padded after quantization) with the quantized weight."""
-        return self.output_quantizer(self.product(input))
-
-    def product(self, x: Tensor) -> Tensor:
-        """As `forward`, before the output is quantized."""
-        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
-
-
-class QuantLinear(nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):
     """`nn.Linear` ``[..., C_in] -> [..., C_out]`` on quantized operands."""
-
-    __new__ = _new
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Multiply the quantized input by the quantized weight."""
-        return self.output_quantizer(self.product(input))
 
     def product(self, x: Tensor) -> Tensor:
         """As `forward`, before the output is quantized."""
