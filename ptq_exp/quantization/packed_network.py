@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ptq_exp.errors import DataError, QuantizationError
 from ptq_exp.quantization.affine import QRange, check_range, integer_range
 from ptq_exp.quantization.calibrate import quantizers
+from ptq_exp.quantization.formats import limits
 from ptq_exp.quantization.offload.mapped import SMALLEST, folder_of, in_file
 from ptq_exp.quantization.packing import pack, unpack
 from ptq_exp.quantization.quantizer import Quantizer, WeightQuantizer
@@ -159,7 +160,7 @@ def known_limits(quantizer: Quantizer) -> dict[str, tuple[Tensor, Tensor]]:
     """(qmin, qmax), each like the scale, by name: what `choose_qparams` makes of width and symmetry."""
     rows, like = len(quantizer.scale), torch.ones_like(quantizer.scale)
     if format_of(quantizer):
-        return {"format": quantizer.limits(like)}
+        return {"format": limits(quantizer.format, like)}
     widths = quantizer.bits if isinstance(quantizer.bits, tuple) else (quantizer.bits,)
     widths = widths if len(widths) == rows else widths[:1] * rows
 

@@ -32,12 +32,6 @@ class FloatWeightQuantizer(ElementwiseQuantizer, WeightQuantizer):
         rows = part.flatten(1) if self.scale.shape[0] > 1 else part.reshape(1, -1)
         return self.range_of(search_scale(rows, self.format, metric, self.name))
 
-    @torch.no_grad()
-    def integers(self, weight: Tensor) -> Tensor:
-        """Return the codes of a frozen `weight`, int32 of its shape; `restore` inverts it."""
-        codes = self.codes(weight)
-        return _checked(self, codes, self._values(codes, weight), weight)
-
     def units(self, weight: Tensor) -> Tensor:
         """Return what an element of 1 stands for, for each value of a `weight`, float64."""
         return self.cells(weight.float()).scale.double().expand(weight.shape)
@@ -70,14 +64,7 @@ class BlockWeightQuantizer(WeightQuantizer):
         for name, value in scales.items():
             self.register_buffer(name, value)
         self.scale_names = tuple(scales)
-        ones = torch.ones(())
-        super().set_range(QRange(ones, 0 * ones, 0 * ones, 0 * ones))
-        self.calibrated.fill_(False)
-        self.ready = False
-
-    def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return zeros: blocks have limits of their own."""
-        return torch.zeros_like(like), torch.zeros_like(like)
+        self.scale.fill_(1.0)
 
     @property
     def scales(self) -> dict[str, Tensor]:
@@ -92,8 +79,7 @@ class BlockWeightQuantizer(WeightQuantizer):
             raise QuantizationError(f"{self.name}: the weight holds NaN or infinity; check the checkpoint")
         for name, value in self.format.scales(widened(self._along(weight))).items():
             getattr(self, name).copy_(value)
-        self.calibrated.fill_(True)
-        self.ready = True
+        self.set_ready()
 
     def rounded(self, x: Tensor, row: Tensor | None, kept: Tensor | None = None) -> Tensor:
         """Return the weight's values in the format, at the stored scales."""
@@ -103,12 +89,6 @@ class BlockWeightQuantizer(WeightQuantizer):
     def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:
         """As `Quantizer.off_grid`."""
         return int((self.rounded(x, None) != x).sum())
-
-    @torch.no_grad()
-    def integers(self, weight: Tensor) -> Tensor:
-        """Return the codes of a frozen `weight`, int32 of its shape; `restore` inverts it."""
-        codes = self.codes(weight)
-        return _checked(self, codes, self._values(codes, weight), weight)
 
     def units(self, weight: Tensor) -> Tensor:
         """Return what an element of 1 stands for, for each value of a `weight`, float64."""
@@ -135,18 +115,6 @@ class BlockWeightQuantizer(WeightQuantizer):
 
     def _back(self, values: Tensor) -> Tensor:
         return values.view(self.weight_shape) if self.format.block is None else values.movedim(-1, 1)
-
-
-def _checked(quantizer: WeightQuantizer, codes: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """Return `codes`; QuantizationError unless they stand for the frozen `weight`."""
-    if not quantizer.baked:
-        raise QuantizationError(f"{quantizer.name}: the weight is not frozen and has no codes; calibrate it first")
-    if off := int((values != weight).sum()):
-        raise QuantizationError(
-            f"{quantizer.name}: {off} of {weight.numel()} weights are not on the grid of their ranges: they were "
-            "changed after they had been quantized"
-        )
-    return codes
 
 
 def activation_quantizer(

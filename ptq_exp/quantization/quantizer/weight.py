@@ -76,6 +76,16 @@ class WeightQuantizer(Quantizer):
         """
         if not self.baked:
             raise QuantizationError(f"{self.name}: the weight is not frozen and has no integers; calibrate it first")
+        found = self.codes(weight)
+        if off := int((self._values(found, weight) != weight).sum()):
+            raise QuantizationError(
+                f"{self.name}: {off} of {weight.numel()} weights are not on the grid of their ranges: they were "
+                "changed after they had been quantized"
+            )
+        return found
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return integers q - qmin that stand for the values of `weight`, int32 of its shape; 0 where none does."""
         scale, lowest, highest = self._levels(weight)
         nearest = torch.div(weight, scale).round_().float()
         found = torch.zeros_like(weight, dtype=torch.int32)
@@ -86,11 +96,6 @@ class WeightQuantizer(Quantizer):
             same = left & (self._values(integers, weight) == weight)
             found = torch.where(same, integers, found)
             left &= ~same
-        if bool(left.any()):
-            raise QuantizationError(
-                f"{self.name}: {int(left.sum())} of {left.numel()} weights are not on the grid of their ranges: they "
-                "were changed after they had been quantized"
-            )
         return found
 
     @torch.no_grad()
