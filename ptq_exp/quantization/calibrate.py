@@ -18,9 +18,8 @@ import torch
 from torch import nn
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization.cost.macs import evaluating
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
-from ptq_exp.quantization.trace.evaluate import evaluate
+from ptq_exp.quantization.trace.evaluate import evaluate, evaluating
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -127,17 +128,13 @@ def _call_order(network: nn.Module, names: set[str], inputs: tuple) -> tuple[lis
         if not any(_same(found, other) for other in seen.setdefault(name, [])):
             seen[name].append(found)
 
-    handles = [
-        module.register_forward_pre_hook(lambda _, *given, name=name: enter(name, *given), with_kwargs=True)
-        for name, module in network.named_modules()
-        if name in names
-    ]
-    try:
-        with disabled(network):  # what is multiplied is the same, and no row of ranges need be chosen
-            evaluate(network.forward, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with disabled(network), ExitStack() as hooks:  # what is multiplied is the same, and no row of ranges need be chosen
+        for name, module in network.named_modules():
+            if name in names:
+                hooks.enter_context(module.register_forward_pre_hook(
+                    lambda _, *given, name=name: enter(name, *given), with_kwargs=True
+                ))
+        evaluate(network.forward, inputs)
     return order, Counter({name: len(inputs) for name, inputs in seen.items()})
 
 
