@@ -204,15 +204,11 @@ def _build(
         raise QuantizationError(
             f"{name}: segments {segments} sum to {sum(segments)}, but there are {channels} channels"
         )
-    settings = {"symmetric": spec.symmetric, "segments": segments, "metric": spec.metric, "axis": axis, "name": name}
     if weight is None:  # an activation's rows follow from its widths or bins
         return activation_quantizer(
-            spec.bits, headroom=spec.headroom, bins=spec.bins, dynamic=shared(spec, linear), non_negative=non_negative,
-            **settings,
+            spec, axis=axis, name=name, segments=segments, linear=linear, non_negative=non_negative
         )
-    return weight_quantizer(spec.bits, weight, rows=spec.granularity.rows(weight[0]), **settings)
-
-
-def shared(spec: TensorSpec, linear: bool) -> str | int | None:
-    """Return what has a dynamic range of its own: in inputs of linear layers what `spec` says, else each sample."""
-    return spec.dynamic if linear or spec.dynamic is None else "tensor"
+    return weight_quantizer(
+        spec.bits, weight, rows=spec.granularity.rows(weight[0]), symmetric=spec.symmetric, segments=segments,
+        metric=spec.metric, axis=axis, name=name,
+    )

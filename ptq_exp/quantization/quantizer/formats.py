@@ -10,7 +10,7 @@ from ptq_exp.quantization.affine import QRange
 from ptq_exp.quantization.formats import FORMATS, BlockFormat, Encoded
 from ptq_exp.quantization.formats.blocks import widened
 from ptq_exp.quantization.quantizer.activation import ActivationQuantizer
-from ptq_exp.quantization.quantizer.dynamic import DynamicQuantizer, Share
+from ptq_exp.quantization.quantizer.dynamic import DynamicQuantizer
 from ptq_exp.quantization.quantizer.format_activation import (
     BlockActivationQuantizer,
     ElementwiseQuantizer,
@@ -18,6 +18,7 @@ from ptq_exp.quantization.quantizer.format_activation import (
 )
 from ptq_exp.quantization.quantizer.weight import WeightQuantizer
 from ptq_exp.quantization.ranges.format_scale import search_scale
+from ptq_exp.quantization.specs import TensorSpec
 
 
 class FloatWeightQuantizer(ElementwiseQuantizer, WeightQuantizer):
@@ -118,22 +119,25 @@ class BlockWeightQuantizer(WeightQuantizer):
 
 
 def activation_quantizer(
-    bits: int | str | tuple[int, ...], *, dynamic: Share | None = None, non_negative: bool = False, **settings
+    spec: TensorSpec, *, axis: int = -1, name: str = "", segments: tuple[int, ...] | None = None, linear: bool = False,
+    non_negative: bool = False,
 ) -> ActivationQuantizer:
     """Make the quantizer of an activation: of integers, or of a number format.
 
     Args:
-        dynamic: what has a range of its own that follows the data; None = calibrated ranges. Formats of blocks have
-            scales that follow the data anyway.
+        spec: its dynamic ranges are those of inputs of linear layers, all else has one for each sample. Formats of
+            blocks have scales that follow the data anyway.
+        linear: what a linear layer reads.
         non_negative: of a tensor without negative values, see `DynamicQuantizer`.
     """
-    if dynamic is not None and not (isinstance(bits, str) and isinstance(FORMATS[bits], BlockFormat)):
-        settings = {key: value for key, value in settings.items() if key not in ("segments", "headroom", "bins")}
-        return DynamicQuantizer(bits, share=dynamic, non_negative=non_negative, **settings)
-    if not isinstance(bits, str):
-        return ActivationQuantizer(bits, **settings)
-    blocks = isinstance(FORMATS[bits], BlockFormat)
-    return (BlockActivationQuantizer if blocks else FloatActivationQuantizer)(bits, **settings)
+    settings = {"symmetric": spec.symmetric, "metric": spec.metric, "axis": axis, "name": name}
+    blocks = isinstance(spec.format, BlockFormat)
+    if spec.dynamic is not None and not blocks:
+        share = spec.dynamic if linear else "tensor"
+        return DynamicQuantizer(spec.bits, share=share, non_negative=non_negative, **settings)
+    kind = ActivationQuantizer if spec.format is None else FloatActivationQuantizer
+    kind = BlockActivationQuantizer if blocks else kind
+    return kind(spec.bits, headroom=spec.headroom, bins=spec.bins, segments=segments, **settings)
 
 
 def weight_quantizer(bits: int | str, shape: tuple[int, ...], **settings) -> WeightQuantizer:

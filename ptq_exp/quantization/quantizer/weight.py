@@ -84,16 +84,16 @@ class WeightQuantizer(Quantizer):
             )
         return found
 
-    def codes(self, weight: Tensor) -> Tensor:
-        """Return integers q - qmin that stand for the values of `weight`, int32 of its shape; 0 where none does."""
-        scale, lowest, highest = self._levels(weight)
-        nearest = torch.div(weight, scale).round_().float()
-        found = torch.zeros_like(weight, dtype=torch.int32)
-        left = torch.ones_like(weight, dtype=torch.bool)
+    def codes(self, values: Tensor) -> Tensor:
+        """Return integers q - qmin that stand for `values` of the weight's shape, int32; 0 where none does."""
+        scale, lowest, highest = self._levels(values)
+        nearest = torch.div(values, scale).round_().float()
+        found = torch.zeros_like(values, dtype=torch.int32)
+        left = torch.ones_like(values, dtype=torch.bool)
         # in 16-bit types a quotient can be off by one, and two levels can be one number: any that gives it will do
         for shift in (0, -1, 1):
             integers = ((nearest + shift).clamp_(lowest, highest) - lowest).to(torch.int32)
-            same = left & (self._values(integers, weight) == weight)
+            same = left & (self._values(integers, values) == values)
             found = torch.where(same, integers, found)
             left &= ~same
         return found

@@ -105,7 +105,7 @@ class RangeSketch(Histogram):
         """
         _check(bits, metric)
         if not bool((self.count > 0).all()):
-            raise QuantizationError(f"{self.where}: its quantizer saw no data; calibrate through this layer")
+            raise QuantizationError(f"{describe(self.name)}: its quantizer saw no data; calibrate through this layer")
         low, high = self.percentile(PERCENTILE) if metric == "percentile" else (self.min, self.max)
         if metric in ("minmax", "percentile"):
             return choose_qparams(low, high, bits, symmetric)
