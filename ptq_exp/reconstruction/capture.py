@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_exp.diffusion import to_device
+from ptq_exp.diffusion.call import on_device, to_device
 from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization import of_samples
 from ptq_exp.quantization.trace.evaluate import Ended, evaluate
-from ptq_exp.reconstruction.copies import Batch, Rows, on_device
+from ptq_exp.reconstruction.copies import Batch, Rows
 
 
 @dataclass

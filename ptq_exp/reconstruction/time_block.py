@@ -14,13 +14,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ptq_exp.diffusion.call import on_device
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization import WeightQuantizer, of_samples
 from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.quantization.trace.provenance import watching
 from ptq_exp.reconstruction.blocks import Block
 from ptq_exp.reconstruction.capture import Calls
-from ptq_exp.reconstruction.copies import Batch, on_device
+from ptq_exp.reconstruction.copies import Batch
 from ptq_exp.reconstruction.subnetwork import Part, Plan, check_same, plan_part
 
 
