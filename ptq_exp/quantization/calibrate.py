@@ -12,7 +12,7 @@ finish_calibration(model, metric)
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -46,14 +46,12 @@ def _mode(model: nn.Module, mode: Mode) -> Iterator[None]:
             quantizer.mode = own
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Switch all quantizers off inside the context; each one's mode is restored at its end.
 
     Weights that are frozen stay quantized: their full-precision values are gone.
     """
-    with _mode(model, Mode.OFF):
-        yield
+    return _mode(model, Mode.OFF)
 
 
 @contextmanager

@@ -156,9 +156,10 @@ def layer_quantizers(
     }
 
 
-def attention_quantizers(attention: Attention, spec: QuantSpec, name: str) -> dict[str, nn.Module]:
+def attention_quantizers(spec: QuantSpec, name: str) -> dict[str, nn.Module]:
     """Return the quantizer of the softmax map that `spec` asks for (it must not be None there)."""
-    return {"softmax_quantizer": _build(spec.softmax, None, -1, f"{name}.softmax_quantizer", non_negative=True)}
+    role = "softmax_quantizer"
+    return {role: activation_quantizer(spec.softmax, name=f"{name}.{role}", non_negative=True)}
 
 
 def attention_obstacle(attention: Attention) -> str | None:
@@ -186,28 +187,25 @@ def bits_of(quantizer: nn.Module | None) -> int | tuple[int, ...] | None:
 
 
 def _build(
-    spec: TensorSpec | None, channels: int | None, axis: int, name: str, weight: tuple[int, ...] | None = None, *,
-    linear: bool = False, non_negative: bool = False,
+    spec: TensorSpec | None, channels: int, axis: int, name: str, weight: tuple[int, ...] | None = None, *,
+    linear: bool = False,
 ) -> nn.Module:
     """Build one quantizer.
 
     Args:
-        channels: length of the channel axis; None = it varies, as in a softmax map.
+        channels: length of the channel axis.
         weight: shape of the weight; None = of an activation.
         linear: what a linear layer reads, whose positions may have ranges of their own.
-        non_negative: a softmax map.
     """
     if spec is None:
         return nn.Identity()
-    segments = None if channels is None else spec.granularity.segments(channels)
+    segments = spec.granularity.segments(channels)
     if segments and sum(segments) != channels:
         raise QuantizationError(
             f"{name}: segments {segments} sum to {sum(segments)}, but there are {channels} channels"
         )
     if weight is None:  # an activation's rows follow from its widths or bins
-        return activation_quantizer(
-            spec, axis=axis, name=name, segments=segments, linear=linear, non_negative=non_negative
-        )
+        return activation_quantizer(spec, axis=axis, name=name, segments=segments, linear=linear)
     return weight_quantizer(
         spec.bits, weight, rows=spec.granularity.rows(weight[0]), symmetric=spec.symmetric, segments=segments,
         metric=spec.metric, axis=axis, name=name,

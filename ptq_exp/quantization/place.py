@@ -53,8 +53,8 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
         raise QuantizationError("the model is quantized already: quantize_ wants a full-precision model")
     check_initialised(model)
     obstacles = layer_obstacles(model)
-    layers = {name: m for name, m in model.named_modules() if type(m) in QUANTIZED and name not in obstacles}
-    layers = {name: m for name, m in layers.items() if not isinstance(m, Attention)}
+    layers = {name: m for name, m in model.named_modules()
+              if type(m) in QUANTIZED and not isinstance(m, Attention) and name not in obstacles}
     marks = weight_marks(layers)
     counted = trace(model, example_inputs)
     names = {name: m for name, m in model.named_modules()
@@ -149,7 +149,7 @@ def _plan(module: nn.Module, rule: Rule | None, name: str) -> tuple[dict[str, nn
         return {}, f"rule {rule.pattern!r} quantizes no softmax map"
     if obstacle := attention_obstacle(module):
         return {}, f"left alone: {obstacle}"
-    return attention_quantizers(module, rule.spec, name), ""
+    return attention_quantizers(rule.spec, name), ""
 
 
 def _share_step(placed: Sequence[Mapping[str, nn.Module]]) -> None:

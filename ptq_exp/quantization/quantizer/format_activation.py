@@ -39,16 +39,12 @@ class ElementwiseQuantizer(Quantizer):
         return QRange(scale, torch.zeros_like(scale), *limits(self.format, scale))
 
 
-class FloatActivationQuantizer(ElementwiseQuantizer, ActivationQuantizer):
+class FloatActivationQuantizer(ActivationQuantizer, ElementwiseQuantizer):
     """Quantizer of activations in a floating-point format, with calibrated scales."""
 
     def __init__(self, name_of_format: str, **settings) -> None:
         super().__init__(FORMATS[name_of_format].bits, **settings | {"symmetric": True})
         self.format_name, self.format = name_of_format, FORMATS[name_of_format]
-
-    def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:
-        """As `Quantizer.off_grid`, of the row in force."""
-        return ElementwiseQuantizer.off_grid(self, x, row if self.step is None else self.step.index(x, self.name))
 
     def found(self, sketch: RangeSketch, bits: int, metric: str) -> QRange:
         """Return the range of what a sketch saw."""

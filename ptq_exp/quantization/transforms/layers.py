@@ -103,11 +103,6 @@ def check_flag(setting: str, value: object) -> None:
         raise ConfigError(f"{setting}={value}: choose true or false")
 
 
-def weights_of(network: nn.Module, sites: Mapping[str, tuple[str, ...]]) -> dict[str, nn.Module]:
-    """{name: layer} of all layers of `sites`."""
-    return {name: network.get_submodule(name) for layers in sites.values() for name in layers}
-
-
 def sharing(
     network: nn.Module, layers: Mapping[str, nn.Module], example_inputs: tuple
 ) -> dict[str, tuple[str, ...]]:
