@@ -119,10 +119,18 @@ def restore_from_(network: nn.Module, layout: Mapping, stored: Stored) -> None:
             raise DataError(f"{name} holds {bad_values(found)}; quantize the model again")
         value.copy_(found)
     for name, layer in packed_layers(network):
-        packed, quantizer = stored.take(name, None, "uint8"), layer.weight_quantizer
-        integers = unpack(packed.numpy(), quantizer.bits, layer.weight.numel())
-        quantizer.restore(layer.weight, torch.from_numpy(integers).int().view(layer.weight.shape))
+        restore_weight_(layer, stored.take(name, None, "uint8"))
     stored.finish()
+
+
+def restore_weight_(layer: nn.Module, packed: Tensor) -> None:
+    """Give a layer the weight whose packed integers these are.
+
+    Raises:
+        DataError: they are not as many as the weight has.
+    """
+    integers = unpack(packed.numpy(), layer.weight_quantizer.bits, layer.weight.numel())
+    layer.weight_quantizer.restore(layer.weight, torch.from_numpy(integers).int().view(layer.weight.shape))
 
 
 def _pack_ranges(name: str, quantizer: Quantizer) -> tuple[dict[str, Tensor], dict]:

@@ -177,10 +177,8 @@ def _kept_by_rule(
     model: nn.Module, rules: Sequence[Rule], quantizable: dict[str, nn.Module]
 ) -> dict[str, str]:
     """Return the reasons that rules give for modules which could not be quantized anyway."""
-    matched = {
-        name: first_match(rules, name) for name, _ in parameter_holders(model) if name not in quantizable
-    }
-    return {name: _reason(rule) for name, rule in matched.items() if rule is not None and rule.spec is None}
+    others = [name for name, _ in parameter_holders(model) if name not in quantizable]
+    return {name: _reason(rule) for name in others if (rule := first_match(rules, name)) and rule.spec is None}
 
 
 def _reason(rule: Rule | None) -> str:
