@@ -27,6 +27,11 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantizer))
 
 
+def has_quantized_weight(module: nn.Module) -> bool:
+    """Whether `module` is a layer whose weight has a quantizer."""
+    return isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer)
+
+
 def set_mode(model: nn.Module, mode: Mode | str) -> None:
     """Set the mode of all quantizers; ``observe`` concerns those of activations alone."""
     mode = Mode(mode)
@@ -160,4 +165,4 @@ def _activations(model: nn.Module) -> list[tuple[str, ActivationQuantizer]]:
 
 
 def _quantized_weights(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(getattr(m, "weight_quantizer", None), WeightQuantizer)]
+    return [module for module in model.modules() if has_quantized_weight(module)]

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from ptq_exp.errors import DataError, QuantizationError
 from ptq_exp.quantization.affine import QRange, check_range, integer_range
-from ptq_exp.quantization.calibrate import quantizers
+from ptq_exp.quantization.calibrate import has_quantized_weight, quantizers
 from ptq_exp.quantization.formats import limits
 from ptq_exp.quantization.offload.mapped import SMALLEST, folder_of, in_file
 from ptq_exp.quantization.packing import pack, unpack
-from ptq_exp.quantization.quantizer import Quantizer, WeightQuantizer
+from ptq_exp.quantization.quantizer import Quantizer
 from ptq_exp.quantization.quantizer.formats import format_of
 from ptq_exp.storage.finite import bad_values, is_finite
 
@@ -230,7 +230,7 @@ def signature(quantizer: Quantizer) -> dict:
 def packed_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name of the weight, layer) of all layers with a quantized weight, in module order."""
     for name, layer in network.named_modules():
-        if isinstance(getattr(layer, "weight_quantizer", None), WeightQuantizer):
+        if has_quantized_weight(layer):
             yield f"{name}.weight" if name else "weight", layer
 
 

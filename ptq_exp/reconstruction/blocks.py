@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, disabled
+from ptq_exp.quantization import ActivationQuantizer, disabled
+from ptq_exp.quantization.calibrate import has_quantized_weight
 from ptq_exp.quantization.trace.evaluate import evaluate
 
 
@@ -68,7 +69,7 @@ def find_blocks(
     Raises:
         QuantizationError: a block is called never in a forward, or on several inputs, which could not be kept apart.
     """
-    layers = [name for name, m in network.named_modules() if isinstance(_weight_quantizer(m), WeightQuantizer)]
+    layers = [name for name, module in network.named_modules() if has_quantized_weight(module)]
     owner = {layer: _outermost(layer, patterns) for layer in layers if layer not in elsewhere}
     names = set(layers) | set(owner.values())
     order, counts = _call_order(network, names, pytree.tree_map(_generic, example_inputs))
@@ -93,10 +94,6 @@ def find_blocks(
 def _within(block: str, layers: Sequence[str]) -> tuple[str, ...]:
     """Return the names of `layers` within the module `block`."""
     return tuple(layer.removeprefix(block).removeprefix(".") for layer in layers)
-
-
-def _weight_quantizer(module: nn.Module) -> nn.Module | None:
-    return getattr(module, "weight_quantizer", None)
 
 
 def _outermost(layer: str, patterns: Sequence[str]) -> str:
