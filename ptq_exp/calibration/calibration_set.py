@@ -88,7 +88,8 @@ class CalibrationSet:
 
     def take(self, rows: np.ndarray) -> CalibrationSet:
         """Return the states number `rows`, int64 [M] or bool [N], in that order."""
-        return self._from_arrays({key: np.array(part[rows]) for key, part in self._arrays().items()})
+        arrays = {key: np.array(part[rows]) for key, part in self._arrays().items()}
+        return replace(self, **{key: arrays[key] for key in _OWN}, conditions=_below(_CONDITION, arrays))
 
     def save(self, path: Path) -> None:
         """Write as an uncompressed `.npz` file, atomically."""
@@ -115,10 +116,6 @@ class CalibrationSet:
     def _arrays(self) -> dict[str, np.ndarray]:
         """Those with a row for each state, by their names in a file."""
         return {key: getattr(self, key) for key in _OWN} | condition_arrays(self.conditions)
-
-    def _from_arrays(self, arrays: Mapping[str, np.ndarray]) -> CalibrationSet:
-        """With other rows, the same otherwise; see `_arrays`."""
-        return replace(self, **{key: arrays[key] for key in _OWN}, conditions=_below(_CONDITION, arrays))
 
 
 def condition_arrays(

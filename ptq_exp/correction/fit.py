@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ptq_exp.correction.moments import Chunk, Merged, at, pooled, residual_moment, sample_moments
-from ptq_exp.correction.shrinkage import bias_stderr, shrunk_bias, shrunk_slope, slope_stderr
+from ptq_exp.correction.shrinkage import bias_stderr, shrunk_slope, slope_stderr, trusted
 from ptq_exp.correction.statistics import CONVENTIONS, NoiseStatistics
 from ptq_exp.errors import ConfigError, DataError
 from ptq_exp.storage.pieces import slices
@@ -84,7 +84,7 @@ def fit_moments(
     means = residual_moment(moments, 1, removed.view(-1, 1), torch.zeros(()))
     raw_means = at(moments, 0, 1) if convention == "code" else means
     bias_error = bias_stderr(chunks, raw_means, counts, removed if convention == "paper" else torch.zeros_like(k))
-    channel_bias = shrunk_bias(raw_means, bias_error) if shrink else raw_means
+    channel_bias = trusted(raw_means, bias_error) if shrink else raw_means
     variance = residual_moment(moments, 2, removed.view(-1, 1), means).mean(1)
     fourth = residual_moment(moments, 4, removed.view(-1, 1), means).mean(1)
     code = convention == "code"

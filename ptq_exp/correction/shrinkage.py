@@ -62,11 +62,6 @@ def shrunk_slope(moments: Tensor, k: Tensor, stderr: Tensor) -> Tensor:
     return torch.where(safe < 0, least.clamp(max=0), safe)
 
 
-def shrunk_bias(bias: Tensor, stderr: Tensor) -> Tensor:
-    """Biases [S, C] pulled towards 0 by their uncertainty."""
-    return trusted(bias, stderr)
-
-
 def trusted(value: Tensor, stderr: Tensor) -> Tensor:
     """Multiply estimates by max(0, 1 - (standard error / value)^2), of the same shape."""
     factor = 1 - (stderr / value) ** 2

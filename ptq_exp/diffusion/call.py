@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
 
 
 class Call(NamedTuple):
@@ -42,9 +45,9 @@ class Call(NamedTuple):
         return Call(change(self.x), change(self.t), conditions)
 
 
-def on_device(conditions: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """Return the conditions, by name, on `device`."""
-    return {name: to_device(value, device) for name, value in conditions.items()}
+def on_device(values: T, device: torch.device | str) -> T:
+    """Return tuples, lists and dictionaries of the same form, their tensors on `device`."""
+    return pytree.tree_map_only(Tensor, lambda tensor: to_device(tensor, device), values)
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ptq_exp.errors import ConfigError, DataError
-from ptq_exp.storage.finite import bad_values, is_finite
+from ptq_exp.storage.finite import require_finite
 
 MIN_BITS, MAX_BITS = 2, 16
 # Keeps x / scale finite for an all-zero tensor, and lies below every step that a 16-bit softmax map needs.
@@ -41,9 +41,7 @@ def check_range(name: str, qrange: QRange) -> None:
 
     That is: its numbers are finite, scale > 0, qmin <= zero_point <= qmax.
     """
-    for field, values in qrange._asdict().items():
-        if not is_finite(values):
-            raise DataError(f"{name}: {field} holds {bad_values(values)}; quantize the model again")
+    require_finite(qrange._asdict(), name, "quantize the model again")
     scale, zero_point, qmin, qmax = qrange
     if not bool((scale > 0).all()):
         raise DataError(f"{name}: scale holds {float(scale.min()):g}, it must be positive; quantize the model again")

@@ -12,20 +12,24 @@ finish_calibration(model, metric)
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization.cost.macs import evaluating
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
-from ptq_exp.quantization.trace.evaluate import evaluate
+from ptq_exp.quantization.trace.evaluate import evaluate, evaluating
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """Yield (name, quantizer) in module order."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Quantizer))
+
+
+def has_quantized_weight(module: nn.Module) -> bool:
+    """Whether `module` is a layer whose weight has a quantizer."""
+    return isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer)
 
 
 def set_mode(model: nn.Module, mode: Mode | str) -> None:
@@ -47,14 +51,12 @@ def _mode(model: nn.Module, mode: Mode) -> Iterator[None]:
             quantizer.mode = own
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """Switch all quantizers off inside the context; each one's mode is restored at its end.
 
     Weights that are frozen stay quantized: their full-precision values are gone.
     """
-    with _mode(model, Mode.OFF):
-        yield
+    return _mode(model, Mode.OFF)
 
 
 @contextmanager
@@ -163,4 +165,4 @@ def _activations(model: nn.Module) -> list[tuple[str, ActivationQuantizer]]:
 
 
 def _quantized_weights(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(getattr(m, "weight_quantizer", None), WeightQuantizer)]
+    return [module for module in model.modules() if has_quantized_weight(module)]

@@ -8,61 +8,49 @@ quantizers off the outputs are those of the full-precision layer bit for bit.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization.online import ORDINARY, OnlineConv1d, OnlineConv2d, OnlineLayer, OnlineLinear
+from ptq_exp.quantization.online import (
+    ORDINARY,
+    ChangedLayer,
+    OnlineConv1d,
+    OnlineConv2d,
+    OnlineLayer,
+    OnlineLinear,
+)
 from ptq_exp.quantization.quantizer.formats import activation_quantizer, weight_quantizer
 from ptq_exp.quantization.specs import QuantSpec, TensorSpec
 
 
-def _new(cls: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-    """Make an ordinary layer where a new one is asked for: one is quantized by `retype_` alone.
+class QuantLayer(ChangedLayer):
+    """What all quantized layers have in common."""
 
-    Adapters of peft are new layers of the type of the layer that they belong to.
-    """
-    return FULL_PRECISION[cls](*args, **kwargs) if args or kwargs else nn.Module.__new__(cls)
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply the quantized input by the quantized weight, and quantize the output."""
+        return self.output_quantizer(self.product(input))
 
 
-class QuantConv1d(nn.Conv1d):
+class QuantConvolution(QuantLayer):
+    """What quantized convolutions have in common."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """As `forward`, before the output is quantized; the input is padded after its quantization."""
+        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantConv1d(QuantConvolution, nn.Conv1d):
     """`nn.Conv1d` ``[B, C_in, L] -> [B, C_out, L']`` on quantized operands."""
 
-    __new__ = _new
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve the quantized input (padded after quantization) with the quantized weight."""
-        return self.output_quantizer(self.product(input))
-
-    def product(self, x: Tensor) -> Tensor:
-        """As `forward`, before the output is quantized."""
-        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
-
-
-class QuantConv2d(nn.Conv2d):
+class QuantConv2d(QuantConvolution, nn.Conv2d):
     """`nn.Conv2d` ``[B, C_in, H, W] -> [B, C_out, H', W']`` on quantized operands."""
 
-    __new__ = _new
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Convolve the quantized input (padded after quantization) with the quantized weight."""
-        return self.output_quantizer(self.product(input))
-
-    def product(self, x: Tensor) -> Tensor:
-        """As `forward`, before the output is quantized."""
-        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
-
-
-class QuantLinear(nn.Linear):
+class QuantLinear(QuantLayer, nn.Linear):
     """`nn.Linear` ``[..., C_in] -> [..., C_out]`` on quantized operands."""
-
-    __new__ = _new
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Multiply the quantized input by the quantized weight."""
-        return self.output_quantizer(self.product(input))
 
     def product(self, x: Tensor) -> Tensor:
         """As `forward`, before the output is quantized."""
@@ -168,9 +156,10 @@ def layer_quantizers(
     }
 
 
-def attention_quantizers(attention: Attention, spec: QuantSpec, name: str) -> dict[str, nn.Module]:
+def attention_quantizers(spec: QuantSpec, name: str) -> dict[str, nn.Module]:
     """Return the quantizer of the softmax map that `spec` asks for (it must not be None there)."""
-    return {"softmax_quantizer": _build(spec.softmax, None, -1, f"{name}.softmax_quantizer", non_negative=True)}
+    role = "softmax_quantizer"
+    return {role: activation_quantizer(spec.softmax, name=f"{name}.{role}", non_negative=True)}
 
 
 def attention_obstacle(attention: Attention) -> str | None:
@@ -198,33 +187,26 @@ def bits_of(quantizer: nn.Module | None) -> int | tuple[int, ...] | None:
 
 
 def _build(
-    spec: TensorSpec | None, channels: int | None, axis: int, name: str, weight: tuple[int, ...] | None = None, *,
-    linear: bool = False, non_negative: bool = False,
+    spec: TensorSpec | None, channels: int, axis: int, name: str, weight: tuple[int, ...] | None = None, *,
+    linear: bool = False,
 ) -> nn.Module:
     """Build one quantizer.
 
     Args:
-        channels: length of the channel axis; None = it varies, as in a softmax map.
+        channels: length of the channel axis.
         weight: shape of the weight; None = of an activation.
         linear: what a linear layer reads, whose positions may have ranges of their own.
-        non_negative: a softmax map.
     """
     if spec is None:
         return nn.Identity()
-    segments = None if channels is None else spec.granularity.segments(channels)
+    segments = spec.granularity.segments(channels)
     if segments and sum(segments) != channels:
         raise QuantizationError(
             f"{name}: segments {segments} sum to {sum(segments)}, but there are {channels} channels"
         )
-    settings = {"symmetric": spec.symmetric, "segments": segments, "metric": spec.metric, "axis": axis, "name": name}
     if weight is None:  # an activation's rows follow from its widths or bins
-        return activation_quantizer(
-            spec.bits, headroom=spec.headroom, bins=spec.bins, dynamic=shared(spec, linear), non_negative=non_negative,
-            **settings,
-        )
-    return weight_quantizer(spec.bits, weight, rows=spec.granularity.rows(weight[0]), **settings)
-
-
-def shared(spec: TensorSpec, linear: bool) -> str | int | None:
-    """Return what has a dynamic range of its own: in inputs of linear layers what `spec` says, else each sample."""
-    return spec.dynamic if linear or spec.dynamic is None else "tensor"
+        return activation_quantizer(spec, axis=axis, name=name, segments=segments, linear=linear)
+    return weight_quantizer(
+        spec.bits, weight, rows=spec.granularity.rows(weight[0]), symmetric=spec.symmetric, segments=segments,
+        metric=spec.metric, axis=axis, name=name,
+    )

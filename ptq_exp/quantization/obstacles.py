@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +54,12 @@ def _own_obstacle(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> str | None:
 
 def _sharing(model: nn.Module) -> dict[str, list[str]]:
     """Return {module: the other modules that hold a parameter or buffer with elements in common with its weight}."""
-    held = [(name, key, tensor) for name, m in model.named_modules() for key, tensor in _own_tensors(m)]
     by_storage: dict[tuple, list[tuple[str, str, int, int]]] = defaultdict(list)
-    for name, key, tensor in held:
-        storage, start, end = _place(tensor)
-        by_storage[storage].append((name, key, start, end))
+    for name, module in model.named_modules():
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.numel():
+                storage, start, end = _place(tensor)
+                by_storage[storage].append((name, key, start, end))
     found = {}
     for users in by_storage.values():
         for name, key, start, end in users:
@@ -66,12 +67,6 @@ def _sharing(model: nn.Module) -> dict[str, list[str]]:
             if key == "weight" and others:
                 found[name] = sorted(others)
     return found
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.numel():
-            yield key, tensor
 
 
 def _place(tensor: Tensor) -> tuple[tuple, int, int]:

@@ -9,6 +9,7 @@ quantized ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +145,16 @@ class Branch(Online):
         return positions * self.up.shape[1] * (channels + self.first[0].numel())
 
 
-class OnlineLayer:
+class ChangedLayer:
+    """What layers have in common whose class is assigned to an ordinary one, by `make_online_` or `retype_`."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> nn.Module:
+        """Make an ordinary layer where a new one is asked for: adapters of peft are new layers of a layer's type."""
+        kind = next(kind for kind in cls.__mro__ if kind in _ONLINE)
+        return kind(*args, **kwargs) if args or kwargs else nn.Module.__new__(cls)
+
+
+class OnlineLayer(ChangedLayer):
     """What all layers with online parts have in common; see `make_online_`."""
 
     online: nn.Sequential
@@ -157,27 +167,16 @@ class OnlineLayer:
         return y if self.branch is None else y + self.branch(x)
 
 
-def _new(cls: type[nn.Module], *args, **kwargs) -> nn.Module:
-    """Make an ordinary layer where a new one is asked for, as peft does; one becomes online by `make_online_`."""
-    return ORDINARY[cls](*args, **kwargs) if args or kwargs else nn.Module.__new__(cls)
-
-
 class OnlineConv1d(OnlineLayer, nn.Conv1d):
     """`nn.Conv1d` with online parts."""
-
-    __new__ = _new
 
 
 class OnlineConv2d(OnlineLayer, nn.Conv2d):
     """`nn.Conv2d` with online parts."""
 
-    __new__ = _new
-
 
 class OnlineLinear(OnlineLayer, nn.Linear):
     """`nn.Linear` with online parts."""
-
-    __new__ = _new
 
 
 ORDINARY: dict[type[nn.Module], type[nn.Module]] = {

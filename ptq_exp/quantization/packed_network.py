@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from ptq_exp.errors import DataError, QuantizationError
 from ptq_exp.quantization.affine import QRange, check_range, integer_range
-from ptq_exp.quantization.calibrate import quantizers
+from ptq_exp.quantization.calibrate import has_quantized_weight, quantizers
+from ptq_exp.quantization.formats import limits
 from ptq_exp.quantization.offload.mapped import SMALLEST, folder_of, in_file
 from ptq_exp.quantization.packing import pack, unpack
-from ptq_exp.quantization.quantizer import Quantizer, WeightQuantizer
+from ptq_exp.quantization.quantizer import Quantizer
 from ptq_exp.quantization.quantizer.formats import format_of
 from ptq_exp.storage.finite import bad_values, is_finite
 
@@ -73,37 +74,53 @@ def restore_state_(network: nn.Module, tensors: Mapping[str, Tensor], layout: Ma
         DataError: tensors and layout do not fit each other or the network, or a number is impossible.
     """
     check_layout(network, layout)
-    left = dict(tensors)
+    restore_from_(network, layout, Stored(tensors))
+
+
+class Stored:
+    """Tensors of a file, each taken once by its name."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.left = dict(tensors)
+
+    def take(self, name: str, shape: torch.Size | None, kind: str) -> Tensor:
+        """Return the tensor `name` of a type and, unless None, a shape; DataError if it is none of these."""
+        if name not in self.left:
+            raise DataError(f"the tensor {name} is missing")
+        tensor = self.left.pop(name)
+        expected = list(tensor.shape) if shape is None else list(shape)
+        if type_name(tensor) != kind or list(tensor.shape) != expected:
+            raise DataError(
+                f"the tensor {name} is {type_name(tensor)} {list(tensor.shape)}, expected {kind} {expected}"
+            )
+        return tensor
+
+    def finish(self) -> None:
+        """Raise DataError if something was not taken."""
+        if self.left:
+            raise DataError(f"the tensor {min(self.left)} is more than the model has")
+
+
+def restore_from_(network: nn.Module, layout: Mapping, stored: Stored) -> None:
+    """Fill a network, whose layout is this one, with the tensors that `stored` has; see `restore_state_`."""
     for name, quantizer in quantizers(network):
-        found = _unpack_ranges(name, quantizer, layout["ranges"][name], left)
+        found = _unpack_ranges(name, quantizer, layout["ranges"][name], stored)
         check_range(name, found)
         quantizer.set_range(found)
         for field in quantizer.scale_names:
             buffer = getattr(quantizer, field)
-            buffer.copy_(_taken(left, f"{name}.{field}", buffer.shape, type_name(buffer)))
+            buffer.copy_(stored.take(f"{name}.{field}", buffer.shape, type_name(buffer)))
             if not is_finite(buffer):
                 raise DataError(f"{name}.{field} holds {bad_values(buffer)}; quantize the model again")
+    parameters = dict(network.named_parameters())
     for name, value in other_state(network).items():
-        found = _taken(left, name, value.shape, type_name(value))
-        check_finite(network, name, found)
+        found = stored.take(name, value.shape, type_name(value))
+        if not is_finite(found, or_infinite=name not in parameters):  # masks in buffers hold infinity
+            raise DataError(f"{name} holds {bad_values(found)}; quantize the model again")
         value.copy_(found)
     for name, layer in packed_layers(network):
-        restore_weight_(layer, _taken(left, name, None, "uint8"))
-    if left:
-        raise DataError(f"the tensor {min(left)} is more than the model has")
-
-
-def _taken(tensors: dict[str, Tensor], name: str, shape: torch.Size | None, kind: str) -> Tensor:
-    """Take a tensor of a type and, unless None, a shape."""
-    if name not in tensors:
-        raise DataError(f"the tensor {name} is missing")
-    tensor = tensors.pop(name)
-    expected = list(tensor.shape) if shape is None else list(shape)
-    if type_name(tensor) != kind or list(tensor.shape) != expected:
-        raise DataError(
-            f"the tensor {name} is {type_name(tensor)} {list(tensor.shape)}, expected {kind} {expected}"
-        )
-    return tensor
+        restore_weight_(layer, stored.take(name, None, "uint8"))
+    stored.finish()
 
 
 def restore_weight_(layer: nn.Module, packed: Tensor) -> None:
@@ -114,13 +131,6 @@ def restore_weight_(layer: nn.Module, packed: Tensor) -> None:
     """
     integers = unpack(packed.numpy(), layer.weight_quantizer.bits, layer.weight.numel())
     layer.weight_quantizer.restore(layer.weight, torch.from_numpy(integers).int().view(layer.weight.shape))
-
-
-def check_finite(network: nn.Module, name: str, found: Tensor) -> None:
-    """Raise DataError for numbers that a parameter or buffer of `network` cannot have."""
-    parameters = dict(network.named_parameters())
-    if not is_finite(found, or_infinite=name not in parameters):  # masks in buffers hold infinity
-        raise DataError(f"{name} holds {bad_values(found)}; quantize the model again")
 
 
 def _pack_ranges(name: str, quantizer: Quantizer) -> tuple[dict[str, Tensor], dict]:
@@ -134,31 +144,31 @@ def _pack_ranges(name: str, quantizer: Quantizer) -> tuple[dict[str, Tensor], di
         kind = next((kind for kind in INTEGERS if torch.equal(zero_point.to(kind).float(), zero_point)), torch.float32)
         entry["zero_point"] = type_name(kind)
         tensors["zero_point"] = zero_point.to(kind)
-    for levels, limits in known_limits(quantizer).items():
-        if torch.equal(limits[0], quantizer.qmin) and torch.equal(limits[1], quantizer.qmax):
+    for levels, ends in known_limits(quantizer).items():
+        if torch.equal(ends[0], quantizer.qmin) and torch.equal(ends[1], quantizer.qmax):
             return tensors, entry | {"levels": levels}
     return tensors | {"qmin": quantizer.qmin, "qmax": quantizer.qmax}, entry
 
 
-def _unpack_ranges(name: str, quantizer: Quantizer, entry: Mapping, tensors: dict[str, Tensor]) -> QRange:
+def _unpack_ranges(name: str, quantizer: Quantizer, entry: Mapping, stored: Stored) -> QRange:
     shape = quantizer.scale.shape
-    scale = _taken(tensors, f"{name}.scale", shape, "float32")
+    scale = stored.take(f"{name}.scale", shape, "float32")
     zero_point = torch.zeros(shape)
     if entry["zero_point"] is not None:
-        zero_point = _taken(tensors, f"{name}.zero_point", shape, entry["zero_point"]).float()
+        zero_point = stored.take(f"{name}.zero_point", shape, entry["zero_point"]).float()
     if entry["levels"] is None:
-        return QRange(scale, zero_point, *(_taken(tensors, f"{name}.{q}", shape, "float32") for q in ("qmin", "qmax")))
-    limits = known_limits(quantizer)
-    if entry["levels"] not in limits:
-        raise DataError(f"{name} has the levels {entry['levels']!r}, expected one of {', '.join(limits)}")
-    return QRange(scale, zero_point, *limits[entry["levels"]])
+        return QRange(scale, zero_point, *(stored.take(f"{name}.{q}", shape, "float32") for q in ("qmin", "qmax")))
+    known = known_limits(quantizer)
+    if entry["levels"] not in known:
+        raise DataError(f"{name} has the levels {entry['levels']!r}, expected one of {', '.join(known)}")
+    return QRange(scale, zero_point, *known[entry["levels"]])
 
 
 def known_limits(quantizer: Quantizer) -> dict[str, tuple[Tensor, Tensor]]:
     """(qmin, qmax), each like the scale, by name: what `choose_qparams` makes of width and symmetry."""
     rows, like = len(quantizer.scale), torch.ones_like(quantizer.scale)
     if format_of(quantizer):
-        return {"format": quantizer.limits(like)}
+        return {"format": limits(quantizer.format, like)}
     widths = quantizer.bits if isinstance(quantizer.bits, tuple) else (quantizer.bits,)
     widths = widths if len(widths) == rows else widths[:1] * rows
 
@@ -180,9 +190,7 @@ def check_layout(network: nn.Module, layout: Mapping, more: Mapping[str, Mapping
     `more`: further parts of the layout as they have to be.
     """
     expected = {
-        "weights": {
-            name: weight_entry(layer) for name, layer in packed_layers(network)
-        },
+        "weights": {name: weight_entry(layer) for name, layer in packed_layers(network)},
         "ranges": {name: signature(quantizer) for name, quantizer in quantizers(network)},
         **more,
     }
@@ -222,7 +230,7 @@ def signature(quantizer: Quantizer) -> dict:
 def packed_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name of the weight, layer) of all layers with a quantized weight, in module order."""
     for name, layer in network.named_modules():
-        if isinstance(getattr(layer, "weight_quantizer", None), WeightQuantizer):
+        if has_quantized_weight(layer):
             yield f"{name}.weight" if name else "weight", layer
 
 

@@ -12,24 +12,14 @@ The layout, a dictionary for JSON, says which parts they consist of, in order.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ptq_exp.errors import DataError
-from ptq_exp.quantization.affine import QRange, check_range
 from ptq_exp.quantization.calibrate import quantizers
-from ptq_exp.quantization.packed_network import (
-    check_finite,
-    check_layout,
-    known_limits,
-    other_state,
-    packed_layers,
-    restore_weight_,
-    type_name,
-)
-from ptq_exp.quantization.quantizer import Quantizer
+from ptq_exp.quantization.packed_network import Stored, check_layout, other_state, restore_from_, type_name
 
 
 def restore_joined_(network: nn.Module, tensors: Mapping[str, Tensor], layout: Mapping) -> None:
@@ -44,31 +34,26 @@ def restore_joined_(network: nn.Module, tensors: Mapping[str, Tensor], layout: M
         name: {"type": type_name(value), "shape": list(value.shape)} for name, value in other_state(network).items()
     }
     check_layout(network, layout, {"parameters": parameters})
-    reader = _Reader(tensors)
-    for name, quantizer in quantizers(network):
-        found = _unpack_ranges(name, quantizer, layout["ranges"][name], reader)
-        check_range(name, found)
-        quantizer.set_range(found)
-    for name, value in other_state(network).items():
-        found = reader.next(f"parameters.{type_name(value)}", value.shape, type_name(value))
-        check_finite(network, name, found)
-        value.copy_(found)
-    for name, layer in packed_layers(network):
-        restore_weight_(layer, reader.next(name, None, "uint8"))
-    reader.finish()
+    restore_from_(network, layout, _Joined(tensors, {name for name, _ in quantizers(network)}))
 
 
-class _Reader:
-    """Takes the parts of joined tensors one after the other."""
+class _Joined(Stored):
+    """Takes the parts of joined tensors one after the other.
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors, self.position = tensors, dict.fromkeys(tensors, 0)
+    Args:
+        ranges: names of the quantizers.
+    """
 
-    def next(self, key: str, shape: tuple[int, ...] | None, kind: str) -> Tensor:
-        """Return the next part of the tensor `key` of type `kind`, of `shape`; all of it if None."""
-        if key not in self.tensors:
+    def __init__(self, tensors: Mapping[str, Tensor], ranges: Collection[str]) -> None:
+        super().__init__(tensors)
+        self.ranges, self.position = ranges, dict.fromkeys(tensors, 0)
+
+    def take(self, name: str, shape: torch.Size | None, kind: str) -> Tensor:
+        """Return the next part of the tensor that `name` is part of; all of it if `shape` is None."""
+        key = self._key(name, shape, kind)
+        if key not in self.left:
             raise DataError(f"the tensor {key} is missing")
-        tensor = self.tensors[key]
+        tensor = self.left[key]
         if tensor.ndim != 1 or type_name(tensor) != kind:
             raise DataError(f"the tensor {key} is {type_name(tensor)} {list(tensor.shape)}, expected {kind} [values]")
         start = self.position[key]
@@ -80,22 +65,15 @@ class _Reader:
         return part if shape is None else part.view(shape)
 
     def finish(self) -> None:
-        """Raise DataError if something was not read."""
-        for key, tensor in self.tensors.items():
+        """Raise DataError if something was not taken."""
+        for key, tensor in self.left.items():
             if tensor.ndim != 1 or self.position[key] != len(tensor):
                 raise DataError(f"the tensor {key} {list(tensor.shape)} holds more than the model has")
 
-
-def _unpack_ranges(name: str, quantizer: Quantizer, entry: Mapping, reader: _Reader) -> QRange:
-    shape = quantizer.scale.shape
-    scale = reader.next("ranges.scale", shape, "float32")
-    zero_point = torch.zeros(shape)
-    if entry["zero_point"] is not None:
-        kind = entry["zero_point"]
-        zero_point = reader.next(f"ranges.zero_point.{kind}", shape, kind).float()
-    if entry["levels"] is None:
-        return QRange(scale, zero_point, *(reader.next("ranges.limits", shape, "float32") for _ in range(2)))
-    limits = known_limits(quantizer)
-    if entry["levels"] not in limits:
-        raise DataError(f"{name} has the levels {entry['levels']!r}, expected one of {', '.join(limits)}")
-    return QRange(scale, zero_point, *limits[entry["levels"]])
+    def _key(self, name: str, shape: torch.Size | None, kind: str) -> str:
+        owner, _, field = name.rpartition(".")
+        if shape is None:
+            return name
+        if owner not in self.ranges:
+            return f"parameters.{kind}"
+        return {"scale": "ranges.scale", "zero_point": f"ranges.zero_point.{kind}"}.get(field, "ranges.limits")

@@ -53,8 +53,8 @@ def quantize_(model: nn.Module, rules: Sequence[Rule], example_inputs: tuple) ->
         raise QuantizationError("the model is quantized already: quantize_ wants a full-precision model")
     check_initialised(model)
     obstacles = layer_obstacles(model)
-    layers = {name: m for name, m in model.named_modules() if type(m) in QUANTIZED and name not in obstacles}
-    layers = {name: m for name, m in layers.items() if not isinstance(m, Attention)}
+    layers = {name: m for name, m in model.named_modules()
+              if type(m) in QUANTIZED and not isinstance(m, Attention) and name not in obstacles}
     marks = weight_marks(layers)
     counted = trace(model, example_inputs)
     names = {name: m for name, m in model.named_modules()
@@ -96,9 +96,7 @@ def _plan_products(
     device = next((tensor.device for m in modules.values() for tensor in m.parameters()), None)
     for name, multiplier in multipliers.items():
         rule, module = first_match(rules, name), modules[name]
-        if rule is None:
-            reasons[name] = "no rule matches"
-        elif rule.spec is None:
+        if rule is None or rule.spec is None:
             reasons[name] = _reason(rule)
         elif multiplier.obstacle:
             reasons[name] = f"left alone: {multiplier.obstacle}"
@@ -141,9 +139,7 @@ def _use_explicit_paths(model: nn.Module) -> None:
 
 def _plan(module: nn.Module, rule: Rule | None, name: str) -> tuple[dict[str, nn.Module], str]:
     """Return the quantizers for one module, and the reason if there are none."""
-    if rule is None:
-        return {}, "no rule matches"
-    if rule.spec is None:
+    if rule is None or rule.spec is None:
         return {}, _reason(rule)
     if not isinstance(module, Attention):
         if rule.spec.weight is rule.spec.input is rule.spec.output is None:
@@ -151,10 +147,9 @@ def _plan(module: nn.Module, rule: Rule | None, name: str) -> tuple[dict[str, nn
         return layer_quantizers(module, rule.spec, name), ""
     if rule.spec.softmax is None:
         return {}, f"rule {rule.pattern!r} quantizes no softmax map"
-    obstacle = attention_obstacle(module)
-    return (
-        ({}, f"left alone: {obstacle}") if obstacle else (attention_quantizers(module, rule.spec, name), "")
-    )
+    if obstacle := attention_obstacle(module):
+        return {}, f"left alone: {obstacle}"
+    return attention_quantizers(rule.spec, name), ""
 
 
 def _share_step(placed: Sequence[Mapping[str, nn.Module]]) -> None:
@@ -182,11 +177,9 @@ def _kept_by_rule(
     model: nn.Module, rules: Sequence[Rule], quantizable: dict[str, nn.Module]
 ) -> dict[str, str]:
     """Return the reasons that rules give for modules which could not be quantized anyway."""
-    matched = {
-        name: first_match(rules, name) for name, _ in parameter_holders(model) if name not in quantizable
-    }
-    return {name: _reason(rule) for name, rule in matched.items() if rule is not None and rule.spec is None}
+    others = [name for name, _ in parameter_holders(model) if name not in quantizable]
+    return {name: _reason(rule) for name in others if (rule := first_match(rules, name)) and rule.spec is None}
 
 
-def _reason(rule: Rule) -> str:
-    return rule.reason or f"kept by rule {rule.pattern!r}"
+def _reason(rule: Rule | None) -> str:
+    return "no rule matches" if rule is None else rule.reason or f"kept by rule {rule.pattern!r}"

@@ -29,40 +29,21 @@ class Policy:
     quantized per tensor. Norms, SiLU, sums and concatenations stay FP. q, k and v have a quantizer each, on the outputs
     of their linear layers. Lists are kept as tuples.
 
+    What each field means, and its choices, stand in its declaration; beside that:
+
     Attributes:
-        name: of the choice in `conf/quantization`.
-        attention: quantize the attention products; False for a network without attention.
-        weight_symmetric: signed weights with zero point 0; otherwise each range has a zero point.
-        weight_granularity: one weight range per output channel, per tensor, or per group of `group_size` input channels
-            of each output channel.
-        group_size: of weight_granularity=group.
-        activation_symmetric: activations with zero point 0.
-        qkv_symmetric: the operands q, k and v of attention products with zero point 0, as engines multiply them.
-        activation_site: whether a layer's input is quantized, or its output (where PTQ4DM's code has its quantizers:
-            norms and sums come between, so that few multiplications read a quantized activation; the report says how
-            many). The output of the layers of `last` stays FP.
-        shortcut: ranges of concatenated features: joint, or one for each part where 1x1 convolutions read them (split),
-            or any layer does (split_all).
-        time_embedding: quantizers on the projections of the time embedding: none, one range for their pieces (shared),
-            or one for each (split).
-        temporal: activation ranges along the sampling steps: static, binned, per_step.
-        temporal_bins: of temporal=binned.
-        activation: static = ranges that calibration finds; dynamic_tensor, dynamic_token, dynamic_group = those of the
-            values of each evaluation: of each sample, in the inputs of linear layers of each token, or of each group of
-            `activation_group_size` channels of a token. Of all activations: the softmax map and what enters the first
-            and the last layer, too, at their own widths, so that nothing needs calibration.
-        activation_group_size: of activation=dynamic_group.
-        time_layers: what layers of the time alone are calibrated on: calibration_set, or the times of all_steps.
+        attention: False for a network without attention.
+        activation_site: with output, norms and sums come between, so that few multiplications read a quantized
+            activation; the report says how many. The output of the layers of `last` stays FP.
+        activation: dynamic ranges are those of all activations: the softmax map and what enters the first and the last
+            layer, too, at their own widths, so that nothing needs calibration.
         quantize_state: x_t at the widest of the other activations' bits and `Widths.first_last`, its range found as
             theirs, in place of `Widths.boundary`; at either site.
         quantize_output: the noise estimate (with the variance, if the network makes one) at that same width.
-        transforms: of the full-precision network before it is quantized, in order: names in `TRANSFORMS`, or mappings
-            of a "name" and settings of that transform.
-        smooth: short for {name: smooth, alpha: `smooth_alpha`} before all other `transforms`, where it is put.
-        smooth_alpha: see `smooth`.
-        first: globs of the layers that read the sampler's state x_t; may be empty. None = those that the model names.
-        last: globs of the layers that make the noise estimate; may be empty. None as in `first`.
-        keep_fp: globs of operations that stay in full precision, or names of `KEPT_SETS`.
+        transforms: names in `TRANSFORMS`, or mappings of a "name" and settings of that transform.
+        smooth: {name: smooth, alpha: `smooth_alpha`} is put before all other `transforms`.
+        first, last: may be empty.
+        keep_fp: globs, or names of `KEPT_SETS`.
 
     Raises:
         ConfigError: a value is none of the choices, or out of bounds; the message names the setting.

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization.layers import shared
 from ptq_exp.quantization.quantizer import Mode
 from ptq_exp.quantization.quantizer.formats import activation_quantizer
 from ptq_exp.quantization.specs import QuantSpec
@@ -238,10 +237,7 @@ def _build(of: QuantSpec, is_map: bool, name: str, axis: int) -> nn.Module:
     spec = of.softmax if is_map else of.product
     if spec is None:
         return nn.Identity()
-    return activation_quantizer(
-        spec.bits, symmetric=spec.symmetric, metric=spec.metric, headroom=spec.headroom, bins=spec.bins, name=name,
-        axis=axis if spec.format is not None else -1, dynamic=shared(spec, linear=False), non_negative=is_map,
-    )
+    return activation_quantizer(spec, axis=axis if spec.format is not None else -1, name=name, non_negative=is_map)
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:

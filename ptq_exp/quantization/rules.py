@@ -49,36 +49,26 @@ KEPT_SETS = {
 def policy_rules(policy: Policy, widths: Widths, bins: int = 1) -> list[Rule]:
     """Return the ordered rules of `policy`; see `Policy.rules`."""
     weight = TensorSpec(widths.weight, policy.weight_symmetric, policy.granularity)
+    edge_weight = _weight_at_the_ends(weight, widths.first_last)
     if not widths.quantizes_activations:
-        return [*_rules_of_weights(policy, widths, weight), Rule("*", QuantSpec(weight))]
+        at_the_ends = QuantSpec(edge_weight)
+        return [*_at_both_ends(policy, at_the_ends, at_the_ends), Rule("*", QuantSpec(weight))]
     operand = TensorSpec(widths.activation, policy.activation_symmetric, bins=bins, dynamic=policy.dynamic)
     at_input, at_output = (operand, None) if policy.activation_site == "input" else (None, operand)
     softmax = TensorSpec(widths.softmax, True, bins=bins, dynamic=policy.dynamic) if policy.attention else None
     made = replace(operand, symmetric=operand.symmetric or policy.qkv_symmetric) if policy.attention else None
-    rules = _rules_at_the_ends(policy, widths, weight, operand)
+    edge, boundary = _at_the_ends(operand, widths)
+    read = at_input and boundary
+    of_first = QuantSpec(edge_weight, edge if policy.quantize_state else read, at_output)
+    of_last = QuantSpec(edge_weight, read, edge if policy.quantize_output else None)
+    rules = _at_both_ends(policy, of_first, of_last)
     if policy.attention:
         rules.append(Rule(OPERANDS, QuantSpec(weight, at_input, made, is_operand=True)))
     return [*rules, Rule("*", QuantSpec(weight, at_input, at_output, softmax, made))]
 
 
-def _rules_at_the_ends(policy: Policy, widths: Widths, weight: TensorSpec, operand: TensorSpec) -> list[Rule]:
-    """Rules of the first and last layers."""
-    at_input, at_output = (operand, None) if policy.activation_site == "input" else (None, operand)
-    edge, boundary = _at_the_ends(operand, widths)
-    read = at_input and boundary
-    edge_weight = _weight_at_the_ends(weight, widths.first_last)
-    of_first = QuantSpec(edge_weight, edge if policy.quantize_state else read, at_output)
-    of_last = QuantSpec(edge_weight, read, edge if policy.quantize_output else None)
-    return _at_both_ends(policy, of_first, of_last)
-
-
-def _rules_of_weights(policy: Policy, widths: Widths, weight: TensorSpec) -> list[Rule]:
-    """Rules of the first and last layers where no activation is quantized."""
-    edge = QuantSpec(_weight_at_the_ends(weight, widths.first_last))
-    return _at_both_ends(policy, edge, edge)
-
-
 def _at_both_ends(policy: Policy, of_first: QuantSpec, of_last: QuantSpec) -> list[Rule]:
+    """Return the rules of the first and last layers."""
     first = FIRST if policy.first is None else policy.first
     last = LAST if policy.last is None else policy.last
     return [Rule(pattern, spec) for patterns, spec in ((first, of_first), (last, of_last)) for pattern in patterns]

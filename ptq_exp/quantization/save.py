@@ -85,13 +85,13 @@ def save_quantized(
     return description
 
 
-def tensors_bytes(network: nn.Module, rules: Sequence[Rule] = ()) -> int:
+def tensors_bytes(network: nn.Module) -> int:
     """Return the size of the file of tensors that `save_quantized` would write; all of it is in memory meanwhile.
 
     Raises:
         QuantizationError: as `save_quantized`.
     """
-    metadata = {"format": FORMAT, "version": str(version_of(rules)), _HASH: "0" * 64}
+    metadata = {"format": FORMAT, "version": str(VERSION), _HASH: "0" * 64}
     return len(save(packed_state(network)[0], metadata))
 
 

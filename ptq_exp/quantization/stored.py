@@ -31,10 +31,8 @@ def restore_ranges_(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
         DataError: the arrays are those of other quantizers, or no ranges; the model is left unchanged.
     """
-    wanted = {f"{name}.{field}": q for name, q in quantizers(model) for field in (*QRange._fields, *q.scale_names)}
-    wrong = sorted(set(wanted) ^ set(arrays)) or [
-        key for key, q in wanted.items() if arrays[key].shape != getattr(q, key.rsplit(".", 1)[1]).shape
-    ]
+    wanted = range_arrays(model)
+    wrong = sorted(set(wanted) ^ set(arrays)) or [key for key in wanted if arrays[key].shape != wanted[key].shape]
     if wrong:
         raise DataError(f"the stored ranges belong to other quantizers: {', '.join(wrong[:3])} do not fit")
     found = {

@@ -77,8 +77,13 @@ def check_width(setting: str, bits: int | str, *, activation: bool = False) -> N
     `activation`: 16 is one, too (`UNQUANTIZED`), and formats of weights alone are none.
     """
     if not isinstance(bits, str):
-        if not (activation and bits == UNQUANTIZED and not isinstance(bits, bool)):
-            _check_layer_bits(setting, bits, activation)
+        if activation and bits == UNQUANTIZED:
+            return
+        try:
+            check_bits(setting, bits)
+        except ConfigError as error:
+            unquantized = f", {UNQUANTIZED} (activations stay as they are)" if activation else ""
+            raise ConfigError(f"{error}{unquantized}, or a number format such as mxfp4") from error
         return
     from ptq_exp.quantization.formats import FORMATS  # loads torch, which the schema of settings does without
 
@@ -89,14 +94,6 @@ def check_width(setting: str, bits: int | str, *, activation: bool = False) -> N
         raise ConfigError(
             f"{setting}={bits}{why}: choose {LAYER_BITS[0]}..{LAYER_BITS[1]}{unquantized}, or one of {', '.join(names)}"
         )
-
-
-def _check_layer_bits(setting: str, bits: int, activation: bool) -> None:
-    try:
-        check_bits(setting, bits)
-    except ConfigError as error:
-        unquantized = f", {UNQUANTIZED} (activations stay as they are)" if activation else ""
-        raise ConfigError(f"{error}{unquantized}, or a number format such as mxfp4") from error
 
 
 def width_of(bits: int | str) -> int:

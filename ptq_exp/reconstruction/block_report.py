@@ -80,8 +80,8 @@ class BlockReport:
     def to_dict(self) -> dict:
         """Plain numbers, strings, lists and dictionaries (JSON); without `details` where there are none."""
         plain = asdict(self)
-        details = [dict(detail) for detail in plain.pop("details")]
-        return plain | {"details": details} if details else plain
+        details = plain.pop("details")
+        return plain | {"details": list(details)} if details else plain
 
     @classmethod
     def from_dict(cls, plain: dict) -> BlockReport:

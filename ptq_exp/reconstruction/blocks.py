@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, disabled
+from ptq_exp.quantization import ActivationQuantizer, disabled
+from ptq_exp.quantization.calibrate import has_quantized_weight
 from ptq_exp.quantization.trace.evaluate import evaluate
 
 
@@ -67,7 +69,7 @@ def find_blocks(
     Raises:
         QuantizationError: a block is called never in a forward, or on several inputs, which could not be kept apart.
     """
-    layers = [name for name, m in network.named_modules() if isinstance(_weight_quantizer(m), WeightQuantizer)]
+    layers = [name for name, module in network.named_modules() if has_quantized_weight(module)]
     owner = {layer: _outermost(layer, patterns) for layer in layers if layer not in elsewhere}
     names = set(layers) | set(owner.values())
     order, counts = _call_order(network, names, pytree.tree_map(_generic, example_inputs))
@@ -92,10 +94,6 @@ def find_blocks(
 def _within(block: str, layers: Sequence[str]) -> tuple[str, ...]:
     """Return the names of `layers` within the module `block`."""
     return tuple(layer.removeprefix(block).removeprefix(".") for layer in layers)
-
-
-def _weight_quantizer(module: nn.Module) -> nn.Module | None:
-    return getattr(module, "weight_quantizer", None)
 
 
 def _outermost(layer: str, patterns: Sequence[str]) -> str:
@@ -127,17 +125,13 @@ def _call_order(network: nn.Module, names: set[str], inputs: tuple) -> tuple[lis
         if not any(_same(found, other) for other in seen.setdefault(name, [])):
             seen[name].append(found)
 
-    handles = [
-        module.register_forward_pre_hook(lambda _, *given, name=name: enter(name, *given), with_kwargs=True)
-        for name, module in network.named_modules()
-        if name in names
-    ]
-    try:
-        with disabled(network):  # what is multiplied is the same, and no row of ranges need be chosen
-            evaluate(network.forward, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with disabled(network), ExitStack() as hooks:  # what is multiplied is the same, and no row of ranges need be chosen
+        for name, module in network.named_modules():
+            if name in names:
+                hooks.enter_context(module.register_forward_pre_hook(
+                    lambda _, *given, name=name: enter(name, *given), with_kwargs=True
+                ))
+        evaluate(network.forward, inputs)
     return order, Counter({name: len(inputs) for name, inputs in seen.items()})
 
 

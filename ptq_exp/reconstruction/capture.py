@@ -6,8 +6,8 @@ The forward ends where the block begins (or ends), and captured rows go to memor
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ptq_exp.diffusion import to_device
+from ptq_exp.diffusion.call import on_device, to_device
 from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization import of_samples
-from ptq_exp.quantization.trace.evaluate import evaluate
-from ptq_exp.reconstruction.copies import Batch, Rows, on_device
+from ptq_exp.quantization.trace.evaluate import Ended, evaluate
+from ptq_exp.reconstruction.copies import Batch, Rows
 
 
 @dataclass
@@ -116,10 +116,6 @@ class Calls:
 _TENSOR = object()
 
 
-class _Ended(Exception):
-    """The forward has passed the block; the rest of the network is not wanted."""
-
-
 def capture(
     network: nn.Module, name: str, batches: Iterable[Batch], rows: int, arena: Arena, *, output: bool,
     device: torch.device, step_rows: Tensor | None = None,
@@ -192,34 +188,23 @@ def _call(network: nn.Module, name: str, inputs: Batch, output: bool) -> tuple[t
     def before(_, args: tuple, kwargs: dict) -> None:
         if not output:
             held.append((args, kwargs))
-            raise _Ended
+            raise Ended
         held.append(pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs)))  # the block may work in place
 
     def after(_, args: tuple, kwargs: dict, result: Any) -> None:
         held.append(output_of(result, name))
-        raise _Ended
+        raise Ended
 
-    with _hooked(network.get_submodule(name), before, after):
-        try:
-            # not network(...): a compiled one would be compiled again because of the hooks
-            evaluate(network.forward, inputs)
-        except _Ended:
-            pass
-    args, kwargs = held[0]
-    return args, kwargs, held[1] if output else None
-
-
-@contextmanager
-def _hooked(module: nn.Module, before, after) -> Iterator[None]:
-    handles = [
+    module = network.get_submodule(name)
+    with (
         module.register_forward_pre_hook(before, with_kwargs=True),
         module.register_forward_hook(after, with_kwargs=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        suppress(Ended),
+    ):
+        # not network(...): a compiled one would be compiled again because of the hooks
+        evaluate(network.forward, inputs)
+    args, kwargs = held[0]
+    return args, kwargs, held[1] if output else None
 
 
 def _same_in_both(call: tuple, other: tuple) -> frozenset[int]:

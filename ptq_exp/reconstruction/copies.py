@@ -7,17 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-
-from ptq_exp.diffusion import to_device
 
 Batch = Sequence[Any]
 """The arguments of one call, each [n, ...], the first a tensor; see `ptq_exp.quantization.trace.evaluate`."""
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the arguments `batch`, their tensors on `device`."""
-    return pytree.tree_map_only(Tensor, lambda tensor: to_device(tensor, device), batch)
 
 
 def pinned_copies(values: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], object]]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ptq_exp.quantization.trace.evaluate import Ended
 from ptq_exp.reconstruction.block_report import LayerRounding
 from ptq_exp.reconstruction.blocks import Block
 from ptq_exp.reconstruction.gptq_grid import grid_of, put_
@@ -162,11 +163,11 @@ class GPTQBlock:
         def enter(n: int, x: Tensor) -> None:
             read.append((n, x))
             if len(read) == sum(wanted.values()):
-                raise _Ended
+                raise Ended
 
         with self._watched(wanted, enter, quantized=True):
             for start in range(0, len(self.calls), EVALUATION_BATCH):
-                with suppress(_Ended):
+                with suppress(Ended):
                     self._run(slice(start, start + EVALUATION_BATCH))
                 # behind the forward: inside, a module that quantizes its products would take these for its own
                 for n, x in read:
@@ -182,19 +183,11 @@ class GPTQBlock:
     @contextmanager
     def _watched(self, numbers, enter: Callable[[int, Tensor], None], *, quantized: bool) -> Iterator[None]:
         """Call ``enter(number, x)`` with what each layer reads, before or behind its input quantizer."""
-        handles = []
-        for n in numbers:
-            quantizer = self.layers[n].input_quantizer
-            handles.append(
-                quantizer.register_forward_hook(lambda _, args, y, n=n: enter(n, y)) if quantized else
-                quantizer.register_forward_pre_hook(lambda _, args, n=n: enter(n, args[0]))
-            )
-        try:
+        with ExitStack() as hooks:
+            for n in numbers:
+                quantizer = self.layers[n].input_quantizer
+                hooks.enter_context(
+                    quantizer.register_forward_hook(lambda _, args, y, n=n: enter(n, y)) if quantized else
+                    quantizer.register_forward_pre_hook(lambda _, args, n=n: enter(n, args[0]))
+                )
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-class _Ended(Exception):
-    """All layers that are asked about were called."""

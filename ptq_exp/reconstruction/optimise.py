@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -218,18 +219,13 @@ class BlockOptimisation:
 def _outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     found: dict[str, Tensor] = {}
 
-    def keep(name: str):
-        def hook(_, __, output: Tensor) -> None:
-            found[name] = output
+    def keep(_: nn.Module, args: tuple, output: Tensor, name: str) -> None:
+        found[name] = output
 
-        return hook
-
-    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(module.get_submodule(name).register_forward_hook(partial(keep, name=name)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

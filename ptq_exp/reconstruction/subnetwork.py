@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization.trace.evaluate import evaluate
+from ptq_exp.quantization.trace.evaluate import evaluate, tensors_in
 from ptq_exp.quantization.trace.provenance import watching
 
 
@@ -165,7 +165,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         returned = function(*args, **kwargs)
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_in((args, kwargs))
         outputs = [returned] if isinstance(returned, Tensor) else returned
         follows = tensors and all(self._slot(tensor) is not None for tensor in tensors)
         if not follows or not isinstance(outputs, list | tuple) or not all(isinstance(y, Tensor) for y in outputs):

@@ -14,13 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ptq_exp.diffusion.call import on_device
 from ptq_exp.errors import QuantizationError
-from ptq_exp.quantization import WeightQuantizer, of_samples
+from ptq_exp.quantization import of_samples
+from ptq_exp.quantization.calibrate import has_quantized_weight
 from ptq_exp.quantization.trace.evaluate import evaluate
 from ptq_exp.quantization.trace.provenance import watching
 from ptq_exp.reconstruction.blocks import Block
 from ptq_exp.reconstruction.capture import Calls
-from ptq_exp.reconstruction.copies import Batch, on_device
+from ptq_exp.reconstruction.copies import Batch
 from ptq_exp.reconstruction.subnetwork import Part, Plan, check_same, plan_part
 
 
@@ -125,7 +127,7 @@ def find_time_blocks(
         quantized = tuple(
             f"layers.{n}"
             for n, step in enumerate(step for step in plan.steps if step.layer is not None)
-            if isinstance(getattr(network.get_submodule(step.layer), "weight_quantizer", None), WeightQuantizer)
+            if has_quantized_weight(network.get_submodule(step.layer))
         )
         if quantized:
             name = "layers of the time" if joint else layers[number]

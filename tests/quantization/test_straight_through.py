@@ -5,13 +5,14 @@ import torch
 
 from ptq_exp.quantization.affine import straight_through
 from ptq_exp.quantization.quantizer.formats import activation_quantizer
+from ptq_exp.quantization.specs import TensorSpec
 
 
 @pytest.mark.parametrize(("bits", "dynamic"), [
     ("mxfp4", None), ("int4_g32", None), ("fp4_e2m1", "token"), (4, "token"),
 ])
 def test_what_is_rounded_passes_the_gradient(bits, dynamic):
-    quantizer = activation_quantizer(bits, dynamic=dynamic, symmetric=True)
+    quantizer = activation_quantizer(TensorSpec(bits, symmetric=True, dynamic=dynamic), linear=True)
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     y = quantizer(x)
     with torch.no_grad():
@@ -22,7 +23,7 @@ def test_what_is_rounded_passes_the_gradient(bits, dynamic):
 
 
 def test_what_saturates_passes_none():
-    quantizer = activation_quantizer("fp4_e2m1", symmetric=True)
+    quantizer = activation_quantizer(TensorSpec("fp4_e2m1", symmetric=True))
     quantizer.set_range(quantizer.range_of(torch.ones(())))
     x = torch.tensor([0.4, -5.9, 6.5, -7.0]).requires_grad_()
     quantizer(x).sum().backward()

@@ -2,7 +2,8 @@
 
 import torch
 
-from ptq_exp.reconstruction.copies import Rows, on_device
+from ptq_exp.diffusion.call import on_device
+from ptq_exp.reconstruction.copies import Rows
 
 
 class Slow:

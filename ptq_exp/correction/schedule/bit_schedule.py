@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq_exp.diffusion import TimeGrid
-from ptq_exp.errors import ConfigError, DataError, QuantizationError
+from ptq_exp.errors import ConfigError, DataError, QuantizationError, one_line
 from ptq_exp.quantization import step_of
 from ptq_exp.quantization.widths import check_bits
 from ptq_exp.storage.atomic import atomic_path
@@ -114,7 +114,7 @@ class BitSchedule:
             if type(weight) is not int or not times or not all(math.isfinite(time) for time in times):
                 raise ValueError(f"weight={weight!r}, timesteps={times}"[:100])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = " ".join(repr(error).split())[:200]
+            reason = one_line(repr(error))
             raise DataError(f"{path} is no bit schedule (bit_schedule.json of a run): {reason}") from error
         try:
             return cls(weight, tuple(parse_widths(activation)), tuple(times), rule)

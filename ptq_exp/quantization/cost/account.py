@@ -166,16 +166,11 @@ def _attention_rows(
     obstacle = obstacle or attention_obstacle(attention)
     operands = [] if obstacle or products is None or len(products) % 2 else products
     prefix = f"{name}." if name else ""
-    rows = []
-    for product, count, pairs in (("qk", macs[0], operands[::2]), ("av", macs[1], operands[1::2])):
-        pair = _common_bits(pairs, 1), _common_bits(pairs, 0)
-        reason = reasons.get(name) or obstacle or "q, k, v or the softmax map has no quantizer"
-        reason = "" if None not in pair else reason
-        rows.append(
-            Row(f"{prefix}{product}", f"Attention.{product}", "attention", 0, count, *pair, 0.0, reason,
-                **_formats(pairs))
-        )
-    return rows
+    why = reasons.get(name) or obstacle or "q, k, v or the softmax map has no quantizer"
+    return [
+        _product_row(f"{prefix}{product}", f"Attention.{product}", count, pairs, why)
+        for product, count, pairs in (("qk", macs[0], operands[::2]), ("av", macs[1], operands[1::2]))
+    ]
 
 
 def _product_rows(
@@ -183,15 +178,22 @@ def _product_rows(
 ) -> list[Row]:
     """Return the rows of the products of a module that multiplies activations."""
     multiplier, rows = counted.multipliers[name], []
+    why = f"left alone: {multiplier.obstacle}" if multiplier.obstacle else "an operand has no quantizer"
     for key in multiplier.keys:
         site, kind = product_site(name, key), f"{_type_name(module)}.{kind_of(key)}"
-        pairs = products.products.get(site, [])
-        bits = _common_bits(pairs, 1), _common_bits(pairs, 0)
-        why = f"left alone: {multiplier.obstacle}" if multiplier.obstacle else "an operand has no quantizer"
-        reason = "" if None not in bits else reasons.get(name) or why
-        rows.append(Row(f"{name}.{key}" if name else key, kind, "attention", 0, counted.product_macs[site], *bits, 0.0,
-                        reason, **_formats(pairs)))
+        pairs, macs = products.products.get(site, []), counted.product_macs[site]
+        rows.append(_product_row(f"{name}.{key}" if name else key, kind, macs, pairs, reasons.get(name) or why))
     return rows
+
+
+def _product_row(name: str, kind: str, macs: int, pairs: Products, why: str) -> Row:
+    """Return the row of a product of activations; `why` an operand stays FP, if one does."""
+    bits = _common_bits(pairs, 1), _common_bits(pairs, 0)
+    return Row(
+        name, kind, "attention", 0, macs, *bits, 0.0, "" if None not in bits else why,
+        weight_format=_common_format(pairs, 1), activation_format=_common_format(pairs, 0),
+        dynamic_scales=sum(isinstance(operand.quantizer, DynamicQuantizer) for pair in pairs for operand in pair),
+    )
 
 
 def _common_bits(products: Products, number: int) -> Bits:
@@ -204,13 +206,6 @@ def _common_format(products: Products, number: int) -> str:
     """Return the format of operand `number` of each of `products`; "" of integers, or of different ones."""
     found = {format_of(operands[number].quantizer) for operands in products}
     return found.pop() if len(found) == 1 else ""
-
-
-def _formats(products: Products) -> dict[str, str | int]:
-    return {
-        "weight_format": _common_format(products, 1), "activation_format": _common_format(products, 0),
-        "dynamic_scales": sum(isinstance(operand.quantizer, DynamicQuantizer) for pair in products for operand in pair),
-    }
 
 
 def _dynamic_scales(layer: nn.Module, quantizer: nn.Module | None, macs: int) -> int:

@@ -20,7 +20,6 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptq_exp.errors import QuantizationError
@@ -28,7 +27,7 @@ from ptq_exp.quantization.cost.operators import as_layers_do, counted, macs_of, 
 from ptq_exp.quantization.cost.owners import Owners, place_of
 from ptq_exp.quantization.layers import mapped_attention
 from ptq_exp.quantization.online import Online, Scaling
-from ptq_exp.quantization.trace.evaluate import evaluate
+from ptq_exp.quantization.trace.evaluate import evaluate, evaluating, tensors_in
 from ptq_exp.quantization.trace.products import Multiplier, ProductTrace, product_site
 
 
@@ -84,8 +83,7 @@ def trace(model: nn.Module, example_inputs: tuple) -> Trace:
     Raises:
         QuantizationError: the example holds more than one sample.
     """
-    leaves = pytree.tree_leaves(tuple(example_inputs))
-    sizes = [value.shape[0] for value in leaves if isinstance(value, Tensor) and value.ndim]
+    sizes = [value.shape[0] for value in tensors_in(tuple(example_inputs)) if value.ndim]
     if not sizes or sizes[0] != 1:
         raise QuantizationError(
             f"example_inputs: expected one sample (first dimension 1), found sizes {sizes}"
@@ -132,8 +130,9 @@ def _recorded(layers: Mapping[str, nn.Module]) -> Iterator[tuple[dict[str, list[
 
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            hook = layer.register_forward_hook(partial(record, name=name), prepend=True, with_kwargs=True)
-            hooks.callback(hook.remove)
+            hooks.enter_context(
+                layer.register_forward_hook(partial(record, name=name), prepend=True, with_kwargs=True)
+            )
         yield shapes, macs
 
 
@@ -227,15 +226,3 @@ def _attention_macs(q: list[torch.Size], k: list[torch.Size], v: list[torch.Size
     qk = sum(a.numel() * b[-2] for a, b, _ in calls)
     av = sum(a[0] * a[-2] * c[-2] * c[-1] for a, _, c in calls)
     return qk, av
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all modules in evaluation mode, then restore each one's own."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

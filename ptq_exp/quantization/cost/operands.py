@@ -126,8 +126,7 @@ def operands_of(model: nn.Module, inputs: tuple, *, values: bool = False) -> Ope
     notes = Notes(carry)
     with plainly(model), owners, _noting(model, notes, values), ExitStack() as hooks, notes:
         for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(lambda *_, name=name: found.called.add(name))
-            hooks.callback(hook.remove)
+            hooks.enter_context(layer.register_forward_pre_hook(lambda *_, name=name: found.called.add(name)))
         # not model(...): a compiled one would be compiled again because of the hooks
         evaluate(model.forward, inputs)
     return found
@@ -151,9 +150,9 @@ def _noting(model: nn.Module, notes: Notes, values: bool) -> Iterator[None]:
         notes.set(returned, _source(quantizer, read[0], output, values))
         return returned
 
-    with ExitStack() as handles:
+    with ExitStack() as hooks:
         for _, quantizer in quantizers(model):
-            handles.callback(quantizer.register_forward_hook(note).remove)
+            hooks.enter_context(quantizer.register_forward_hook(note))
         yield
 
 

@@ -21,7 +21,7 @@ class Owners:
     def __init__(self, layers: Mapping[str, nn.Module], attentions: Mapping[str, nn.Module]) -> None:
         self.layers, self.modules = layers, {**layers, **attentions}
         self._running: list[str] = []
-        self._handles = ExitStack()
+        self._hooks = ExitStack()
         places: dict[int, list[str]] = defaultdict(list)
         for name, layer in layers.items():
             if (place := place_of(_weight(layer))) is not None:
@@ -60,15 +60,13 @@ class Owners:
 
     def __enter__(self) -> Owners:
         for name, module in self.modules.items():
-            for handle in (
-                module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)),
-                module.register_forward_hook(self._leave, prepend=True),
-            ):
-                self._handles.callback(handle.remove)
+            enter = module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name))
+            self._hooks.enter_context(enter)
+            self._hooks.enter_context(module.register_forward_hook(self._leave, prepend=True))
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._handles.close()
+        self._hooks.close()
         self._running.clear()
         self._kept.clear()
 

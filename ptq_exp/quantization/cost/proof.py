@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -52,18 +51,17 @@ def _checked(row: Row, seen: Operands) -> Row:
         return row
     if row.scope == "conv_linear":
         products, called = seen.layers.get(row.name, []), row.name in seen.called
-        activation, weight = _faults(products, 0), _faults(products, 1)
     else:
         name, _, product = row.name.rpartition(".")
         site = product_site(name, product)
         products = seen.products.get(site) or seen.attention.get(name, [])[product == "av" :: 2]
         called = bool(products)
-        activation, weight = _faults(products, 0), _faults(products, 1)
     if not products:
         if not row.macs and not called:
             return row
         reason = "its multiplication was not seen in the proof"
         return replace(row, weight_bits=None, activation_bits=None, reason=reason)
+    activation, weight = _faults(products, 0), _faults(products, 1)
     said = [f"{which} {fault}" for which, fault in (("weight", weight), ("activation", activation)) if fault]
     return replace(
         row, weight_bits=None if weight else row.weight_bits,
@@ -73,7 +71,7 @@ def _checked(row: Row, seen: Operands) -> Row:
 
 def _faults(products: Products, number: int) -> str:
     """Return what is wrong with operand `number` of `products`; "" if all of them lie on grids."""
-    operands: Iterable = [pair[number] for pair in products]
+    operands = [pair[number] for pair in products]
     if any(operand.quantizer is None for operand in operands):
         return "does not come from a quantizer"
     if off := sum(operand.off_grid for operand in operands):

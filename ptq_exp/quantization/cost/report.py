@@ -145,11 +145,8 @@ class Report:
             lines.append(f"stays FP, whole or in part: {len(names)} ({shown}): {reason}")
         return "\n".join(lines)
 
-    def _in(self, scope: str) -> list[Row]:
-        return [row for row in self.rows if scope in ("everything", row.scope)]
-
     def _accounting(self, scope: str) -> dict[str, float]:
-        rows = self._in(scope)
+        rows = [row for row in self.rows if scope in ("everything", row.scope)]
         macs, bops = sum(row.macs for row in rows), sum(self._bops(row) for row in rows)
         own = sum(row.macs for row in rows if row.added is None)
         known = scope != "everything" or not self.not_counted

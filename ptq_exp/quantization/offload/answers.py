@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.offload.mapped import strides_of_clone
-from ptq_exp.quantization.trace.evaluate import evaluate
+from ptq_exp.quantization.trace.evaluate import Ended, evaluate, tensors_in
 from ptq_exp.storage.atomic import atomic_path
 
 _DONE = "done"
@@ -70,11 +70,9 @@ class Answers:
             stack.enter_context(self._answering(network))
             if name is not None:
                 hook = partial(self._keep, name)
-                stack.callback(network.get_submodule(name).register_forward_hook(hook).remove)
-            try:
+                stack.enter_context(network.get_submodule(name).register_forward_hook(hook))
+            with suppress(Ended):
                 evaluate(network.forward, batch)
-            except _Ended:
-                pass
 
     def before(self, network: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches one by one; until the next one, blocks that have answered do so from disk."""
@@ -117,7 +115,7 @@ class Answers:
             ) from error
         with atomic_path(self._path(name)) as temporary:
             save_file(tensors, temporary, about)
-        raise _Ended
+        raise Ended
 
     def _answer(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Return what the block `name` answered to the batch that runs.
@@ -125,7 +123,7 @@ class Answers:
         Asked with another number of rows, it is asked for the first one, repeated: `reconstruction.capture` does so to
         find out which arguments have rows.
         """
-        given = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        given = tensors_in((args, kwargs))[0]
         with safe_open(self._path(name), "pt") as stored:
             about, there = stored.metadata(), set(stored.keys())
             leaves = []
@@ -151,7 +149,3 @@ def _laid_out(shape: Sequence[int], strides: Sequence[int], kind: str, values: T
     if values is None:
         return torch.full((), torch.nan if dtype.is_floating_point else 0, dtype=dtype).expand(shape)
     return torch.empty_strided(shape, strides, dtype=dtype).copy_(values)
-
-
-class _Ended(Exception):
-    """The block that was asked for has answered."""

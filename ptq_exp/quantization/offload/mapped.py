@@ -29,12 +29,8 @@ SMALLEST = 1 << 16
 """Bytes of the smallest tensor that `in_file` is worth it for."""
 
 
-def in_file(like: Tensor, folder: Path, *, copied: bool = True) -> Tensor:
-    """Return a tensor on the CPU, of shape, type and strides of a clone of `like`, whose elements lie in a file.
-
-    Args:
-        folder: of the file.
-        copied: whether it holds the values of `like`; otherwise, and where `like` has none (meta), zeros.
+def in_file(like: Tensor, folder: Path) -> Tensor:
+    """Return a clone of `like` on the CPU whose elements lie in a file in `folder`; zeros where it has none (meta).
 
     Raises:
         PTQError: there is no room for the file.
@@ -53,7 +49,7 @@ def in_file(like: Tensor, folder: Path, *, copied: bool = True) -> Tensor:
         with suppress(OSError):
             path.unlink()
     tensor = flat.as_strided(like.shape, strides_of_clone(like))
-    if copied and not like.is_meta:
+    if not like.is_meta:
         tensor.copy_(like.detach())
     return tensor
 
@@ -151,8 +147,4 @@ def _release(tensor: Tensor) -> None:
     if end > begin:
         # memory of our own files is dropped; of others the kernel decides, which keeps what no file holds
         advice = mmap.MADV_DONTNEED if hasattr(tensor, _OF_FILE) else _PAGE_OUT
-        _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)

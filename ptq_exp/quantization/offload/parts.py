@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ptq_exp.quantization.calibrate import disabled
-from ptq_exp.quantization.trace.evaluate import evaluate
+from ptq_exp.quantization.trace.evaluate import evaluate, tensors_in
 from ptq_exp.quantization.trace.provenance import Notes
 
 
@@ -46,16 +46,11 @@ def blocks_in_order(network: nn.Module, patterns: Sequence[str], example_inputs:
 def called_in_order(network: nn.Module, names: Collection[str], example_inputs: Sequence) -> list[str]:
     """Return those of the modules `names` that one forward calls, in that order, once per call."""
     order: list[str] = []
-    handles = [
-        network.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: order.append(name))
-        for name in names
-    ]
-    try:
-        with disabled(network):  # what is called is the same, and it need not be calibrated
-            evaluate(network.forward, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with disabled(network), ExitStack() as hooks:  # what is called is the same, and it need not be calibrated
+        for name in names:
+            module = network.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, name=name: order.append(name)))
+        evaluate(network.forward, example_inputs)
     return order
 
 
@@ -94,22 +89,19 @@ def last_readers(network: nn.Module, names: Sequence[str], example_inputs: Seque
 
     def leave(name: str, _: nn.Module, args: tuple, output: Any) -> None:
         inside.remove(name)
-        for leaf in pytree.tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                notes.set(leaf, frozenset([name]))
+        for tensor in tensors_in(output):
+            notes.set(tensor, frozenset([name]))
 
     outside = [m for m in without(network, names).modules() if next(m.children(), None) is None]
-    handles = [m.register_forward_pre_hook(partial(enter, None), with_kwargs=True) for m in outside]
-    for name in names:
-        block = network.get_submodule(name)
-        handles += [block.register_forward_pre_hook(partial(enter, name), with_kwargs=True),
-                    block.register_forward_hook(partial(leave, name))]
-    try:
-        with disabled(network), notes:
+    with ExitStack() as hooks, disabled(network):
+        for module in outside:
+            hooks.enter_context(module.register_forward_pre_hook(partial(enter, None), with_kwargs=True))
+        for name in names:
+            block = network.get_submodule(name)
+            hooks.enter_context(block.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+            hooks.enter_context(block.register_forward_hook(partial(leave, name)))
+        with notes:
             answer = evaluate(network.forward, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return readers | dict.fromkeys(_noted(notes, answer))
 
 
@@ -118,5 +110,5 @@ def _all_notes(function: Callable, args: tuple, kwargs: dict, output: Tensor, no
 
 
 def _noted(notes: Notes, values: Any) -> frozenset[str]:
-    found = [notes.of(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    found = [notes.of(tensor) for tensor in tensors_in(values)]
     return frozenset().union(*(note for note in found if note is not None))

@@ -61,14 +61,17 @@ class ActivationQuantizer(Quantizer):
 
     @property
     def needs_data(self) -> bool:
-        """Whether ranges have to be found from data."""
+        """Whether ranges have to be found from data; if not, `observe` and `finish` do nothing."""
         return True
 
     @property
     def saw_data(self) -> bool:
-        """Whether values passed, in each segment, in mode ``observe`` since the last `finish` or `forget`."""
+        """Whether values passed, in each segment, in mode ``observe`` since the last `finish` or `forget`.
+
+        True where no data is needed.
+        """
         sketches = [sketch for bin_sketches in self._sketches.values() for sketch in bin_sketches]
-        return bool(sketches) and all(int(sketch.count) > 0 for sketch in sketches)
+        return not self.needs_data or (bool(sketches) and all(int(sketch.count) > 0 for sketch in sketches))
 
     def observe(self, x: Tensor) -> None:
         """Feed `x`, of any shape with the channels on `axis`, to the sketches (of the bin in force).
@@ -77,6 +80,8 @@ class ActivationQuantizer(Quantizer):
             PTQError: `x` holds NaN or infinity; the message names the layer.
             QuantizationError: there are several bins and none was chosen, or one for each sample.
         """
+        if not self.needs_data:
+            return
         parts, row = self.split(x.detach()), 0
         if self.bins > 1:
             self._require_row()
@@ -96,6 +101,8 @@ class ActivationQuantizer(Quantizer):
         Raises:
             QuantizationError: no data was observed.
         """
+        if not self.needs_data:
+            return
         if not self.saw_data:
             raise QuantizationError(f"{self.name}: saw no data during calibration")
         for bin_, sketches in sorted(self._sketches.items()):
@@ -106,8 +113,7 @@ class ActivationQuantizer(Quantizer):
                     getattr(self, field)[row].copy_(value[0])
             self._missing.discard(bin_)
         if not self._missing:
-            self.calibrated.fill_(True)
-            self.ready = True
+            self.set_ready()
         self.forget()
 
     def found(self, sketch: RangeSketch, bits: int, metric: str) -> QRange:

@@ -122,6 +122,10 @@ class Quantizer(nn.Module):
         for field, value in qrange._asdict().items():
             buffer = getattr(self, field)
             buffer.copy_(torch.as_tensor(value).expand(buffer.shape))
+        self.set_ready()
+
+    def set_ready(self) -> None:
+        """Note that all ranges are there."""
         self.calibrated.fill_(True)
         self.ready = True
 

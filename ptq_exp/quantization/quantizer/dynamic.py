@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ptq_exp.quantization.affine import QRange, integer_range, straight_through
-from ptq_exp.quantization.formats import FORMATS
+from ptq_exp.quantization.formats import FORMATS, limits
 from ptq_exp.quantization.quantizer.activation import ActivationQuantizer
 from ptq_exp.quantization.quantizer.base import off_levels
 
@@ -75,7 +75,7 @@ class DynamicQuantizer(ActivationQuantizer):
             self.format_name = bits
         # in place of a range: the grid of scale 1
         one = torch.ones(())
-        ends = self.limits(one) if made else integer_range(self.bits, symmetric and not non_negative)
+        ends = limits(made, one) if made else integer_range(self.bits, symmetric and not non_negative)
         self.set_range(QRange(one, 0 * one, *ends))
 
     def cells(self, x: Tensor, row: Tensor | None = None) -> QRange:
@@ -84,7 +84,7 @@ class DynamicQuantizer(ActivationQuantizer):
         if self.format is None:
             return range_of(low, high, self.bits, symmetric=self.symmetric, non_negative=self.non_negative)
         scale = torch.maximum(-low, high).div(self.format.largest).clamp(min=torch.finfo(low.dtype).tiny)
-        return QRange(scale, low.new_zeros(()), *self.limits(low.new_ones(())))
+        return QRange(scale, low.new_zeros(()), *limits(self.format, low.new_ones(())))
 
     def rounded(self, x: Tensor, row: Tensor | None, kept: Tensor | None = None) -> Tensor:
         """Return `x` on the grid of its own ranges; `kept` as in `fake_quantize`."""
@@ -102,26 +102,10 @@ class DynamicQuantizer(ActivationQuantizer):
             return 0
         return int((self.rounded(x, None) != y).sum()) if self.format else off_levels(y, self.cells(x))
 
-    def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return smallest and largest value of the format in units of the scale, each like `like`."""
-        most = torch.full_like(like, self.format.largest)
-        return -most, most
-
     @property
     def needs_data(self) -> bool:
         """Return False: nothing is calibrated."""
         return False
-
-    @property
-    def saw_data(self) -> bool:
-        """Return True: nothing is calibrated."""
-        return True
-
-    def observe(self, x: Tensor) -> None:
-        """Do nothing."""
-
-    def finish(self, metric: str) -> None:
-        """Do nothing."""
 
     def extra_repr(self) -> str:
         """Return the settings shown by ``print(model)``."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq_exp.quantization.affine import SCALE_FLOOR, QRange, straight_through
-from ptq_exp.quantization.formats import FORMATS, FloatFormat
+from ptq_exp.quantization.formats import FORMATS, FloatFormat, limits
 from ptq_exp.quantization.formats.blocks import widened
 from ptq_exp.quantization.quantizer.activation import ActivationQuantizer
 from ptq_exp.quantization.quantizer.base import Quantizer
@@ -33,27 +33,18 @@ class ElementwiseQuantizer(Quantizer):
         """As `Quantizer.off_grid`."""
         return int((self.rounded(x, row) != x).sum())
 
-    def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return smallest and largest value in units of the scale, each like `like`."""
-        most = torch.full_like(like, self.format.largest)
-        return -most, most
-
     def range_of(self, scale: Tensor) -> QRange:
         """Return the range of this scale."""
         scale = scale.clamp(min=SCALE_FLOOR)
-        return QRange(scale, torch.zeros_like(scale), *self.limits(scale))
+        return QRange(scale, torch.zeros_like(scale), *limits(self.format, scale))
 
 
-class FloatActivationQuantizer(ElementwiseQuantizer, ActivationQuantizer):
+class FloatActivationQuantizer(ActivationQuantizer, ElementwiseQuantizer):
     """Quantizer of activations in a floating-point format, with calibrated scales."""
 
     def __init__(self, name_of_format: str, **settings) -> None:
         super().__init__(FORMATS[name_of_format].bits, **settings | {"symmetric": True})
         self.format_name, self.format = name_of_format, FORMATS[name_of_format]
-
-    def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:
-        """As `Quantizer.off_grid`, of the row in force."""
-        return ElementwiseQuantizer.off_grid(self, x, row if self.step is None else self.step.index(x, self.name))
 
     def found(self, sketch: RangeSketch, bits: int, metric: str) -> QRange:
         """Return the range of what a sketch saw."""
@@ -93,32 +84,13 @@ class BlockActivationQuantizer(ActivationQuantizer):
         return self.format.off_grid(along, self.scale.reshape(()))
 
     @property
-    def saw_data(self) -> bool:
-        """Whether values passed in mode ``observe``; True where there is nothing to calibrate."""
-        return not self.needs_data or super().saw_data
-
-    @property
     def needs_data(self) -> bool:
-        """Whether a scale has to be calibrated."""
+        """Whether the tensor has a scale, which has to be calibrated."""
         return self.format.tensor_scale
 
-    def observe(self, x: Tensor) -> None:
-        """Feed `x` to the sketch, where a scale has to be calibrated."""
-        if self.needs_data:
-            super().observe(x)
-
-    def finish(self, metric: str) -> None:
-        """Set the scale of the tensor to that of the largest magnitude, where the format has one."""
-        if self.needs_data:
-            super().finish(metric)
-
     def found(self, sketch: RangeSketch, bits: int, metric: str) -> QRange:
-        """Return the range of what a sketch saw."""
+        """Return the range whose scale is that of the largest magnitude which a sketch saw."""
         return self._range(self.format.scale_of(torch.maximum(sketch.max, -sketch.min)))
 
-    def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return zeros: blocks have limits of their own."""
-        return torch.zeros_like(like), torch.zeros_like(like)
-
     def _range(self, scale: Tensor) -> QRange:
-        return QRange(scale, torch.zeros_like(scale), *self.limits(scale))
+        return QRange(scale, torch.zeros_like(scale), *limits(self.format, scale))

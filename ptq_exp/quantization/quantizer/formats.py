@@ -10,7 +10,7 @@ from ptq_exp.quantization.affine import QRange
 from ptq_exp.quantization.formats import FORMATS, BlockFormat, Encoded
 from ptq_exp.quantization.formats.blocks import widened
 from ptq_exp.quantization.quantizer.activation import ActivationQuantizer
-from ptq_exp.quantization.quantizer.dynamic import DynamicQuantizer, Share
+from ptq_exp.quantization.quantizer.dynamic import DynamicQuantizer
 from ptq_exp.quantization.quantizer.format_activation import (
     BlockActivationQuantizer,
     ElementwiseQuantizer,
@@ -18,6 +18,7 @@ from ptq_exp.quantization.quantizer.format_activation import (
 )
 from ptq_exp.quantization.quantizer.weight import WeightQuantizer
 from ptq_exp.quantization.ranges.format_scale import search_scale
+from ptq_exp.quantization.specs import TensorSpec
 
 
 class FloatWeightQuantizer(ElementwiseQuantizer, WeightQuantizer):
@@ -31,12 +32,6 @@ class FloatWeightQuantizer(ElementwiseQuantizer, WeightQuantizer):
         """Search the scales of a segment of the weight."""
         rows = part.flatten(1) if self.scale.shape[0] > 1 else part.reshape(1, -1)
         return self.range_of(search_scale(rows, self.format, metric, self.name))
-
-    @torch.no_grad()
-    def integers(self, weight: Tensor) -> Tensor:
-        """Return the codes of a frozen `weight`, int32 of its shape; `restore` inverts it."""
-        codes = self.codes(weight)
-        return _checked(self, codes, self._values(codes, weight), weight)
 
     def units(self, weight: Tensor) -> Tensor:
         """Return what an element of 1 stands for, for each value of a `weight`, float64."""
@@ -70,14 +65,7 @@ class BlockWeightQuantizer(WeightQuantizer):
         for name, value in scales.items():
             self.register_buffer(name, value)
         self.scale_names = tuple(scales)
-        ones = torch.ones(())
-        super().set_range(QRange(ones, 0 * ones, 0 * ones, 0 * ones))
-        self.calibrated.fill_(False)
-        self.ready = False
-
-    def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return zeros: blocks have limits of their own."""
-        return torch.zeros_like(like), torch.zeros_like(like)
+        self.scale.fill_(1.0)
 
     @property
     def scales(self) -> dict[str, Tensor]:
@@ -92,8 +80,7 @@ class BlockWeightQuantizer(WeightQuantizer):
             raise QuantizationError(f"{self.name}: the weight holds NaN or infinity; check the checkpoint")
         for name, value in self.format.scales(widened(self._along(weight))).items():
             getattr(self, name).copy_(value)
-        self.calibrated.fill_(True)
-        self.ready = True
+        self.set_ready()
 
     def rounded(self, x: Tensor, row: Tensor | None, kept: Tensor | None = None) -> Tensor:
         """Return the weight's values in the format, at the stored scales."""
@@ -103,12 +90,6 @@ class BlockWeightQuantizer(WeightQuantizer):
     def off_grid(self, x: Tensor, row: Tensor | None = None) -> int:
         """As `Quantizer.off_grid`."""
         return int((self.rounded(x, None) != x).sum())
-
-    @torch.no_grad()
-    def integers(self, weight: Tensor) -> Tensor:
-        """Return the codes of a frozen `weight`, int32 of its shape; `restore` inverts it."""
-        codes = self.codes(weight)
-        return _checked(self, codes, self._values(codes, weight), weight)
 
     def units(self, weight: Tensor) -> Tensor:
         """Return what an element of 1 stands for, for each value of a `weight`, float64."""
@@ -137,35 +118,26 @@ class BlockWeightQuantizer(WeightQuantizer):
         return values.view(self.weight_shape) if self.format.block is None else values.movedim(-1, 1)
 
 
-def _checked(quantizer: WeightQuantizer, codes: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """Return `codes`; QuantizationError unless they stand for the frozen `weight`."""
-    if not quantizer.baked:
-        raise QuantizationError(f"{quantizer.name}: the weight is not frozen and has no codes; calibrate it first")
-    if off := int((values != weight).sum()):
-        raise QuantizationError(
-            f"{quantizer.name}: {off} of {weight.numel()} weights are not on the grid of their ranges: they were "
-            "changed after they had been quantized"
-        )
-    return codes
-
-
 def activation_quantizer(
-    bits: int | str | tuple[int, ...], *, dynamic: Share | None = None, non_negative: bool = False, **settings
+    spec: TensorSpec, *, axis: int = -1, name: str = "", segments: tuple[int, ...] | None = None, linear: bool = False,
+    non_negative: bool = False,
 ) -> ActivationQuantizer:
     """Make the quantizer of an activation: of integers, or of a number format.
 
     Args:
-        dynamic: what has a range of its own that follows the data; None = calibrated ranges. Formats of blocks have
-            scales that follow the data anyway.
+        spec: its dynamic ranges are those of inputs of linear layers, all else has one for each sample. Formats of
+            blocks have scales that follow the data anyway.
+        linear: what a linear layer reads.
         non_negative: of a tensor without negative values, see `DynamicQuantizer`.
     """
-    if dynamic is not None and not (isinstance(bits, str) and isinstance(FORMATS[bits], BlockFormat)):
-        settings = {key: value for key, value in settings.items() if key not in ("segments", "headroom", "bins")}
-        return DynamicQuantizer(bits, share=dynamic, non_negative=non_negative, **settings)
-    if not isinstance(bits, str):
-        return ActivationQuantizer(bits, **settings)
-    blocks = isinstance(FORMATS[bits], BlockFormat)
-    return (BlockActivationQuantizer if blocks else FloatActivationQuantizer)(bits, **settings)
+    settings = {"symmetric": spec.symmetric, "metric": spec.metric, "axis": axis, "name": name}
+    blocks = isinstance(spec.format, BlockFormat)
+    if spec.dynamic is not None and not blocks:
+        share = spec.dynamic if linear else "tensor"
+        return DynamicQuantizer(spec.bits, share=share, non_negative=non_negative, **settings)
+    kind = ActivationQuantizer if spec.format is None else FloatActivationQuantizer
+    kind = BlockActivationQuantizer if blocks else kind
+    return kind(spec.bits, headroom=spec.headroom, bins=spec.bins, segments=segments, **settings)
 
 
 def weight_quantizer(bits: int | str, shape: tuple[int, ...], **settings) -> WeightQuantizer:

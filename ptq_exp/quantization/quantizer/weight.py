@@ -76,21 +76,26 @@ class WeightQuantizer(Quantizer):
         """
         if not self.baked:
             raise QuantizationError(f"{self.name}: the weight is not frozen and has no integers; calibrate it first")
-        scale, lowest, highest = self._levels(weight)
-        nearest = torch.div(weight, scale).round_().float()
-        found = torch.zeros_like(weight, dtype=torch.int32)
-        left = torch.ones_like(weight, dtype=torch.bool)
+        found = self.codes(weight)
+        if off := int((self._values(found, weight) != weight).sum()):
+            raise QuantizationError(
+                f"{self.name}: {off} of {weight.numel()} weights are not on the grid of their ranges: they were "
+                "changed after they had been quantized"
+            )
+        return found
+
+    def codes(self, values: Tensor) -> Tensor:
+        """Return integers q - qmin that stand for `values` of the weight's shape, int32; 0 where none does."""
+        scale, lowest, highest = self._levels(values)
+        nearest = torch.div(values, scale).round_().float()
+        found = torch.zeros_like(values, dtype=torch.int32)
+        left = torch.ones_like(values, dtype=torch.bool)
         # in 16-bit types a quotient can be off by one, and two levels can be one number: any that gives it will do
         for shift in (0, -1, 1):
             integers = ((nearest + shift).clamp_(lowest, highest) - lowest).to(torch.int32)
-            same = left & (self._values(integers, weight) == weight)
+            same = left & (self._values(integers, values) == values)
             found = torch.where(same, integers, found)
             left &= ~same
-        if bool(left.any()):
-            raise QuantizationError(
-                f"{self.name}: {int(left.sum())} of {left.numel()} weights are not on the grid of their ranges: they "
-                "were changed after they had been quantized"
-            )
         return found
 
     @torch.no_grad()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.formats import FloatFormat
 from ptq_exp.quantization.ranges.elementwise import HistogramMetric, Loss
 from ptq_exp.quantization.ranges.histogram import describe, finite_ends
-from ptq_exp.quantization.ranges.range_search import METRICS, PERCENTILE, RangeSketch
+from ptq_exp.quantization.ranges.range_search import METRICS, PERCENTILE, RangeSketch, nearest_rank
 
 SHRINKS = tuple(2 ** (-k / 8) for k in range(17))
 """Shares of the largest magnitude that are tried as the largest value; a power of two less changes small values only
@@ -36,7 +34,7 @@ def search_scale(rows: Tensor, made: FloatFormat, metric: str, name: str | None 
     low, high = finite_ends(rows, name)
     amax = torch.maximum(high, -low)
     if metric == "percentile":
-        amax = rows.abs().kthvalue(math.ceil(rows.shape[1] * PERCENTILE), dim=1).values
+        amax = nearest_rank(rows.abs())
     return _least(rows, None, amax, made, metric)
 
 

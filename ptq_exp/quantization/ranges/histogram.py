@@ -48,8 +48,9 @@ class Histogram:
     def update(self, x: Tensor) -> None:
         """Count one batch, `x` [cells, n]. Raises QuantizationError on NaN or infinity, naming the layer."""
         if x.ndim != 2 or x.shape[0] != self.cells:
-            raise QuantizationError(f"{self.where}: found a batch of shape {list(x.shape)}, "
-                                    f"expected [{self.cells}, n]")
+            raise QuantizationError(
+                f"{describe(self.name)}: found a batch of shape {list(x.shape)}, expected [{self.cells}, n]"
+            )
         if x.shape[1] == 0:
             return
         if self.counts.device != x.device:
@@ -95,10 +96,6 @@ class Histogram:
         below = half - 1 - torch.searchsorted(whole.flip(1).cumsum(1), rank).squeeze(1)
         width = self.width.squeeze(1)
         return torch.maximum(self.min, below * width), torch.minimum(self.max, above * width)
-
-    @property
-    def where(self) -> str:
-        return describe(self.name)
 
     def _count(self, x: Tensor) -> None:
         bin_number = (x / self.width).floor_().to(torch.int32)

@@ -78,7 +78,7 @@ def search_range(
         raise QuantizationError(f"{describe(name)}: found an empty tensor of shape {list(x.shape)}")
     low, high = finite_ends(rows, name)
     if metric == "percentile":
-        low, high = -_nearest_rank(-rows), _nearest_rank(rows)
+        low, high = -nearest_rank(-rows), nearest_rank(rows)
     if metric in ("minmax", "percentile"):
         found = choose_qparams(low, high, bits, symmetric)
     else:
@@ -105,7 +105,7 @@ class RangeSketch(Histogram):
         """
         _check(bits, metric)
         if not bool((self.count > 0).all()):
-            raise QuantizationError(f"{self.where}: its quantizer saw no data; calibrate through this layer")
+            raise QuantizationError(f"{describe(self.name)}: its quantizer saw no data; calibrate through this layer")
         low, high = self.percentile(PERCENTILE) if metric == "percentile" else (self.min, self.max)
         if metric in ("minmax", "percentile"):
             return choose_qparams(low, high, bits, symmetric)
@@ -221,6 +221,6 @@ def _power_of_two(x: int) -> int:
     return 1 << x.bit_length() - 1
 
 
-def _nearest_rank(rows: Tensor) -> Tensor:
+def nearest_rank(rows: Tensor) -> Tensor:
     """Smallest value of each row that at least the fraction PERCENTILE of it does not exceed, [cells]."""
     return rows.kthvalue(math.ceil(PERCENTILE * rows.shape[1]), dim=1).values

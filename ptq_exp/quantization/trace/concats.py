@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ptq_exp.quantization.trace.evaluate import evaluate
-from ptq_exp.quantization.trace.provenance import Notes, watching
+from ptq_exp.quantization.trace.provenance import KEEPS, Notes, watching
 
 Parts = tuple[int, ...]
 
-# Same tensor as far as a range is concerned.
-_KEEPS = {F.dropout, torch.clone, torch.Tensor.clone, torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.float}
 # Functions of each channel of [N, C, ...] apart (a group's statistics scale them, but never mix them).
 _PER_CHANNEL = {
     F.group_norm, torch.group_norm, F.silu, F.relu, F.gelu, F.interpolate, F.avg_pool2d, F.max_pool2d, torch.sigmoid,
@@ -38,7 +36,7 @@ def find_concats(model: nn.Module, example_inputs: tuple, *, through_maps: bool 
         model: the network, in full precision.
         example_inputs: positional arguments of one sample.
     """
-    keeps = _KEEPS | _PER_CHANNEL if through_maps else _KEEPS
+    keeps = KEEPS | _PER_CHANNEL if through_maps else KEEPS
 
     def carry(function, args: tuple, kwargs: dict, output: Tensor, notes: Notes) -> Parts | None:
         if function in _CATS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ptq_exp.quantization.quantizer import Quantizer
+from ptq_exp.quantization.trace.evaluate import tensors_in
 from ptq_exp.quantization.trace.factors import MATRICES, places_of_factors, plain_arguments
 from ptq_exp.quantization.trace.provenance import MOVES
 
@@ -90,7 +90,7 @@ class ProductTrace(TorchFunctionMode):
         self._stack: list[tuple[str, list[ProductCall]]] = []
         self._seen: dict[str, list[tuple[ProductCall, ...]]] = {}
         self._within: dict[str, set[str]] = {}
-        self._handles = ExitStack()
+        self._hooks = ExitStack()
         self.halves: dict[str, tuple[int, int]] = {}  # widths of the two products of one fused function
 
     def __enter__(self) -> ProductTrace:
@@ -99,20 +99,17 @@ class ProductTrace(TorchFunctionMode):
             if isinstance(module, torch.jit.ScriptModule | Quantizer):
                 continue
             made = bool(module._parameters)
-            for handle in (
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs, name=name: self._begin(name, args, kwargs), with_kwargs=True
-                ),
-                module.register_forward_hook(
-                    lambda _, args, output, made=made: self._end(output if made else None), prepend=True
-                ),
-            ):
-                self._handles.callback(handle.remove)
+            self._hooks.enter_context(module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: self._begin(name, args, kwargs), with_kwargs=True
+            ))
+            self._hooks.enter_context(module.register_forward_hook(
+                lambda _, args, output, made=made: self._end(output if made else None), prepend=True
+            ))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._handles.close()
+        self._hooks.close()
 
     def multipliers(self) -> dict[str, Multiplier]:
         """Return the modules that multiplied activations, by name."""
@@ -136,18 +133,18 @@ class ProductTrace(TorchFunctionMode):
 
     def _begin(self, name: str, args: tuple, kwargs: dict) -> None:
         if not self._stack:  # the network's own inputs
-            for value in pytree.tree_leaves((args, kwargs)):
+            for value in tensors_in((args, kwargs)):
                 self._note(value, _ACTIVATION)
         self._stack.append((name, []))
 
     def _end(self, made: Any) -> None:
         name, calls = self._stack.pop()
         self._seen.setdefault(name, []).append(tuple(calls))
-        for value in pytree.tree_leaves(made):
+        for value in tensors_in(made):
             self._note(value, _ACTIVATION)
 
-    def _note(self, value: Any, note: int) -> None:
-        if isinstance(value, Tensor) and value.is_floating_point() and not isinstance(value, nn.Parameter):
+    def _note(self, value: Tensor, note: int) -> None:
+        if value.is_floating_point() and not isinstance(value, nn.Parameter):
             self._notes[value] = note
 
     def _of(self, value: Any) -> int:
@@ -155,14 +152,14 @@ class ProductTrace(TorchFunctionMode):
 
     def _follow(self, function: Callable, args: tuple, kwargs: dict, returned: Any) -> None:
         """Note on what a function returns, or writes to, that it follows from activations."""
-        notes = [self._of(value) for value in _tensors((args, kwargs))]
+        notes = [self._of(value) for value in tensors_in((args, kwargs))]
         if not any(notes):
             return
         note = _ACTIVATION
         if function in SOFTMAX or (function in MOVES and self._of(args[0] if args else kwargs.get("input")) == _MAP):
             note = _MAP
         written = args[:1] if returned is None else ()  # x[...] = y
-        for value in _tensors((returned, written)):
+        for value in tensors_in((returned, written)):
             self._note(value, note)
 
     def _multiplied(self, function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -217,15 +214,3 @@ class ProductTrace(TorchFunctionMode):
         if hasattr(module, "products") and not isinstance(module.products, nn.ModuleDict):
             return "it has something else of the name `products`"
         return ""
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)

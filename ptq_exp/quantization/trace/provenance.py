@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ptq_exp.quantization.trace.evaluate import evaluating
+
+# The same values in the same place.
+KEEPS = {F.dropout, torch.clone, torch.Tensor.clone, torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.float}
 # Same values, perhaps in another place or shape (dropout: evaluation mode).
 MOVES = {
     torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.flatten, torch.flatten,
@@ -64,23 +68,14 @@ def watching(model: nn.Module) -> Iterator[Callable]:
 
     `before` is called with the input, `after` with the output of the module.
     """
-    handles = []
+    with ExitStack() as hooks, evaluating(model), torch.no_grad():
 
-    def watch(module: nn.Module, before=None, after=None) -> None:
-        if before is not None:
-            handles.append(module.register_forward_pre_hook(
-                lambda _, args, kwargs: before(args[0] if args else kwargs["input"]), with_kwargs=True
-            ))
-        if after is not None:
-            handles.append(module.register_forward_hook(lambda _, args, output: after(output)))
+        def watch(module: nn.Module, before=None, after=None) -> None:
+            if before is not None:
+                hooks.enter_context(module.register_forward_pre_hook(
+                    lambda _, args, kwargs: before(args[0] if args else kwargs["input"]), with_kwargs=True
+                ))
+            if after is not None:
+                hooks.enter_context(module.register_forward_hook(lambda _, args, output: after(output)))
 
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
+        yield watch

@@ -91,21 +91,16 @@ def globs(setting: str, value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def check_number(setting: str, value: object, least: int, most: int | None = None) -> None:
-    """Raise ConfigError unless `value` is an integer of at least `least` and at most `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        raise ConfigError(f"{setting}={value}: choose {least}{' or more' if most is None else f'..{most}'}")
+def check_number(setting: str, value: object, least: int) -> None:
+    """Raise ConfigError unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{setting}={value}: choose {least} or more")
 
 
 def check_flag(setting: str, value: object) -> None:
     """Raise ConfigError unless `value` is true or false."""
     if not isinstance(value, bool):
         raise ConfigError(f"{setting}={value}: choose true or false")
-
-
-def weights_of(network: nn.Module, sites: Mapping[str, tuple[str, ...]]) -> dict[str, nn.Module]:
-    """{name: layer} of all layers of `sites`."""
-    return {name: network.get_submodule(name) for layers in sites.values() for name in layers}
 
 
 def sharing(

@@ -27,7 +27,6 @@ from ptq_exp.quantization.transforms.layers import (
     globs,
     is_turned,
     quantized_by,
-    weights_of,
     without,
 )
 from ptq_exp.quantization.transforms.value_path import ValuePath, turn_, value_paths
@@ -101,7 +100,7 @@ class Rotate(Transform):
     def fold_(self, network: nn.Module, sites: Sites, tensors: Mapping[str, Tensor]) -> None:
         """Turn the weights, in double precision."""
         for site, names in sites.items():
-            layers = weights_of(network, {site: names})
+            layers = {name: network.get_submodule(name) for name in names}
             matrix = regular_hadamard(int(site.partition(" ")[0]))
             if " " in site:
                 turn_(layers, matrix)

@@ -5,21 +5,20 @@ Nothing may come between but views: SiLU, which follows the norms of residual bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ptq_exp.quantization.trace.evaluate import evaluate
-from ptq_exp.quantization.trace.provenance import Notes, watching
+from ptq_exp.quantization.trace.evaluate import evaluate, tensors_in
+from ptq_exp.quantization.trace.provenance import KEEPS, Notes, watching
 from ptq_exp.quantization.transforms.layers import is_turned
 
 Makers = nn.LayerNorm | nn.GroupNorm | nn.Linear | nn.Conv1d | nn.Conv2d
 Readers = nn.Linear | nn.Conv1d | nn.Conv2d
 
-_SAME = {F.dropout, torch.clone, torch.Tensor.clone, torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.float}
 _SWAPS = {torch.transpose, torch.Tensor.transpose, torch.swapaxes}
 _PERMUTES = {torch.permute, torch.Tensor.permute}
 _VIEWS = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.flatten, torch.Tensor.flatten}
@@ -70,7 +69,7 @@ class _Readings:
         if note is not None and (axis := _axis_after(function, args, kwargs, first, output, note[1])) is not None:
             return note[0], axis
         own_reading = function in _READS and first is self.expected
-        for value in _tensors((args[own_reading:], kwargs)):
+        for value in tensors_in((args[own_reading:], kwargs)):
             if (leaked := notes.of(value)) is not None:
                 self.leaks.add(leaked[0])
         return None
@@ -96,7 +95,7 @@ def channel_axis_of(module: nn.Module) -> int:
 
 def _axis_after(function: Callable, args: tuple, kwargs: dict, x: Tensor, y: Tensor, axis: int) -> int | None:
     """Where the channels of `x` are in ``y = function(x, ...)``; None if they are no longer an axis of their own."""
-    if function in _SAME:
+    if function in KEEPS:
         return axis
     if function in _SWAPS or function in _PERMUTES:
         # ask a tensor whose size at each axis is the number of that axis (zero strides: it takes no memory)
@@ -108,13 +107,3 @@ def _axis_after(function: Callable, args: tuple, kwargs: dict, x: Tensor, y: Ten
             if y.shape[candidate] == size and prod(y.shape[candidate + 1 :]) == after:
                 return candidate
     return None
-
-
-def _tensors(value) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
