@@ -29,7 +29,10 @@ def spelt_for_onnx() -> Iterator[None]:
 def on_byte_grid(x: Tensor, scale: float, zero: int, first: int) -> Tensor:
     """Round `x` to scale * (level - zero) with the nearest level among the 256 from `first` on, -128 or 0."""
     if not _spelt_for_onnx:
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero, first, first + BYTE - 1)
+        if torch.jit.is_tracing():  # the operation that engines recognise
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero, first, first + BYTE - 1)
+        lowest = first - zero  # several times faster than that operation, which also makes a mask for gradients
+        return x.div(scale).round_().clamp_(lowest, lowest + BYTE - 1).mul_(scale)
     kind = torch.int8 if first < 0 else torch.uint8
     how = torch.tensor(scale), torch.tensor(zero, dtype=kind)
     levels = _node("QuantizeLinear", (x, *how), kind, x.shape)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq_exp.runtime.integers import BYTE, Grid, IntegerWeight
 from ptq_exp.runtime.plain_layers import IntegerLayer, Multiplication, Row
+from ptq_exp.runtime.plan import LayerPlan
 
 _ROWS, _MULTIPLE = 32, 8
 """Least number of rows, and factor of the other sizes, that `torch._int_mm` takes on a GPU."""
@@ -28,10 +29,12 @@ class _Levels(Multiplication):
         """[N, C_in, ...] or [..., C_in] -> the product, of the same layout."""
         row = 0 if len(self.ranges) == 1 else int(self.quantizer.row[0].value)
         scale, low, high = self.ranges[row]
-        u = (x / scale).round_().clamp_(low, high).sub_(low).to(torch.uint8)
-        return self._unshifted(self._integers(u, scale, -low))
+        # a signed byte: torch converts floats into it several times faster than into an unsigned one
+        signed = (x / scale).round_().clamp_(low, high).sub_(low + BYTE // 2).to(torch.int8)
+        return self._unshifted(self._integers(signed, scale, -low))
 
-    def _integers(self, u: Tensor, scale: float, zero: int) -> Tensor:
+    def _integers(self, signed: Tensor, scale: float, zero: int) -> Tensor:
+        """Multiply the levels u, given as u - 128, whose zero point is `zero`."""
         raise NotImplementedError
 
 
@@ -43,6 +46,7 @@ class OneDNN(_Levels):
         self.line = isinstance(layer, nn.Conv1d)
         self.channel_scale = self.scale.flatten().contiguous()
         self.zeros = torch.zeros(len(self.channel_scale), dtype=torch.int64)
+        self.bias: Tensor | None = None  # float32 [out_channels], added by the kernel
         self._packed: dict[bool, Tensor] = {}  # by whether there is a zero point, which changes the layout
         if self.settings:
             names = ("stride", "padding", "dilation")
@@ -50,8 +54,9 @@ class OneDNN(_Levels):
             if self.line:
                 self.geometry = [[first, *value] for first, value in zip((1, 0, 1), self.geometry, strict=True)]
 
-    def _integers(self, u: Tensor, scale: float, zero: int) -> Tensor:
-        packed, weight = self._weight(scale, zero), (self.channel_scale, self.zeros, None)
+    def _integers(self, signed: Tensor, scale: float, zero: int) -> Tensor:
+        u = signed.view(torch.uint8).bitwise_xor_(BYTE // 2)
+        packed, weight = self._weight(scale, zero), (self.channel_scale, self.zeros, self.bias)
         how = (1.0, 0, torch.float32, "none", [], "")
         if not self.settings:
             return torch.ops.onednn.qlinear_pointwise(u, scale, zero, packed, *weight, *how)
@@ -87,16 +92,16 @@ class IntMM(_Levels):
         self.register_buffer("matrix", nn.functional.pad(matrix, padding).t())
         self.register_buffer("sums", matrix.sum(1, dtype=torch.int32))
 
-    def _integers(self, u: Tensor, scale: float, zero: int) -> Tensor:
+    def _integers(self, signed: Tensor, scale: float, zero: int) -> Tensor:
         if self.settings:  # [N, C, ...] of a 1x1 convolution
             for axis, stride in enumerate(self.settings["stride"], start=2):
-                u = u[(slice(None),) * axis + (slice(None, None, stride),)]
-            u = u.movedim(1, -1)
-        rows = (u.to(torch.int16) - BYTE // 2).to(torch.int8).reshape(-1, self.inputs)
+                signed = signed[(slice(None),) * axis + (slice(None, None, stride),)]
+            signed = signed.movedim(1, -1)
+        rows = signed.reshape(-1, self.inputs)
         n = len(rows)
         rows = nn.functional.pad(rows, (0, -self.inputs % _MULTIPLE, 0, max(0, _ROWS - n)))
         product = torch._int_mm(rows, self.matrix)[:n, : self.outputs] + (BYTE // 2 - zero) * self.sums
-        y = (product * (scale * self.scale.flatten())).unflatten(0, u.shape[:-1])
+        y = (product * (scale * self.scale.flatten())).unflatten(0, signed.shape[:-1])
         return y.movedim(-1, 1) if self.settings else y
 
 
@@ -108,9 +113,15 @@ def fits_int_mm(layer: nn.Module) -> bool:
 
 
 class OneDNNLayer(IntegerLayer):
-    """A layer by oneDNN's 8-bit kernels."""
+    """A layer by oneDNN's 8-bit kernels, the first of which adds the bias."""
 
     multiplication = OneDNN
+
+    def __init__(self, layer: nn.Module, plan: LayerPlan, row: Row) -> None:
+        super().__init__(layer, plan, row)
+        first = self.parts[0]
+        if self.bias is not None and not first.shifted:
+            first.bias, self.bias = self.bias.flatten().contiguous(), None
 
 
 class IntMMLayer(IntegerLayer):
