@@ -50,7 +50,7 @@ _running: set[subprocess.Popen] = set()
 def main(argv: list[str] | None = None) -> None:
     """Search; exit code 1 and one line on standard error for anything the user can mend."""
     with command_line(AGAIN):
-        _search(_parser().parse_args(argv))
+        _search(_parser().parse_intermixed_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point; exit code 1 and one line on standard error for anything the user can mend."""
     logging.basicConfig(format="%(message)s")
     with command_line():
-        arguments = _parser().parse_args(argv)
+        arguments = _parser().parse_intermixed_args(argv)
         text = layout_list() if arguments.list else _table(arguments)
         if arguments.output:
             with atomic_path(arguments.output) as temporary:

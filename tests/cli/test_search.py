@@ -308,7 +308,8 @@ def test_a_real_search_in_small(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["metric=mse"], "no bits among"), (["bits=w4a8", "--jobs", "0"], "--jobs=0"),
-     (["bits=w4a8", "--space", "nothing"], "nothing.yaml is no readable")],
+     (["bits=w4a8", "--space", "nothing"], "nothing.yaml is no readable"),
+     (["bits=w4a8", "--space", "nothing", "metric=mse"], "nothing.yaml is no readable")],  # settings on both sides
 )
 def test_the_command_refuses(arguments, message):
     with pytest.raises(SystemExit, match=message):
