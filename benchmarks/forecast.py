@@ -16,7 +16,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from ptq_exp.experiment.experiment import run_experiment  # noqa: E402
+from ptq_exp.experiment import experiment  # noqa: E402
 from ptq_exp.settings.compose import composed_from  # noqa: E402
 from ptq_exp.storage.plain_json import read_json  # noqa: E402
 
@@ -24,12 +24,13 @@ from ptq_exp.storage.plain_json import read_json  # noqa: E402
 def main(overrides: list[str]) -> None:
     """Run the experiment with these overrides in a folder of its own, and print a row for each stage."""
     torch.set_num_threads(1)
+    experiment.SHORT_RUN = 0.0  # runs of less than a minute are forecast, too
     with tempfile.TemporaryDirectory() as folder:
         config = composed_from([
             *overrides, "logger=none", "trainer.progress_bar=false", "trainer.accelerator=cpu",
             f"cache_dir={folder}/cache",
         ])
-        run_experiment(config, Path(folder) / "run")
+        experiment.run_experiment(config, Path(folder) / "run")
         values = read_json(Path(folder) / "run" / "results.json")
     forecast, taken = values["forecast"], values["seconds"]
     print("| stage | forecast, s | taken, s | forecast / taken |\n|---|--:|--:|--:|")

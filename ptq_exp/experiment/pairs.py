@@ -61,9 +61,7 @@ class PairScorer:
         Args:
             ours, theirs: scores and features of both, from `scorer`.
         """
-        pairs = Pairs(images, fp_images, self.prompts, self.perceptual, self.image_text)
-        values = {name: SCORES[name].pair(pairs) for name in self.names if SCORES[name].pair is not None}
-        fp_values = {name: SCORES[name].pair(pairs.of_full_precision) for name in values if SCORES[name].alone}
+        values, fp_values = self.values(images, fp_images)
         metrics = {name: float(found.mean()) for name, found in values.items()}
         fp_metrics = {name: float(found.mean()) for name, found in fp_values.items()}
         for name in self.names:
@@ -74,6 +72,15 @@ class PairScorer:
         numbers = {"fp32": fp_metrics, "intervals": {name: list(found) for name, found in intervals.items()},
                    "resamples": self._resamples(intervals)}
         return Made(metrics, Record(numbers, {FILE: partial(self._write, values=values, fp_images=fp_images)}))
+
+    def values(
+        self, images: np.ndarray, fp_images: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Compute the scores of each pair, and those that full-precision images have by themselves; each [N]."""
+        prompts = None if self.prompts is None else self.prompts[: len(images)]
+        pairs = Pairs(images, fp_images, prompts, self.perceptual, self.image_text)
+        found = {name: SCORES[name].pair(pairs) for name in self.names if SCORES[name].pair is not None}
+        return found, {name: SCORES[name].pair(pairs.of_full_precision) for name in found if SCORES[name].alone}
 
     def _of_pairs(self, values: dict[str, np.ndarray], fp_values: dict[str, np.ndarray]) -> dict[str, Any]:
         """Compute the intervals of means over pairs."""

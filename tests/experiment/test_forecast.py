@@ -10,6 +10,7 @@ from small_networks import use_blank_pictures, use_small_networks
 import ptq_exp
 from ptq_exp.calibration import StateRequest, labelled, positions
 from ptq_exp.calibration.sources import denoise
+from ptq_exp.correction import measured_steps, propagated
 from ptq_exp.errors import ConfigError
 from ptq_exp.experiment.experiment import forecast_experiment, run_experiment
 from ptq_exp.experiment.forecast import make, speeds
@@ -165,6 +166,31 @@ def test_steps_and_corrections_take_their_time(forecast):
     assert "noise_statistics" not in before
     corrected = forecast("correction=ptqd", "correction.n_samples=8", "correction.batch_size=4").seconds
     assert corrected["noise_statistics"] == pytest.approx(2 * 4 * 1.4 * 3)
+
+
+def test_a_rule_for_bits_takes_the_evaluations_that_it_makes(base, monkeypatch):
+    folder, run = base
+    config = settings(folder, "bits=step_budget", "bits.gain_steps=3", "bits.gain_samples=6", "correction=ptqd",
+                      "correction.n_samples=8", "correction.batch_size=4")
+    counted = dict.fromkeys((FULL, QUANTIZED), 0)
+
+    def counting(network, what):
+        def call(x, t, **conditions):
+            counted[what] += len(x)
+            return network(x, t, **conditions)
+        return call
+
+    grid, full = run.model.time_grid(4), run.model.denoiser
+    propagated(run.model, counting(full, FULL), counting(full, QUANTIZED), grid, measured_steps(4, 3), range(6), 0)
+    widths = 2  # each on 8 trajectories of 4 steps, as is full precision
+    found = work_of(config, grid, quantizes=True, quantized=True, seed=0)
+    of = {name: sum(e.samples for e in found["bit_schedule"] if e.network == name) for name in counted}
+    # 6 trajectories in batches of 4 count as 8: all batches are of one size
+    assert of == {FULL: 8 * 4 + counted[FULL] * 8 // 6, QUANTIZED: widths * 8 * 4 + counted[QUANTIZED] * 8 // 6}
+    assert "noise_statistics" not in found  # fitted to the same noise
+    snr = work_of(settings(folder, "bits=step_snr", "correction.n_samples=8", "correction.batch_size=4"), grid,
+                  quantizes=True, quantized=True, seed=0)["bit_schedule"]
+    assert [(e.network, e.samples) for e in snr] == [(FULL, 32), (QUANTIZED, 32), (QUANTIZED, 32)]
 
 
 def test_the_calibration_is_counted_as_it_is_drawn():

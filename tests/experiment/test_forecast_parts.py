@@ -1,5 +1,7 @@
 """What a forecast counts is what is done: calls of pipelines, passes of transforms, rows under guidance, GPTQ."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from ptq_exp.calibration import CalibrationSet
 from ptq_exp.calibration import positions as drawn_positions
 from ptq_exp.deploy.measure import Trajectory, _Enough
 from ptq_exp.experiment.budget import planned_network
-from ptq_exp.experiment.forecast import blocks, forecast_run, speeds
+from ptq_exp.experiment.forecast import blocks, forecast_run, pairs, speeds
 from ptq_exp.experiment.forecast.engine import Engine, measuring_seconds
 from ptq_exp.experiment.forecast.pipelines import Zeros, of_pipeline
 from ptq_exp.experiment.forecast.probe import Line
@@ -72,6 +74,29 @@ def test_the_calls_of_a_pipeline_are_those_that_it_makes(scale):
     assert (states.times, states.samples) == (len(recorder.rows), sum(recorder.rows))
     (observed,) = found["quantize"]
     assert observed.network == OBSERVED and observed.samples == 6 * recorded["x"].shape[1] == 12 * model.copies
+
+
+def test_lpips_and_clip_scores_are_timed_on_images_of_noise(monkeypatch):
+    run = SimpleNamespace(model=SimpleNamespace(image_shape=(3, 8, 6)), device=torch.device("cpu"))
+    shapes = []
+
+    class Scorer:
+        def __init__(self, run, evaluation):
+            pass
+
+        def values(self, images, fp_images):
+            shapes.append((images.shape, fp_images.dtype))
+
+    def known(work, n, device):
+        work(n)
+        return Line(1.0, 0.5)
+
+    monkeypatch.setattr(pairs, "PairScorer", Scorer)
+    monkeypatch.setattr(pairs, "line", known)
+    given = composed_from(["evaluation.lpips=alex.pth"]).evaluation
+    assert pairs.compared_seconds(run, given, 100) == 1 + 0.5 * 100
+    assert shapes == [((64, 8, 6, 3), np.uint8)]
+    assert pairs.compared_seconds(run, composed_from([]).evaluation, 100) == 0 and len(shapes) == 1
 
 
 def test_calibration_sees_both_halves_of_guidance():

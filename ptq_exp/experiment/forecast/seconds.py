@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 from ptq_exp.experiment.forecast.blocks import reconstruction_seconds
 from ptq_exp.experiment.forecast.engine import measuring_seconds
+from ptq_exp.experiment.forecast.pairs import compared_seconds
 from ptq_exp.experiment.forecast.speeds import Speeds
 from ptq_exp.experiment.forecast.work import Work
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.settings.build import build
-from ptq_exp.settings.schema import RULES, ExperimentConfig
+from ptq_exp.settings.schema import ExperimentConfig
 
 
 def stage_seconds(
@@ -35,14 +36,14 @@ def stage_seconds(
             took += speeds.placed.weights + speeds.placed.ranges + sum(fitted)
         seconds[stage] = took
     if speeds.plan is not None:
-        unknown = None if config.bits.schedule in RULES else 0.0
         states, model = config.calibration.n_samples, speeds.run.model
         if isinstance(model, PipelineModel):
             states *= config.calibration.steps_per_sample * model.copies
         seconds["reconstruct"] = 0.0 if "reconstruct" in reused else reconstruction_seconds(
             speeds, config.reconstruction, states
         )
-        seconds |= {"bit_schedule": unknown} | ({"analysis": None} if config.analysis.active else {})
+        seconds.setdefault("bit_schedule", 0.0)
+        seconds |= {"analysis": None} if config.analysis.active else {}
         seconds |= _of_engine(speeds, config, seconds)
     return seconds | _of_scores(speeds, config, reused)
 
@@ -60,7 +61,7 @@ def _beside(speeds: Speeds, config: ExperimentConfig, stage: str) -> float:
         return 0.0
     if stage.startswith("calibration_set"):
         n, batch = config.calibration.n_samples, config.calibration.batch_size
-    elif stage == "noise_statistics":
+    elif stage in ("bit_schedule", "noise_statistics"):
         n, batch = config.correction.n_samples, config.correction.batch_size
     else:
         n, batch = evaluation.eps_error_samples, evaluation.batch_size
@@ -108,6 +109,5 @@ def _of_scores(speeds: Speeds, config: ExperimentConfig, reused: set[str]) -> di
     }
     if speeds.plan is not None:
         seconds["scores"] = scored + drawn
-        unknown = evaluation.lpips is not None or evaluation.clip is not None
-        seconds["pairs"] = None if unknown else speeds.resampled(n, evaluation.fid_resamples)
+        seconds["pairs"] = compared_seconds(run, evaluation, n) + speeds.resampled(n, evaluation.fid_resamples)
     return seconds

@@ -20,6 +20,7 @@ from ptq_exp.evaluation.statistics import FeatureStatistics
 from ptq_exp.experiment.budget import planned_network
 from ptq_exp.experiment.features import FEATURE_BATCH
 from ptq_exp.experiment.forecast.engine import Engine, engine_of
+from ptq_exp.experiment.forecast.pairs import images_of_noise
 from ptq_exp.experiment.forecast.pipelines import Zeros
 from ptq_exp.experiment.forecast.probe import BUDGET, Line, line, measured
 from ptq_exp.experiment.forecast.transforms import TransformTime, between, transform_time
@@ -151,7 +152,8 @@ class Speeds:
     @cached_property
     def features(self) -> Line:
         """The speed of the feature extractor."""
-        return line(lambda n: extract_features(self.run.extractor, self._images(n)), FEATURE_BATCH, self.run.device)
+        run = self.run
+        return line(lambda n: extract_features(run.extractor, images_of_noise(run, n)), FEATURE_BATCH, run.device)
 
     def scored(self, n: int, real: int) -> float:
         """Return the seconds of scoring `n` images against `real` ones."""
@@ -226,13 +228,9 @@ class Speeds:
                 quantizer.finish(_QUICK)
         return len(activations) * sum(seconds) / len(seconds) if seconds else 0.0
 
-    def _images(self, n: int) -> np.ndarray:
-        channels, height, width = self.run.model.image_shape
-        return np.random.default_rng(0).integers(0, 256, (n, height, width, channels), dtype=np.uint8)
-
     @cached_property
     def _seen(self) -> FeatureStatistics:
-        return extract_features(self.run.extractor, self._images(FEATURE_BATCH))
+        return extract_features(self.run.extractor, images_of_noise(self.run, FEATURE_BATCH))
 
     def _features(self, n: int) -> FeatureStatistics:
         """Return features of `n` images that were never drawn: mixtures of those of noise."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ptq_exp.correction import measured_steps
 from ptq_exp.diffusion import TimeGrid
 from ptq_exp.experiment.plan import drawn_states
 from ptq_exp.settings.schema import RULES, CalibrationConfig, ExperimentConfig
@@ -66,6 +67,7 @@ def work_of(
             seen = 2 if guided and config.calibration.source is not None else 1
             observed = Evaluations(OBSERVED, math.ceil(states / batch), seen * states, seen * batch)
             work[f"quantize{suffix}"] = (observed, *_of_times(config, grid, batch))
+        work["bit_schedule"] = _rule(config, steps)
         work["noise_statistics"] = _correction(config, steps)
     if quantized:
         draws = QUANTIZED if config.runtime.name == "simulate" else EXECUTED
@@ -97,10 +99,33 @@ def _of_times(config: ExperimentConfig, grid: TimeGrid, batch: int) -> tuple[Eva
     return (Evaluations(OBSERVED, math.ceil(n / batch), n, min(n, batch)),)
 
 
+def _rule(config: ExperimentConfig, steps: int) -> tuple[Evaluations, ...]:
+    """Return the evaluations by which a rule chooses the bits of each step.
+
+    The noise of every width is measured on the same trajectories; the budget rule also runs each of some steps with the
+    error of its estimate to the end.
+    """
+    bits, correction = config.bits, config.correction
+    if bits.schedule not in RULES:
+        return ()
+    n, batch = correction.n_samples, min(correction.n_samples, correction.batch_size)
+    drawn = Evaluations.batches(FULL, n, batch, steps)
+    found = (drawn, *(replace(drawn, network=QUANTIZED) for _ in set(bits.candidates)))
+    if bits.schedule == "snr":
+        return found
+    n, batch = bits.gain_samples, min(bits.gain_samples, correction.batch_size)
+    tried = measured_steps(steps, bits.gain_steps)
+    after = sum(steps - 1 - step for step in tried)
+    return (*found, Evaluations.batches(FULL, n, batch, steps + after),
+            Evaluations.batches(QUANTIZED, n, batch, len(tried)))
+
+
 def _correction(config: ExperimentConfig, steps: int) -> tuple[Evaluations, ...]:
     correction = config.correction
-    if not correction.active or correction.statistics is not None or config.bits.schedule in RULES:
+    if not correction.active or correction.statistics is not None:
         return ()
+    if config.bits.schedule in RULES and correction.fit == "estimates" and correction.follow == "fp32":
+        return ()  # fitted to what `_rule` has measured
     n, batch = correction.n_samples, min(correction.n_samples, correction.batch_size)
     if correction.fit == "estimates":
         return tuple(Evaluations.batches(network, n, batch, steps) for network in (FULL, QUANTIZED))
