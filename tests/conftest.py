@@ -42,7 +42,8 @@ SLOW = (
     "test_layering.py", "test_api.py", "storage/test_atomic.py", "correction/test_on_digits.py",
     "quantization/test_save.py", "evaluation/test_inception.py", "runtime/test_deploy_policy.py",
     "runtime/test_torch_int8.py", "runtime/test_deployable.py", "runtime/test_grouped.py",
-    "quantization/test_candidate_widths.py", "evaluation/test_pairs.py", "quantization/test_compiled.py", "test_benchmarks.py",
+    "quantization/test_candidate_widths.py", "evaluation/test_pairs.py", "quantization/test_compiled.py",
+    "test_benchmarks.py",
 )
 TESTS = Path(__file__).parent
 
