@@ -193,6 +193,12 @@ def test_a_rule_for_bits_takes_the_evaluations_that_it_makes(base, monkeypatch):
     assert [(e.network, e.samples) for e in snr] == [(FULL, 32), (QUANTIZED, 32), (QUANTIZED, 32)]
 
 
+@pytest.mark.parametrize("bits", [["bits=step_snr"], ["bits=step_budget", "bits.gain_steps=2", "bits.gain_samples=2"]])
+def test_a_network_of_several_widths_is_forecast(base, bits):
+    found = made(base, *bits, "correction.n_samples=4")
+    assert found.seconds["bit_schedule"] > 0 and None not in found.seconds.values()
+
+
 def test_the_calibration_is_counted_as_it_is_drawn():
     config, model = composed_from([*SMALL, "calibration=ndtc", "calibration.n_samples=11"]).calibration, None
     model = ptq_exp.load_model("digits")

@@ -135,6 +135,8 @@ class Speeds:
         """The quantized network; see `Placed`."""
         transforms: list[TransformTime] = []
         network, report = planned_network(self.run, self.plan, lambda *of: transforms.append(self._transform(*of)))
+        if report.candidates > 1:  # how often each is used is not known yet
+            report = report.mixed([1 / report.candidates] * report.candidates)
         weights = self._weights(network)
         observed, ranges = None, 0.0
         activations = [q for _, q in quantizers(network) if isinstance(q, ActivationQuantizer) and q.needs_data]
