@@ -160,7 +160,7 @@ SETTINGS: dict[str, Quantize] = {
     "onnxruntime products": onnxruntime(products_only=True),
     "onnxruntime products, ends in FP": onnxruntime(ends=False, products_only=True),
 }
-"""`ours` is the experiment best_w8a8 on these states; products are those of Conv, MatMul and Gemm.
+"""`ours` is ranges alone, separate ones for the parts of concatenated features, without a correction; products are those of Conv, MatMul and Gemm.
 Without its time in FP a vendor's tool also quantizes the step index itself."""
 
 
