@@ -160,8 +160,8 @@ SETTINGS: dict[str, Quantize] = {
     "onnxruntime products": onnxruntime(products_only=True),
     "onnxruntime products, ends in FP": onnxruntime(ends=False, products_only=True),
 }
-"""`ours` is ranges alone, separate ones for the parts of concatenated features, without a correction; products are those of Conv, MatMul and Gemm.
-Without its time in FP a vendor's tool also quantizes the step index itself."""
+"""`ours` is ranges alone, separate ones for the parts of concatenated features, without a correction; products are
+those of Conv, MatMul and Gemm. Without its time in FP a vendor's tool also quantizes the step index itself."""
 
 
 class Floats(nn.Module):
