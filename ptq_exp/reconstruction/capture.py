@@ -32,6 +32,10 @@ class Arena:
     used: int = 0
     files: list[Path] = field(default_factory=list)
 
+    def has_room(self, rows: int, like: Iterable[Tensor]) -> bool:
+        """Whether tensors [rows, ...] like all of these fit into what is left of the memory."""
+        return self.used + sum(rows * tensor[0].numel() * tensor.element_size() for tensor in like) <= self.limit
+
     def allocate(self, rows: int, like: Tensor) -> Tensor:
         """Return an uninitialised CPU tensor [rows, *like.shape[1:]] of the type of `like`.
 

@@ -158,10 +158,10 @@ class Reconstruction:
                 device=device, step_rows=step_rows,
             )
 
-        return BlockData(calls(self.reference, True) if reference else None, calls(self.network, False))
+        return BlockData(calls(self.reference, True) if reference else None, calls(self.network, False), self.arena)
 
     def _capture_times(self, block: TimeBlock) -> BlockData:
         """All times that there are: no other ones will ever come, that a block could be judged by."""
         device = next(self.network.parameters()).device
         full = block.capture(self.reference, device, output=True)
-        return BlockData(full, block.capture(self.network, device, output=False))
+        return BlockData(full, block.capture(self.network, device, output=False), self.arena)
