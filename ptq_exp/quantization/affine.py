@@ -157,7 +157,7 @@ def _clamp_(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     """Values of the inference path with a straight-through backward.
 
-    For it either `x` is kept, or of fewer than `FEW` elements what is computed on the way to the values: the same numbers.
+    For it either `x` is kept, or of fewer than `FEW` elements what the values are computed of: the same numbers.
     """
 
     @staticmethod
