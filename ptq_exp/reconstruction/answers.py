@@ -101,7 +101,7 @@ class BlockAnswers:
         rows = len(tensors_in((args, kwargs))[0])
 
         def copied(kept: Tensor) -> Tensor:
-            return kept.clone() if len(kept) == rows else kept[:1].expand(rows, *kept.shape[1:]).contiguous()
+            return kept.clone() if len(kept) == rows else kept[:1].repeat(rows, *[1] * (kept.ndim - 1))
 
         return pytree.tree_map_only(Tensor, copied, self._answers[name][self._number])
 
