@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,9 @@ class BlockOptimisation:
         self.block, self.data, self.settings = block, data, settings
         self.module, self.reference = block.module(network), block.module(reference)
         self.layers = block.modules(network)
-        self.device = self.layers[0].weight.device
+        self.device = next(self.module.parameters()).device
+        self.full = cast("Calls", data.full)  # see `Settings.reads_reference`
+        self.output = cast("Tensor", self.full.output)
         full = [layer.weight for layer in block.modules(reference)]
         self.rounding = Rounding(full, [layer.weight_quantizer for layer in self.layers])
         self.quantizers = block.quantizers(network)
@@ -117,7 +120,7 @@ class BlockOptimisation:
         self.t, self.weights, self.tied = 0, self.rounding.v.numel(), held_twice(self.module, self._tensors())
         self.inner = block.inner if settings.inner_weight else ()
         self.targets = InnerTargets(
-            self.reference, self.inner, data.full, settings.batch_size, settings.annealing.iterations, data.arena
+            self.reference, self.inner, self.full, settings.batch_size, settings.annealing.iterations, data.arena
         )
         self.details: list[LayerRounding] = []
         self.before = [tensor.clone() for tensor in self._tensors()]
@@ -135,17 +138,17 @@ class BlockOptimisation:
         self.t += 1
         index = torch.randperm(len(self.data), generator=self.rows_generator)[: settings.batch_size]
         inputs = self._mixed(index)
-        target = to_device(self.data.full.output[index], self.device)
+        target = to_device(self.output[index], self.device)
         h = self.rounding.h()
         tensors = {self._name(layer): w for layer, w in zip(self.block.layers, self.rounding.soft(h), strict=True)}
         if self.steps is not None:
             tensors |= self.steps.scales()
         wanted = self.targets.rows(index)
-        args, kwargs = self.data.full.arguments(inputs)
+        args, kwargs = self.full.arguments(inputs)
         with (
             dropping(self.quantizers, settings.drop_prob, self.generator),
             outputs_of(self.module, self.inner) as inner,
-            self.data.full.ranges_of(self.module, index),
+            self.full.ranges_of(self.module, index),
         ):
             output = functional_call(self.module, tensors, args, kwargs, tie_weights=self.tied)
         loss = reconstruction_loss(output_of(output, self.block.name), target, settings.power)
@@ -186,7 +189,7 @@ class BlockOptimisation:
         probability = self.settings.input_prob
         if probability == 1:
             return self.data.quantized.rows(index, self.device)
-        full = self.data.full.rows(index, self.device)
+        full = self.full.rows(index, self.device)
         if probability == 0:
             return full
         quantized = self.data.quantized.rows(index, self.device)
