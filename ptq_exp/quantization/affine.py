@@ -20,6 +20,8 @@ from ptq_exp.storage.finite import require_finite
 MIN_BITS, MAX_BITS = 2, 16
 # Keeps x / scale finite for an all-zero tensor, and lies below every step that a 16-bit softmax map needs.
 SCALE_FLOOR = 1e-12
+# Activations of fewer elements leave what their gradient needs in memory: 12 bytes an element, 48 MB at most each.
+FEW = 1 << 22
 
 
 class QRange(NamedTuple):
@@ -153,35 +155,50 @@ def _clamp_(x: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Values of the inference path with a straight-through backward; only `x` (and `kept`) is kept for it."""
+    """Values of the inference path with a straight-through backward.
+
+    For it either `x` is kept, or of fewer than `FEW` elements what the values are computed of: the same numbers.
+    """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *args
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor, kept: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, qmin - zero_point, qmax - zero_point, kept)
-        return _fake_quantize_values(x, scale, zero_point, qmin, qmax, kept)
+        lowest, highest = qmin - zero_point, qmax - zero_point
+        if x.numel() >= FEW:
+            ctx.save_for_backward(x, scale, lowest, highest, kept)
+            return _fake_quantize_values(x, scale, zero_point, qmin, qmax, kept)
+        ratio, clamped, inside = _levels(x, scale, lowest, highest)
+        values = clamped * scale
+        if not ctx.needs_input_grad[1]:
+            ratio = clamped = None
+        ctx.save_for_backward(None, scale, lowest, highest, kept, ratio, clamped, inside)
+        return values if kept is None else torch.lerp(values, x.to(values.dtype), kept.to(values.dtype))
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *args
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        x, scale, lowest, highest, kept = ctx.saved_tensors
-        # Few and reused temporaries: on a CPU fresh memory costs more than the arithmetic.
-        ratio = x / scale
-        kept = kept if kept is None else kept.to(ratio.dtype)
-        level = ratio.round()
-        clamped = level.clamp(lowest, highest)
-        inside = level.eq_(clamped)
+        x, scale, lowest, highest, kept, *known = ctx.saved_tensors
+        ratio, clamped, inside = known or _levels(x, scale, lowest, highest)
+        kept = kept if kept is None else kept.to(inside.dtype)
         grad_x = grad_scale = None
         if ctx.needs_input_grad[1]:
-            per_element = clamped.addcmul_(ratio, inside, value=-1).mul_(grad)
+            per_element = torch.addcmul(clamped, ratio, inside, value=-1).mul_(grad)
             if kept is not None:
                 per_element.addcmul_(per_element, kept, value=-1)
             grad_scale = per_element.sum_to_size(scale.shape)
         if ctx.needs_input_grad[0]:
-            grad_x = (inside if kept is None else torch.maximum(inside, kept, out=inside)).mul_(grad)
+            grad_x = (inside if kept is None else torch.maximum(inside, kept)) * grad
         return grad_x, grad_scale, None, None, None, None
+
+
+def _levels(x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x / scale, the level of each element, and 1 where it is not clamped to that, else 0."""
+    ratio = torch.div(x, scale)
+    level = ratio.round()
+    clamped = _clamp_(level.clone(), lowest, highest)
+    return ratio, clamped, level.eq_(clamped)
 
 
 def straight_through(

@@ -25,12 +25,32 @@ from ptq_exp.reconstruction.copies import Batch, Rows
 
 @dataclass
 class Arena:
-    """Room for captured rows: `limit` bytes of memory, beyond them files in `folder`, which it owns."""
+    """Room for captured rows: `limit` bytes of memory, beyond them files in `folder`, which it owns.
+
+    `used` bytes are those of one block's rows, `reserved` bytes stay when these go.
+    """
 
     limit: float
     folder: Path
     used: int = 0
+    reserved: int = 0
     files: list[Path] = field(default_factory=list)
+
+    def has_room(self, rows: int, like: Iterable[Tensor]) -> bool:
+        """Whether tensors [rows, ...] like all of these fit into what is left of the memory."""
+        size = sum(rows * tensor[0].numel() * tensor.element_size() for tensor in like)
+        return self.used + self.reserved + size <= self.limit
+
+    def reserve(self, size: int) -> bool:
+        """Count `size` bytes of memory (negative: give back) that outlive the block, if less than half is then so.
+
+        Returns:
+            Whether there is room.
+        """
+        if self.reserved + size > self.limit / 2:
+            return False
+        self.reserved += size
+        return True
 
     def allocate(self, rows: int, like: Tensor) -> Tensor:
         """Return an uninitialised CPU tensor [rows, *like.shape[1:]] of the type of `like`.
@@ -40,7 +60,7 @@ class Arena:
         """
         shape = (rows, *like.shape[1:])
         size = math.prod(shape) * like.element_size()
-        if self.used + size <= self.limit:
+        if self.used + self.reserved + size <= self.limit:
             self.used += size
             return torch.empty(shape, dtype=like.dtype)
         path = self.folder / f"{len(self.files):03d}.bin"
@@ -55,7 +75,7 @@ class Arena:
             ) from error
 
     def clear(self) -> None:
-        """Forget all rows; files go, and their space with the last tensor that maps them."""
+        """Forget a block's rows; files go, and their space with the last tensor that maps them."""
         for path in self.files:
             path.unlink(missing_ok=True)
         self.files, self.used = [], 0

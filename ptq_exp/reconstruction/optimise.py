@@ -7,10 +7,8 @@ quantized network gives it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,8 @@ from ptq_exp.reconstruction.activations import StepSizes, dropping
 from ptq_exp.reconstruction.adaround import Annealing, Rounding, reconstruction_loss
 from ptq_exp.reconstruction.block_report import BlockError, LayerRounding
 from ptq_exp.reconstruction.blocks import Block, held_twice
-from ptq_exp.reconstruction.capture import Calls, output_of
+from ptq_exp.reconstruction.capture import Arena, Calls, output_of
+from ptq_exp.reconstruction.inner import InnerTargets, outputs_of
 from ptq_exp.reconstruction.randomness import block_generator, random_mask
 
 EVALUATION_BATCH = 64
@@ -73,10 +72,12 @@ class BlockData:
     Attributes:
         full: calls in the full-precision network, with output; None where nobody reads them.
         quantized: calls in the quantized network, without output.
+        arena: room for more rows of the block; None = there is none.
     """
 
     full: Calls | None
     quantized: Calls
+    arena: Arena | None = None
 
     def __len__(self) -> int:
         return len(self.quantized)
@@ -103,7 +104,9 @@ class BlockOptimisation:
         self.block, self.data, self.settings = block, data, settings
         self.module, self.reference = block.module(network), block.module(reference)
         self.layers = block.modules(network)
-        self.device = self.layers[0].weight.device
+        self.device = next(self.module.parameters()).device
+        self.full = cast("Calls", data.full)  # see `Settings.reads_reference`
+        self.output = cast("Tensor", self.full.output)
         full = [layer.weight for layer in block.modules(reference)]
         self.rounding = Rounding(full, [layer.weight_quantizer for layer in self.layers])
         self.quantizers = block.quantizers(network)
@@ -115,6 +118,10 @@ class BlockOptimisation:
         self.rows_generator = block_generator(seed, block.name, "rows", torch.device("cpu"))
         self.generator = block_generator(seed, block.name, "elements", self.device)
         self.t, self.weights, self.tied = 0, self.rounding.v.numel(), held_twice(self.module, self._tensors())
+        self.inner = block.inner if settings.inner_weight else ()
+        self.targets = InnerTargets(
+            self.reference, self.inner, self.full, settings.batch_size, settings.annealing.iterations, data.arena
+        )
         self.details: list[LayerRounding] = []
         self.before = [tensor.clone() for tensor in self._tensors()]
         self._losses: list[Tensor] = []
@@ -130,19 +137,18 @@ class BlockOptimisation:
         settings = self.settings
         self.t += 1
         index = torch.randperm(len(self.data), generator=self.rows_generator)[: settings.batch_size]
-        full = self.data.full.rows(index, self.device)
-        inputs = self._mixed(full, index)
-        target = to_device(self.data.full.output[index], self.device)
+        inputs = self._mixed(index)
+        target = to_device(self.output[index], self.device)
         h = self.rounding.h()
         tensors = {self._name(layer): w for layer, w in zip(self.block.layers, self.rounding.soft(h), strict=True)}
         if self.steps is not None:
             tensors |= self.steps.scales()
-        wanted = self._inner_targets(full)
-        args, kwargs = self.data.full.arguments(inputs)
+        wanted = self.targets.rows(index)
+        args, kwargs = self.full.arguments(inputs)
         with (
             dropping(self.quantizers, settings.drop_prob, self.generator),
-            self._inner(self.module) as inner,
-            self.data.full.ranges_of(self.module, index),
+            outputs_of(self.module, self.inner) as inner,
+            self.full.ranges_of(self.module, index),
         ):
             output = functional_call(self.module, tensors, args, kwargs, tie_weights=self.tied)
         loss = reconstruction_loss(output_of(output, self.block.name), target, settings.power)
@@ -178,14 +184,15 @@ class BlockOptimisation:
     def _name(self, layer: str) -> str:
         return f"{layer}.weight" if layer else "weight"
 
-    def _mixed(self, full: list[Tensor], index: Tensor) -> list[Tensor]:
+    def _mixed(self, index: Tensor) -> list[Tensor]:
         """Mix the inputs of one batch: elements come from the quantized network with probability `input_prob`."""
         probability = self.settings.input_prob
+        if probability == 1:
+            return self.data.quantized.rows(index, self.device)
+        full = self.full.rows(index, self.device)
         if probability == 0:
             return full
         quantized = self.data.quantized.rows(index, self.device)
-        if probability == 1:
-            return quantized
         return [
             torch.lerp(f, q, random_mask(q, probability, self.generator)) if q.is_floating_point() else q
             for f, q in zip(full, quantized, strict=True)
@@ -198,34 +205,6 @@ class BlockOptimisation:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-
-    @torch.no_grad()
-    def _inner_targets(self, full: list[Tensor]) -> dict[str, Tensor]:
-        """Return the outputs of the full-precision block's inner layers, on the full-precision inputs."""
-        if not self.settings.inner_weight:
-            return {}
-        args, kwargs = self.data.full.arguments(full)
-        with self._inner(self.reference) as outputs:
-            self.reference(*args, **kwargs)
-        return outputs
-
-    def _inner(self, module: nn.Module):
-        """Collect {layer: output} of the inner layers of `module`."""
-        names = self.block.inner if self.settings.inner_weight else ()
-        return _outputs(module, names) if names else nullcontext({})
-
-
-@contextmanager
-def _outputs(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    found: dict[str, Tensor] = {}
-
-    def keep(_: nn.Module, args: tuple, output: Tensor, name: str) -> None:
-        found[name] = output
-
-    with ExitStack() as hooks:
-        for name in names:
-            hooks.enter_context(module.get_submodule(name).register_forward_hook(partial(keep, name=name)))
-        yield found
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq_exp.calibration import CalibrationSet
 from ptq_exp.errors import DataError
+from ptq_exp.reconstruction.answers import BlockAnswers
 from ptq_exp.reconstruction.block_report import BlockError, BlockReport
 from ptq_exp.reconstruction.blocks import Block
 from ptq_exp.reconstruction.capture import Arena, capture
@@ -34,6 +35,10 @@ def split(calibration_set: CalibrationSet) -> tuple[CalibrationSet, CalibrationS
         raise DataError("reconstruction judges blocks by held-out samples: set calibration.n_samples to 2 or more")
     held_out = np.arange(n) % HELD_OUT == min(n, HELD_OUT) - 1
     return calibration_set.take(~held_out), calibration_set.take(held_out)
+
+
+def _held(module: nn.Module, parameters: Collection[int]) -> bool:
+    return any(id(parameter) in parameters for parameter in module.parameters())
 
 
 class Reconstruction:
@@ -77,6 +82,7 @@ class Reconstruction:
         self.arena = Arena(cache_bytes, folder)
         self.row_of_step = row_of_step
         self.batches: Callable[[nn.Module, CalibrationSet], Iterable[Batch]] = self._in_memory
+        self._answers: dict[tuple[bool, bool], BlockAnswers] = {}
         self.reports: list[BlockReport] = []
         self.current: BlockOptimisation | GPTQBlock | None = None
 
@@ -145,7 +151,15 @@ class Reconstruction:
 
     def _in_memory(self, network: nn.Module, samples: CalibrationSet) -> Iterable[Batch]:
         """Yield the batches that `network` is run on until it reaches the block whose turn it is."""
-        return samples.batches(self.batch_size)
+        key = (network is self.reference, samples is self.held_out)
+        answers = self._answers.setdefault(key, BlockAnswers(network, self.arena))
+        return answers.before(samples.batches(self.batch_size), self._finished())
+
+    def _finished(self) -> list[str]:
+        """Return the modules that had their turn and share no parameter with one that has not."""
+        learned = {id(p) for block in self.remaining for p in block.module(self.network).parameters()}
+        done = [block for block in self.blocks[: len(self.reports)] if not isinstance(block, TimeBlock)]
+        return [block.name for block in done if not _held(block.module(self.network), learned)]
 
     def _capture(self, samples: CalibrationSet, *, reference: bool = True) -> BlockData:
         device = next(self.network.parameters()).device
@@ -158,10 +172,10 @@ class Reconstruction:
                 device=device, step_rows=step_rows,
             )
 
-        return BlockData(calls(self.reference, True) if reference else None, calls(self.network, False))
+        return BlockData(calls(self.reference, True) if reference else None, calls(self.network, False), self.arena)
 
     def _capture_times(self, block: TimeBlock) -> BlockData:
         """All times that there are: no other ones will ever come, that a block could be judged by."""
         device = next(self.network.parameters()).device
         full = block.capture(self.reference, device, output=True)
-        return BlockData(full, block.capture(self.network, device, output=False))
+        return BlockData(full, block.capture(self.network, device, output=False), self.arena)

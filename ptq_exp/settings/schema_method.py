@@ -156,7 +156,10 @@ class ReconstructionConfig:
         0.0, "Weight of the output losses of the layers inside a block (EDA-DM takes 0.8).", low=0
     )
     cache_gb: float = setting(
-        0.0, "Memory in GB for inputs and outputs of a block; what does not fit goes to files under cache_dir.", low=0
+        0.0,
+        "Memory in GB for inputs and outputs of a block; what does not fit goes to files under cache_dir. Up to half "
+        "of it holds what finished blocks answer, and the rest targets of inner losses, where they fit.",
+        low=0,
     )
 
     @property

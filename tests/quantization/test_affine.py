@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq_exp.errors import ConfigError
+from ptq_exp.quantization import affine
 from ptq_exp.quantization.affine import (
     QRange,
     choose_qparams,
@@ -183,6 +184,28 @@ def test_gradients_match_autograd_through_a_detached_rounding(shape):
         gradients.append([leaf.grad for leaf in leaves])
     torch.testing.assert_close(gradients[0], gradients[1])
     assert gradients[0][1].shape == shape
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("shape", "drop"), [((), False), ((), True), ((4, 1), False), ((4, 1), True)])
+def test_values_and_gradients_are_the_same_whatever_is_kept_for_them(shape, drop, needs, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(4, 50, generator=generator)
+    scale = torch.full(shape, 0.3)
+    bounds = [torch.full(shape, value) for value in (3.0, 0.0, 7.0)]
+    kept = (torch.rand(x.shape, generator=generator) < 0.3).float() if drop else None
+    weight = torch.randn(x.shape, generator=generator)
+    found = []
+    for few in (0, 1000):
+        monkeypatch.setattr(affine, "FEW", few)
+        leaves = x.clone().requires_grad_(needs[0]), scale.clone().requires_grad_(needs[1])
+        y = fake_quantize(*leaves, *bounds, kept)
+        # twice: what is kept must survive the first backward
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        first = torch.autograd.grad(y, wanted, weight, retain_graph=True)
+        found.append([y.detach(), *first, *torch.autograd.grad(y, wanted, weight)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert torch.equal(found[1][1], found[1][1 + sum(needs)])
 
 
 @pytest.mark.parametrize("needs", ["x", "scale"])
