@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from scipy.stats import skewnorm
 from torch import Tensor
 
 from ptq_exp.errors import ConfigError
@@ -73,6 +72,8 @@ class SkewNormal:
 
     def draw(self, n: int, n_steps: int, rng: np.random.Generator) -> np.ndarray:
         """See `TimeDistribution`."""
+        from scipy.stats import skewnorm  # takes a third of a second to load
+
         delta = self.shape / math.sqrt(1 + self.shape**2)
         scale = self.std / math.sqrt(1 - 2 * delta**2 / math.pi)
         loc = self.mean - scale * delta * math.sqrt(2 / math.pi)

@@ -22,6 +22,7 @@ from yaml import YAMLError
 from ptq_exp.cli.arguments import check_groups, own_folder, spelt_out, with_home_folders, with_saved_model
 from ptq_exp.cli.commands import available, run_command
 from ptq_exp.cli.failures import GATE_MISSED, cannot_write, refusal
+from ptq_exp.cli.start import loaded, pause_collector, postpone_imports
 from ptq_exp.cli.sweep.callback import end_of_sweep, interrupted_sweep
 from ptq_exp.cli.sweep.resume import with_resumed_sweep
 from ptq_exp.errors import (
@@ -52,6 +53,8 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
     global _started
     _started = True
     start_command()  # launchers have processes of their own
+    postpone_imports()
+    pause_collector()
     from ptq_exp.cli.sweep.job import run_job
 
     try:
@@ -66,6 +69,8 @@ def _job(composed: DictConfig) -> float | tuple[float, ...] | None:
         if _traceback_wanted or refused is None:
             raise
         return _failed(refused)
+    finally:
+        loaded()
     if missed:
         _missed.append(missed)
         print(missed, file=sys.stderr)
@@ -158,6 +163,7 @@ def main() -> None:
 def _main() -> None:
     global _started
     start_command()
+    postpone_imports()
     _failures.clear()
     _missed.clear()
     _started = False

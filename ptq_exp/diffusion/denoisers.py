@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 
@@ -26,8 +27,10 @@ class UNetDenoiser(nn.Module):
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
-        # an argument without a default, which networks without cross-attention do not read
-        self.absent = {"encoder_hidden_states": None} if isinstance(unet, UNet2DConditionModel) else {}
+        # an argument without a default in some U-Nets with cross-attention, where None means none
+        context = inspect.signature(unet.forward).parameters.get("encoder_hidden_states")
+        required = context is not None and context.default is context.empty
+        self.absent = {"encoder_hidden_states": None} if required else {}
 
     def forward(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         dtype = _dtype(self.unet)

@@ -11,14 +11,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
 from ptq_exp.diffusion.time_grid import NoiseSchedule, TimeGrid
 from ptq_exp.errors import ConfigError
+
+if TYPE_CHECKING:  # imported where they are made: they bring scipy.stats, and DDIM needs none of them
+    from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
 log = logging.getLogger(__name__)
 SOLVER_SPACINGS = ("leading", "linspace", "trailing")
@@ -30,6 +32,8 @@ _NO_SIGNAL = 1e-6
 
 def _dpm_solver(final_zero: bool, **settings: Any) -> DPMSolverMultistepScheduler:
     """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2."""
+    from diffusers import DPMSolverMultistepScheduler
+
     return DPMSolverMultistepScheduler(
         solver_order=2, algorithm_type="dpmsolver++", lambda_min_clipped=_LOWEST_LOG_SNR,
         final_sigmas_type="zero" if final_zero else "sigma_min", **settings,
@@ -38,11 +42,15 @@ def _dpm_solver(final_zero: bool, **settings: Any) -> DPMSolverMultistepSchedule
 
 def _pndm(final_zero: bool, **settings: Any) -> PNDMScheduler:
     """PLMS, Liu et al. 2022: linear multistep of order four; its second time is evaluated twice to get started."""
+    from diffusers import PNDMScheduler
+
     return PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=final_zero, **settings)
 
 
 def _euler(final_zero: bool, **settings: Any) -> EulerDiscreteScheduler:
     """Euler steps of Karras et al. 2022, on states x0 + sigma eps."""
+    from diffusers import EulerDiscreteScheduler
+
     return EulerDiscreteScheduler(final_sigmas_type="zero" if final_zero else "sigma_min", **settings)
 
 
@@ -111,6 +119,8 @@ def _offset(schedule: NoiseSchedule, steps: int, solver: str) -> int:
 
 def _levels(scheduler: Any) -> Tensor:
     """alpha_bar of each evaluation and of the final state, float64 [S + 1], as the scheduler has them."""
+    from diffusers import PNDMScheduler
+
     if isinstance(scheduler, PNDMScheduler):
         levels = scheduler.alphas_cumprod[scheduler.timesteps]
         return torch.cat([levels, scheduler.final_alpha_cumprod.view(1)]).double()

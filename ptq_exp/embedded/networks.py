@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel, VQModel
 from torch import Tensor, nn
 
 from ptq_exp.diffusion import ClassConditionalUNet, DiTDenoiser
 from ptq_exp.embedded.digits import IMAGE_SIZE, LATENT_IMAGE_SIZE, N_CLASSES
+
+if TYPE_CHECKING:  # imported where one is built: each of them brings seconds of what the others do without
+    from diffusers import UNet2DModel, VQModel
 
 TRAIN_STEPS = 1000
 BETA_SCHEDULE = "squaredcos_cap_v2"
@@ -24,6 +26,8 @@ def build_unet() -> UNet2DModel:
     It has every kind of layer of the CIFAR-10 network of improved-diffusion: three resolutions (16, 8, 4), two
     ResBlocks per level conditioned by scale and shift, self-attention, skip concatenations with 1x1 shortcuts.
     """
+    from diffusers import UNet2DModel
+
     return UNet2DModel(
         sample_size=IMAGE_SIZE,
         in_channels=1,
@@ -45,6 +49,8 @@ def build_autoencoder() -> VQModel:
 
     A small VQ-f4 (Rombach et al. 2022): three levels, attention in the middle, a codebook of three-dimensional vectors.
     """
+    from diffusers import VQModel
+
     return VQModel(
         in_channels=1,
         out_channels=1,
@@ -65,6 +71,8 @@ def build_latent_unet() -> ClassConditionalUNet:
 
     As in LDM-4, a learned vector per class is the context of cross-attention in transformer blocks at every level.
     """
+    from diffusers import UNet2DConditionModel
+
     context = 32
     unet = UNet2DConditionModel(
         sample_size=LATENT_IMAGE_SIZE // 4,
@@ -87,6 +95,8 @@ def build_dit() -> DiTDenoiser:
     Four blocks of DiT (Peebles and Xie 2023) on 64 tokens of width 96; adaptive layer norms and the last layer start
     at zero, as there.
     """
+    from diffusers import DiTTransformer2DModel
+
     transformer = DiTTransformer2DModel(
         sample_size=LATENT_IMAGE_SIZE // 4, patch_size=1, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS,
         num_layers=4, num_attention_heads=4, attention_head_dim=24, norm_num_groups=8, num_embeds_ada_norm=N_CLASSES,

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from ptq_exp.cli.start import loaded
 from ptq_exp.cli.sweep.processes import check_devices, only_process
 from ptq_exp.cli.sweep.record import SweepRecord, plain_key
 from ptq_exp.errors import ConfigError, DataError, InfeasibleError, PTQError
@@ -110,6 +111,8 @@ def _run(composed: DictConfig, job: Job) -> dict[str, Any]:
 def _experiment(config: ExperimentConfig, job: Job, fresh_since: float | None) -> dict[str, Any]:
     # a misspelt setting is reported before all that is loaded
     from ptq_exp.experiment.experiment import forecast_experiment, run_experiment
+
+    loaded()
 
     if config.forecast:
         if job.record is not None:

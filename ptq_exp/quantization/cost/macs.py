@@ -7,9 +7,10 @@ nothing are named, so that nothing is hidden.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -178,6 +179,11 @@ class _Census(TorchDispatchMode):
         self.used_outside: set[str] = set()
         self.outside_macs = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Say no: torch would wrap the method below, so that its first call loads all that compiles; see `plainly`."""
+        return False
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}
         if not isinstance(function, torch._ops.OpOverload):
@@ -212,9 +218,11 @@ def plainly(model: nn.Module) -> Iterator[None]:
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # what compiles takes a second to load, and where it is not, nothing is compiled
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
         # The math backend spells the fused attention out, which is counted as one operator of another kind otherwise.
-        with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), eager:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
