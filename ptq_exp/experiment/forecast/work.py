@@ -110,7 +110,7 @@ def _rule(config: ExperimentConfig, steps: int) -> tuple[Evaluations, ...]:
         return ()
     n, batch = correction.n_samples, min(correction.n_samples, correction.batch_size)
     drawn = Evaluations.batches(FULL, n, batch, steps)
-    found = (drawn, *(replace(drawn, network=QUANTIZED) for _ in set(bits.candidates)))
+    found = (drawn, *(replace(drawn, network=QUANTIZED) for _ in set(bits.candidates or ())))
     if bits.schedule == "snr":
         return found
     n, batch = bits.gain_samples, min(bits.gain_samples, correction.batch_size)
