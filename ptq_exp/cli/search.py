@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from ptq_exp.cli.commands import parser_of
-from ptq_exp.cli.coordinate_search import Search
+from ptq_exp.cli.coordinate_search import Search, merged
 from ptq_exp.cli.search_pairs import with_pairs
 from ptq_exp.cli.search_space import Space, Trial
 from ptq_exp.errors import AGAIN, ConfigError, DataError, command_line
@@ -44,6 +44,8 @@ examples:
   python -m ptq_exp search bits=w8a8 --space deploy
   python -m ptq_exp search bits=w6a6 --space my_space.yaml --folder runs/search/mine
 """
+_METHOD = ("calibration", "metric", "quantization", "reconstruction", "correction")
+"""Groups whose settings are part of what is found, also where all trials share them; others say how it is measured."""
 _running: set[subprocess.Popen] = set()
 
 
@@ -85,11 +87,13 @@ def _search(arguments: argparse.Namespace) -> None:
         _write_trials(search.trials, folder)
     comment = (
         f"Found by: python -m ptq_exp search {shlex.join(arguments.overrides)}"
+        f"{f' --space {arguments.space}' if arguments.space != 'best' else ''}"
         f"{f' --until {arguments.until}' if arguments.until else ''}\n"
         f"({space.objective}, mean over seeds {', '.join(map(str, space.seeds))})."
     )
     groups = sorted(place.name for place in conf.iterdir() if place.is_dir())
-    decided = (*decided, f"bits={chosen['bits']}")
+    shared = [one for one in (*space.base, *fixed) if one.partition("=")[0].partition(".")[0] in _METHOD]
+    decided = (*merged(shared, decided), f"bits={chosen['bits']}")
     text = experiment_file(decided, f"{path.stem}_${{bits.name}}", comment, groups)
     with atomic_path(folder / "experiment.yaml") as temporary:
         temporary.write_text(text, encoding="utf-8")

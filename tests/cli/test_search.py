@@ -283,12 +283,11 @@ def test_a_real_search_in_small(tmp_path, capsys):
     path = tmp_path / "tiny.yaml"
     base = ["calibration=uniform", "sampler.steps=2", "calibration.n_samples=4", "evaluation.n_samples=4",
             "evaluation.eps_error_samples=2", "evaluation.grid_images=2", f"cache_dir={tmp_path / 'cache'}",
-            "evaluation=paired",
-            "logger=none", "save_quantized=false"]
+            "evaluation=paired", "quantization=deploy", "logger=none", "save_quantized=false"]
     stages = [{"name": "metric", "candidates": ["metric=minmax", "metric=percentile"]},
               {"name": "eta", "candidates": ["", "sampler.eta=7"]}]
     path.write_text(yaml.safe_dump(GOOD | {"base": base, "seeds": [3], "stages": stages}))
-    arguments = ["bits=w4a4", "--space", str(path), "--folder", str(tmp_path / "out")]
+    arguments = ["bits=w4a4", "quantization.smooth=true", "--space", str(path), "--folder", str(tmp_path / "out")]
     main(arguments)
     said = capsys.readouterr().out
     assert "sampler.eta=7.0: choose 0..1" in said
@@ -301,8 +300,13 @@ def test_a_real_search_in_small(tmp_path, capsys):
     main(arguments)  # again: nothing that had finished is run
     assert [trial.stat().st_mtime_ns for trial in trials] == before
     assert capsys.readouterr().out == said
-    found = yaml.safe_load((tmp_path / "out" / "experiment.yaml").read_text())
+    text = (tmp_path / "out" / "experiment.yaml").read_text()
+    assert f"quantization.smooth=true --space {path}" in text
+    found = yaml.safe_load(text)
     assert found["defaults"][-1] == {"override /bits": "w4a4"} and found["name"] == "tiny_${bits.name}"
+    # what all trials share of the method belongs to what was found, and how it was measured does not
+    assert found["defaults"][:2] == [{"override /calibration": "uniform"}, {"override /quantization": "deploy"}]
+    assert found["quantization"] == {"smooth": True} and not {"evaluation", "sampler", "save_quantized"} & set(found)
 
 
 @pytest.mark.parametrize(
