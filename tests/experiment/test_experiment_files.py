@@ -16,7 +16,7 @@ from ptq_exp.storage.plain_json import read_json
 
 OTHERS = ("evaluate", "analyze")  # tested in files of their own
 EXPERIMENTS = sorted(p.stem for p in (config_folder() / "experiment").glob("*.yaml") if p.stem not in OTHERS)
-RECONSTRUCTED = ("best_w4", "best_w6", "brecq", "deploy_w4", "gptq", "kit", "qdiffusion", "qdrop", "tfmq")
+RECONSTRUCTED = ("best_w", "brecq", "deploy_w4", "gptq", "kit", "qdiffusion", "qdrop", "tfmq")
 # coverage of convolutions and linear layers, and (weight, activation) bits of the first and the last convolution
 AS_PUBLISHED = {
     "ptq4dm_release": (0.002, [(8, None), (8, None)]), "tfmq_release": (0.8715, [(None, None), (None, None)]),
@@ -89,7 +89,7 @@ def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
     assert len(results["eps_error_per_step"]) == 3 and min(results["eps_error_per_step"]) > 0
     assert len(results["fixed_pattern_share_per_step"]) == 3 and Image.open(folder / "eps_error.png").width >= 800
     assert [done["name"] for done in results.get("transforms", [])] == transforms
-    assert ("correction" in results) == name.startswith(("ptqd", "deploy_w8a8"))
+    assert ("correction" in results) == name.startswith(("ptqd", "deploy_w8a8", "best_w8a8"))
     assert ("reconstruction" in results) == (folder / "reconstruction.json").exists() == name.startswith(RECONSTRUCTED)
     layers = json.loads((folder / "quantization.json").read_text())
     first_and_last = [row for row in layers["layers"] if row["name"].endswith(("conv_in", "conv_out"))]
