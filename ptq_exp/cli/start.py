@@ -9,11 +9,12 @@ import gc
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from threading import RLock
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -75,17 +76,39 @@ def _postponed(how: Callable[[_Run, ModuleType], None], run: _Run, module: Modul
         run(module)
 
 
+_loading = RLock()
+
+
 def _at_first_name(run: _Run, package: ModuleType) -> None:
-    """Run the code of a package when it is asked for a name; its modules can be imported before."""
+    """Run the code of a package when it is asked for a name; its modules can be imported before.
+
+    Other threads that ask meanwhile wait; after an error the next one that asks tries again.
+    """
+    own, running = vars(package), []
 
     def load(name: str) -> Any:
-        if name.startswith("__") and name != "__all__":  # import and inspect ask every module for some of these
-            raise AttributeError(f"module {package.__name__!r} has no attribute {name!r}")
-        if vars(package).pop("__getattr__", None) is not None:
-            run(package)
-        return getattr(package, name)
+        # import and inspect ask every module for some names that begin so
+        if not name.startswith("__") or name == "__all__":
+            with _loading:
+                if own.get("__getattr__") is load and not running:
+                    running.append(True)
+                    try:
+                        run(package)
+                    finally:
+                        running.clear()
+                    for key, value in (("__getattr__", load), ("__dir__", names)):
+                        if own.get(key) is value:
+                            del own[key]
+            if own.get("__getattr__") is not load:
+                return getattr(package, name)
+        raise AttributeError(f"module {package.__name__!r} has no attribute {name!r}")
 
-    vars(package)["__getattr__"] = load
+    def names() -> list[str]:
+        with suppress(AttributeError):
+            load("__all__")
+        return sorted(own)
+
+    own.update(__getattr__=load, __dir__=names)
 
 
 def _functions_of_metrics(run: _Run, package: ModuleType) -> None:

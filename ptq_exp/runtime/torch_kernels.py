@@ -46,7 +46,7 @@ class OneDNN(_Levels):
         self.line = isinstance(layer, nn.Conv1d)
         self.channel_scale = self.scale.flatten().contiguous()
         self.zeros = torch.zeros(len(self.channel_scale), dtype=torch.int64)
-        self.bias: Tensor | None = None  # float32 [out_channels], added by the kernel
+        self.register_buffer("bias", None)  # float32 [out_channels], added by the kernel
         self._packed: dict[bool, Tensor] = {}  # by whether there is a zero point, which changes the layout
         if self.settings:
             names = ("stride", "padding", "dilation")

@@ -4,6 +4,8 @@ import gc
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -100,6 +102,46 @@ def test_a_package_runs_its_code_at_the_first_name():
     assert (package.value, package.value) == (3, 3) and runs == [package]
     with pytest.raises(AttributeError):
         package.other  # noqa: B018
+
+
+def test_threads_wait_for_a_package_that_another_one_loads():
+    package, runs, found = ModuleType("package"), [], []
+
+    def run(module):
+        runs.append(module)
+        time.sleep(0.1)
+        assert not hasattr(module, "value")  # its own code asks for what is not there yet
+        module.value = 3
+
+    start._at_first_name(run, package)
+    threads = [threading.Thread(target=lambda: found.append(package.value)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [3] * 4 and len(runs) == 1
+
+
+def test_a_package_that_could_not_be_loaded_is_tried_again():
+    package, broken = ModuleType("package"), [True]
+
+    def run(module):
+        if broken:
+            raise ImportError("no such module: part")
+        module.value = 3
+
+    start._at_first_name(run, package)
+    for _ in range(2):
+        with pytest.raises(ImportError, match="part"):
+            package.value  # noqa: B018
+    broken.clear()
+    assert package.value == 3
+
+
+def test_the_names_of_a_package_are_those_of_its_code():
+    package = ModuleType("package")
+    start._at_first_name(lambda module: vars(module).update(value=3), package)
+    assert "value" in dir(package) and "__getattr__" not in vars(package) and "__dir__" not in vars(package)
 
 
 def test_a_package_whose_parts_do_not_come_apart_is_imported_as_it_is(monkeypatch):
