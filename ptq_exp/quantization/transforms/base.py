@@ -97,7 +97,8 @@ class Transform(ABC):
     def apply_(self, network: nn.Module, sites: Sites, tensors: Mapping[str, Tensor]) -> None:
         """Transform `network` in place."""
         self.install_(network, sites)
-        self.fold_(network, sites, tensors)
+        # the last bits of a product depend on the order of its operands in memory, which no file keeps
+        self.fold_(network, sites, {name: tensor.contiguous() for name, tensor in tensors.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return name and settings as plain values for JSON."""
