@@ -89,7 +89,7 @@ def test_experiment_runs_and_leaves_its_results(name, command, monkeypatch):
     assert len(results["eps_error_per_step"]) == 3 and min(results["eps_error_per_step"]) > 0
     assert len(results["fixed_pattern_share_per_step"]) == 3 and Image.open(folder / "eps_error.png").width >= 800
     assert [done["name"] for done in results.get("transforms", [])] == transforms
-    assert ("correction" in results) == name.startswith(("ptqd", "deploy_w8a8", "best_w8a8"))
+    assert ("correction" in results) == name.startswith(("ptqd", "deploy", "best_w8a8"))
     assert ("reconstruction" in results) == (folder / "reconstruction.json").exists() == name.startswith(RECONSTRUCTED)
     layers = json.loads((folder / "quantization.json").read_text())
     first_and_last = [row for row in layers["layers"] if row["name"].endswith(("conv_in", "conv_out"))]
