@@ -18,9 +18,10 @@ from ptq_exp.deploy.component import load_pipeline, quantized_component
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.deploy.restore import restored
 from ptq_exp.diffusion import DiffusionModel
-from ptq_exp.diffusion.zoo import folder_of_structure, is_local
 from ptq_exp.diffusion.zoo.build import RandomWeightsWarning
+from ptq_exp.diffusion.zoo.place import is_local
 from ptq_exp.diffusion.zoo.registry import MODELS, load_model
+from ptq_exp.diffusion.zoo.structure import folder_of_structure
 from ptq_exp.errors import CheckpointError, ConfigError, PTQError
 from ptq_exp.quantization.offload import copy_of, placing
 from ptq_exp.quantization.save import DESCRIPTION_FILE

@@ -6,20 +6,18 @@ computed. The numbers are those of a forward through all of them, bit for bit.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ptq_exp.quantization.trace.answering import answering
 from ptq_exp.quantization.trace.evaluate import tensors_in
 from ptq_exp.reconstruction.capture import Arena
 from ptq_exp.reconstruction.copies import Batch
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class BlockAnswers:
@@ -50,7 +48,7 @@ class BlockAnswers:
         fresh = {name: [] for name in names if name not in self._answers}
         with ExitStack() as stack:
             number = self._number = -1
-            stack.enter_context(self._answering(known))
+            stack.enter_context(answering(self.network, known, self._answer))
             for name in fresh:
                 module = self.network.get_submodule(name)
                 keep = partial(self._keep, fresh, name)
@@ -77,20 +75,6 @@ class BlockAnswers:
         else:
             self.arena.reserve(-sum(map(_bytes, answers)))
             answers.clear()
-
-    @contextmanager
-    def _answering(self, names: list[str]) -> Iterator[None]:
-        replaced = {name: self.network.get_submodule(name) for name in names}
-        own = {name: {key: vars(module)[key] for key in _HOOKS} for name, module in replaced.items()}
-        for name, module in replaced.items():
-            module.forward = partial(self._answer, name)
-            vars(module).update({key: OrderedDict() for key in _HOOKS})  # what they did is in the answer
-        try:
-            yield
-        finally:
-            for name, module in replaced.items():
-                del module.forward
-                vars(module).update(own[name])
 
     def _answer(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Return what the block `name` answered to the batch that runs.

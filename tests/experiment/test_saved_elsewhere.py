@@ -93,7 +93,7 @@ def test_a_pixel_model_is_complete_without_its_folder(made_of, tmp_path, monkeyp
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_structure_says_all_of_a_network(settings, dtype, tmp_path):
     """From the settings files alone comes a network with the same tensors, which computes the same from them."""
-    from ptq_exp.diffusion.zoo import folder_of_structure
+    from ptq_exp.diffusion.zoo.structure import folder_of_structure
 
     scheduler = ddim(beta_schedule="squaredcos_cap_v2", steps_offset=1)
     # other weights than the random ones of a network without a checkpoint

@@ -117,6 +117,17 @@ def test_networks_of_both_families(build, names, ends, monkeypatch):
         assert made(*call).shape == wanted.shape and error(made(*call), wanted) < 0.05
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_bias_is_part_of_the_state_whoever_adds_it(symmetric, calibrated):
+    network, x = calibrated(weight_bits=8, activation_bits=8, weight_symmetric=symmetric)
+    made, _ = integer_network(network, OneDNNLayer)
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+            state = made.plain.network.get_submodule(name).state_dict()
+            (bias,) = (value for key, value in state.items() if key.endswith("bias"))
+            assert torch.equal(bias.flatten(), layer.bias)
+
+
 def test_a_split_shortcut_is_a_sum_of_integer_convolutions(split):
     network, x = split
     made, _ = integer_network(network, OneDNNLayer)

@@ -21,12 +21,12 @@ MODELS = {
     "digits_dit": "ptq_exp.embedded:digits_dit_model",
     "digits_text": "ptq_exp.embedded.prompted:digits_text",
     "digits_flow": "ptq_exp.embedded.prompted:digits_flow",
-    "ddim_cifar10": "ptq_exp.diffusion.zoo:ddim_cifar10",
-    "ddim_imagenet64": "ptq_exp.diffusion.zoo:ddim_imagenet64",
-    "ddpm_cifar10": "ptq_exp.diffusion.zoo:ddpm_cifar10",
-    "ldm4_imagenet256": "ptq_exp.diffusion.zoo:ldm4_imagenet256",
-    "ldm4_lsun_bedrooms256": "ptq_exp.diffusion.zoo:ldm4_lsun_bedrooms256",
-    "diffusers": "ptq_exp.diffusion.zoo:diffusers_folder",
+    "ddim_cifar10": "ptq_exp.diffusion.zoo.improved:ddim_cifar10",
+    "ddim_imagenet64": "ptq_exp.diffusion.zoo.improved:ddim_imagenet64",
+    "ddpm_cifar10": "ptq_exp.diffusion.zoo.ddpm:ddpm_cifar10",
+    "ldm4_imagenet256": "ptq_exp.diffusion.zoo.latent:ldm4_imagenet256",
+    "ldm4_lsun_bedrooms256": "ptq_exp.diffusion.zoo.latent:ldm4_lsun_bedrooms256",
+    "diffusers": "ptq_exp.diffusion.zoo.folder:diffusers_folder",
     "pipeline": "ptq_exp.pipelines.folder:pipeline_folder",
 }
 """Name -> `module:function`, imported when the model is built. Add your own: (checkpoint, *, name, dtype) -> model."""

@@ -7,9 +7,8 @@ What stands between blocks is computed again. The numbers are those of one forwa
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from torch.utils import _pytree as pytree
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.offload.mapped import strides_of_clone
+from ptq_exp.quantization.trace.answering import answering
 from ptq_exp.quantization.trace.evaluate import Ended, evaluate, tensors_in
 from ptq_exp.storage.atomic import atomic_path
 
 _DONE = "done"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Answers:
@@ -80,19 +79,8 @@ class Answers:
             for self.number, batch in enumerate(batches):
                 yield batch
 
-    @contextmanager
-    def _answering(self, network: nn.Module) -> Iterator[None]:
-        replaced = {name: network.get_submodule(name) for name in self.readers if self.has(name)}
-        own = {name: {key: vars(module)[key] for key in _HOOKS} for name, module in replaced.items()}
-        for name, module in replaced.items():
-            module.forward = partial(self._answer, name)
-            vars(module).update({key: OrderedDict() for key in _HOOKS})  # what they did is in the answer
-        try:
-            yield
-        finally:
-            for name, module in replaced.items():
-                del module.forward
-                vars(module).update(own[name])
+    def _answering(self, network: nn.Module) -> AbstractContextManager[None]:
+        return answering(network, [name for name in self.readers if self.has(name)], self._answer)
 
     def _path(self, name: str) -> Path:
         return self.folder / name / f"{self.number:06d}.safetensors"
