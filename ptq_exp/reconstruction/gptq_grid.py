@@ -16,21 +16,24 @@ from ptq_exp.reconstruction.hessian import grouped
 class Levels(NamedTuple):
     """The grid of each weight, counted from the zero point: `scale` times an integer from `lowest` to `highest`.
 
-    All float64 [groups, out, in].
+    All float64 [groups, out, in], or as `columns_first` and `row` give them.
     """
 
     scale: Tensor
     lowest: Tensor
     highest: Tensor
 
-    def nearest(self, values: Tensor, column: int | slice = slice(None)) -> Tensor:
-        """Return the levels nearest to `values`, ties to even, of one or all columns."""
-        scale, lowest, highest = (part[..., column] for part in self)
-        return torch.div(values, scale).round_().clamp_(lowest, highest)
+    def nearest(self, values: Tensor) -> Tensor:
+        """Return the levels nearest to `values`, ties to even."""
+        return torch.div(values, self.scale).round_().clamp_(self.lowest, self.highest)
 
-    def reordered(self, order: Tensor | None, like: Tensor) -> Levels:
-        """Return the grid of columns in this order, in the shape of `like`."""
-        return Levels(*(reordered(part.expand_as(like), order) for part in self))
+    def columns_first(self, order: Tensor) -> Levels:
+        """Return the grid of the columns in this order [groups, in], as [groups, in, out]."""
+        return Levels(*(columns_first(part, order) for part in self))
+
+    def row(self, number: int) -> Levels:
+        """Return the grid of one row of each group."""
+        return Levels(*(part[:, number] for part in self))
 
 
 class Elements(NamedTuple):
@@ -44,16 +47,19 @@ class Elements(NamedTuple):
     scale: Tensor
     values: Tensor
 
-    def nearest(self, values: Tensor, column: int | slice = slice(None)) -> Tensor:
-        """Return the elements nearest to `values`, of one or all columns; the lower one of two as near."""
-        scale = self.scale[..., column]
-        ratio = torch.where(scale == 0, 0.0, values / torch.where(scale == 0, 1.0, scale))
+    def nearest(self, values: Tensor) -> Tensor:
+        """Return the elements nearest to `values`; the lower one of two as near."""
+        ratio = torch.where(self.scale == 0, 0.0, values / torch.where(self.scale == 0, 1.0, self.scale))
         between = (self.values[1:] + self.values[:-1]) / 2
         return self.values[torch.bucketize(ratio.contiguous(), between)]
 
-    def reordered(self, order: Tensor | None, like: Tensor) -> Elements:
-        """Return the grid of columns in this order, in the shape of `like`."""
-        return Elements(reordered(self.scale.expand_as(like), order), self.values)
+    def columns_first(self, order: Tensor) -> Elements:
+        """Return the grid of the columns in this order [groups, in], as [groups, in, out]."""
+        return Elements(columns_first(self.scale, order), self.values)
+
+    def row(self, number: int) -> Elements:
+        """Return the grid of one row of each group."""
+        return Elements(self.scale[:, number], self.values)
 
 
 def grid_of(layer: nn.Module, weight: Tensor) -> Levels | Elements:
@@ -79,6 +85,6 @@ def put_(layer: nn.Module, grid: Levels | Elements, levels: Tensor) -> None:
     layer.weight_quantizer.restore(layer.weight, codes)
 
 
-def reordered(values: Tensor, order: Tensor | None) -> Tensor:
-    """Return ``values`` [groups, out, in] with the columns of each group in `order` [groups, in]."""
-    return values if order is None else values.gather(-1, order[:, None].expand_as(values))
+def columns_first(values: Tensor, order: Tensor) -> Tensor:
+    """Return ``values`` [groups, out, in] as [groups, in, out], with the columns of each group in `order` [groups, in]."""
+    return torch.stack([part.T[index] for part, index in zip(values, order, strict=True)])

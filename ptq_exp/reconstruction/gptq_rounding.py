@@ -1,12 +1,13 @@
 """GPTQ: weights are rounded column by column, and the columns to come make up for each error.
 
 Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", algorithm 1.
-For a layer y = W x the squared error of y over all inputs is tr(E H E^T), E = W - Q, H = sum x x^T. With H^-1 = U^T U,
-U upper triangular, rounding column j by e = (w_j - q_j) / U_jj costs least if w_k -= e U_jk for all k > j.
+For a layer y = W x the squared error of y over all inputs is tr(E H E^T), E = W - Q, H = sum x x^T. With H = M M^T,
+M upper triangular, it is the sum of the squares of E M, whose column j holds errors of the columns up to j alone: so
+q_j is the level nearest to w_j + (sum over i < j of e_i M_ij) / M_jj. The published form, w_k -= (w_j - q_j) U_jk /
+U_jj for all k > j with H^-1 = U^T U, is the same (U = M^-1) and needs the inverse.
 
-Three things differ from public code: ranges are those of the original weights (static groups), so that none is stale
-and any order of columns needs no stored permutation; an input that was always zero keeps its nearest rounding; U comes
-from one Cholesky factor of H read backwards, without an explicit inverse.
+Two more things differ from public code: ranges are those of the original weights (static groups), so that none is stale
+and any order of columns needs no stored permutation; an input that was always zero keeps its nearest rounding.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from ptq_exp.errors import DataError, QuantizationError
 from ptq_exp.quantization.affine import SCALE_FLOOR, integer_range, symmetric_levels
-from ptq_exp.reconstruction.gptq_grid import Elements, Levels, reordered
+from ptq_exp.reconstruction.gptq_grid import Elements, Levels, columns_first
 
 LAZY = 128
-"""Columns whose errors are passed on to all later columns in one product; it changes no result."""
+"""Columns that take the errors of all earlier columns in one product; it changes no result."""
+PANEL = 1024
+"""Columns of one product of `objective`."""
 LEAST_RETRY, RETRIES = 1e-3, 32
 """Where the factorization fails the damping doubles, from at least the first, at most so many times."""
 
@@ -119,61 +122,68 @@ def round_columns(
     """
     if not (bool(torch.isfinite(weight).all()) and bool(torch.isfinite(hessian).all())):
         raise DataError("gptq: the weight or the Hessian of its inputs holds NaN or infinity")
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-    nearest = grid.nearest(weight)
-    before = objective(weight - nearest * grid.scale, hessian)
-    order = diagonal.argsort(dim=-1, descending=True, stable=True) if act_order else None
-    factor, used = _inverse_factor(_permuted(hessian, order), damping)
-    levels = _rounded(reordered(weight, order).clone(), factor, grid.reordered(order, weight))
-    if order is not None:
-        levels = reordered(levels, order.argsort(dim=-1))
+    before = objective(weight - grid.nearest(weight) * grid.scale, hessian)
+    order = _last_first(hessian, act_order)
+    lower, used = _factor(_permuted(hessian, order), damping)
+    levels = _rounded(columns_first(weight, order), lower, grid.columns_first(order))
+    levels = columns_first(levels.mT, order.argsort(dim=-1)).mT
     return RoundedWeight(levels, before, objective(weight - levels * grid.scale, hessian), used)
 
 
 def objective(error: Tensor, hessian: Tensor) -> float:
     """Return tr(E H E^T), summed over groups: the squared error of the layer's output, E [groups, out, in]."""
-    return float(((error @ hessian) * error).sum())
+    total = 0.0
+    for start in range(0, error.shape[-1], PANEL):  # H is symmetric: what lies below the diagonal counts twice
+        part, rest = error[..., start : start + PANEL], error[..., start + PANEL :]
+        across = hessian[..., start : start + PANEL]
+        own, below = across[..., start : start + PANEL, :], across[..., start + PANEL :, :]
+        total += float(((part @ own + 2 * (rest @ below)) * part).sum())
+    return total
 
 
-def _rounded(weight: Tensor, factor: Tensor, grid: Levels | Elements) -> Tensor:
-    """Return the levels of `weight` (overwritten), column by column; `factor` is U of H^-1 = U^T U."""
-    levels, columns = torch.empty_like(weight), weight.shape[-1]
-    for start in range(0, columns, LAZY):
-        end = min(start + LAZY, columns)
-        errors = torch.empty_like(weight[..., start:end])
-        for j in range(start, end):
-            levels[..., j] = grid.nearest(weight[..., j], j)
-            error = (weight[..., j] - levels[..., j] * grid.scale[..., j]) / factor[:, j, j, None]
-            weight[..., j + 1 : end] -= error[..., None] * factor[:, None, j, j + 1 : end]
-            errors[..., j - start] = error
-        weight[..., end:] -= errors @ factor[:, start:end, end:]
+def _rounded(weight: Tensor, lower: Tensor, grid: Levels | Elements) -> Tensor:
+    """Return the levels of ``weight`` [groups, in, out], column by column of the layer, from the last to the first.
+
+    Args:
+        lower: L of H = L L^T, [groups, in, in]: the columns stand in reverse, so that M is lower triangular.
+    """
+    levels, errors = torch.empty_like(weight), torch.empty_like(weight)
+    for end in range(weight.shape[1], 0, -LAZY):
+        start = max(0, end - LAZY)
+        carried = lower[:, end:, start:end].mT @ errors[:, end:]
+        for j in range(end - 1, start - 1, -1):
+            near = lower[:, j + 1 : end, j, None].mT @ errors[:, j + 1 : end]
+            pull = (carried[:, j - start] + near[:, 0]) / lower[:, j, j, None]
+            row = grid.row(j)
+            levels[:, j] = row.nearest(weight[:, j] + pull)
+            errors[:, j] = weight[:, j] - levels[:, j] * row.scale
     return levels
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Return the upper triangular U of which U^T U is the inverse of the damped Hessian, and the damping in the end.
-
-    With J the reversal of rows, J H J = L L^T gives H = M M^T, M = J L J upper triangular, and so U = M^-1.
-    """
+def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Return the lower triangular L of which L L^T is the damped `hessian` (overwritten), and the damping in the end."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.sum(-1, keepdim=True) / (diagonal != 0).sum(-1, keepdim=True).clamp(min=1)
     # an input that was always zero takes no part; public code lets it count as 1 in the mean, which depends on units
-    dead = (diagonal == 0) * torch.where(mean > 0, mean, 1).clamp(max=1)
-    whole = hessian + torch.diag_embed(dead)
-    mean = whole.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    diagonal += (diagonal == 0) * torch.where(mean > 0, mean, 1).clamp(max=1)
+    undamped, mean = diagonal.clone(), diagonal.mean(-1, keepdim=True)
     for _ in range(RETRIES):
-        lower, info = torch.linalg.cholesky_ex((whole + damping * mean[..., None] * identity).flip(-2, -1))
-        if not bool(info.any()):
-            factor = torch.linalg.solve_triangular(lower.flip(-2, -1), identity.expand_as(whole), upper=True)
-            if bool(torch.isfinite(factor).all()):
-                return factor, damping
+        diagonal.copy_(undamped + damping * mean)
+        lower, info = torch.linalg.cholesky_ex(hessian)
+        if not bool(info.any()) and bool(torch.isfinite(1 / lower.diagonal(dim1=-2, dim2=-1)).all()):
+            return lower, damping
         damping = max(2 * damping, LEAST_RETRY)
     raise QuantizationError(f"gptq: the Hessian has no Cholesky factor, not even with a damping of {damping:g}")
 
 
-def _permuted(hessian: Tensor, order: Tensor | None) -> Tensor:
-    """Return the Hessians [groups, in, in] with rows and columns in `order` [groups, in]."""
-    if order is None:
-        return hessian
-    return reordered(reordered(hessian, order).mT.contiguous(), order).mT
+def _last_first(hessian: Tensor, act_order: bool) -> Tensor:
+    """Return the columns of each group, those that are rounded last first: int64 [groups, in]."""
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    if act_order:
+        return diagonal.argsort(dim=-1, descending=True, stable=True).flip(-1)
+    return torch.arange(diagonal.shape[-1], device=diagonal.device).flip(-1).expand(diagonal.shape)
+
+
+def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
+    """Return a copy of the Hessians [groups, in, in] with rows and columns in `order` [groups, in]."""
+    return torch.stack([part[index][:, index] for part, index in zip(hessian, order, strict=True)])
