@@ -71,7 +71,9 @@ def grid_of(layer: nn.Module, weight: Tensor) -> Levels | Elements:
     quantizer: WeightQuantizer = layer.weight_quantizer
     if isinstance(quantizer, BlockWeightQuantizer | FloatWeightQuantizer):
         return Elements(grouped(layer, quantizer.units(weight)), quantizer.format.elements.to(weight.device))
-    cells = QRange(*(grouped(layer, part.expand(weight.shape)) for part in quantizer.cells(weight.float())))
+    # in float64 first: a view of equal columns stays one
+    parts = (part.double().expand(weight.shape) for part in quantizer.cells(weight.float()))
+    cells = QRange(*(grouped(layer, part) for part in parts))
     return Levels(cells.scale, cells.qmin - cells.zero_point, cells.qmax - cells.zero_point)
 
 
@@ -86,5 +88,7 @@ def put_(layer: nn.Module, grid: Levels | Elements, levels: Tensor) -> None:
 
 
 def columns_first(values: Tensor, order: Tensor) -> Tensor:
-    """Return ``values`` [groups, out, in] as [groups, in, out], with the columns of each group in `order` [groups, in]."""
+    """Return ``values`` [groups, out, in] as [groups, in, out], the columns of each group in `order` [groups, in]."""
+    if values.stride(-1) == 0:  # all columns are the same
+        return values.mT
     return torch.stack([part.T[index] for part, index in zip(values, order, strict=True)])

@@ -131,14 +131,19 @@ def round_columns(
 
 
 def objective(error: Tensor, hessian: Tensor) -> float:
-    """Return tr(E H E^T), summed over groups: the squared error of the layer's output, E [groups, out, in]."""
+    """Return tr(E H E^T), summed over groups: the squared error of the layer's output, E [groups, out, in].
+
+    Products are taken in float32.
+    """
+    unit = hessian.diagonal(dim1=-2, dim2=-1).amax().clamp(min=torch.finfo(torch.float64).tiny)
+    error, hessian = error.float(), (hessian / unit).float()
     total = 0.0
     for start in range(0, error.shape[-1], PANEL):  # H is symmetric: what lies below the diagonal counts twice
         part, rest = error[..., start : start + PANEL], error[..., start + PANEL :]
         across = hessian[..., start : start + PANEL]
         own, below = across[..., start : start + PANEL, :], across[..., start + PANEL :, :]
-        total += float(((part @ own + 2 * (rest @ below)) * part).sum())
-    return total
+        total += float(((part @ own + 2 * (rest @ below)) * part).sum(dtype=torch.float64))
+    return total * float(unit)
 
 
 def _rounded(weight: Tensor, lower: Tensor, grid: Levels | Elements) -> Tensor:
@@ -161,7 +166,7 @@ def _rounded(weight: Tensor, lower: Tensor, grid: Levels | Elements) -> Tensor:
 
 
 def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Return the lower triangular L of which L L^T is the damped `hessian` (overwritten), and the damping in the end."""
+    """Return the lower triangular L of the damped `hessian` (overwritten), L L^T, and the damping in the end."""
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.sum(-1, keepdim=True) / (diagonal != 0).sum(-1, keepdim=True).clamp(min=1)
     # an input that was always zero takes no part; public code lets it count as 1 in the mean, which depends on units
