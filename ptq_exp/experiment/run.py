@@ -27,6 +27,8 @@ from ptq_exp.settings.build import build, constructor
 from ptq_exp.settings.schema import CalibrationConfig, ExperimentConfig
 from ptq_exp.storage.cache import ArtifactCache
 
+PARTS = "parts"
+"""Folder of the cache for weights that lie in files."""
 _NOT_OF_LIGHTNING = ("threads", "max_memory_gb", "cuda_graph")
 
 
@@ -133,7 +135,7 @@ class Run:
                 f"trainer.max_memory_gb={self.max_memory / 1e9:g}: block by block a CPU computes, not {self.device}: "
                 "set trainer.accelerator=cpu, or trainer.max_memory_gb=null"
             )
-        network = mapped_copy(self.model.denoiser, self.cache.root / "parts")
+        network = mapped_copy(self.model.denoiser, self.cache.root / PARTS)
         release_after_calls_(network, outermost(network, self.model.blocks))
         return network
 

@@ -13,7 +13,7 @@ from ptq_exp.deploy.restore import restored
 from ptq_exp.diffusion import DiffusionModel
 from ptq_exp.diffusion.zoo.registry import MODELS
 from ptq_exp.errors import naming
-from ptq_exp.experiment.run import Run
+from ptq_exp.experiment.run import PARTS, Run
 from ptq_exp.quantization.offload import placing
 from ptq_exp.settings.schema import ExperimentConfig
 
@@ -24,7 +24,7 @@ _BUILT_BY_OTHERS = ("_target_", "name", "checkpoint", "dtype")
 
 def load_saved(run: Run, saved: Artifact, path: str) -> QuantizedModel:
     """Load the saved quantized model that `quantized=path` names; the model's own denoiser is left alone."""
-    with naming(f"quantized={path}: "), placing(run.max_memory, run.cache.root / "parts"):
+    with naming(f"quantized={path}: "), placing(run.max_memory, run.cache.root / PARTS):
         quantized = restored(saved, run.model, run.grid, run.guidance_scale, run.device, compiled=run.compile)
     log.info("quantized model: loaded from %s", saved.folder)
     return replace(quantized, cuda_graph=run.cuda_graph)

@@ -189,10 +189,12 @@ def test_gptq_takes_a_part_for_each_state_and_leaves_the_network_alone(placed, m
 
 def test_blocks_between_those_that_were_tried_are_in_proportion(monkeypatch):
     sizes = [10, 40, 20, 30, 0]
-    x, y = blocks._tried(sizes, lambda place: 2.0 * sizes[place])
+    x, y = blocks._tried(sizes, range(5), lambda place: 2.0 * sizes[place])
     assert np.allclose(np.interp(sizes, x, y), [2.0 * size for size in sizes])
+    x, y = blocks._tried(sizes, [2], lambda place: {2: 7.0}[place])  # no other can be measured
+    assert np.allclose(np.interp(sizes, x, y), [0.35 * size for size in sizes])
     monkeypatch.setattr(blocks, "_PATIENCE", -1.0)  # the middle one alone
-    x, y = blocks._tried(sizes, lambda place: 2.0 * sizes[place])
+    x, y = blocks._tried(sizes, range(5), lambda place: 2.0 * sizes[place])
     assert np.allclose(np.interp(sizes, x, y), [2.0 * size for size in sizes])
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ptq_exp.calibration import CalibrationSet
 from ptq_exp.experiment.forecast.probe import measured
 from ptq_exp.experiment.forecast.speeds import Speeds
 from ptq_exp.experiment.forecast.work import OBSERVED
@@ -42,17 +43,26 @@ def reconstruction_seconds(speeds: Speeds, config: ReconstructionConfig, states:
     settings = settings_of(config)
     times = [settings.iterations(block) if learned else 1 for block in blocks]
     measure = _step_seconds if learned else partial(_gptq_seconds, states=rows * states)
-    each = np.interp(sizes, *_tried(sizes, lambda place: measure(speeds, config, blocks[place])))
+    near = [place for place, block in enumerate(blocks) if speeds.passed(block.name)]
+    each = np.interp(sizes, *_tried(sizes, near, lambda place: measure(speeds, config, blocks[place])))
     evaluations = states / plan.batch_size
     full = speeds.full.seconds(plan.batch_size, evaluations)  # of both halves of guidance
     quantized = speeds.of(OBSERVED).seconds(rows * plan.batch_size, evaluations)
     captured = quantized + (full if learned else full / HELD_OUT)
-    return float(np.dot(each, times)) + 0.5 * captured * len(blocks)
+    # in memory the network runs as far as each block; in files each block twice: captured, and for the blocks behind it
+    passes = 2.0 if run.blockwise else 0.5 * len(blocks)
+    return float(np.dot(each, times)) + passes * captured
 
 
-def _tried(sizes: Sequence[float], measure: Callable[[int], float]) -> tuple[list[float], list[float]]:
-    """Return sizes of blocks, ascending, and what was measured of them: the middle one, and both ends where quick."""
-    order, measured_of = np.argsort(sizes, kind="stable"), {}
+def _tried(
+    sizes: Sequence[float], near: Sequence[int], measure: Callable[[int], float]
+) -> tuple[list[float], list[float]]:
+    """Return sizes of blocks, ascending, and what was measured of them: the middle one, and both ends where quick.
+
+    Args:
+        near: places of the blocks that can be measured.
+    """
+    order, measured_of = sorted(near, key=lambda place: sizes[place]), dict[int, float]()
     places = [int(order[round(share * (len(order) - 1))]) for share in (0.5, 0.0, 1.0)]
     started = time.perf_counter()
     for place in places:
@@ -70,12 +80,18 @@ def _begun(speeds: Speeds, config: ReconstructionConfig, block: Block, n: int, f
     """Return the reconstruction of a block alone, on `n` states of noise, ready for its first step."""
     run, plan = speeds.run, speeds.plan
     made = Reconstruction(
-        speeds.placed.network, run.model.denoiser, [block], speeds.calibration_set(n), settings_of(config), seed=0,
+        speeds.placed.network, run.model.denoiser, [block], _states(speeds, n), settings_of(config), seed=0,
         batch_size=plan.batch_size, cache_bytes=1e9, folder=folder,
         row_of_step=plan.time_bins if plan.n_bins > 1 else None,
     )
     made.begin()
     return made
+
+
+def _states(speeds: Speeds, n: int) -> CalibrationSet:
+    """Return `n` states of noise, spread over the sampling steps."""
+    steps = torch.linspace(0, len(speeds.run.grid) - 1, n).long()
+    return CalibrationSet.of(speeds.call(n)._replace(t=speeds.run.grid.network_time(steps)), steps)
 
 
 def _step_seconds(speeds: Speeds, config: ReconstructionConfig, block: Block) -> float:

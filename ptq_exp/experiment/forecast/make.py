@@ -57,7 +57,7 @@ def forecast_run(
         return None
     try:
         with torch.random.fork_rng():
-            if at_least and (seconds := _first_look(run, plan, config, keys)) < at_least:
+            if at_least and not run.blockwise and (seconds := _first_look(run, plan, config, keys)) < at_least:
                 log.info("no forecast: the network is evaluated for about %.0f s", seconds)
                 return None
             made = _forecast(run, plan, config, keys, compiles=not at_least)
@@ -97,8 +97,6 @@ def _check(needs: Mapping[str, Need], device: torch.device) -> None:
 def _why_not(run: Run, config: ExperimentConfig, plan: Plan | None) -> str | None:
     if isinstance(run.model, RecordedModel):
         return "a network with recorded calls is not measured"
-    if run.blockwise:
-        return "networks in files are not measured"
     if run.compile:
         return "model.compile=true is not measured"
     if plan is not None and config.trainer.devices > 1:
@@ -167,7 +165,11 @@ def _reused(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -
 
 
 def _needs(speeds: Speeds, config: ExperimentConfig, quantized: bool) -> dict[str, Need]:
-    copies, batch = weight_bytes(speeds.run.model.denoiser), config.evaluation.batch_size
+    denoiser, batch = speeds.run.model.denoiser, config.evaluation.batch_size
+    # in files: of the copy one block at a time, and as much again for what is computed of it
+    copies = weight_bytes(denoiser) if speeds.first is None else 2 * max(
+        weight_bytes(denoiser.get_submodule(name)) for name in speeds.first.every
+    )
     rows = speeds.rows  # of an image
     needs = {"drawing images": Need(0.0, rows * speeds.full.bytes_each, "evaluation.batch_size", batch)}
     if quantized:
@@ -191,13 +193,17 @@ def _disk(speeds: Speeds, config: ExperimentConfig, reused: Iterable[str], quant
             cache += 2 * 4 * config.calibration.n_samples * float(np.prod(run.model.sample_shape))
     folder = images
     if quantized:
-        described = len(json.dumps(
-            speeds.placed.report.to_dict() | {"quantizers": range_table(speeds.placed.network)}, indent=2
-        ))
+        described = _written(speeds.placed.report.to_dict()) + speeds.in_proportion(
+            lambda network: _written({"quantizers": range_table(network)})
+        )
         folder += described
         if config.save_quantized:
-            known = weight_bytes(speeds.placed.network) <= _LARGEST
+            known = weight_bytes(speeds.placed.network) <= _LARGEST and speeds.first is None
             folder += described + (
                 tensors_bytes(speeds.placed.network) if known else speeds.placed.report.totals["weight_bytes"]
             )
     return {"cache": cache, "run folder": folder}
+
+
+def _written(values: Mapping[str, object]) -> float:
+    return float(len(json.dumps(values, indent=2)))

@@ -33,6 +33,10 @@ class Line:
         """Return the seconds of `times` evaluations of `n` samples."""
         return times * (self.fixed + self.each * n)
 
+    def scaled(self, factor: float) -> Line:
+        """Return the line of `factor` times the work, in no more memory."""
+        return Line(factor * self.fixed, factor * self.each, self.bytes_each)
+
 
 def line(work: Callable[[int], object], n: int, device: torch.device, budget: float = BUDGET) -> Line:
     """Measure `work(1)` and `work(m)`, m as near to `n` as `budget` seconds allow, and draw a line through both.

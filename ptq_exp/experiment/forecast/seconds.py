@@ -14,6 +14,9 @@ from ptq_exp.pipelines import PipelineModel
 from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import ExperimentConfig
 
+_TRACES = {"quantize": 4, "reconstruct": 4}
+"""Evaluations of one sample that find the layers of a network and the order of its blocks."""
+
 
 def stage_seconds(
     speeds: Speeds, config: ExperimentConfig, work: Work, reused: set[str]
@@ -33,15 +36,18 @@ def stage_seconds(
         if stage.startswith("quantize") and stage != "quantized_images":
             batch, states = evaluations[0].largest, int(evaluations[0].samples)
             fitted = (transform.seconds(batch, states) for transform in speeds.placed.transforms)
-            took += speeds.placed.weights + speeds.placed.ranges + sum(fitted)
+            took += speeds.placed.weights + speeds.placed.ranges + sum(fitted) + _traced(speeds, "quantize")
         seconds[stage] = took
     if speeds.plan is not None:
         states, model = config.calibration.n_samples, speeds.run.model
         if isinstance(model, PipelineModel):
             states *= config.calibration.steps_per_sample * model.copies
-        seconds["reconstruct"] = 0.0 if "reconstruct" in reused else reconstruction_seconds(
-            speeds, config.reconstruction, states
+        skipped = "reconstruct" in reused or not config.reconstruction.active
+        seconds["reconstruct"] = 0.0 if skipped else (
+            reconstruction_seconds(speeds, config.reconstruction, states) + _traced(speeds, "reconstruct")
         )
+        if speeds.run.blockwise and config.save_quantized:
+            seconds["save_quantized"] = speeds.saved
         seconds.setdefault("bit_schedule", 0.0)
         seconds |= {"analysis": None} if config.analysis.active else {}
         seconds |= _of_engine(speeds, config, seconds)
@@ -66,6 +72,14 @@ def _beside(speeds: Speeds, config: ExperimentConfig, stage: str) -> float:
     else:
         n, batch = evaluation.eps_error_samples, evaluation.batch_size
     return speeds.decoded.seconds(min(n, batch), math.ceil(n / batch))
+
+
+def _traced(speeds: Speeds, stage: str) -> float:
+    """Return the seconds of what a stage does with a network in files before its first block; others take few."""
+    if not speeds.run.blockwise:
+        return 0.0
+    copied = speeds.placed.copied if stage == "quantize" else 0.0
+    return copied + _TRACES[stage] * speeds.full.seconds(1)
 
 
 def _of_engine(

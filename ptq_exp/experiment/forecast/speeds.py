@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import nn
 
-from ptq_exp.calibration import CalibrationSet
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import Call
 from ptq_exp.evaluation import change_intervals, extract_features
@@ -20,50 +18,32 @@ from ptq_exp.evaluation.statistics import FeatureStatistics
 from ptq_exp.experiment.budget import planned_network
 from ptq_exp.experiment.features import FEATURE_BATCH
 from ptq_exp.experiment.forecast.engine import Engine, engine_of
+from ptq_exp.experiment.forecast.first_blocks import FirstBlocks
 from ptq_exp.experiment.forecast.pairs import images_of_noise
 from ptq_exp.experiment.forecast.pipelines import Zeros
-from ptq_exp.experiment.forecast.probe import BUDGET, Line, line, measured
-from ptq_exp.experiment.forecast.transforms import TransformTime, between, transform_time
+from ptq_exp.experiment.forecast.placed import Placed, give_ranges_, give_weights_ranges_
+from ptq_exp.experiment.forecast.probe import Line, line, measured
+from ptq_exp.experiment.forecast.transforms import TransformTime, transform_time
 from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED
 from ptq_exp.experiment.plan import Plan
-from ptq_exp.experiment.run import Run
+from ptq_exp.experiment.run import PARTS, Run
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.quantization import (
     ActivationQuantizer,
     Report,
     Rule,
     Transform,
-    WeightQuantizer,
     calibrating,
     freeze_weights_,
     quantizers,
     select_row,
 )
+from ptq_exp.quantization.offload import mapped_copy
+from ptq_exp.quantization.save import tensors_bytes
 from ptq_exp.settings.schema_machine import RuntimeConfig
 
-_QUICK = "minmax"  # the range search of what is not timed
-_WEIGHTS, _RANGES = 2 * BUDGET, 6  # seconds for weights, of every shape one, and how many activations are timed
 _SHOWN = 4  # samples that a place of a transform is fitted on
 _RESAMPLES = 8  # of scores, at most, that are timed
-_LARGEST = 4_000_000  # values of a weight that is timed
-
-
-@dataclass
-class Placed:
-    """The quantized network that a plan makes, with ranges of noise: as fast and as large as the calibrated one.
-
-    Attributes:
-        weights: seconds of the range search of all weights.
-        ranges: seconds of the range search of all activations, of all bins.
-        transforms: what was measured of each.
-    """
-
-    network: nn.Module
-    report: Report
-    weights: float
-    ranges: float
-    observed: Line
-    transforms: tuple[TransformTime, ...] = ()
 
 
 class Speeds:
@@ -105,14 +85,18 @@ class Speeds:
     def full(self) -> Line:
         """The speed of the guided network in full precision."""
         self.run.model.denoiser.to(self.run.device)
-        return self._line(self.run.full_precision, FULL)
+        network = self.run.model.denoiser
+        found = self._line(network, FULL, self.run.full_precision)
+        return found if self.first is None else self._whole(found, self.plan and self.placed.report)
 
     @cached_property
     def quantized(self) -> Line:
         """The speed of the guided, simulated quantized network."""
         if self.plan.n_bins > 1 or len(self.plan.widths) > 1:
             select_row(self.placed.network, 0)
-        return self._line(self.run.model.guided(self.placed.network, self.run.guidance_scale), QUANTIZED)
+        network = self.placed.network
+        found = self._line(network, QUANTIZED, self.run.model.guided(network, self.run.guidance_scale))
+        return self._whole(found, self.placed.report)
 
     @cached_property
     def engine(self) -> Engine:
@@ -137,8 +121,9 @@ class Speeds:
         network, report = planned_network(self.run, self.plan, lambda *of: transforms.append(self._transform(*of)))
         if report.candidates > 1:  # how often each is used is not known yet
             report = report.mixed([1 / report.candidates] * report.candidates)
-        weights = self._weights(network)
-        observed, ranges = None, 0.0
+        weights = give_weights_ranges_(network, self.plan.metric, self.run.device, self.first and self.first.behind)
+        freeze_weights_(network if self.first is None else self.first.part(network))
+        observed, ranges = Line(0.0, 0.0), 0.0
         activations = [q for _, q in quantizers(network) if isinstance(q, ActivationQuantizer) and q.needs_data]
         for row in range(self.plan.n_bins if activations else 0):
             if self.plan.n_bins > 1:
@@ -146,10 +131,24 @@ class Speeds:
             with calibrating(network), torch.no_grad():
                 if row == 0:
                     observed = self._line(network, OBSERVED)
-                self.call(1).evaluate(network)
-            ranges += self._ranges(activations, timed=row == 0)
-        observed = observed or Line(0.0, 0.0)
-        return Placed(network, report, weights, ranges * self.plan.n_bins, observed, tuple(transforms))
+                self._evaluate(network, self.call(1))
+            ranges += give_ranges_(activations, self.plan.metric, self.run.device, timed=row == 0)
+        return Placed(
+            network, report, weights, ranges * self.plan.n_bins, self._whole(observed, report),
+            tuple(replace(found, each=self._whole(found.each, report)) for found in transforms), self._copied(),
+        )
+
+    @cached_property
+    def first(self) -> FirstBlocks | None:
+        """The blocks that are timed of a network in files; None = all of it is."""
+        run = self.run
+        if not run.blockwise:
+            return None
+        return FirstBlocks(run.model.denoiser, run.model.blocks, partial(self.call(1).evaluate, run.model.denoiser))
+
+    def passed(self, name: str) -> bool:
+        """Say whether every evaluation that is timed passes the module `name`."""
+        return self.first is None or self.first.hold(name)
 
     @cached_property
     def features(self) -> Line:
@@ -179,56 +178,56 @@ class Speeds:
         """Return a call of `n` samples of noise."""
         return self.run.noise(n, self._generator)
 
-    def calibration_set(self, n: int) -> CalibrationSet:
-        """Return `n` states of noise, spread over the sampling steps."""
-        steps = torch.linspace(0, len(self.run.grid) - 1, n).long()
-        return CalibrationSet.of(self.call(n)._replace(t=self.run.grid.network_time(steps)), steps)
-
-    def _line(self, network: Callable[..., object], which: str) -> Line:
+    def _line(self, network: nn.Module, which: str, guided: Callable[..., object] | None = None) -> Line:
+        """Measure evaluations of `network`, or of what calls it; where it is in files, of its first blocks."""
         calls: dict[int, Call] = {}
 
         @torch.no_grad()
         def evaluate(n: int) -> None:
-            calls.setdefault(n, self.call(n)).evaluate(network)
+            self._evaluate(network, calls.setdefault(n, self.call(n)), guided)
 
         return line(evaluate, self.sizes[which], self.run.device)
+
+    def _evaluate(self, network: nn.Module, call: Call, guided: Callable[..., object] | None = None) -> None:
+        if self.first is None:
+            call.evaluate(guided or network)
+        else:
+            self.first.run(network, lambda: call.evaluate(guided or network))
+
+    def _whole(self, found: Line, report: Report | None) -> Line:
+        """Return what all of the network takes where `found` is what was timed."""
+        if self.first is None:
+            return found
+        return found.scaled(1 / self.first.share(self.run.model.denoiser, report))
+
+    def _copied(self) -> float:
+        """Return the seconds of copying the weights into files; 0 where they lie in memory."""
+        if self.first is None:
+            return 0.0
+        folder, device = self.run.cache.root / PARTS, self.run.device
+        return self.first.in_proportion(
+            self.run.model.denoiser, lambda block: measured(lambda: mapped_copy(block, folder), device)[0]
+        )
+
+    @cached_property
+    def saved(self) -> float:
+        """The seconds of packing and writing the weights of the quantized network."""
+        return self.in_proportion(lambda network: measured(lambda: tensors_bytes(network), self.run.device)[0])
+
+    def in_proportion(self, work: Callable[[nn.Module], float]) -> float:
+        """Return what `work` returns of the quantized network; of one in files from one block, by weights."""
+        network = self.placed.network
+        return work(network) if self.first is None else self.first.in_proportion(network, work)
 
     def _transform(
         self, network: nn.Module, transform: Transform, sites: dict[str, tuple[str, ...]], rules: list[Rule]
     ) -> TransformTime:
         few = self.call(min(self.sizes[OBSERVED], _SHOWN))
+        timed = {site: layers for site, layers in sites.items() if all(map(self.passed, layers))}
         return transform_time(
-            network, transform, sites, rules, few.evaluate, lambda shown: self._line(shown, OBSERVED), self.run.device
+            network, transform, sites, rules, lambda shown: self._evaluate(shown, few),
+            lambda shown: self._line(shown, OBSERVED), self.run.device, timed or sites,
         )
-
-    @torch.no_grad()
-    def _weights(self, network: nn.Module) -> float:
-        """Give all weights ranges and freeze them; returns the seconds that the plan's search takes for them."""
-        layers = [m for m in network.modules() if isinstance(getattr(m, "weight_quantizer", None), WeightQuantizer)]
-        shapes: dict[tuple[int, ...], list[nn.Module]] = {}
-        for layer in sorted(layers, key=lambda layer: layer.weight.numel()):
-            shapes.setdefault(tuple(layer.weight.shape), []).append(layer)
-        small = [alike for alike in shapes.values() if alike[0].weight.numel() <= _LARGEST] or [*shapes.values()][:1]
-        timed: dict[tuple[int, ...], float] = {}
-        for first, *_ in sorted(small, key=lambda alike: -len(alike) * alike[0].weight.numel() ** 0.5):
-            if sum(timed.values()) < _WEIGHTS:
-                search = partial(first.weight_quantizer.search, first.weight, self.plan.metric)
-                timed[tuple(first.weight.shape)], _ = measured(search, self.run.device)
-        for layer in layers:
-            if not layer.weight_quantizer.ready:
-                layer.weight_quantizer.search(layer.weight, _QUICK)
-        freeze_weights_(network)
-        sizes = {math.prod(shape): seconds for shape, seconds in timed.items()}
-        return sum(timed.get(tuple(m.weight.shape), between(sizes, m.weight.numel())) for m in layers)
-
-    def _ranges(self, activations: list[ActivationQuantizer], *, timed: bool) -> float:
-        """Give all activations ranges of what they saw; returns the seconds that the plan's search takes for them."""
-        chosen = activations[:: max(1, len(activations) // _RANGES)] if timed else []
-        seconds = [measured(partial(each.finish, self.plan.metric), self.run.device)[0] for each in chosen]
-        for quantizer in activations:
-            if quantizer.saw_data:
-                quantizer.finish(_QUICK)
-        return len(activations) * sum(seconds) / len(seconds) if seconds else 0.0
 
     @cached_property
     def _seen(self) -> FeatureStatistics:

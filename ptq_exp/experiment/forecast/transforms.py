@@ -45,6 +45,7 @@ class _Shown(Exception):
 def transform_time(
     network: nn.Module, transform: Transform, sites: dict[str, tuple[str, ...]], rules: Sequence[Rule],
     evaluate: Callable[[nn.Module], object], line: Callable[[nn.Module], Line], device: torch.device,
+    near: dict[str, tuple[str, ...]] | None = None,
 ) -> TransformTime:
     """Fit a transform at a few places, and derive what all take; nothing is changed.
 
@@ -52,20 +53,21 @@ def transform_time(
         sites: where it works.
         evaluate: evaluates a network on a few samples.
         line: measures the speed of its evaluations.
+        near: those of `sites` that are reached by what both evaluate; None = all.
     """
-    lines: list[Line] = []
+    lines, near = list[Line](), sites if near is None else near
 
     def only_once(shown: nn.Module) -> None:
         lines.append(line(shown))
         raise _Shown
 
     with suppress(_Shown):
-        transform.fit(network, sites, Fitting(only_once, rules))
+        transform.fit(network, near, Fitting(only_once, rules))
     if not lines:  # nothing is looked at, and nothing fitted that depends on it
-        seconds, _ = measured(lambda: transform.fit(network, sites, Fitting(evaluate, rules)), device)
-        return TransformTime(0, Line(0.0, 0.0), seconds)
+        seconds, _ = measured(lambda: transform.fit(network, near, Fitting(evaluate, rules)), device)
+        return TransformTime(0, Line(0.0, 0.0), seconds * len(sites) / max(1, len(near)))
     sizes = {site: sum(network.get_submodule(name).weight.numel() for name in names) for site, names in sites.items()}
-    order = sorted(sites, key=lambda site: sizes[site])
+    order = sorted(near, key=lambda site: sizes[site])
     passes, timed, started = 1, {}, time.perf_counter()
     for place in dict.fromkeys(round(share * (len(order) - 1)) for share in (0.5, *np.linspace(0, 1, _SITES))):
         if timed and time.perf_counter() - started > _PATIENCE:

@@ -1,0 +1,77 @@
+"""The quantized network of a forecast: with ranges of noise, and how long the searches for its ranges take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from ptq_exp.experiment.forecast.probe import BUDGET, Line, measured
+from ptq_exp.experiment.forecast.transforms import TransformTime, between
+from ptq_exp.quantization import ActivationQuantizer, Report, WeightQuantizer
+
+_QUICK = "minmax"  # the range search of what is not timed
+_WEIGHTS, _RANGES = 2 * BUDGET, 6  # seconds for weights, of every shape one, and how many activations are timed
+_LARGEST = 4_000_000  # values of a weight that is timed
+
+
+@dataclass
+class Placed:
+    """The quantized network that a plan makes, with ranges of noise: as fast and as large as the calibrated one.
+
+    Attributes:
+        weights: seconds of the range search of all weights.
+        ranges: seconds of the range search of all activations, of all bins.
+        observed: speed of an evaluation in which activations are recorded.
+        transforms: what was measured of each.
+        copied: seconds of copying its weights into files; 0 where they lie in memory.
+    """
+
+    network: nn.Module
+    report: Report
+    weights: float
+    ranges: float
+    observed: Line
+    transforms: tuple[TransformTime, ...] = ()
+    copied: float = 0.0
+
+
+@torch.no_grad()
+def give_weights_ranges_(
+    network: nn.Module, metric: str, device: torch.device, left_out: Callable[[str], bool] | None = None
+) -> float:
+    """Give weights ranges, but for layers `left_out`; returns the seconds that `metric` takes for all weights."""
+    layers = {name: m for name, m in network.named_modules()
+              if isinstance(getattr(m, "weight_quantizer", None), WeightQuantizer)}
+    shapes: dict[tuple[int, ...], list[nn.Module]] = {}
+    taken = [layer for name, layer in layers.items() if left_out is None or not left_out(name)]
+    for layer in sorted(taken, key=lambda layer: layer.weight.numel()):
+        shapes.setdefault(tuple(layer.weight.shape), []).append(layer)
+    small = [alike for alike in shapes.values() if alike[0].weight.numel() <= _LARGEST] or [*shapes.values()][:1]
+    timed: dict[tuple[int, ...], float] = {}
+    for first, *_ in sorted(small, key=lambda alike: -len(alike) * alike[0].weight.numel() ** 0.5):
+        if sum(timed.values()) < _WEIGHTS:
+            search = partial(first.weight_quantizer.search, first.weight, metric)
+            timed[tuple(first.weight.shape)], _ = measured(search, device)
+    for layer in (layer for alike in shapes.values() for layer in alike):
+        if not layer.weight_quantizer.ready:
+            layer.weight_quantizer.search(layer.weight, _QUICK)
+    sizes = {math.prod(shape): seconds for shape, seconds in timed.items()}
+    return sum(timed.get(tuple(m.weight.shape), between(sizes, m.weight.numel())) for m in layers.values())
+
+
+def give_ranges_(
+    activations: Sequence[ActivationQuantizer], metric: str, device: torch.device, *, timed: bool
+) -> float:
+    """Give those of all activations that saw data ranges of it; returns the seconds that `metric` takes for all."""
+    seen = [quantizer for quantizer in activations if quantizer.saw_data]
+    chosen = seen[:: max(1, len(seen) // _RANGES)] if timed else []
+    seconds = [measured(partial(each.finish, metric), device)[0] for each in chosen]
+    for quantizer in seen:
+        if quantizer.saw_data:  # those that were timed have theirs
+            quantizer.finish(_QUICK)
+    return len(activations) * sum(seconds) / len(seconds) if seconds else 0.0

@@ -1,0 +1,149 @@
+"""The forecast of a network in files: its first blocks are timed, all others count in proportion."""
+
+from collections import Counter
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from torch import nn
+
+from ptq_exp.errors import ConfigError
+from ptq_exp.experiment import experiment
+from ptq_exp.experiment.experiment import forecast_experiment
+from ptq_exp.experiment.forecast import first_blocks, seconds, speeds
+from ptq_exp.experiment.forecast.first_blocks import FirstBlocks
+from ptq_exp.experiment.forecast.probe import Line
+from ptq_exp.experiment.stage import Stages
+from ptq_exp.settings.compose import composed_from
+
+LAYERS = 4
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(3, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(LAYERS)])
+        self.called = Counter()
+        for name, module in self.named_modules():
+            module.register_forward_hook(lambda *_, name=name: self.called.update([name]))
+
+    def forward(self, x):
+        x = self.enter(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.leave(x)
+
+
+def first(chain, monkeypatch, patience):
+    monkeypatch.setattr(first_blocks, "BUDGET", patience)
+    found = FirstBlocks(chain, ("blocks.*",), lambda: chain(torch.ones(1, 3)))
+    chain.called.clear()
+    return found
+
+
+def test_measurements_end_behind_the_blocks_that_a_second_reaches(monkeypatch):
+    chain = Chain()
+    some = first(chain, monkeypatch, 0.0)
+    assert some.names == ["blocks.0"]
+    some.run(chain, lambda: chain(torch.ones(2, 3)))
+    assert chain.called == Counter({"enter": 1, "blocks.0": 1, "blocks.0.0": 1, "blocks.0.1": 1})
+    assert [name for name, _ in some.part(chain).named_modules() if name.count(".") == 1] == ["blocks.0"]
+    names = ("enter", "leave", "blocks.0", "blocks.0.0", "blocks.1.0", "blocks.3")
+    assert [name for name in names if some.hold(name)] == ["blocks.0", "blocks.0.0"]
+    assert [name for name in names if some.behind(name)] == ["blocks.1.0", "blocks.3"]
+    # 72 of the parameters of each block, 32 and 27 at the ends
+    assert some.share(chain, None) == pytest.approx(72 / (4 * 72 + 32 + 27))
+
+    every = first(chain, monkeypatch, 60.0)
+    assert every.names == [f"blocks.{n}" for n in range(LAYERS)]
+    assert every.share(chain, None) == pytest.approx(4 * 72 / (4 * 72 + 32 + 27))
+    with pytest.raises(ConfigError, match="layers"):
+        FirstBlocks(chain, ("layers.*",), lambda: chain(torch.ones(1, 3)))
+
+
+def test_weights_of_the_last_of_them_stand_for_all(monkeypatch):
+    chain, asked = Chain(), []
+    found = first(chain, monkeypatch, 0.0)
+    work = lambda block: (asked.append(block), 7.0)[1]  # noqa: E731
+    assert found.in_proportion(chain, work) == pytest.approx(7.0 * (4 * 72 + 32 + 27) / 72)
+    assert asked == [chain.blocks[0]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=LAYERS, sample_size=4,
+        patch_size=2, num_embeds_ada_norm=10,
+    )
+    small = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+    path = tmp_path_factory.mktemp("dit")
+    DiTPipeline(transformer, AutoencoderKL(**small), DDIMScheduler()).save_pretrained(path)
+    return path
+
+
+def settings(folder, tmp_path, *overrides):
+    return composed_from([
+        "model=diffusers", f"model.checkpoint={folder}", "trainer.max_memory_gb=1e-7", "metric=minmax", "logger=none",
+        "trainer.progress_bar=false", "trainer.accelerator=cpu", "sampler.steps=2", "evaluation.n_samples=3",
+        "evaluation.batch_size=3", "evaluation.eps_error_samples=3", "calibration.n_samples=24",
+        "calibration.batch_size=6", f"cache_dir={tmp_path}/cache", *overrides,
+    ])
+
+
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_first_blocks_give_the_same_forecast_as_all_of_them(folder, tmp_path, monkeypatch, caplog, patience):
+    """Where each measured block takes a second, whatever is measured."""
+    monkeypatch.setattr(first_blocks, "BUDGET", patience)
+    caplog.set_level("INFO", "ptq_exp")
+    found: list[speeds.Speeds] = []
+
+    def line(work, n, device):
+        work(n)
+        (known,) = found
+        return Line(0.0, float(len(known.first.names)), 1.0)
+
+    class Known(speeds.Speeds):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            found.append(self)
+
+    monkeypatch.setattr(speeds, "line", line)
+    monkeypatch.setattr("ptq_exp.experiment.forecast.make.Speeds", Known)
+    made = forecast_experiment(settings(folder, tmp_path, "bits=w4a8", "reconstruction=gptq"), tmp_path)
+    assert made, caplog.text
+    names = found[0].first.names
+    macs = {row.name: row.macs for row in found[0].placed.report.rows}
+    inside = sum(count for name, count in macs.items() if any(name.startswith(f"{block}.") for block in names))
+    each = len(names) * sum(macs.values()) / inside  # seconds of an evaluation
+    # full precision and quantized, 2 steps, 3 samples
+    assert inside and made.seconds["eps_error"] == pytest.approx(2 * 2 * 3 * each)
+    assert made.seconds["reconstruct"] > 24 * 2 * each and made.seconds["save_quantized"] > 0
+    assert len(names) == (1 if patience == 0 else LAYERS)
+
+
+def test_the_traces_that_are_counted_are_those_that_are_made(folder, tmp_path, monkeypatch):
+    stage, rows = ["none"], {name: 0 for name in ("none", *seconds._TRACES)}
+    forward, called = BasicTransformerBlock.forward, Stages.__call__
+
+    def counting(self, hidden_states, *args, **kwargs):
+        if stage[0] in rows and len(hidden_states) <= 2:
+            rows[stage[0]] += 1
+        return forward(self, hidden_states, *args, **kwargs)
+
+    def staged(self, name, *args, **kwargs):
+        stage[0] = name
+        try:
+            return called(self, name, *args, **kwargs)
+        finally:
+            stage[0] = "none"
+
+    monkeypatch.setattr(BasicTransformerBlock, "forward", counting)
+    monkeypatch.setattr(Stages, "__call__", staged)
+    run = settings(folder, tmp_path, "bits=w4a8", "reconstruction=brecq", "reconstruction.iterations=1",
+                   "reconstruction.batch_size=8")
+    results = experiment.run_experiment(run, tmp_path / "run")
+    assert {name: rows[name] / LAYERS for name in seconds._TRACES} == seconds._TRACES
+    assert results["forecast"]["seconds"]["reconstruct"] > 0 and results["forecast"]["taken"]["ratio"] > 0
