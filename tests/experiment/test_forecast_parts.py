@@ -178,8 +178,8 @@ def test_gptq_takes_a_part_for_each_state_and_leaves_the_network_alone(placed, m
         rounded.append(sum(not torch.equal(value, before[name]) for name, value in network.state_dict().items()))
         return 3.0 + 0.5 * states[-1], 0.0
 
-    states, make = [], known.calibration_set
-    monkeypatch.setattr(known, "calibration_set", lambda n: states.append(n) or make(n))
+    states, make = [], blocks._states
+    monkeypatch.setattr(blocks, "_states", lambda speeds, n: states.append(n) or make(speeds, n))
     monkeypatch.setattr(blocks, "measured", measured)
     found = blocks.blocks_of(run, plan, config, network, run.model.denoiser)
     assert blocks._gptq_seconds(known, config, found[1], 100) == pytest.approx(3.0 + 0.5 * 100)
