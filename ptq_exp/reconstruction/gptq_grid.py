@@ -91,4 +91,5 @@ def columns_first(values: Tensor, order: Tensor) -> Tensor:
     """Return ``values`` [groups, out, in] as [groups, in, out], the columns of each group in `order` [groups, in]."""
     if values.stride(-1) == 0:  # all columns are the same
         return values.mT
-    return torch.stack([part.T[index] for part, index in zip(values, order, strict=True)])
+    # turned before rows are picked: that reads memory in order
+    return torch.stack([part.T.contiguous()[index] for part, index in zip(values, order, strict=True)])
