@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ptq_exp.errors import ConfigError
-from ptq_exp.quantization import group_bits
+from ptq_exp.quantization import group_bits, transforms_of
 from ptq_exp.quantization.widths import UNQUANTIZED
 from ptq_exp.settings.schema import ExperimentConfig
 
@@ -51,7 +51,8 @@ def _check_without_samples(config: ExperimentConfig) -> None:
         )
     needed = {
         f"reconstruction={config.reconstruction.name}": ("reconstruction=none", config.reconstruction.active),
-        "quantization.transforms": ("quantization.transforms=[]", bool(quantization.transforms)),
+        **{f"quantization.transforms: {transform.name}": (f"leave {transform.name} out", transform.uses_data)
+           for transform in transforms_of(quantization.transforms)},
         f"quantization.time_layers={quantization.time_layers}": (
             "quantization.time_layers=calibration_set", quantization.time_layers != "calibration_set"
         ),

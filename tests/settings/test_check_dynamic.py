@@ -33,7 +33,7 @@ CALIBRATED = {"calibration.source": "denoise"}
 @pytest.mark.parametrize("changes", [
     {}, {"bits.activation": "mxfp4"}, {"bits.activation": "fp8_e4m3fn"}, CALIBRATED,
     CALIBRATED | {"reconstruction.granularity": "block"}, CALIBRATED | {"quantization.transforms": ("smooth",)},
-    CALIBRATED | {"bits.activation": "nvfp4"}, {"bits.activation": 16, "quantization.activation": "static"},
+    CALIBRATED | {"bits.activation": "nvfp4"}, {"quantization.transforms": ("rotate",)}, {"bits.activation": 16, "quantization.activation": "static"},
     CALIBRATED | {"quantization.activation": "static", "quantization.temporal": "per_step"},
 ], ids=str)
 def test_what_needs_no_data_needs_no_calibration(composed, changes):
@@ -46,7 +46,7 @@ def test_what_needs_no_data_needs_no_calibration(composed, changes):
     ({"bits.activation": "nvfp4"}, "calibration=none has no samples"),
     ({"bits.groups": {"mid": "nvfp4", "up": None}}, "calibration=none has no samples"),
     ({"reconstruction.granularity": "block"}, "calibration=none.* reconstruction=none needs some"),
-    ({"quantization.transforms": ("smooth",)}, "calibration=none.* quantization.transforms needs some"),
+    ({"quantization.transforms": ("rotate", "low_rank")}, "calibration=none.*transforms: low_rank needs some.*leave"),
     ({"quantization.time_layers": "all_steps"}, "calibration=none.* quantization.time_layers=all_steps needs some"),
     ({"calibration.rounds": 2}, "calibration=none.* calibration.rounds=2 needs some"),
     (CALIBRATED | {"quantization.temporal": "per_step"}, "quantization.temporal=per_step .*temporal=static"),

@@ -52,6 +52,9 @@ class Transform(ABC):
     uses_rules: ClassVar[bool] = False
     """Whether `fit` looks at `Fitting.rules`; if not, runs that differ in their bits alone share what was fitted."""
 
+    uses_data: ClassVar[bool] = True
+    """Whether `fit` looks at `Fitting.run`; if not, it goes with a calibration without samples."""
+
     @abstractmethod
     def find(self, network: nn.Module, example_inputs: tuple) -> Sites:
         """Return where the transform can work in the full-precision `network`; nothing is changed.

@@ -50,6 +50,7 @@ class Rotate(Transform):
     """
 
     name: ClassVar[str] = "rotate"
+    uses_data: ClassVar[bool] = False
     group: int = 256
     skip: tuple[str, ...] = ()
     fold: bool = False

@@ -11,6 +11,7 @@ from torch import nn
 from ptq_exp.errors import ConfigError
 from ptq_exp.quantization import (
     Applied,
+    Fitting,
     Policy,
     Rule,
     Widths,
@@ -196,3 +197,12 @@ def test_impossible_settings_are_refused(entries, said):
     with pytest.raises(ConfigError, match="^quantization.transforms: [^\n]*$") as error:
         transforms_of(entries)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_no_data_is_looked_at(net, x, fold):
+    def never(network):
+        raise AssertionError("calibration states are asked for")
+
+    rotate = Rotate(fold=fold)
+    assert not Rotate.uses_data and rotate.fit(net, rotate.find(net, (x[:1],)), Fitting(never)) == {}
