@@ -33,7 +33,8 @@ CALIBRATED = {"calibration.source": "denoise"}
 @pytest.mark.parametrize("changes", [
     {}, {"bits.activation": "mxfp4"}, {"bits.activation": "fp8_e4m3fn"}, CALIBRATED,
     CALIBRATED | {"reconstruction.granularity": "block"}, CALIBRATED | {"quantization.transforms": ("smooth",)},
-    CALIBRATED | {"bits.activation": "nvfp4"}, {"quantization.transforms": ("rotate",)}, {"bits.activation": 16, "quantization.activation": "static"},
+    CALIBRATED | {"bits.activation": "nvfp4"}, {"quantization.transforms": ("rotate",)},
+    {"bits.activation": 16, "quantization.activation": "static"},
     CALIBRATED | {"quantization.activation": "static", "quantization.temporal": "per_step"},
 ], ids=str)
 def test_what_needs_no_data_needs_no_calibration(composed, changes):
