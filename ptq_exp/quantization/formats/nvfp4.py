@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptq_exp.quantization.formats.blocks import BlockFormat, Encoded, in_blocks, in_rows
+from ptq_exp.quantization.formats.blocks import BlockFormat, Encoded, in_blocks, in_rows, widened
 from ptq_exp.quantization.formats.elementwise import ELEMENTWISE
 
 ELEMENT, SCALE = ELEMENTWISE["fp4_e2m1"], ELEMENTWISE["fp8_e4m3fn"]
@@ -56,25 +56,45 @@ class NVFP4Format(BlockFormat):
 
     def scales(self, x: Tensor, tensor_scale: Tensor | None = None) -> dict[str, Tensor]:
         """Return codes of e4m3, uint8 [..., blocks], and the scale of the tensor where there is one."""
-        if not self.two_level:
-            return {"block_scale": self._block_scale(x, None)}
-        if tensor_scale is None:
-            tensor_scale = self.scale_of(x.abs().amax() if x.numel() else x.new_zeros(()))
-        scale = tensor_scale.float().reshape(())
-        return {"block_scale": self._block_scale(x, scale), "tensor_scale": scale}
+        scale = self._tensor_scale(x, tensor_scale)
+        found = {"block_scale": SCALE.encode(self._best(in_blocks(x, self.block), scale, rounds=False)[0])}
+        return found if scale is None else found | {"tensor_scale": scale}
 
-    def _block_scale(self, x: Tensor, tensor_scale: Tensor | None) -> Tensor:
-        """Return the codes of the scales of blocks: for each that of the best of `tops`."""
-        blocks = in_blocks(x, self.block)
-        amax = blocks.abs().amax(-1).float()
-        codes = [SCALE.encode(amax / top if tensor_scale is None else amax / top / tensor_scale) for top in self.tops]
-        if len(codes) == 1:
-            return codes[0]
-        known = {} if tensor_scale is None else {"tensor_scale": tensor_scale}
-        scales = [self._joined({"block_scale": code} | known) for code in codes]
-        errors = [(ELEMENT.cast(_divided(blocks, scale)) * scale - blocks).square().sum(-1) for scale in scales]
-        best = torch.stack(errors).argmin(0, keepdim=True)
-        return torch.stack(codes).gather(0, best).squeeze(0)
+    def fake_quantize(self, x: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
+        """Return the values of `x` [..., L] in this format; the same as by way of codes, which here nobody needs."""
+        x = torch.as_tensor(x).detach()
+        wide = widened(x)
+        found = self._best(in_blocks(wide, self.block), self._tensor_scale(wide, tensor_scale))[1]
+        return in_rows(found, x.shape[-1]).to(x.dtype)
+
+    def _tensor_scale(self, x: Tensor, given: Tensor | None) -> Tensor | None:
+        if not self.two_level:
+            return None
+        if given is None:
+            given = self.scale_of(x.abs().amax() if x.numel() else x.new_zeros(()))
+        return given.float().reshape(())
+
+    def _best(self, blocks: Tensor, tensor_scale: Tensor | None, *, rounds: bool = True) -> tuple[Tensor, Tensor]:
+        """Return scales in e4m3 [..., blocks], of each block that of the best of `tops`, and the rounded `blocks`.
+
+        Args:
+            rounds: False = the second may be `blocks` themselves.
+        """
+        amax, found = blocks.abs().amax(-1).float(), []
+        for top in self.tops:
+            scale = SCALE.cast(amax / top if tensor_scale is None else amax / top / tensor_scale)
+            if len(self.tops) == 1 and not rounds:
+                return scale, blocks
+            joined = (scale if tensor_scale is None else scale * tensor_scale).unsqueeze(-1)
+            found.append((scale, ELEMENT.cast(_divided(blocks, joined)) * joined))
+        scale, values = found[0]
+        error = None if len(found) == 1 else _squared(values, blocks)
+        for other, rounded in found[1:]:
+            tried = _squared(rounded, blocks)
+            better = tried < error
+            scale, error = torch.where(better, other, scale), torch.where(better, tried, error)
+            values = torch.where(better.unsqueeze(-1), rounded, values)
+        return scale, values
 
     def scale_like(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Return codes of zero, and a tensor's scale of zero where it has one."""
@@ -114,7 +134,13 @@ class NVFP4Format(BlockFormat):
 
 def _divided(blocks: Tensor, scale: Tensor) -> Tensor:
     """Divide by scales; by 0 gives zeros that keep the sign."""
-    return torch.where(scale == 0, blocks * 0, blocks / torch.where(scale == 0, 1.0, scale))
+    zero = scale == 0
+    return (blocks / torch.where(zero, 1.0, scale)).mul_(~zero)
+
+
+def _squared(one: Tensor, other: Tensor) -> Tensor:
+    """Return the squared distance of each block."""
+    return (one - other).square_().sum(-1)
 
 
 _FOUR_OVER_SIX = (6.0, 4.0)
