@@ -11,7 +11,7 @@ from torch import nn
 from ptq_exp.deploy.measure import Trajectory
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.experiment.run import Run
-from ptq_exp.experiment.stage import Key, cached
+from ptq_exp.experiment.stage import Key, cached, resumable
 from ptq_exp.lightning import EvaluationModule, draw_images
 from ptq_exp.results.record import read_samples, write_samples
 from ptq_exp.settings.schema import EvaluationConfig
@@ -48,10 +48,12 @@ def quantized_images(
         uint8 [N, H, W, C], memory-mapped: a set of images may be larger than the memory.
     """
     denoiser = quantized.denoiser if watched is None else watched
+    of_pieces = {name: value for name, value in key.items() if name != "drawn_by"}  # continued on any machine
 
-    def make(folder: Path) -> Path:
-        drawn_before = folder.exists() and any(folder.iterdir())
-        _drawn(run, config, denoiser, title, folder, path, **quantized.noise_in_eps)
+    def make(_: Path) -> Path:
+        with resumable(run.cache, "quantized images", of_pieces) as folder:
+            drawn_before = folder.exists() and any(folder.iterdir())
+            _drawn(run, config, denoiser, title, folder, path, **quantized.noise_in_eps)
         if watched is not None and drawn_before:
             watched.forget()
         return path

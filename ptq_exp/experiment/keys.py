@@ -143,8 +143,8 @@ class Keys:
     def quantized_images(self, schedule: BitSchedule | None, corrected: bool, device: torch.device) -> Key:
         """All that decides the images of the quantized model, and what computes them on `device`.
 
-        Rounding makes a whole step of what differs in the last bit. So other libraries and processors draw anew,
-        though they would do with the full-precision images that are there.
+        Rounding makes a whole level of what differs in the last bit: other libraries, processors or threads give other
+        images, as good as these, and draw their own. What a killed run has drawn is continued by any of them.
         """
         key = joined(self.images(), self.estimates(schedule, corrected))
         return versioned("quantized_images", key) | {"drawn_by": drawn_by(self.config, device)}
@@ -169,14 +169,14 @@ class Keys:
 
 
 def drawn_by(config: ExperimentConfig, device: torch.device) -> Key:
-    """Name what executes a quantized network here: library, processor, device; of an engine its threads, too."""
+    """Name what executes a quantized network here: library, processor, threads, device, engine."""
     found: Key = {
-        "torch": torch.__version__, "processor": processor(), "device": device.type,
-        "isa": os.environ.get("ONEDNN_MAX_CPU_ISA"), "cuda_graph": config.trainer.cuda_graph,
+        "torch": torch.__version__, "processor": processor(), "isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "threads": torch.get_num_threads(), "device": device.type, "cuda_graph": config.trainer.cuda_graph,
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
-    if config.runtime.name != "simulate":  # an engine may cut its work by them
+    if config.runtime.name != "simulate":
         engine = runtime_of(config.runtime.name, config.runtime.options)
-        found |= {"engine": getattr(engine, "version", torch.__version__), "threads": torch.get_num_threads()}
+        found["engine"] = getattr(engine, "version", torch.__version__)
     return found
