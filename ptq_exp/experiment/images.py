@@ -47,11 +47,11 @@ def quantized_images(
     Returns:
         uint8 [N, H, W, C], memory-mapped: a set of images may be larger than the memory.
     """
-    denoiser = quantized.denoiser if watched is None else watched
     of_pieces = {name: value for name, value in key.items() if name != "drawn_by"}  # continued on any machine
 
     def make(_: Path) -> Path:
         with resumable(run.cache, "quantized images", of_pieces) as folder:
+            denoiser = quantized.denoiser if watched is None else watched
             drawn_before = folder.exists() and any(folder.iterdir())
             _drawn(run, config, denoiser, title, folder, path, **quantized.noise_in_eps)
         if watched is not None and drawn_before:

@@ -13,7 +13,9 @@ import pytest
 
 from ptq_exp.cli import start
 
-NOT_FOR_A_UNET = {"diffusers.hooks", "peft", "scipy.signal", "torch._dynamo", "torch_fidelity", "torchvision", "transformers"}
+NOT_FOR_A_UNET = {
+    "diffusers.hooks", "peft", "scipy.signal", "torch._dynamo", "torch_fidelity", "torchvision", "transformers",
+}
 RUN = f"""
 import sys
 from ptq_exp.cli.main import main

@@ -21,6 +21,7 @@ from ptq_exp.experiment.forecast.seconds import stage_seconds
 from ptq_exp.experiment.forecast.speeds import Speeds
 from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED, Work, work_of
 from ptq_exp.experiment.keys import Keys
+from ptq_exp.experiment.noise import eps_error_key
 from ptq_exp.experiment.plan import Plan, given_schedule
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key
@@ -165,8 +166,10 @@ def _reused(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -
             found["reconstruct"] = ("reconstruction", keys.quantization())
         if plan.bits.schedule not in RULES:  # which decide the bits of each step later
             schedule = None if plan.bits.schedule is None else given_schedule(plan.bits, run.grid)
-            images = keys.quantized_images(schedule, config.correction.active, run.device)
-            found["quantized_images"] = ("quantized_images", images)
+            corrected = config.correction.active
+            error = eps_error_key(config.evaluation, keys.estimates(schedule, corrected), corrected)
+            found["eps_error"] = ("noise", error)
+            found["quantized_images"] = ("quantized_images", keys.quantized_images(schedule, corrected, run.device))
     return tuple(stage for stage, (kind, key) in found.items() if run.cache.has(kind, key))
 
 
