@@ -36,7 +36,7 @@ OUTPUTS = """# What a run leaves
 | file | content |
 | --- | --- |
 | `results.json` | all numbers, rewritten whole after every stage; see below |
-| `samples.npz` | the images: `arr_0` uint8 [N, H, W, C], and the classes `arr_1` [N], as ADM's evaluator reads them |
+| `samples.npz` | `arr_0`: images uint8 [N, H, W, C], `arr_1`: classes [N], as ADM reads them; replace, never edit |
 | `pairs.npz` | each score of pairs for every image [N], the `worst` pairs by PSNR and their full-precision images |
 | `quantization.json` | every layer with its bits or the reason why it has none, and every range |
 | `quantized/` | the saved model, see [saving and loading](saved_models.md) |

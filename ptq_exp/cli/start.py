@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 _DYNAMO = "torch._dynamo"
+_SIGNAL = "scipy.signal"
 _CONFIGS = "transformers.utils.quantization_config"
 _Run = Callable[[ModuleType], None]
 
@@ -120,7 +121,7 @@ def _functions_of_metrics(run: _Run, package: ModuleType) -> None:
 def _or_at_once(run: _Run, package: ModuleType) -> None:
     """Run the code of a package with parts in `_HOW`; where they cannot be imported by themselves, as it is."""
     try:
-        run(package)
+        _without_signal(run, package)
     except ImportError:
         inside = f"{package.__name__}."
         for modules in (_HOW, sys.modules):
@@ -129,6 +130,25 @@ def _or_at_once(run: _Run, package: ModuleType) -> None:
         run(package)
 
 
+def _without_signal(run: _Run, package: ModuleType) -> None:
+    """Run the code of a package that gives `scipy.signal` back an old name, and for that loads most of scipy."""
+    if _SIGNAL in sys.modules:
+        return run(package)
+    stand_in = ModuleType(_SIGNAL)
+    vars(stand_in).update(hamming=None)
+    with _instead(_SIGNAL, stand_in):
+        run(package)
+    _old_names.append("hamming")
+
+
+def _with_old_names(run: _Run, module: ModuleType) -> None:
+    """Run the code of `scipy.signal`, and make up for what `_without_signal` left out."""
+    run(module)
+    for name in _old_names:
+        vars(module).setdefault(name, getattr(module.windows, name))
+
+
+_old_names: list[str] = []
 _allowed: list[Any] = []
 _asking: list[ModuleType] = []
 
@@ -228,6 +248,7 @@ _HOW: dict[str, Callable[[_Run, ModuleType], None]] = {
     "pytorch_lightning.trainer.connectors.logger_connector.result": _disabled_at_calls,
     "pytorch_lightning.utilities.compile": _without_dynamo,
     _DYNAMO: _told,
+    _SIGNAL: _with_old_names,
     # Lightning takes the class of all metrics; these bring transformers, torchvision and torch_fidelity
     "torchmetrics": _or_at_once,
     "torchmetrics.audio": _at_first_name,

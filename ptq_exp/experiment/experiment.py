@@ -23,7 +23,7 @@ from ptq_exp.experiment.features import reference_features
 from ptq_exp.experiment.forecast import Forecast, forecast_run, refuse_copy
 from ptq_exp.experiment.images import full_precision_images, quantized_images
 from ptq_exp.experiment.inputs import checked_images
-from ptq_exp.experiment.keys import Keys, joined
+from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.making import make_quantized
 from ptq_exp.experiment.noise import eps_error
 from ptq_exp.experiment.noise_record import eps_errors, noise_record
@@ -204,7 +204,8 @@ def _evaluated(
     if config.analysis.active:
         stage("analysis", analyse, run, config.analysis, keys, quantized)
     path, watched = writer.folder / SAMPLES, watched_denoiser(quantized, config)
-    images = stage("quantized_images", quantized_images, run, config.evaluation, joined(keys.images(), key), quantized,
+    drawn = keys.quantized_images(quantized.schedule, quantized.statistics is not None, run.device)
+    images = stage("quantized_images", quantized_images, run, config.evaluation, drawn, quantized,
                    f"{name.upper()} images", path, watched)
     scored = stage("scores", scorer, images, f"{name.upper()} features", {"images": file_digest(path)})
     of_pairs = stage("pairs", pair_scorer, images, fp_images, scored, fp, scorer)

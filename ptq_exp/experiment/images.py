@@ -15,6 +15,7 @@ from ptq_exp.experiment.stage import Key, cached, resumable
 from ptq_exp.lightning import EvaluationModule, draw_images
 from ptq_exp.results.record import read_samples, write_samples
 from ptq_exp.settings.schema import EvaluationConfig
+from ptq_exp.storage.atomic import share_file
 from ptq_exp.storage.pieces import JOINED
 
 
@@ -34,21 +35,34 @@ def quantized_images(
     run: Run, config: EvaluationConfig, key: Key, quantized: QuantizedModel, title: str, path: Path,
     watched: Trajectory | None = None,
 ) -> np.ndarray:
-    """Draw the images of the quantized model into the file `path`; a killed run with the same key is continued.
+    """Draw (or reuse) the images of the quantized model, in the file `path`; a killed run with the same key continues.
+
+    The cache and `path` share one file on disk, where they can.
 
     Args:
-        watched: its denoiser, where the trajectory of the first images is wanted; a continued run drew them before.
+        key: see `Keys.quantized_images`.
+        watched: its denoiser, where the trajectory of the first images is wanted; a run that reuses images, or is
+            continued, has drawn them before, and nothing is watched.
 
     Returns:
         uint8 [N, H, W, C], memory-mapped: a set of images may be larger than the memory.
     """
-    with resumable(run.cache, "quantized images", key) as folder:
-        drawn_before = folder.exists() and any(folder.iterdir())
-        denoiser = quantized.denoiser if watched is None else watched
-        images = _drawn(run, config, denoiser, title, folder, path, **quantized.noise_in_eps)
-    if watched is not None and drawn_before:
-        watched.forget()
-    return images
+    of_pieces = {name: value for name, value in key.items() if name != "drawn_by"}  # continued on any machine
+
+    def make(_: Path) -> Path:
+        with resumable(run.cache, "quantized images", of_pieces) as folder:
+            denoiser = quantized.denoiser if watched is None else watched
+            drawn_before = folder.exists() and any(folder.iterdir())
+            _drawn(run, config, denoiser, title, folder, path, **quantized.noise_in_eps)
+        if watched is not None and drawn_before:
+            watched.forget()
+        return path
+
+    cached(
+        run.cache, "quantized_images", key, make, title, save=share_file, load=lambda artefact: artefact,
+        when_reused=lambda artefact: share_file(artefact, path), detail=lambda _: f", {config.n_samples}",
+    )
+    return read_samples(path)[0]
 
 
 def _drawn(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
 
 from ptq_exp.correction import BitSchedule
 from ptq_exp.deploy.artifact import Artifact
@@ -13,13 +16,15 @@ from ptq_exp.evaluation import content_digest
 from ptq_exp.experiment.plan import activation_widths, bit_groups
 from ptq_exp.experiment.run import needs_images
 from ptq_exp.quantization import Transform, transforms_of
+from ptq_exp.results.environment import processor
+from ptq_exp.runtime import runtime_of
 from ptq_exp.settings.schema import ExperimentConfig
 from ptq_exp.storage.atomic import file_digest
 
 VERSIONS = {
     "sampling": 1, "calibration": 2, "transform": 1, "ranges": 1, "reconstruction": 1, "noise": 1, "propagation": 1,
     "schedule": 1, "correction": 1, "images": 1, "features": 1, "reference": 1, "activations": 1, "sensitivity": 1,
-    "trajectory": 1, "solution": 1,
+    "trajectory": 1, "solution": 1, "quantized_images": 1,
 }
 """Raise a kind's number when its values change while the settings stay: what was stored is computed anew then.
 
@@ -135,6 +140,15 @@ class Keys:
             correction["statistics"] = file_digest(correction["statistics"])
         return versioned("correction", scheduled) | {"correction": correction}
 
+    def quantized_images(self, schedule: BitSchedule | None, corrected: bool, device: torch.device) -> Key:
+        """All that decides the images of the quantized model, and what computes them on `device`.
+
+        Rounding makes a whole level of what differs in the last bit: other libraries, processors or threads give other
+        images, as good as these, and draw their own. What a killed run has drawn is continued by any of them.
+        """
+        key = joined(self.images(), self.estimates(schedule, corrected))
+        return versioned("quantized_images", key) | {"drawn_by": drawn_by(self.config, device)}
+
     def _quantizers(self) -> Key:
         bits, settings = asdict(self.config.bits), self.config
         # with the defaults of what is not given
@@ -152,3 +166,17 @@ class Keys:
             "quantization": quantization | {"transforms": transforms},
             "groups": list(groups.values()),
         }
+
+
+def drawn_by(config: ExperimentConfig, device: torch.device) -> Key:
+    """Name what executes a quantized network here: library, processor, threads, device, engine."""
+    found: Key = {
+        "torch": torch.__version__, "processor": processor(), "isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "threads": torch.get_num_threads(), "device": device.type, "cuda_graph": config.trainer.cuda_graph,
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    if config.runtime.name != "simulate":
+        engine = runtime_of(config.runtime.name, config.runtime.options)
+        found["engine"] = getattr(engine, "version", torch.__version__)
+    return found

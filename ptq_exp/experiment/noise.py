@@ -62,7 +62,7 @@ def eps_error(run: Run, config: EvaluationConfig, key: Key, quantized: Quantized
     Args:
         key: of the noise estimates, see `Keys.estimates`.
     """
-    n, batch_size, steps = config.eps_error_samples, min(config.eps_error_samples, config.batch_size), len(run.grid)
+    (n, batch_size), steps = _eps_error_samples(config), len(run.grid)
     module = NoiseModule(
         run.model, run.full_precision, [quantized.uncorrected], run.grid, seed=run.seed, stream=EVALUATION,
         statistics=quantized.statistics, summed=n,
@@ -78,6 +78,17 @@ def eps_error(run: Run, config: EvaluationConfig, key: Key, quantized: Quantized
     correlation = step_correlation(torch.from_numpy(np.array(found["products"])))
     _say(errors[1] / errors[0] - 1, correlation)
     return EpsError(*errors, n, np.asarray(found["histogram"]).sum(0), correlation)
+
+
+def eps_error_key(config: EvaluationConfig, key: Key, corrected: bool) -> Key:
+    """Return what identifies the measurement of `eps_error`, of kind "noise"."""
+    names, totals = NoiseModule.arrays(corrected, summed=True)
+    return _key("noise", {**key, "stream": EVALUATION}, *_eps_error_samples(config), [*names, *totals])
+
+
+def _eps_error_samples(config: EvaluationConfig) -> tuple[int, int]:
+    """Return how many trajectories are compared, and how many side by side."""
+    return config.eps_error_samples, min(config.eps_error_samples, config.batch_size)
 
 
 def _say(change: Tensor, correlation: Tensor) -> None:
@@ -131,8 +142,12 @@ def measured(
 ) -> Arrays:
     """Return what `module` finds on samples 0..n-1, memory-mapped; reused, or continued where a killed run stopped."""
     kind = "noise" if isinstance(module, NoiseModule) else "propagation"
-    key = versioned(kind, {**key, "samples": [n, batch_size], "arrays": [*module.names, *module.totals]})
+    key = _key(kind, key, n, batch_size, [*module.names, *module.totals])
     return cached(
         run.cache, kind, key, lambda folder: measure(module, run.trainer(title), n, batch_size, folder), title,
         detail=lambda _: f", {n} trajectories",
     )
+
+
+def _key(kind: str, key: Key, n: int, batch_size: int, arrays: list[str]) -> Key:
+    return versioned(kind, {**key, "samples": [n, batch_size], "arrays": arrays})

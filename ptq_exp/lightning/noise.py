@@ -41,17 +41,22 @@ class NoiseModule(pl.LightningModule):
         self.model, self.grid, self.sample_seed = model, grid, seed
         self.stream, self.follow, self.statistics = stream, follow, statistics
 
+    @staticmethod
+    def arrays(corrected: bool, summed: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of what `predict` gives: with a row per sample, and sums over samples."""
+        names = ("moments", "histogram", "products") if corrected else ("moments",)
+        totals = ("error_sum", "eps_sum") if corrected else ("error_sum",)
+        return names, totals if summed else ()
+
     @property
     def names(self) -> tuple[str, ...]:
         """Of the arrays with a row per sample that `predict` gives."""
-        return ("moments",) if self.statistics is None else ("moments", "histogram", "products")
+        return self.arrays(self.statistics is not None, self.summed is not None)[0]
 
     @property
     def totals(self) -> tuple[str, ...]:
         """Of the sums over samples that `predict` gives."""
-        if self.summed is None:
-            return ()
-        return ("error_sum",) if self.statistics is None else ("error_sum", "eps_sum")
+        return self.arrays(self.statistics is not None, self.summed is not None)[1]
 
     def predict_step(self, indices: Tensor) -> dict[str, np.ndarray]:
         moments: list[Tensor] = []

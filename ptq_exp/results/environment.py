@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    found |= {"platform": platform.platform(), "processor": _processor(), "cores": os.cpu_count()}
+    found |= {"platform": platform.platform(), "processor": processor(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     found["threads"] = torch.get_num_threads()
@@ -81,7 +81,7 @@ def _git(checkout: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's name; its architecture where the system does not say more."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -68,6 +68,21 @@ def replacing_folder(out: Path) -> Iterator[Path]:
         ) from error
 
 
+def share_file(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Give a file a second name, or copy it where file systems do not allow that; what is at `path` is replaced.
+
+    Whoever replaces or removes one of both, as everything here does, leaves the other as it is.
+
+    Raises:
+        PTQError: there is no such file, or `path` cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another disk, or no such thing there
+            shutil.copyfile(source, temporary)
+
+
 def _refused(error: Exception) -> str | None:
     """Say why the system did not let a file be written; None for an error of another kind.
 

@@ -13,7 +13,9 @@ import pytest
 
 from ptq_exp.cli import start
 
-NOT_FOR_A_UNET = {"diffusers.hooks", "peft", "torch._dynamo", "torch_fidelity", "torchvision", "transformers"}
+NOT_FOR_A_UNET = {
+    "diffusers.hooks", "peft", "scipy.signal", "torch._dynamo", "torch_fidelity", "torchvision", "transformers",
+}
 RUN = f"""
 import sys
 from ptq_exp.cli.main import main
@@ -58,6 +60,10 @@ assert dict(utils._package_map) == dict(importlib.metadata.packages_distribution
 from torchmetrics.functional.text import char_error_rate
 from torchmetrics.functional.text.cer import char_error_rate as original
 assert char_error_rate is original and torchmetrics.image.FrechetInceptionDistance and torchmetrics.functional.accuracy
+
+import scipy
+assert "scipy.signal" not in sys.modules
+assert scipy.signal.hamming is scipy.signal.windows.hamming and scipy.signal.convolve([1, 2], [3]).tolist() == [3, 6]
 
 compiled = torch.compile(network)
 assert isinstance(compiled, lightning.OptimizedModule) and lightning.OptimizedModule is type(compiled)

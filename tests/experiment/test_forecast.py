@@ -83,7 +83,7 @@ def test_the_saved_model_takes_the_bytes_that_were_forecast(finished):
 def test_what_is_in_the_cache_takes_no_time(finished, small):
     _, folder, config = finished
     found = forecast_experiment(config, folder)
-    reused = {"fp32_images", "fp32_scores", "reference", "calibration_set", "quantize"}
+    reused = {"fp32_images", "fp32_scores", "reference", "calibration_set", "quantize", "eps_error", "quantized_images"}
     assert set(found.reused) == reused
     assert {stage: found.seconds[stage] for stage in reused - {"fp32_scores"}} == dict.fromkeys(
         reused - {"fp32_scores"}, 0.0

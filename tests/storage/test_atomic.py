@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ptq_exp.errors import PTQError
-from ptq_exp.storage.atomic import atomic_path, replacing_folder, write_npz
+from ptq_exp.storage.atomic import atomic_path, replacing_folder, share_file, write_npz
 
 
 @contextmanager
@@ -109,3 +109,30 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         replacing_folder(out / "second" / "file" / "out"),
     ):
         pass
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_with_two_names_is_one_where_file_systems_allow_it(tmp_path, monkeypatch, links):
+    if not links:
+        def refuse(*_):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+        monkeypatch.setattr(os, "link", refuse)
+    one, other = tmp_path / "one.txt", tmp_path / "folder" / "other.txt"
+    one.write_text("content")
+    for _ in range(2):  # the second time they are one already
+        share_file(one, other)
+        assert other.read_text() == "content" and one.samefile(other) == links
+    with atomic_path(other) as temporary:
+        temporary.write_text("replaced")
+    assert one.read_text() == "content"
+    share_file(one, other)
+    one.unlink()
+    assert other.read_text() == "content"
+    assert [path.name for path in other.parent.iterdir()] == ["other.txt"]
+
+
+def test_what_is_not_there_has_no_second_name(tmp_path):
+    with pytest.raises(PTQError, match="cannot write .*other.txt: No such file"):
+        share_file(tmp_path / "one.txt", tmp_path / "other.txt")
+    assert list(tmp_path.iterdir()) == []

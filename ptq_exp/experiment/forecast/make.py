@@ -21,14 +21,15 @@ from ptq_exp.experiment.forecast.seconds import stage_seconds
 from ptq_exp.experiment.forecast.speeds import Speeds
 from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED, Work, work_of
 from ptq_exp.experiment.keys import Keys
-from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.noise import eps_error_key
+from ptq_exp.experiment.plan import Plan, given_schedule
 from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key
 from ptq_exp.pipelines import PipelineModel, RecordedModel
 from ptq_exp.quantization import range_table
 from ptq_exp.quantization.offload import weight_bytes
 from ptq_exp.quantization.save import tensors_bytes
-from ptq_exp.settings.schema import ExperimentConfig
+from ptq_exp.settings.schema import RULES, ExperimentConfig
 
 log = logging.getLogger("ptq_exp")
 _LARGEST = 1e9  # bytes of a network that is packed to see how long its file gets
@@ -161,6 +162,12 @@ def _reused(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys) -
             found["calibration_set"] = ("calibration", keys.calibration(1))
         if config.reconstruction.active:
             found["reconstruct"] = ("reconstruction", keys.quantization())
+        if plan.bits.schedule not in RULES:  # which decide the bits of each step later
+            schedule = None if plan.bits.schedule is None else given_schedule(plan.bits, run.grid)
+            corrected = config.correction.active
+            error = eps_error_key(config.evaluation, keys.estimates(schedule, corrected), corrected)
+            found["eps_error"] = ("noise", error)
+            found["quantized_images"] = ("quantized_images", keys.quantized_images(schedule, corrected, run.device))
     return tuple(stage for stage, (kind, key) in found.items() if run.cache.has(kind, key))
 
 
@@ -189,6 +196,7 @@ def _disk(speeds: Speeds, config: ExperimentConfig, reused: Iterable[str], quant
     cache = 0.0
     if run.cache.mode != "off":
         cache = 0.0 if "fp32_images" in reused else 2 * images  # pieces and the joined file
+        cache += images if quantized and "quantized_images" not in reused else 0.0  # pieces; the joined file is shared
         if quantized and "calibration_set" not in reused and config.calibration.source is not None:
             cache += 2 * 4 * config.calibration.n_samples * float(np.prod(run.model.sample_shape))
     folder = images

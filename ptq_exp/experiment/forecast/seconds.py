@@ -50,7 +50,7 @@ def stage_seconds(
             seconds["save_quantized"] = speeds.saved
         seconds.setdefault("bit_schedule", 0.0)
         seconds |= {"analysis": None} if config.analysis.active else {}
-        seconds |= _of_engine(speeds, config, seconds)
+        seconds |= _of_engine(speeds, config, seconds, reused)
     return seconds | _of_scores(speeds, config, reused)
 
 
@@ -83,7 +83,7 @@ def _traced(speeds: Speeds, stage: str) -> float:
 
 
 def _of_engine(
-    speeds: Speeds, config: ExperimentConfig, seconds: Mapping[str, float | None]
+    speeds: Speeds, config: ExperimentConfig, seconds: Mapping[str, float | None], reused: set[str]
 ) -> dict[str, float | None]:
     """Return the stage that measures an engine; where it draws, too, it is compiled in the first stage that draws."""
     runtime = config.runtime
@@ -95,8 +95,9 @@ def _of_engine(
     found: dict[str, float | None] = {}
     if draws:  # it is compiled for each size of a batch
         evaluation = config.evaluation
-        found["eps_error"] = (seconds["eps_error"] or 0.0) + speeds.engine.compiled
-        if evaluation.eps_error_samples < evaluation.batch_size:
+        if "eps_error" not in reused:
+            found["eps_error"] = (seconds["eps_error"] or 0.0) + speeds.engine.compiled
+        if "quantized_images" not in reused and evaluation.eps_error_samples < evaluation.batch_size:
             found["quantized_images"] = (seconds["quantized_images"] or 0.0) + speeds.engine.compiled
     if runtime.measure:
         found["runtime"] = measuring_seconds(

@@ -72,7 +72,7 @@ def test_a_sweep_with_a_failing_job_and_its_resume(sweep, command, jobs, monkeyp
     for kind, n in misses.items():
         counts = [values["cache"]["kinds"][kind] for values in found.values()]
         assert (sum(c["misses"] for c in counts), sum(c["hits"] for c in counts)) == (n, 4 - n), kind
-    assert cache_line(found) in printed.out and "cache: 9 of 24 artefacts reused (" in printed.out
+    assert cache_line(found) in printed.out and "cache: 9 of 27 artefacts reused (" in printed.out
 
     run = json.dumps(wandb_run(folder / FAILING))
     assert "my_sweep" in run and "bits=w4a8" in run and "seed=1" in run
