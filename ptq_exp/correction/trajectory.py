@@ -84,7 +84,9 @@ def final_error_db(
     model: DiffusionModel, denoisers: Sequence[Denoiser], grid: TimeGrid, indices: Sequence[int], seed: int, *,
     batch_size: int = 64, device: torch.device | str = "cpu", on_batch: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Measure how far each final state is from that of the first of `denoisers`: the mean squared error in dB.
+    """Measure how far each image is from that of the first of `denoisers`: the mean squared error in dB.
+
+    Latents are decoded: nearer ones need not be nearer images.
 
     Returns:
         Float64 [D - 1, N]: 10 log10 of the error of each other denoiser; a difference of it is one of PSNR.
@@ -92,11 +94,10 @@ def final_error_db(
     found = []
     for first in range(0, len(indices), batch_size):
         own = indices[first : first + batch_size]
-        reference, *others = (
-            model.run(denoiser, grid, own, seed, stream=CALIBRATION, device=device).double() for denoiser in denoisers
-        )
+        states = (model.run(denoiser, grid, own, seed, stream=CALIBRATION, device=device) for denoiser in denoisers)
+        reference, *others = (model.decode(state).clamp(-1, 1).double() for state in states)
         errors = [(other - reference).square().flatten(1).mean(1) for other in others]
-        # equal states have no logarithm; this is far below a level of an 8-bit image
+        # equal images have no logarithm; this is far below a level of an 8-bit image
         found.append(10 * torch.log10(torch.stack(errors).clamp(min=1e-12)).cpu())
         on_batch()
     return torch.cat(found, 1)

@@ -24,7 +24,7 @@ from ptq_exp.storage.atomic import file_digest
 VERSIONS = {
     "sampling": 1, "calibration": 2, "transform": 1, "ranges": 1, "reconstruction": 1, "noise": 1, "propagation": 1,
     "schedule": 1, "correction": 1, "images": 1, "features": 1, "reference": 1, "activations": 1, "sensitivity": 1,
-    "trajectory": 1, "solution": 1, "quantized_images": 1,
+    "trajectory": 2, "solution": 1, "quantized_images": 1,
 }
 """Raise a kind's number when its values change while the settings stay: what was stored is computed anew then.
 
@@ -138,6 +138,8 @@ class Keys:
             del correction["fit"]  # what was made before there was a choice is still that
         if correction["statistics"]:
             correction["statistics"] = file_digest(correction["statistics"])
+        if correction.get("fit") == "trajectory":
+            scheduled = versioned("trajectory", scheduled)
         return versioned("correction", scheduled) | {"correction": correction}
 
     def quantized_images(self, schedule: BitSchedule | None, corrected: bool, device: torch.device) -> Key:

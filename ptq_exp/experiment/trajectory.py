@@ -1,4 +1,4 @@
-"""The correction that is fitted on its own trajectories, and the choice of its parts by the final states of others."""
+"""The correction that is fitted on its own trajectories, and the choice of its parts by the images of others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("ptq_exp")
 
 
 def trajectory_statistics(run: Run, config: CorrectionConfig, keys: Keys, quantized: QuantizedModel) -> NoiseStatistics:
-    """Fit the parts of the correction that `config` allows, and keep what surely brings final states nearer.
+    """Fit the parts of the correction that `config` allows, and keep what surely brings images nearer.
 
     Candidates: nothing, the bias, and all parts. They are fitted on the first `correction.n_samples` calibration
     trajectories, and compared on half as many others.
@@ -61,7 +61,7 @@ def _fit(run: Run, config: CorrectionConfig, quantized: QuantizedModel) -> Noise
     changes = ", ".join(
         f"{name} {change:+.2f} dB" for name, change in zip(parts, (errors[0] - errors).mean(1).tolist(), strict=True)
     )
-    log.info("final states of %d other trajectories: %s; kept: %s", len(others), changes, list(parts)[chosen])
+    log.info("images of %d other trajectories: %s; kept: %s", len(others), changes, list(parts)[chosen])
     return found[chosen]
 
 

@@ -1,6 +1,7 @@
 """Corrections fitted on the trajectory that they produce."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,6 +98,28 @@ def test_the_bias_alone_follows_states_that_it_led_to(model):
     assert bool((found.k == 0).all()) and bool((found.bias != 0).any())
     errors = final_error_db(model, [model.denoiser, wrong, Corrected(wrong, found, grid)], grid, range(12, 20), 3)
     assert float((errors[0] - errors[1]).mean()) > 1
+
+
+class Half(nn.Module):
+    """A first stage whose images are half of their latents, shifted up by as much as is asked for."""
+
+    def __init__(self, shift=0.0):
+        super().__init__()
+        self.shift = shift
+
+    def decode(self, z):
+        return z / 2 + self.shift
+
+
+def test_errors_of_latents_are_those_of_their_images(model):
+    grid = model.time_grid(2, eta=0.0)
+    denoisers = [model.denoiser, Wrong(model.denoiser, grid, torch.full((2,), 0.1), torch.full((2,), 0.05))]
+
+    def errors(first_stage):
+        return final_error_db(replace(model, first_stage=first_stage), denoisers, grid, range(3), 0)
+
+    assert torch.allclose(errors(Half()), errors(None) + 20 * math.log10(0.5), atol=1e-4)
+    assert torch.equal(errors(Half(9.0)), torch.full((1, 3), -120.0).double())  # all white: what is scored is clamped
 
 
 def test_a_candidate_is_kept_only_where_it_is_surely_better():

@@ -186,7 +186,7 @@ def test_the_experiments_of_ldm4_run_on_the_small_latent_model(name, results_of)
 def test_a_correction_on_its_own_trajectory_says_what_it_keeps_and_is_evaluated_as_saved(results_of, command):
     folder, results = results_of("+experiment=ptqd_w3a8", "correction=trajectory")
     log = next(folder.glob("*.log")).read_text()
-    assert "final states of 2 other trajectories: nothing +0.00 dB, bias " in log and "; kept: " in log
+    assert "images of 2 other trajectories: nothing +0.00 dB, bias " in log and "; kept: " in log
     kept = log.split("; kept: ")[1].splitlines()[0]
     correction = results["correction"]
     assert any(correction["k"]) == (kept == "correlation and bias") and "variance" not in correction
