@@ -35,6 +35,7 @@ from ptq_exp.quantization.place import quantize_
 from ptq_exp.quantization.plain_rules import rule_from_dict, rule_to_dict
 from ptq_exp.quantization.specs import Rule, TensorSpec
 from ptq_exp.storage.atomic import atomic_path, file_digest
+from ptq_exp.storage.plain_json import dump_indented
 
 FORMAT, VERSION = "ptq-exp quantized network", 2
 VERSION_OF_FORMATS = 3
@@ -80,8 +81,7 @@ def save_quantized(
         "name": tensors_file, "prefix": prefix, "sha256": file_digest(path), "bytes": path.stat().st_size,
         "header_bytes": _header_bytes(path), "theoretical_bytes": report.totals["weight_bytes"],
     }
-    with atomic_path(path.with_name(DESCRIPTION_FILE)) as temporary:
-        temporary.write_text(json.dumps(description, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    dump_indented(path.with_name(DESCRIPTION_FILE), description)
     return description
 
 

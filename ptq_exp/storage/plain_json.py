@@ -57,9 +57,19 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     Raises:
         PTQError: a value has no plain form, or the file cannot be written; the message names `path`.
     """
-    text = json.dumps(to_plain(value, Path(path).name), indent=2, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    dump_indented(path, to_plain(value, Path(path).name), ensure_ascii=False)
+
+
+def dump_indented(path: str | os.PathLike[str], plain: Any, *, ensure_ascii: bool = True) -> None:
+    """Write plain values as indented JSON, atomically and piece by piece: millions of ranges take their room once.
+
+    Raises:
+        PTQError: the file cannot be written.
+        ValueError: a number is NaN or infinite.
+    """
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(plain, stream, indent=2, ensure_ascii=ensure_ascii, allow_nan=False)
+        stream.write("\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
