@@ -1,6 +1,7 @@
 """The forecast of a network in files: its first blocks are timed, all others count in proportion."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ptq_exp.experiment.forecast import first_blocks, seconds, speeds
 from ptq_exp.experiment.forecast.first_blocks import FirstBlocks
 from ptq_exp.experiment.forecast.probe import Line
 from ptq_exp.experiment.stage import Stages
+from ptq_exp.quantization.offload import weight_bytes
 from ptq_exp.settings.compose import composed_from
 
 LAYERS = 4
@@ -100,7 +102,7 @@ def test_first_blocks_give_the_same_forecast_as_all_of_them(folder, tmp_path, mo
     caplog.set_level("INFO", "ptq_exp")
     found: list[speeds.Speeds] = []
 
-    def line(work, n, device):
+    def line(work, n, device, passing=0.0):
         work(n)
         (known,) = found
         return Line(0.0, float(len(known.first.names)), 1.0)
@@ -122,6 +124,26 @@ def test_first_blocks_give_the_same_forecast_as_all_of_them(folder, tmp_path, mo
     assert inside and made.seconds["eps_error"] == pytest.approx(2 * 2 * 3 * each)
     assert made.seconds["reconstruct"] > 24 * 2 * each and made.seconds["save_quantized"] > 0
     assert len(names) == (1 if patience == 0 else LAYERS)
+
+
+def test_weights_that_are_read_from_files_are_no_memory_of_each_sample(tmp_path, monkeypatch):
+    """Else a batch would seem to take the weights as often as it has samples, and runs that fit would be refused."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=8, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
+        patch_size=2, num_embeds_ada_norm=10,
+    )
+    small = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+    DiTPipeline(transformer, AutoencoderKL(**small), DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    block = weight_bytes(transformer.transformer_blocks[0])
+    assert block > 15e6
+    monkeypatch.setattr(speeds, "line", partial(speeds.line, budget=0.0))  # as where one evaluation takes a second
+    needs = {}
+    monkeypatch.setattr("ptq_exp.experiment.forecast.make._check", lambda found, device: needs.update(found))
+    assert forecast_experiment(settings(tmp_path / "dit", tmp_path, "bits=w8a8"), tmp_path)
+    drawing = ("drawing images", "drawing quantized images", "finding ranges")
+    assert {stage: needs[stage].each < block / 2 for stage in drawing} == dict.fromkeys(drawing, True)
+    assert [needs[stage].fixed for stage in drawing] == [0.0, 2 * block, 2 * block]
 
 
 def test_the_traces_that_are_counted_are_those_that_are_made(folder, tmp_path, monkeypatch):

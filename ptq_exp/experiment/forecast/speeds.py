@@ -186,7 +186,8 @@ class Speeds:
         def evaluate(n: int) -> None:
             self._evaluate(network, calls.setdefault(n, self.call(n)), guided)
 
-        return line(evaluate, self.sizes[which], self.run.device)
+        passing = 0.0 if self.first is None or which == FULL else self.first.largest(network)
+        return line(evaluate, self.sizes[which], self.run.device, passing=passing)
 
     def _evaluate(self, network: nn.Module, call: Call, guided: Callable[..., object] | None = None) -> None:
         if self.first is None:
