@@ -1,6 +1,7 @@
 """The forecast of a network in files: its first blocks are timed, all others count in proportion."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -144,6 +145,21 @@ def test_weights_that_are_read_from_files_are_no_memory_of_each_sample(tmp_path,
     drawing = ("drawing images", "drawing quantized images", "finding ranges")
     assert {stage: needs[stage].each < block / 2 for stage in drawing} == dict.fromkeys(drawing, True)
     assert [needs[stage].fixed for stage in drawing] == [0.0, 2 * block, 2 * block]
+
+
+@pytest.mark.usefixtures("small_networks")
+def test_a_transform_that_works_in_later_blocks_alone_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(first_blocks, "BUDGET", 0.0)
+    caplog.set_level("INFO", "ptq_exp")
+    unet = composed_from([
+        "model=digits", "trainer.max_memory_gb=1e-7", "metric=minmax", "logger=none", "trainer.progress_bar=false",
+        "trainer.accelerator=cpu", "sampler.steps=2", "evaluation=paired", "evaluation.n_samples=2", "bits=w8a8",
+        "calibration.n_samples=4", f"cache_dir={tmp_path}/cache", "quantization.transforms=[smooth]",
+    ])
+    assert forecast_experiment(unet, tmp_path) is None
+    assert "no forecast: smooth works in none of the first blocks" in caplog.text
+    unet.quantization = replace(unet.quantization, transforms=("rotate",))  # looks at no data
+    assert forecast_experiment(unet, tmp_path).seconds["quantize"] > 0
 
 
 def test_the_traces_that_are_counted_are_those_that_are_made(folder, tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ class FirstBlocks:
             evaluate()
 
     def largest(self, network: nn.Module) -> float:
-        """Return the bytes of the weights of the largest of these blocks: a copy in files has one in memory at a time."""
+        """Return the bytes of the largest of these blocks: of a copy in files one is in memory at a time."""
         return float(max(weight_bytes(network.get_submodule(name)) for name in self.names))
 
     def in_proportion(self, network: nn.Module, work: Callable[[nn.Module], float]) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import Call
+from ptq_exp.errors import ConfigError
 from ptq_exp.evaluation import change_intervals, extract_features
 from ptq_exp.evaluation.scores import score
 from ptq_exp.evaluation.statistics import FeatureStatistics
@@ -225,6 +226,8 @@ class Speeds:
     ) -> TransformTime:
         few = self.call(min(self.sizes[OBSERVED], _SHOWN))
         timed = {site: layers for site, layers in sites.items() if all(map(self.passed, layers))}
+        if sites and not timed and transform.uses_data:
+            raise ConfigError(f"{transform.name} works in none of the first blocks, and no others are timed")
         return transform_time(
             network, transform, sites, rules, lambda shown: self._evaluate(shown, few),
             lambda shown: self._line(shown, OBSERVED), self.run.device, timed or sites,
