@@ -12,6 +12,7 @@ and any order of columns needs no stored permutation; an input that was always z
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -136,14 +137,15 @@ def objective(error: Tensor, hessian: Tensor) -> float:
     Products are taken in float32.
     """
     unit = hessian.diagonal(dim1=-2, dim2=-1).amax().clamp(min=torch.finfo(torch.float64).tiny)
-    error, hessian = error.float(), (hessian / unit).float()
+    size = math.ldexp(1.0, math.frexp(float(error.abs().amax()))[1])  # a power of two changes no digit
+    error, hessian = (error / size).float(), (hessian / unit).float()
     total = 0.0
     for start in range(0, error.shape[-1], PANEL):  # H is symmetric: what lies below the diagonal counts twice
         part, rest = error[..., start : start + PANEL], error[..., start + PANEL :]
         across = hessian[..., start : start + PANEL]
         own, below = across[..., start : start + PANEL, :], across[..., start + PANEL :, :]
         total += float(((part @ own + 2 * (rest @ below)) * part).sum(dtype=torch.float64))
-    return total * float(unit)
+    return total * float(unit) * size * size
 
 
 def _rounded(weight: Tensor, lower: Tensor, grid: Levels | Elements) -> Tensor:

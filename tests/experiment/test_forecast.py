@@ -234,12 +234,14 @@ def test_a_forecast_draws_nothing_changes_nothing_and_never_ends_a_run(base, mon
     assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
     assert all(torch.equal(value, weights[name]) for name, value in base[1].model.denoiser.state_dict().items())
 
-    def broken(*_):
-        raise RuntimeError("no such kernel")
-
-    monkeypatch.setattr(make, "stage_seconds", broken)
     caplog.set_level("INFO", "ptq_exp")
-    assert made(base) is None and "no forecast: no such kernel" in caplog.text
+    for kind in (RuntimeError, ValueError, MemoryError):
+
+        def broken(*_, kind=kind):
+            raise kind(f"no such kernel: {kind.__name__}")
+
+        monkeypatch.setattr(make, "stage_seconds", broken)
+        assert made(base) is None and f"no forecast: no such kernel: {kind.__name__}" in caplog.text
 
 
 def test_memory_that_does_not_suffice_is_said_with_the_setting_that_fits(forecast, monkeypatch):

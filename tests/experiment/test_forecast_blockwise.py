@@ -1,6 +1,8 @@
 """The forecast of a network in files: its first blocks are timed, all others count in proportion."""
 
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ptq_exp.experiment.forecast import first_blocks, seconds, speeds
 from ptq_exp.experiment.forecast.first_blocks import FirstBlocks
 from ptq_exp.experiment.forecast.probe import Line
 from ptq_exp.experiment.stage import Stages
+from ptq_exp.quantization.offload import weight_bytes
 from ptq_exp.settings.compose import composed_from
 
 LAYERS = 4
@@ -100,7 +103,7 @@ def test_first_blocks_give_the_same_forecast_as_all_of_them(folder, tmp_path, mo
     caplog.set_level("INFO", "ptq_exp")
     found: list[speeds.Speeds] = []
 
-    def line(work, n, device):
+    def line(work, n, device, passing=0.0):
         work(n)
         (known,) = found
         return Line(0.0, float(len(known.first.names)), 1.0)
@@ -122,6 +125,41 @@ def test_first_blocks_give_the_same_forecast_as_all_of_them(folder, tmp_path, mo
     assert inside and made.seconds["eps_error"] == pytest.approx(2 * 2 * 3 * each)
     assert made.seconds["reconstruct"] > 24 * 2 * each and made.seconds["save_quantized"] > 0
     assert len(names) == (1 if patience == 0 else LAYERS)
+
+
+def test_weights_that_are_read_from_files_are_no_memory_of_each_sample(tmp_path, monkeypatch):
+    """Else a batch would seem to take the weights as often as it has samples, and runs that fit would be refused."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=8, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
+        patch_size=2, num_embeds_ada_norm=10,
+    )
+    small = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+    DiTPipeline(transformer, AutoencoderKL(**small), DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    block = weight_bytes(transformer.transformer_blocks[0])
+    assert block > 15e6
+    monkeypatch.setattr(speeds, "line", partial(speeds.line, budget=0.0))  # as where one evaluation takes a second
+    needs = {}
+    monkeypatch.setattr("ptq_exp.experiment.forecast.make._check", lambda found, device: needs.update(found))
+    assert forecast_experiment(settings(tmp_path / "dit", tmp_path, "bits=w8a8"), tmp_path)
+    drawing = ("drawing images", "drawing quantized images", "finding ranges")
+    assert {stage: needs[stage].each < block / 2 for stage in drawing} == dict.fromkeys(drawing, True)
+    assert [needs[stage].fixed for stage in drawing] == [0.0, 2 * block, 2 * block]
+
+
+@pytest.mark.usefixtures("small_networks")
+def test_a_transform_that_works_in_later_blocks_alone_is_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(first_blocks, "BUDGET", 0.0)
+    caplog.set_level("INFO", "ptq_exp")
+    unet = composed_from([
+        "model=digits", "trainer.max_memory_gb=1e-7", "metric=minmax", "logger=none", "trainer.progress_bar=false",
+        "trainer.accelerator=cpu", "sampler.steps=2", "evaluation=paired", "evaluation.n_samples=2", "bits=w8a8",
+        "calibration.n_samples=4", f"cache_dir={tmp_path}/cache", "quantization.transforms=[smooth]",
+    ])
+    assert forecast_experiment(unet, tmp_path) is None
+    assert "no forecast: smooth works in none of the first blocks" in caplog.text
+    unet.quantization = replace(unet.quantization, transforms=("rotate",))  # looks at no data
+    assert forecast_experiment(unet, tmp_path).seconds["quantize"] > 0
 
 
 def test_the_traces_that_are_counted_are_those_that_are_made(folder, tmp_path, monkeypatch):

@@ -165,6 +165,14 @@ def test_a_transform_that_looks_at_nothing_passes_nothing(placed):
     assert found.passes == 0 and found.seconds(4, 1000) == found.seconds(4, 1)
 
 
+def test_a_transform_without_places_takes_the_passes_that_it_makes_all_the_same(placed):
+    run, _, _ = placed
+    (smooth,), network, shown = transforms_of(["smooth"]), run.network_copy(), []
+    smooth.fit(network, {}, Fitting(shown.append, []))
+    found = transform_time(network, smooth, {}, [], None, lambda net: Line(1.0, 0.5), run.device)
+    assert found.seconds(4, 8) == pytest.approx(len(shown) * 2 * (1 + 0.5 * 4)) and shown
+
+
 def test_gptq_takes_a_part_for_each_state_and_leaves_the_network_alone(placed, monkeypatch):
     run, settings = placed[0], composed_from([*SMALLEST, "+experiment=gptq"])
     config, plan = settings.reconstruction, Plan.of(settings, run.grid)

@@ -8,7 +8,7 @@ import torch
 
 from ptq_exp.errors import DataError, QuantizationError
 from ptq_exp.quantization import WeightQuantizer, choose_qparams
-from ptq_exp.reconstruction import gptq
+from ptq_exp.reconstruction import gptq, gptq_rounding
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "kit"
 SETTINGS = ("b4_sym", "b4_asym", "b3_asym", "b2_asym_damp10", "b8_sym", "b4_asym_act", "b4_asym_g64_static",
@@ -197,3 +197,18 @@ def test_types_and_shapes():
         gptq(weight, hessian * torch.nan, scale, zero, 4)
     with pytest.raises(QuantizationError, match="Cholesky"):
         gptq(weight, -hessian, scale, zero, 4)
+
+
+def test_squared_errors_of_weights_of_any_size_are_finite_and_have_the_same_digits():
+    """Products are taken in float32, which holds no square of 1e20 or 1e-25."""
+    generator = torch.Generator().manual_seed(0)
+    error = torch.randn(2, 5, 40, generator=generator, dtype=torch.float64)
+    rows = torch.randn(2, 90, 40, generator=generator, dtype=torch.float64)
+    hessian = rows.mT @ rows
+    known = gptq_rounding.objective(error, hessian)
+    assert known == pytest.approx(float((rows @ error.mT).square().sum()), rel=1e-5)
+    for power in (-83, -1, 3, 70):
+        for of_hessian in (0, -100, 100):
+            found = gptq_rounding.objective(error * 2.0**power, hessian * 2.0**of_hessian)
+            assert found == known * 2.0 ** (2 * power + of_hessian)
+    assert gptq_rounding.objective(error * 0, hessian) == gptq_rounding.objective(error, hessian * 0) == 0.0

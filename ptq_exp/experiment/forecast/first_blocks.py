@@ -74,6 +74,10 @@ class FirstBlocks:
             stack.enter_context(network.get_submodule(self.names[-1]).register_forward_hook(_end))
             evaluate()
 
+    def largest(self, network: nn.Module) -> float:
+        """Return the bytes of the largest of these blocks: of a copy in files one is in memory at a time."""
+        return float(max(weight_bytes(network.get_submodule(name)) for name in self.names))
+
     def in_proportion(self, network: nn.Module, work: Callable[[nn.Module], float]) -> float:
         """Return what `work` returns of the last of these blocks, times the weights of `network` over its own."""
         block = network.get_submodule(self.names[-1])

@@ -33,6 +33,9 @@ from ptq_exp.settings.schema import RULES, ExperimentConfig
 
 log = logging.getLogger("ptq_exp")
 _LARGEST = 1e9  # bytes of a network that is packed to see how long its file gets
+_FAILURES = (
+    PTQError, RuntimeError, ArithmeticError, LookupError, AttributeError, TypeError, ValueError, OSError, MemoryError,
+)
 _STAGES = ("reference", "fp32_images", "fp32_scores", "calibration_set", "quantize", "reconstruct", "proof",
            "bit_schedule", "noise_statistics", "eps_error", "save_quantized", "analysis", "quantized_images", "scores",
            "pairs", "runtime")
@@ -62,7 +65,7 @@ def forecast_run(
                 log.info("no forecast: the network is evaluated for about %.0f s", seconds)
                 return None
             made = _forecast(run, plan, config, keys, compiles=not at_least)
-    except (PTQError, RuntimeError, ArithmeticError, LookupError, AttributeError, TypeError, OSError) as error:
+    except _FAILURES as error:
         log.info("no forecast: %s", " ".join(str(error).split()) or type(error).__name__)
         return None
     refuse_unfit(made, config, folder)

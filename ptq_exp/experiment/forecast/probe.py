@@ -38,34 +38,44 @@ class Line:
         return Line(factor * self.fixed, factor * self.each, self.bytes_each)
 
 
-def line(work: Callable[[int], object], n: int, device: torch.device, budget: float = BUDGET) -> Line:
+def line(
+    work: Callable[[int], object], n: int, device: torch.device, budget: float = BUDGET, passing: float = 0.0
+) -> Line:
     """Measure `work(1)` and `work(m)`, m as near to `n` as `budget` seconds allow, and draw a line through both.
 
     What is used first is slow: neither counts the first call.
+
+    Args:
+        passing: bytes that come and go meanwhile, however many samples there are.
     """
     _, taken = measured(lambda: work(1), device)
     one, _ = measured(lambda: work(1), device)
     m = max(1, min(n, int(budget / max(one, 1e-6))))
     if m == 1:
-        return Line(0.0, one, taken)
+        return Line(0.0, one, max(taken - passing, 0.0))
     several, taken = measured(lambda: work(m), device)
     if several < budget:
         several, _ = measured(lambda: work(m), device, repeats=_REPEATS)
     each = max(several - one, 0.0) / (m - 1)
     fixed = max(several - each * m, 0.0)
-    return Line(fixed, (several - fixed) / m, taken / m)
+    return Line(fixed, (several - fixed) / m, max(taken - passing, 0.0) / m)
 
 
 def measured(work: Callable[[], object], device: torch.device, repeats: int = 1) -> tuple[float, float]:
-    """Return the seconds of `work` (the median of `repeats`), and the most bytes above those in use before it."""
+    """Return the seconds of `work` (the median of `repeats`), and the most bytes above those in use before it.
+
+    Pages of files that it read, and that stay, do not count: the system takes them back where memory is wanted.
+    """
     before, seconds = _begin(device), []
+    of_files = _file_bytes(device)
     for _ in range(repeats):
         started = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return sorted(seconds)[len(seconds) // 2], max(0.0, peak_bytes(device) - before)
+    read = max(0.0, _file_bytes(device) - of_files)
+    return sorted(seconds)[len(seconds) // 2], max(0.0, peak_bytes(device) - before - read)
 
 
 def in_use(device: torch.device) -> float:
@@ -87,6 +97,10 @@ def _begin(device: torch.device) -> float:
         with suppress(OSError):  # 5: forget the peak, see proc(5)
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return in_use(device)
+
+
+def _file_bytes(device: torch.device) -> float:
+    return 0.0 if device.type == "cuda" else _of_process("RssFile") + _of_process("RssShmem")
 
 
 def _of_process(name: str) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import Call
+from ptq_exp.errors import ConfigError
 from ptq_exp.evaluation import change_intervals, extract_features
 from ptq_exp.evaluation.scores import score
 from ptq_exp.evaluation.statistics import FeatureStatistics
@@ -186,7 +187,8 @@ class Speeds:
         def evaluate(n: int) -> None:
             self._evaluate(network, calls.setdefault(n, self.call(n)), guided)
 
-        return line(evaluate, self.sizes[which], self.run.device)
+        passing = 0.0 if self.first is None or which == FULL else self.first.largest(network)
+        return line(evaluate, self.sizes[which], self.run.device, passing=passing)
 
     def _evaluate(self, network: nn.Module, call: Call, guided: Callable[..., object] | None = None) -> None:
         if self.first is None:
@@ -224,6 +226,8 @@ class Speeds:
     ) -> TransformTime:
         few = self.call(min(self.sizes[OBSERVED], _SHOWN))
         timed = {site: layers for site, layers in sites.items() if all(map(self.passed, layers))}
+        if sites and not timed and transform.uses_data:
+            raise ConfigError(f"{transform.name} works in none of the first blocks, and no others are timed")
         return transform_time(
             network, transform, sites, rules, lambda shown: self._evaluate(shown, few),
             lambda shown: self._line(shown, OBSERVED), self.run.device, timed or sites,

@@ -66,6 +66,8 @@ def transform_time(
     if not lines:  # nothing is looked at, and nothing fitted that depends on it
         seconds, _ = measured(lambda: transform.fit(network, near, Fitting(evaluate, rules)), device)
         return TransformTime(0, Line(0.0, 0.0), seconds * len(sites) / max(1, len(near)))
+    if not near:
+        return TransformTime(1, lines[0], 0.0)
     sizes = {site: sum(network.get_submodule(name).weight.numel() for name in names) for site, names in sites.items()}
     order = sorted(near, key=lambda site: sizes[site])
     passes, timed, started = 1, {}, time.perf_counter()
