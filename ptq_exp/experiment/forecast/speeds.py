@@ -8,7 +8,7 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import Call
@@ -179,7 +179,7 @@ class Speeds:
         """Return a call of `n` samples of noise."""
         return self.run.noise(n, self._generator)
 
-    def _line(self, network: nn.Module, which: str, guided: Callable[..., object] | None = None) -> Line:
+    def _line(self, network: nn.Module, which: str, guided: Callable[..., Tensor] | None = None) -> Line:
         """Measure evaluations of `network`, or of what calls it; where it is in files, of its first blocks."""
         calls: dict[int, Call] = {}
 
@@ -190,7 +190,7 @@ class Speeds:
         passing = 0.0 if self.first is None or which == FULL else self.first.largest(network)
         return line(evaluate, self.sizes[which], self.run.device, passing=passing)
 
-    def _evaluate(self, network: nn.Module, call: Call, guided: Callable[..., object] | None = None) -> None:
+    def _evaluate(self, network: nn.Module, call: Call, guided: Callable[..., Tensor] | None = None) -> None:
         if self.first is None:
             call.evaluate(guided or network)
         else:

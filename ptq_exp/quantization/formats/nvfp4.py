@@ -88,7 +88,9 @@ class NVFP4Format(BlockFormat):
             joined = (scale if tensor_scale is None else scale * tensor_scale).unsqueeze(-1)
             found.append((scale, ELEMENT.cast(_divided(blocks, joined)) * joined))
         scale, values = found[0]
-        error = None if len(found) == 1 else _squared(values, blocks)
+        if len(found) == 1:
+            return scale, values
+        error = _squared(values, blocks)
         for other, rounded in found[1:]:
             tried = _squared(rounded, blocks)
             better = tried < error
