@@ -31,6 +31,11 @@ VERSIONS = {
 A key holds the numbers of all kinds that its artefact is made of: other ranges mean another quantized network.
 """
 Key = dict[str, Any]
+_CHOOSE_KERNELS = (
+    "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE",
+    "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "NVIDIA_TF32_OVERRIDE",
+)
+"""Environment variables by which oneDNN, MKL and CUDA take other kernels on the same processor."""
 
 
 def versioned(kind: str, key: Mapping[str, Any]) -> Key:
@@ -173,7 +178,8 @@ class Keys:
 def drawn_by(config: ExperimentConfig, device: torch.device) -> Key:
     """Name what executes a quantized network here: library, processor, threads, device, engine."""
     found: Key = {
-        "torch": torch.__version__, "processor": processor(), "isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "torch": torch.__version__, "processor": processor(), "vectors": torch.backends.cpu.get_cpu_capability(),
+        "kernels": {name: os.environ[name] for name in _CHOOSE_KERNELS if name in os.environ},
         "threads": torch.get_num_threads(), "device": device.type, "cuda_graph": config.trainer.cuda_graph,
     }
     if device.type == "cuda":

@@ -124,7 +124,12 @@ def test_what_else_decides_or_draws_them_is_in_their_key(monkeypatch, tmp_path):
     ]
     write_npz(tmp_path / "statistics.npz", k=np.ones(1))
     others.append(key_of(config_of(correction__statistics=str(tmp_path / "statistics.npz")), None, True))
-    for patch in (("torch.__version__", "99"), ("torch.get_num_threads", lambda: 99)):
+    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR"):
+        with monkeypatch.context() as here:
+            here.setenv(variable, "AVX2")
+            others.append(key_of(config_of()))
+    for patch in (("torch.__version__", "99"), ("torch.get_num_threads", lambda: 99),
+                  ("torch.backends.cpu.get_cpu_capability", lambda: "another")):
         with monkeypatch.context() as here:
             here.setattr(*patch)
             others.append(key_of(config_of()))
