@@ -162,6 +162,12 @@ def test_a_transform_that_works_in_later_blocks_alone_is_named(tmp_path, monkeyp
     assert forecast_experiment(unet, tmp_path).seconds["quantize"] > 0
 
 
+def test_an_engine_is_said_not_to_be_measured(folder, tmp_path, caplog):
+    caplog.set_level("INFO", "ptq_exp")
+    assert forecast_experiment(settings(folder, tmp_path, "bits=w8a8", "runtime.compare=torch"), tmp_path) is None
+    assert "no forecast: an engine of a network in files is not measured" in caplog.text
+
+
 def test_the_traces_that_are_counted_are_those_that_are_made(folder, tmp_path, monkeypatch):
     stage, rows = ["none"], {name: 0 for name in ("none", *seconds._TRACES)}
     forward, called = BasicTransformerBlock.forward, Stages.__call__

@@ -101,6 +101,8 @@ def _check(needs: Mapping[str, Need], device: torch.device) -> None:
 def _why_not(run: Run, config: ExperimentConfig, plan: Plan | None) -> str | None:
     if isinstance(run.model, RecordedModel):
         return "a network with recorded calls is not measured"
+    if run.blockwise and config.runtime.engine is not None:
+        return "an engine of a network in files is not measured"
     if run.compile:
         return "model.compile=true is not measured"
     if plan is not None and config.trainer.devices > 1:
