@@ -15,9 +15,11 @@ from omegaconf import OmegaConf
 
 from ptq_exp.cli import table
 from ptq_exp.cli.bench import settings_of
+from ptq_exp.cli.coordinate_search import merged
 from ptq_exp.cli.export import SETTINGS as EXPORT_SETTINGS
 from ptq_exp.cli.export import settings as export_settings
 from ptq_exp.cli.search import _parser as search_parser
+from ptq_exp.cli.search_space import Space
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import ConfigError
 from ptq_exp.reports.tables.columns import VALUES
@@ -29,7 +31,8 @@ from ptq_exp.settings.schema import ExperimentConfig
 
 def test_every_command_is_of_a_kind_that_is_checked():
     assert {" ".join(words[:3]) for _, words in ALL} == {"python -m ptq_exp"}
-    assert {tool(words) for _, words in ALL} == {"", "table", "bench", "export", "train_embedded"} and len(RUNS) > 30
+    assert {tool(words) for _, words in ALL} == {"", "table", "bench", "export", "search", "train_embedded"}
+    assert len(RUNS) > 30
 
 
 @pytest.mark.parametrize("page, arguments", RUNS, ids=[f"{page}{i}" for i, (page, _) in enumerate(RUNS)])
@@ -83,6 +86,14 @@ def test_every_bench_has_settings_that_there_are(words):
 @pytest.mark.parametrize("words", [words for _, words in ALL if tool(words) == "export"])
 def test_every_export_has_settings_that_there_are(words):
     assert {"quantized", "format", "out"} <= export_settings(words[4:]).keys()
+
+
+@pytest.mark.parametrize("words", [words for _, words in ALL if tool(words) == "search"])
+def test_every_search_has_a_space_and_settings_that_there_are(words):
+    arguments = search_parser().parse_args(words[4:])
+    space = Space.load(config_folder() / "search" / f"{arguments.space}.yaml")
+    assert any(override.startswith("bits=") for override in arguments.overrides)
+    conf(*merged(space.base, arguments.overrides))
 
 
 @pytest.mark.parametrize("words", [words for _, words in ALL if tool(words) == "table"])
