@@ -38,7 +38,7 @@ OUTPUTS = """# What a run leaves
 | `results.json` | all numbers, rewritten whole after every stage; see below |
 | `samples.npz` | `arr_0`: images uint8 [N, H, W, C], `arr_1`: classes [N], as ADM reads them; replace, never edit |
 | `pairs.npz` | each score of pairs for every image [N], the `worst` pairs by PSNR and their full-precision images |
-| `quantization.json` | every layer with its bits or the reason why it has none, and every range |
+| `quantization.json` | every layer, its bits or why it has none; every range, of more than 4096 a summary |
 | `quantized/` | the saved model, see [saving and loading](saved_models.md) |
 | `bit_schedule.json`, `noise_statistics.npz` | bits of each step, statistics of the noise; where there are any |
 | `reconstruction.json` | every block of a reconstruction: errors before and after |

@@ -3,10 +3,10 @@
 In the folder of a component of a pipeline the first one has the name that diffusers looks for.
 
 `quantization.json` is a dictionary with ``format`` and ``version``, ``rules`` (pattern, spec, reason), ``report``'s
-entries (``totals``, ``shares``, ``layers``), ``quantizers`` (every range, to be read by people), ``tensors`` (layout of
-the other file, see `ptq_exp.quantization.packed_network`), ``file`` (its name, SHA-256, size and the theoretical one)
-and whatever the caller adds about the model. Each file holds a hash of the other: what belongs to another network, was
-cut off or edited is refused. Nothing in the files is executed.
+entries (``totals``, ``shares``, ``layers``), ``quantizers`` (ranges to be read by people, see `range_table`),
+``tensors`` (layout of the other file, see `ptq_exp.quantization.packed_network`), ``file`` (its name, SHA-256, size and
+the theoretical one) and whatever the caller adds about the model. Each file holds a hash of the other: what belongs to
+another network, was cut off or edited is refused. Nothing in the files is executed.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import enum
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,38 @@ def dump_indented(path: str | os.PathLike[str], plain: Any, *, ensure_ascii: boo
         ValueError: a number is NaN or infinite.
     """
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(plain, stream, indent=2, ensure_ascii=ensure_ascii, allow_nan=False)
+        stream.writelines(indented(plain, ensure_ascii=ensure_ascii))
         stream.write("\n")
+
+
+def indented(plain: Any, *, ensure_ascii: bool = True) -> Iterator[str]:
+    """Yield the pieces of plain values as indented JSON; a list without dictionaries in it stays on one line.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    yield from _pieces(plain, json.JSONEncoder(ensure_ascii=ensure_ascii, allow_nan=False).encode, "\n")
+
+
+def _pieces(plain: Any, encode: Callable[[Any], str], margin: str) -> Iterator[str]:
+    """Yield the pieces of a value whose last bracket stands behind `margin`: a line break and spaces."""
+    if not isinstance(plain, dict) or not plain:
+        text = encode(plain)
+        if not isinstance(plain, list) or "{" not in text:
+            yield text
+            return
+    first, last = "{}" if isinstance(plain, dict) else "[]"
+    inside = f"{margin}  "
+    between = f"{first}{inside}"
+    for key in plain:
+        yield between
+        value = key
+        if isinstance(plain, dict):
+            yield f"{encode(key)}: "
+            value = plain[key]
+        yield from _pieces(value, encode, inside)
+        between = f",{inside}"
+    yield f"{margin}{last}"
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

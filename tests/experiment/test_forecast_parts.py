@@ -201,6 +201,9 @@ def test_blocks_between_those_that_were_tried_are_in_proportion(monkeypatch):
     assert np.allclose(np.interp(sizes, x, y), [2.0 * size for size in sizes])
     x, y = blocks._tried(sizes, [2], lambda place: {2: 7.0}[place])  # no other can be measured
     assert np.allclose(np.interp(sizes, x, y), [0.35 * size for size in sizes])
+    # those that can be measured are of one size, and smaller and larger ones lie behind them
+    x, y = blocks._tried([1, 40, 40, 40, 80], [1, 2, 3], lambda place: {1: 3.0, 2: 4.0, 3: 5.0}[place])
+    assert np.interp([1, 40, 80], x, y) == pytest.approx([0.1, 4, 8])
     monkeypatch.setattr(blocks, "_PATIENCE", -1.0)  # the middle one alone
     x, y = blocks._tried(sizes, range(5), lambda place: 2.0 * sizes[place])
     assert np.allclose(np.interp(sizes, x, y), [2.0 * size for size in sizes])

@@ -237,6 +237,22 @@ def test_the_summary_groups_operations_and_reasons(unet, example):
     assert any(line.startswith("conv + linear: 1.01 M MACs") for line in lines)
 
 
+def test_ranges_that_nobody_reads_are_summed_up(monkeypatch):
+    layer = nn.Sequential(nn.Linear(8, 3, bias=False))
+    with torch.no_grad():
+        layer[0].weight.copy_(torch.tensor([1.0, 3.0, 2.0]).view(3, 1) * torch.tensor([-1.0, 1.0] * 4))
+    quantize_(layer, [Rule("*", QuantSpec(TensorSpec(2, granularity=PerChannel())))], (torch.ones(1, 8),))
+    layer[0].weight_quantizer.search(layer[0].weight, "minmax")
+    whole = range_table(layer)["0.weight_quantizer"]
+    assert [scale for (scale,) in whole["scale"]] == pytest.approx([2 / 3, 2, 4 / 3])
+    monkeypatch.setattr("ptq_exp.quantization.cost.account.MOST_NUMBERS", 2)
+    found = range_table(layer)["0.weight_quantizer"]
+    assert found["scale"] == pytest.approx({"numbers": 3, "min": 2 / 3, "median": 4 / 3, "max": 2})
+    assert {key: value for key, value in found.items() if not isinstance(value, dict)}.keys() == {
+        "bits", "symmetric", "segments"
+    }
+
+
 def test_ranges_are_plain_lists(unet, example, batch):
     quantize_(unet, Policy().rules(Widths(4, 8)), example)
     with pytest.raises(QuantizationError, match="not calibrated"):

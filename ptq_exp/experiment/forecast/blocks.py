@@ -59,6 +59,8 @@ def _tried(
 ) -> tuple[list[float], list[float]]:
     """Return sizes of blocks, ascending, and what was measured of them: the middle one, and both ends where quick.
 
+    Beyond what was measured seconds are in proportion to sizes.
+
     Args:
         near: places of the blocks that can be measured.
     """
@@ -68,12 +70,14 @@ def _tried(
     for place in places:
         if place not in measured_of and (not measured_of or time.perf_counter() - started < _PATIENCE):
             measured_of[place] = measure(place)
-    if len(measured_of) == 1:  # in proportion, from nothing to the largest
-        (place, seconds), most = *measured_of.items(), max(sizes)
-        share = seconds / max(sizes[place], 1)
-        return [0.0, float(max(most, 1))], [0.0, share * max(most, 1)]
-    found = sorted((sizes[place], seconds) for place, seconds in measured_of.items())
-    return [size for size, _ in found], [seconds for _, seconds in found]
+    found = {size: [measured_of[place] for place in measured_of if sizes[place] == size]
+             for size in sorted({sizes[place] for place in measured_of})}
+    curve = {size: sum(seconds) / len(seconds) for size, seconds in found.items()}
+    least, largest, most = min(curve), max(curve), max(sizes)
+    below = {0.0: 0.0} if least > min(sizes) else {}  # in proportion, from nothing
+    above = {most: curve[largest] * most / max(largest, 1)} if most > largest else {}
+    curve = below | curve | above
+    return [*curve], [*curve.values()]
 
 
 def _begun(speeds: Speeds, config: ReconstructionConfig, block: Block, n: int, folder: Path) -> Reconstruction:

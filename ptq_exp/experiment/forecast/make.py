@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -30,6 +29,7 @@ from ptq_exp.quantization import range_table
 from ptq_exp.quantization.offload import weight_bytes
 from ptq_exp.quantization.save import tensors_bytes
 from ptq_exp.settings.schema import RULES, ExperimentConfig
+from ptq_exp.storage.plain_json import indented
 
 log = logging.getLogger("ptq_exp")
 _LARGEST = 1e9  # bytes of a network that is packed to see how long its file gets
@@ -219,4 +219,4 @@ def _disk(speeds: Speeds, config: ExperimentConfig, reused: Iterable[str], quant
 
 
 def _written(values: Mapping[str, object]) -> float:
-    return float(len(json.dumps(values, indent=2)))
+    return float(sum(map(len, indented(values))))

@@ -24,6 +24,7 @@ from ptq_exp.experiment.forecast.pairs import images_of_noise
 from ptq_exp.experiment.forecast.pipelines import Zeros
 from ptq_exp.experiment.forecast.placed import Placed, give_ranges_, give_weights_ranges_
 from ptq_exp.experiment.forecast.probe import Line, line, measured
+from ptq_exp.experiment.forecast.saving import saving_seconds
 from ptq_exp.experiment.forecast.transforms import TransformTime, transform_time
 from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED
 from ptq_exp.experiment.plan import Plan
@@ -40,7 +41,6 @@ from ptq_exp.quantization import (
     select_row,
 )
 from ptq_exp.quantization.offload import mapped_copy
-from ptq_exp.quantization.save import tensors_bytes
 from ptq_exp.settings.schema_machine import RuntimeConfig
 
 _SHOWN = 4  # samples that a place of a transform is fitted on
@@ -213,8 +213,8 @@ class Speeds:
 
     @cached_property
     def saved(self) -> float:
-        """The seconds of packing and writing the weights of the quantized network."""
-        return self.in_proportion(lambda network: measured(lambda: tensors_bytes(network), self.run.device)[0])
+        """The seconds of packing, describing and writing the quantized network, which lies in files."""
+        return saving_seconds(self.first, self.placed.network, self.placed.report, self.run.cache.root / PARTS)
 
     def in_proportion(self, work: Callable[[nn.Module], float]) -> float:
         """Return what `work` returns of the quantized network; of one in files from one block, by weights."""

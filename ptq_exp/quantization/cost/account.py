@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from diffusers.models.attention_processor import Attention
-from torch import nn
+from torch import Tensor, nn
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.calibrate import disabled, quantizers
@@ -28,6 +28,9 @@ from ptq_exp.quantization.products import full_precision_class
 from ptq_exp.quantization.quantizer import DynamicQuantizer, WeightQuantizer
 from ptq_exp.quantization.quantizer.formats import format_of
 from ptq_exp.quantization.trace.products import kind_of, product_site
+
+MOST_NUMBERS = 4096
+"""Of one tensor of ranges in `range_table`; weights in small groups have millions."""
 
 
 def describe(model: nn.Module, example_inputs: tuple, reasons: Mapping[str, str] | None = None) -> Report:
@@ -98,7 +101,8 @@ def build_report(model: nn.Module, counted: Trace, reasons: Mapping[str, str], p
 def range_table(model: nn.Module) -> dict[str, dict]:
     """Return the ranges of every quantizer, ready for JSON.
 
-    Of each its bits (a list of candidates), symmetry, segments and ``[rows][segments]`` lists of its four buffers.
+    Of each its bits (a list of candidates), symmetry, segments and ``[rows][segments]`` lists of its four buffers; of a
+    buffer with more than `MOST_NUMBERS` the least, the middle and the largest number.
 
     Raises:
         QuantizationError: a quantizer is not calibrated.
@@ -115,8 +119,16 @@ def range_table(model: nn.Module) -> dict[str, dict]:
             **({"dynamic": quantizer.share} if hasattr(quantizer, "share") else {}),
         }
         for buffer in ("scale", "zero_point", "qmin", "qmax"):
-            found[name][buffer] = getattr(quantizer, buffer).tolist()
+            found[name][buffer] = _shown(getattr(quantizer, buffer))
     return found
+
+
+def _shown(numbers: Tensor) -> list | dict[str, float]:
+    """Return all numbers as lists, or what sums up more of them than anybody reads."""
+    if numbers.numel() <= MOST_NUMBERS:
+        return numbers.tolist()
+    found = {"min": numbers.min(), "median": numbers.median(), "max": numbers.max()}
+    return {"numbers": numbers.numel(), **{name: float(value) for name, value in found.items()}}
 
 
 def parameter_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
