@@ -19,6 +19,7 @@ from ptq_exp.runtime.deployable import deployable
 from ptq_exp.runtime.fingerprint import fingerprint
 from ptq_exp.runtime.graph import executed_layers
 from ptq_exp.runtime.grouped import group_settings
+from ptq_exp.runtime.not_a_number import keep_nan
 from ptq_exp.runtime.plan import GROUPS, WEIGHTS, check_weights, integer_plan
 from ptq_exp.runtime.probe import check_sums, probed_groups
 from ptq_exp.storage.cache import ArtifactCache
@@ -139,7 +140,7 @@ class CompiledNetwork(nn.Module):
     def forward(self, *tensors: Tensor, **conditions: Tensor) -> Tensor:
         """Return the network's output, on the device of its first input."""
         call = self._flat(tensors, conditions)
-        result = _evaluated(self._model(call, tuple(conditions)).model, call)
+        result = keep_nan(_evaluated(self._model(call, tuple(conditions)).model, call), call)
         return result.to(tensors[0].device, tensors[0].dtype if tensors[0].is_floating_point() else result.dtype)
 
     def any_model(self, example_call: tuple[Any, ...]) -> Compiled:

@@ -13,6 +13,7 @@ from ptq_exp.quantization import step_of
 from ptq_exp.quantization.cost.account import describe
 from ptq_exp.runtime.base import ExecutedLayer, Execution
 from ptq_exp.runtime.deployable import Deployable, deployable
+from ptq_exp.runtime.not_a_number import keep_nan
 from ptq_exp.runtime.plain_layers import IntegerLayer, Row
 from ptq_exp.runtime.plan import FLOAT, INT8, Plan, check_weights, entry_of, integer_plan, layers_of
 from ptq_exp.runtime.probe import check_sums
@@ -91,7 +92,8 @@ class IntegerNetwork(nn.Module):
                 )
             self.plain.set_row(self.step.row)
         inputs = [part.float() if part.is_floating_point() else part for part in tensors]
-        return self.plain.network(*inputs, **conditions).to(tensors[0].dtype)
+        answer = self.plain.network(*inputs, **conditions)
+        return keep_nan(answer, (*tensors, *conditions.values())).to(tensors[0].dtype)
 
 
 def integer_network(
