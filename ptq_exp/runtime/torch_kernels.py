@@ -65,6 +65,10 @@ class OneDNN(_Levels):
         y = torch.ops.onednn.qconv2d_pointwise(u, scale, zero, packed, *weight, *self.geometry, self.groups, *how)
         return y.squeeze(2) if self.line else y
 
+    def __getstate__(self) -> dict[str, object]:
+        """Leave packed weights out of copies and files: torch can do neither, and they are packed anew."""
+        return {**self.__dict__, "_packed": {}}
+
     def _weight(self, scale: float, zero: int) -> Tensor:
         if (zero != 0) not in self._packed:
             levels = self.levels.unsqueeze(2) if self.line else self.levels

@@ -1,6 +1,8 @@
 """Layers on torch's own 8-bit operators: exact against the simulation on the same input, and said as they are."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from functools import partial
@@ -126,6 +128,15 @@ def test_a_bias_is_part_of_the_state_whoever_adds_it(symmetric, calibrated):
             state = made.plain.network.get_submodule(name).state_dict()
             (bias,) = (value for key, value in state.items() if key.endswith("bias"))
             assert torch.equal(bias.flatten(), layer.bias)
+
+
+def test_a_network_that_was_used_is_copied_and_written(calibrated):
+    network, x = calibrated()
+    made, _ = integer_network(network, OneDNNLayer)
+    wanted = made(x)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made.plain.network))):
+        assert torch.equal(other(x), wanted)
+    assert torch.equal(made(x), wanted)
 
 
 def test_a_split_shortcut_is_a_sum_of_integer_convolutions(split):
