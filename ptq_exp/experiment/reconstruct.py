@@ -128,6 +128,7 @@ def settings_of(config: ReconstructionConfig) -> Settings | GPTQSettings:
         Annealing(config.iterations, config.weight, config.warmup, config.b_start, config.b_end),
         batch_size=config.batch_size, lr=config.lr, step_lr=config.step_lr, power=config.power,
         input_prob=config.input_prob, drop_prob=config.drop_prob, inner_weight=config.inner_weight,
+        half=config.precision == "bf16",
     )
 
 

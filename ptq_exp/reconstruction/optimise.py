@@ -40,6 +40,7 @@ class Settings:
         input_prob: probability of each input element to come from the quantized network, else from full precision.
         drop_prob: probability of each quantized activation to stay full precision.
         inner_weight: factor of the summed losses of the inner layers' outputs (EDA-DM); 0 = output alone.
+        half: multiply in bfloat16 while it is optimised; targets, losses, roundings and what judges them do not.
     """
 
     annealing: Annealing
@@ -50,6 +51,7 @@ class Settings:
     input_prob: float = 1.0
     drop_prob: float = 0.0
     inner_weight: float = 0.0
+    half: bool = False
 
     reads_reference = True
     """Whether the optimisation needs outputs of the full-precision network."""
@@ -149,6 +151,7 @@ class BlockOptimisation:
             dropping(self.quantizers, settings.drop_prob, self.generator),
             outputs_of(self.module, self.inner) as inner,
             self.full.ranges_of(self.module, index),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=settings.half),
         ):
             output = functional_call(self.module, tensors, args, kwargs, tie_weights=self.tied)
         loss = reconstruction_loss(output_of(output, self.block.name), target, settings.power)

@@ -155,6 +155,10 @@ class ReconstructionConfig:
     inner_weight: float = setting(
         0.0, "Weight of the output losses of the layers inside a block (EDA-DM takes 0.8).", low=0
     )
+    precision: str = setting(
+        "f32", "Type of the multiplications while roundings are learned; bf16 is faster on GPUs and on processors that "
+        "multiply it (AVX512-BF16, AMX), and slower on others.", choices=("f32", "bf16"),
+    )
     cache_gb: float = setting(
         0.0,
         "Memory in GB for inputs and outputs of a block; what does not fit goes to files under cache_dir. Up to half "

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from guide_runs import SMALL
 from guide_text import PAGES, blocks
+from small_forecasts import SMALLEST
 from small_networks import (
     use_blank_pictures,
     use_few_candidate_ranges,
@@ -19,7 +20,10 @@ from ptq_exp import MODELS
 from ptq_exp.calibration import SOURCES
 from ptq_exp.cli.main import main
 from ptq_exp.evaluation import SCORES
+from ptq_exp.experiment.plan import Plan
+from ptq_exp.experiment.run import Run
 from ptq_exp.quantization import FORMATS, METRICS
+from ptq_exp.settings.compose import composed_from
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +38,16 @@ def cache(request, tmp_path_factory, common_cache) -> Path:
     Those search ranges as `small_networks` does: it is no setting, and the cache cannot tell such ranges from others.
     """
     return common_cache if getattr(request.module, "COMMON_CACHE", False) else tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def placed(tmp_path_factory):
+    """Objects of a run of a small network, its plan and its settings: what a forecast measures."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_networks(patch)
+        config = composed_from([*SMALLEST, "+experiment=svdquant", f"cache_dir={tmp_path_factory.mktemp('cache')}"])
+        run = Run.of(config)
+        yield run, Plan.of(config, run.grid), config
 
 
 @pytest.fixture

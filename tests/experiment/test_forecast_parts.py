@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small_forecasts import SMALLEST
 from small_networks import use_small_networks
 from small_pipelines import PROMPTS, SMALL
 
@@ -13,12 +14,12 @@ from ptq_exp.calibration import CalibrationSet
 from ptq_exp.calibration import positions as drawn_positions
 from ptq_exp.deploy.measure import Trajectory, _Enough
 from ptq_exp.experiment.budget import planned_network
-from ptq_exp.experiment.forecast import blocks, forecast_run, pairs, speeds
+from ptq_exp.experiment.forecast import forecast_run, pairs, speeds
 from ptq_exp.experiment.forecast.engine import Engine, measuring_seconds
 from ptq_exp.experiment.forecast.pipelines import Zeros, of_pipeline
 from ptq_exp.experiment.forecast.probe import Line
 from ptq_exp.experiment.forecast.transforms import transform_time
-from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED, work_of
+from ptq_exp.experiment.forecast.work import OBSERVED, work_of
 from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.run import Run
@@ -29,10 +30,6 @@ from ptq_exp.runtime.timing import interleaved
 from ptq_exp.settings.build import build
 from ptq_exp.settings.compose import composed_from
 from ptq_exp.settings.schema_machine import RuntimeConfig
-
-SMALLEST = ["sampler.steps=3", "evaluation.n_samples=4", "evaluation.batch_size=2", "evaluation.eps_error_samples=2",
-            "calibration.n_samples=6", "calibration.batch_size=4", "metric=minmax", "logger=none",
-            "trainer.progress_bar=false", "trainer.accelerator=cpu"]
 
 
 class Counting(Zeros):
@@ -120,16 +117,6 @@ def test_layers_of_the_time_alone_see_every_time():
     assert (seen["quantize"][1].samples, seen["quantize"][1].times) == (7, 2)
 
 
-@pytest.fixture(scope="module")
-def placed(tmp_path_factory):
-    """Objects of a run of a small network, and its transforms, each with sites and rules."""
-    with pytest.MonkeyPatch.context() as patch:
-        use_small_networks(patch)
-        config = composed_from([*SMALLEST, "+experiment=svdquant", f"cache_dir={tmp_path_factory.mktemp('cache')}"])
-        run = Run.of(config)
-        yield run, Plan.of(config, run.grid), config
-
-
 def test_a_transform_is_forecast_by_its_passes_and_its_places(placed):
     run, plan, _ = placed
     looked = []
@@ -171,42 +158,6 @@ def test_a_transform_without_places_takes_the_passes_that_it_makes_all_the_same(
     smooth.fit(network, {}, Fitting(shown.append, []))
     found = transform_time(network, smooth, {}, [], None, lambda net: Line(1.0, 0.5), run.device)
     assert found.seconds(4, 8) == pytest.approx(len(shown) * 2 * (1 + 0.5 * 4)) and shown
-
-
-def test_gptq_takes_a_part_for_each_state_and_leaves_the_network_alone(placed, monkeypatch):
-    run, settings = placed[0], composed_from([*SMALLEST, "+experiment=gptq"])
-    config, plan = settings.reconstruction, Plan.of(settings, run.grid)
-    known = speeds.Speeds(run, plan, {FULL: 2, QUANTIZED: 2, OBSERVED: 2})
-    network = known.placed.network
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    rounded = []
-
-    def measured(work, device):
-        work()
-        rounded.append(sum(not torch.equal(value, before[name]) for name, value in network.state_dict().items()))
-        return 3.0 + 0.5 * states[-1], 0.0
-
-    states, make = [], blocks._states
-    monkeypatch.setattr(blocks, "_states", lambda speeds, n: states.append(n) or make(speeds, n))
-    monkeypatch.setattr(blocks, "measured", measured)
-    found = blocks.blocks_of(run, plan, config, network, run.model.denoiser)
-    assert blocks._gptq_seconds(known, config, found[1], 100) == pytest.approx(3.0 + 0.5 * 100)
-    assert all(rounded)  # it was tried indeed
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
-
-def test_blocks_between_those_that_were_tried_are_in_proportion(monkeypatch):
-    sizes = [10, 40, 20, 30, 0]
-    x, y = blocks._tried(sizes, range(5), lambda place: 2.0 * sizes[place])
-    assert np.allclose(np.interp(sizes, x, y), [2.0 * size for size in sizes])
-    x, y = blocks._tried(sizes, [2], lambda place: {2: 7.0}[place])  # no other can be measured
-    assert np.allclose(np.interp(sizes, x, y), [0.35 * size for size in sizes])
-    # those that can be measured are of one size, and smaller and larger ones lie behind them
-    x, y = blocks._tried([1, 40, 40, 40, 80], [1, 2, 3], lambda place: {1: 3.0, 2: 4.0, 3: 5.0}[place])
-    assert np.interp([1, 40, 80], x, y) == pytest.approx([0.1, 4, 8])
-    monkeypatch.setattr(blocks, "_PATIENCE", -1.0)  # the middle one alone
-    x, y = blocks._tried(sizes, range(5), lambda place: 2.0 * sizes[place])
-    assert np.allclose(np.interp(sizes, x, y), [2.0 * size for size in sizes])
 
 
 @pytest.mark.parametrize("draws", ["openvino", "simulate"])

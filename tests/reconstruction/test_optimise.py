@@ -167,6 +167,28 @@ def test_the_network_is_unchanged_until_apply():
     assert block_error(quantized.body, found.data.full, found.data.full.output, "body").mse < before.mse
 
 
+def test_half_precision_is_of_the_multiplications_alone():
+    torch.manual_seed(0)
+    full, quantized = pair(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1), weight=3)
+    x = torch.randn(32, 4, 5, 5) + 2
+    kinds = []
+    quantized.body[0].register_forward_hook(lambda layer, args, y: kinds.append((args[0].dtype, y.dtype)))
+    found = optimised(full, quantized, x, iterations=60, lr=0.1, layers=("0", "1"), inner_weight=0.5, half=True)
+    assert set(kinds) == {(torch.float32, torch.bfloat16)} and found.rounding.v.dtype == torch.float32
+    kinds.clear()
+    nearest = block_error(quantized.body, found.data.full, found.data.full.output, "body").mse
+    found.apply()
+    half = block_error(quantized.body, found.data.full, found.data.full.output, "body").mse
+    assert set(kinds) == {(torch.float32, torch.float32)}
+    found.revert()
+    other = optimised(full, quantized, x, iterations=60, lr=0.1, layers=("0", "1"), inner_weight=0.5)
+    other.apply()
+    whole = block_error(quantized.body, found.data.full, found.data.full.output, "body").mse
+    assert whole < 0.7 * nearest and half < 0.7 * nearest and half < 1.25 * whole
+    layer = quantized.body[0]
+    assert torch.equal(layer.weight, fake_quantize(layer.weight, *layer.weight_quantizer.cells(layer.weight)))
+
+
 def quantizer(bits=4, rows=1, segments=None):
     made = ActivationQuantizer(bits, symmetric=False, segments=segments, name="q")
     made.scale.fill_(0.1), made.zero_point.fill_(7), made.qmax.fill_(15)

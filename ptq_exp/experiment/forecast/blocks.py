@@ -29,8 +29,8 @@ def reconstruction_seconds(speeds: Speeds, config: ReconstructionConfig, states:
     """Return the seconds of reconstructing all blocks on `states` calibration states.
 
     A block takes a time between those of the blocks that were tried, by multiply-accumulates. What enters and leaves a
-    block is captured from both networks, each of which runs as far as the block: half of it on average. GPTQ needs
-    what enters alone, and the full-precision network for the states that judge it.
+    block is captured from both networks; GPTQ needs what enters alone, and the full-precision network for the states
+    that judge it.
     """
     if not config.active:
         return 0.0
@@ -49,8 +49,9 @@ def reconstruction_seconds(speeds: Speeds, config: ReconstructionConfig, states:
     full = speeds.full.seconds(plan.batch_size, evaluations)  # of both halves of guidance
     quantized = speeds.of(OBSERVED).seconds(rows * plan.batch_size, evaluations)
     captured = quantized + (full if learned else full / HELD_OUT)
-    # in memory the network runs as far as each block; in files each block twice: captured, and for the blocks behind it
-    passes = 2.0 if run.blockwise else 0.5 * len(blocks)
+    # on a GPU the network runs as far as each block, half of it on average; else finished blocks answer from memory or
+    # files, and each runs twice: captured, and for the blocks behind it
+    passes = 0.5 * len(blocks) if run.device.type == "cuda" else 2.0
     return float(np.dot(each, times)) + passes * captured
 
 
