@@ -279,6 +279,15 @@ def test_a_disk_without_room_names_the_settings(tmp_path):
     check_disk({"cache": (tmp_path, 1.0)}, {"cache": "set cache_dir=PATH"})
 
 
+def test_images_on_another_disk_are_there_twice(small, tmp_path, monkeypatch):
+    config = settings(tmp_path)
+    here = forecast_experiment(config, tmp_path).disk
+    monkeypatch.setattr(make, "disk_of", lambda path: len(str(path)))  # each path on a disk of its own
+    other = forecast_experiment(config, tmp_path).disk
+    images = config.evaluation.n_samples * float(np.prod(ptq_exp.load_model(config.model.name).image_shape))
+    assert other["cache"] - here["cache"] == images > 0 and other["run folder"] == here["run folder"]
+
+
 def test_the_command_prints_a_table_and_runs_nothing(small, command, cache, capsys):
     folder = command("forecast=true")
     printed = capsys.readouterr().out

@@ -15,7 +15,7 @@ from ptq_exp.experiment.features import features_key, reference_key
 from ptq_exp.experiment.forecast.forecast import Forecast
 from ptq_exp.experiment.forecast.pipelines import of_pipeline
 from ptq_exp.experiment.forecast.probe import in_use, measured
-from ptq_exp.experiment.forecast.room import Need, available_memory, check_disk, check_memory
+from ptq_exp.experiment.forecast.room import Need, available_memory, check_disk, check_memory, disk_of
 from ptq_exp.experiment.forecast.seconds import stage_seconds
 from ptq_exp.experiment.forecast.speeds import Speeds
 from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED, Work, work_of
@@ -64,7 +64,7 @@ def forecast_run(
             if at_least and not run.blockwise and (seconds := _first_look(run, plan, config, keys)) < at_least:
                 log.info("no forecast: the network is evaluated for about %.0f s", seconds)
                 return None
-            made = _forecast(run, plan, config, keys, compiles=not at_least)
+            made = _forecast(run, plan, config, keys, folder, compiles=not at_least)
     except _FAILURES as error:
         log.info("no forecast: %s", " ".join(str(error).split()) or type(error).__name__)
         return None
@@ -120,7 +120,9 @@ def _first_look(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Key
     return seconds * sum(e.samples for stage, found in work.items() if stage not in reused for e in found)
 
 
-def _forecast(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys, *, compiles: bool) -> Forecast:
+def _forecast(
+    run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys, folder: Path, *, compiles: bool
+) -> Forecast:
     started, before = time.perf_counter(), in_use(run.device)
     quantized = plan is not None
     work = _work(run, config, quantized)
@@ -134,7 +136,8 @@ def _forecast(run: Run, plan: Plan | None, config: ExperimentConfig, keys: Keys,
     reused = _reused(run, plan, config, keys)
     seconds = stage_seconds(speeds, config, work, set(reused))
     needs = _needs(speeds, config, quantized)
-    disk = _disk(speeds, config, reused, quantized)
+    shared = disk_of(run.cache.root) == disk_of(folder)  # then the images of both places are one file
+    disk = _disk(speeds, config, reused, quantized, shared)
     return Forecast(
         {stage: seconds[stage] for stage in sorted(seconds, key=_place)}, reused, needs, before, disk, str(run.device),
         time.perf_counter() - started,
@@ -195,13 +198,16 @@ def _needs(speeds: Speeds, config: ExperimentConfig, quantized: bool) -> dict[st
     return needs
 
 
-def _disk(speeds: Speeds, config: ExperimentConfig, reused: Iterable[str], quantized: bool) -> dict[str, float]:
+def _disk(
+    speeds: Speeds, config: ExperimentConfig, reused: Iterable[str], quantized: bool, shared: bool
+) -> dict[str, float]:
     run, n = speeds.run, config.evaluation.n_samples
     images = n * float(np.prod(run.model.image_shape))
     cache = 0.0
     if run.cache.mode != "off":
         cache = 0.0 if "fp32_images" in reused else 2 * images  # pieces and the joined file
-        cache += images if quantized and "quantized_images" not in reused else 0.0  # pieces; the joined file is shared
+        if quantized and "quantized_images" not in reused:  # pieces and the joined file
+            cache += images if shared else 2 * images
         if quantized and "calibration_set" not in reused and config.calibration.source is not None:
             cache += 2 * 4 * config.calibration.n_samples * float(np.prod(run.model.sample_shape))
     folder = images

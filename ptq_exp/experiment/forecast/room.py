@@ -54,10 +54,19 @@ def available_memory() -> float | None:
 
 def free_disk(path: Path) -> float:
     """Return the free bytes of the disk that `path`, which need not exist, would lie on."""
+    return float(shutil.disk_usage(_existing(path)).free)
+
+
+def disk_of(path: Path) -> int:
+    """Return the number of the file system that `path`, which need not exist, would lie on."""
+    return _existing(path).stat().st_dev
+
+
+def _existing(path: Path) -> Path:
     path = path.absolute()
     while not path.exists():
         path = path.parent
-    return float(shutil.disk_usage(path).free)
+    return path
 
 
 def check_memory(needs: Mapping[str, Need], room: float | None, where: str) -> None:
@@ -89,10 +98,7 @@ def check_disk(needs: Mapping[str, tuple[Path, float]], settings: Mapping[str, s
     """
     by_disk: dict[int, list[str]] = {}
     for what, (path, _) in needs.items():
-        existing = path.absolute()
-        while not existing.exists():
-            existing = existing.parent
-        by_disk.setdefault(existing.stat().st_dev, []).append(what)
+        by_disk.setdefault(disk_of(path), []).append(what)
     for names in by_disk.values():
         need, free = sum(needs[what][1] for what in names), free_disk(needs[names[0]][0])
         if need > free:
