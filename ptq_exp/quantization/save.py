@@ -35,7 +35,7 @@ from ptq_exp.quantization.place import quantize_
 from ptq_exp.quantization.plain_rules import rule_from_dict, rule_to_dict
 from ptq_exp.quantization.specs import Rule, TensorSpec
 from ptq_exp.storage.atomic import atomic_path, file_digest
-from ptq_exp.storage.plain_json import dump_indented
+from ptq_exp.storage.plain_json import compact, dump_indented
 
 FORMAT, VERSION = "ptq-exp quantized network", 2
 VERSION_OF_FORMATS = 3
@@ -200,5 +200,7 @@ def _header_bytes(path: Path) -> int:
 
 def _description_hash(description: Mapping[str, Any]) -> str:
     """SHA-256 of all but the entry about the file of tensors, independent of the order of keys."""
-    plain = {key: value for key, value in description.items() if key != "file"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for piece in compact({key: value for key, value in description.items() if key != "file"}):
+        digest.update(piece.encode())
+    return digest.hexdigest()

@@ -102,6 +102,22 @@ def _pieces(plain: Any, encode: Callable[[Any], str], margin: str) -> Iterator[s
     yield f"{margin}{last}"
 
 
+def compact(plain: Any) -> Iterator[str]:
+    """Yield the pieces of plain values as JSON without spaces, keys in order: the same for the same values."""
+    encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+    def pieces(value: Any) -> Iterator[str]:
+        if not isinstance(value, dict) or not value:
+            yield encode(value)
+            return
+        for n, key in enumerate(sorted(value)):
+            yield f"{',' if n else '{'}{encode(key)}:"
+            yield from pieces(value[key])
+        yield "}"
+
+    return pieces(plain)
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read what `write_json` wrote, NaN and infinity included.
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 import ptq_exp
 from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization import (
     PerChannel,
+    PerTensor,
     Policy,
     QRange,
     QuantSpec,
@@ -318,3 +320,22 @@ def test_a_model_of_an_earlier_version_is_saved_anew_and_stays_what_it_was(first
     again = ptq_exp.load_model("diffusers", str(tmp_path / "model")).denoiser
     load_quantized_(again, tmp_path / "new", example)
     assert same_state(network, again)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), Segments((2, 4), PerChannel())])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_integers_of_a_large_weight_are_found_a_few_rows_at_a_time(kind, granularity, rows, monkeypatch):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(6, rows).to(kind))
+    quantize_(layer, [Rule("*", QuantSpec(TensorSpec(4, granularity=granularity)))], (torch.zeros(1, 6, dtype=kind),))
+    calibrate_weights_(layer, "minmax")
+    quantizer, weight = layer[0].weight_quantizer, layer[0].weight
+    whole = quantizer.integers(weight)
+    assert 0 <= whole.min() < whole.max() <= 15
+    monkeypatch.setattr("ptq_exp.quantization.quantizer.weight._CHUNK", 7)
+    assert torch.equal(quantizer.integers(weight), whole)
+    with torch.no_grad():
+        weight[-1, :2] += 0.01
+    with pytest.raises(QuantizationError, match=f"2 of {6 * rows} weights are not on the grid"):
+        quantizer.integers(weight)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq_exp.storage.plain_json import dump_indented, indented
+from ptq_exp.storage.plain_json import compact, dump_indented, indented
 
 
 def test_pieces_are_written_as_they_come(tmp_path):
@@ -53,3 +53,4 @@ PLAIN = st.recursive(
 @given(PLAIN)
 def test_indented_values_are_read_back(plain):
     assert json.loads("".join(indented(plain))) == plain
+    assert "".join(compact(plain)) == json.dumps(plain, sort_keys=True, separators=(",", ":"))

@@ -21,7 +21,15 @@ from ptq_exp.quantization.ranges.format_scale import search_scale
 from ptq_exp.quantization.specs import TensorSpec
 
 
-class FloatWeightQuantizer(ElementwiseQuantizer, WeightQuantizer):
+class _FormatWeightQuantizer(WeightQuantizer):
+    """Quantizer of a weight whose nearest codes its format knows."""
+
+    def _search(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.codes(values)
+        return found, self._values(found, values) != values
+
+
+class FloatWeightQuantizer(ElementwiseQuantizer, _FormatWeightQuantizer):
     """Quantizer of a weight in a floating-point format, with a scale per range."""
 
     def __init__(self, name_of_format: str, **settings) -> None:
@@ -41,11 +49,11 @@ class FloatWeightQuantizer(ElementwiseQuantizer, WeightQuantizer):
         """Return the codes nearest to `values` of the weight's shape, int32."""
         return self.format.encode(widened(values) / self.cells(values).scale).int()
 
-    def _values(self, integers: Tensor, like: Tensor) -> Tensor:
+    def _values(self, integers: Tensor, like: Tensor, rows: Tensor | None = None) -> Tensor:
         return (self.format.decode(integers) * self.cells(like).scale).to(like.dtype)
 
 
-class BlockWeightQuantizer(WeightQuantizer):
+class BlockWeightQuantizer(_FormatWeightQuantizer):
     """Quantizer of a weight in a block format.
 
     Blocks lie along the input channels, of a convolution for each tap: along the sums of a multiplication, as those of
@@ -106,7 +114,7 @@ class BlockWeightQuantizer(WeightQuantizer):
         scales = rows * self.format.scale_bits(along.shape[-1]) + 32 * self.format.tensor_scale
         return (weight.numel() * self.bits + scales) / 8
 
-    def _values(self, integers: Tensor, like: Tensor) -> Tensor:
+    def _values(self, integers: Tensor, like: Tensor, rows: Tensor | None = None) -> Tensor:
         codes = self._along(integers.to(torch.uint8))
         return self._back(self.format.decode(Encoded(codes, self.scales))).to(like.dtype)
 

@@ -10,6 +10,7 @@ from ptq_exp.quantization.affine import QRange
 from ptq_exp.quantization.quantizer.base import Quantizer, columns
 from ptq_exp.quantization.ranges.range_search import search_range
 
+_CHUNK = 1 << 22  # values of a weight whose integers are found at once
 
 class WeightQuantizer(Quantizer):
     """Quantizer of a weight ``[out_channels, in_channels / groups, *kernel]``.
@@ -76,8 +77,8 @@ class WeightQuantizer(Quantizer):
         """
         if not self.baked:
             raise QuantizationError(f"{self.name}: the weight is not frozen and has no integers; calibrate it first")
-        found = self.codes(weight)
-        if off := int((self._values(found, weight) != weight).sum()):
+        found, left = self._search(weight)
+        if off := int(left.sum()):
             raise QuantizationError(
                 f"{self.name}: {off} of {weight.numel()} weights are not on the grid of their ranges: they were "
                 "changed after they had been quantized"
@@ -86,17 +87,31 @@ class WeightQuantizer(Quantizer):
 
     def codes(self, values: Tensor) -> Tensor:
         """Return integers q - qmin that stand for `values` of the weight's shape, int32; 0 where none does."""
-        scale, lowest, highest = self._levels(values)
-        nearest = torch.div(values, scale).round_().float()
+        return self._search(values)[0]
+
+    def _search(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `codes` does, and where no integer stands for a value: bool, of its shape."""
         found = torch.zeros_like(values, dtype=torch.int32)
         left = torch.ones_like(values, dtype=torch.bool)
+        # some rows at a time, as it takes several copies of them; of two and more, whose scales are never 0-d
+        parts = max(1, min(len(values) // 2, -(-values.numel() // _CHUNK)))
+        for rows in torch.arange(len(values), device=values.device).tensor_split(parts):
+            place = slice(int(rows[0]), int(rows[-1]) + 1)
+            self._search_rows(values[place], found[place], left[place], rows if len(self.scale) > 1 else None)
+        return found, left
+
+    def _search_rows(self, values: Tensor, found: Tensor, left: Tensor, rows: Tensor | None) -> None:
+        """Fill in `found` and `left` for some rows of a weight, or for all (None)."""
+        scale, lowest, highest = self._levels(values, rows)
+        nearest = torch.div(values, scale).round_().float()
         # in 16-bit types a quotient can be off by one, and two levels can be one number: any that gives it will do
         for shift in (0, -1, 1):
-            integers = ((nearest + shift).clamp_(lowest, highest) - lowest).to(torch.int32)
-            same = left & (self._values(integers, values) == values)
-            found = torch.where(same, integers, found)
-            left &= ~same
-        return found
+            integers = (nearest + shift).clamp_(lowest, highest).sub_(lowest).to(torch.int32)
+            same = (self._values(integers, values, rows) == values).logical_and_(left)
+            found.copy_(torch.where(same, integers, found))
+            left ^= same
+            if not left.any():
+                break
 
     @torch.no_grad()
     def restore(self, weight: nn.Parameter, integers: Tensor) -> None:
@@ -105,16 +120,20 @@ class WeightQuantizer(Quantizer):
         self.frozen.fill_(True)
         self.baked = True
 
-    def _values(self, integers: Tensor, like: Tensor) -> Tensor:
+    def _values(self, integers: Tensor, like: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return what `integers` stand for, in the type of the weight `like`, by the arithmetic of `fake_quantize`."""
-        scale, lowest, _ = self._levels(like)
+        scale, lowest, _ = self._levels(like, rows)
         # a 0-d scale leaves the type of the weight alone, as it does there
         kind = torch.promote_types(like.dtype, scale.dtype) if scale.ndim else like.dtype
         return (integers + lowest).to(kind).mul_(scale).to(like.dtype)
 
-    def _levels(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale, lowest and highest level (counted from the zero point), each broadcasting against `weight`."""
-        scale, zero_point, qmin, qmax = (self._aligned(getattr(self, f), weight, None) for f in QRange._fields)
+    def _levels(self, weight: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale, lowest and highest level (counted from the zero point), each broadcasting against `weight`.
+
+        Args:
+            rows: those that `weight` has of the whole one; None = all.
+        """
+        scale, zero_point, qmin, qmax = (self._aligned(getattr(self, f), weight, rows) for f in QRange._fields)
         return scale, qmin - zero_point, qmax - zero_point
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
