@@ -14,7 +14,6 @@ from torch import nn
 
 from ptq_exp.calibration import CalibrationSet
 from ptq_exp.deploy.quantized_model import QuantizedModel
-from ptq_exp.errors import DataError
 from ptq_exp.experiment.blockwise_reconstruct import BlockwiseReconstruction, restore_arrays_
 from ptq_exp.experiment.plan import Plan
 from ptq_exp.experiment.ranges import batches_of_times, time_layers
@@ -22,7 +21,7 @@ from ptq_exp.experiment.run import Run
 from ptq_exp.experiment.stage import Key, Made, Record, cached
 from ptq_exp.experiment.transforms import transformed
 from ptq_exp.lightning import reconstruct_network
-from ptq_exp.quantization import ActivationQuantizer, WeightQuantizer, select_row
+from ptq_exp.quantization import select_row
 from ptq_exp.reconstruction import (
     Annealing,
     Block,
@@ -33,6 +32,8 @@ from ptq_exp.reconstruction import (
     TimeBlock,
     find_blocks,
     find_time_blocks,
+    learned_tensors,
+    put_learned_,
     summary,
 )
 from ptq_exp.settings.schema import ReconstructionConfig
@@ -178,34 +179,10 @@ def _time_blocks(
     return blocks
 
 
-def _learned(network: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what a reconstruction changes: the weights that are quantized, and the step sizes of activations."""
-    found = {}
-    for name, module in network.named_modules():
-        if isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer):
-            found[f"{name}.weight"] = module.weight
-        elif isinstance(module, ActivationQuantizer):
-            found[f"{name}.scale"] = module.scale
-    return found
-
-
 def _arrays(network: nn.Module) -> dict[str, np.ndarray]:
     # numpy knows no bfloat16; float32 holds all its values
-    return {name: tensor.detach().float().cpu().numpy() for name, tensor in _learned(network).items()}
+    return {name: tensor.detach().float().cpu().numpy() for name, tensor in learned_tensors(network).items()}
 
 
-@torch.no_grad()
 def _restore(network: nn.Module, arrays: dict[str, np.ndarray]) -> None:
-    """Give `network`, calibrated, what `_arrays` took.
-
-    Raises:
-        DataError: the arrays are those of another network; it is left unchanged.
-    """
-    learned = _learned(network)
-    wrong = sorted(set(learned) ^ set(arrays)) or [
-        name for name, tensor in learned.items() if arrays[name].shape != tuple(tensor.shape)
-    ]
-    if wrong:
-        raise DataError(f"the stored reconstruction belongs to another network: {', '.join(wrong[:3])} do not fit")
-    for name, tensor in learned.items():
-        tensor.copy_(torch.from_numpy(np.array(arrays[name])))
+    put_learned_(network, {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from torch.utils.data import DataLoader
 
 from ptq_exp.lightning.progress import ProgressBar
 from ptq_exp.lightning.trainer import make_trainer
-from ptq_exp.reconstruction import BlockReport, Reconstruction
+from ptq_exp.reconstruction import BlockReport, Reconstruction, learned_tensors, put_learned_
 from ptq_exp.storage.atomic import atomic_path
 
 _REPORTS = "block_reports"
 
 
 class ReconstructionModule(pl.LightningModule):
-    """Runs a `Reconstruction`; its state dict is that of the quantized network alone."""
+    """Runs a `Reconstruction`; its state dict is what that changes in the quantized network, all else is there anew."""
 
     def __init__(self, reconstruction: Reconstruction) -> None:
         super().__init__()
@@ -48,6 +49,18 @@ class ReconstructionModule(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.reconstruction.end()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return what `learned_tensors` does: a few of the network's tensors, as they are written after each block."""
+        return {name: tensor.detach() for name, tensor in learned_tensors(self.network).items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+        """Give the network what `state_dict` returned.
+
+        Raises:
+            DataError: it belongs to another network.
+        """
+        put_learned_(self.network, state_dict)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[_REPORTS] = [report.to_dict() for report in self.reconstruction.reports]

@@ -9,7 +9,8 @@ import traceback
 import pytest
 import torch
 
-from ptq_exp.reconstruction import GPTQSettings
+from ptq_exp.errors import DataError
+from ptq_exp.reconstruction import GPTQSettings, learned_tensors, put_learned_
 
 SCRIPT = textwrap.dedent('''
     """Reconstruct a tiny network; see `main`."""
@@ -130,7 +131,9 @@ def test_a_killed_run_goes_on_at_its_block_and_ends_bit_identical(
     checkpoint = tmp_path / "blocks.ckpt"
     assert checkpoint.exists() == bool(done)
     if done:
-        assert len(torch.load(checkpoint, weights_only=True)["block_reports"]) == done
+        kept = torch.load(checkpoint, weights_only=True)
+        learned = learned_tensors(toy.networks()[1])
+        assert len(kept["block_reports"]) == done and set(kept["state_dict"]) == set(learned)
     toy.main(tmp_path, 0, "")
     resumed = torch.load(tmp_path / "result.pt")
     assert resumed["reports"] == uninterrupted["reports"] and len(resumed["reports"]) == 3
@@ -145,6 +148,19 @@ def test_a_run_killed_after_its_last_block_has_nothing_left_to_do(toy, uninterru
     again = torch.load(tmp_path / "result.pt")
     assert again["calls"] == 0 and again["reports"] == uninterrupted["reports"]
     assert all(torch.equal(value, uninterrupted["state"][key]) for key, value in again["state"].items())
+
+
+def test_a_checkpoint_of_another_network_is_refused_and_changes_nothing(toy):
+    network = toy.networks()[1]
+    other = {name: value + 1 for name, value in learned_tensors(network).items()}
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    name, value = other.popitem()
+    for wrong in (other, {**other, name: value[None]}, {**other, name: value, "x": value}):
+        with pytest.raises(DataError, match="belongs to another network"):
+            put_learned_(network, wrong)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    put_learned_(network, {**other, name: value})
+    assert torch.equal(learned_tensors(network)[name], value)
 
 
 def test_the_progress_bar_names_block_and_loss(toy, tmp_path, capsys):
