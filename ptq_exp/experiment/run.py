@@ -187,7 +187,7 @@ def _model(config: ExperimentConfig, artifact: Artifact | None) -> DiffusionMode
     """
     node = config.model.build
     try:
-        with nullcontext() if config.trainer.max_memory_gb is None else mapped_weights():
+        with nullcontext() if (most := bytes_of(config.trainer.max_memory_gb)) is None else mapped_weights(most):
             model = build(node, "model.build", name=config.model.name)
     except PTQError as error:
         if artifact is None or not str(error).startswith("model.checkpoint="):

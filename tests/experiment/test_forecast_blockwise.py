@@ -96,6 +96,16 @@ def settings(folder, tmp_path, *overrides):
     ])
 
 
+def test_weights_that_would_be_converted_are_refused_where_there_is_no_room(folder, tmp_path):
+    message = (
+        r"model.dtype=bfloat16: the weights in .*transformer are float32, and converted they would take .* GB, more "
+        r"than trainer.max_memory_gb=1e-07: set model.dtype=float32"
+    )
+    with pytest.raises(ConfigError, match=message):
+        forecast_experiment(settings(folder, tmp_path, "model.dtype=bfloat16"), tmp_path)
+    assert forecast_experiment(settings(folder, tmp_path, "model.dtype=bfloat16", "trainer.max_memory_gb=1"), tmp_path)
+
+
 @pytest.mark.parametrize("patience", [0.0, 60.0])
 def test_first_blocks_give_the_same_forecast_as_all_of_them(folder, tmp_path, monkeypatch, caplog, patience):
     """Where each measured block takes a second, whatever is measured."""

@@ -17,8 +17,9 @@ from ptq_exp.storage.finite import extremes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _SEED = 0
-RANDOM, MAPPED = ContextVar("random_weights", default=False), ContextVar("mapped_weights", default=False)
-"""Whether the call comes from inside `random_weights`, `mapped_weights`."""
+RANDOM: ContextVar[bool | None] = ContextVar("random_weights", default=None)
+MAPPED: ContextVar[float | None] = ContextVar("mapped_weights", default=None)
+"""What the call comes from inside of: `random_weights`, `mapped_weights` with the bytes that may be converted."""
 
 
 class RandomWeightsWarning(UserWarning):
@@ -58,20 +59,23 @@ def empty_or_random(name: str, checkpoint: object | None) -> Iterator[None]:
 
 def random_weights() -> AbstractContextManager[None]:
     """Components of folders that are loaded inside get random weights: the files of weights are not there."""
-    return _switched(RANDOM)
+    return _switched(RANDOM, True)
 
 
-def mapped_weights() -> AbstractContextManager[None]:
+def mapped_weights(most: float) -> AbstractContextManager[None]:
     """Components of folders that are loaded inside keep their weights in their safetensors files, mapped into memory.
 
     As far as they are wanted in the type that they have there; others are converted, and take memory.
+
+    Args:
+        most: bytes that the converted weights of a component may take; with more it is refused.
     """
-    return _switched(MAPPED)
+    return _switched(MAPPED, most)
 
 
 @contextmanager
-def _switched(on: ContextVar[bool]) -> Iterator[None]:
-    token = on.set(True)
+def _switched(on: ContextVar, value: float | bool) -> Iterator[None]:
+    token = on.set(value)
     try:
         yield
     finally:

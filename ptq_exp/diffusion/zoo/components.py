@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,18 +19,24 @@ from ptq_exp.diffusion.checkpoints import read_checkpoint
 from ptq_exp.diffusion.zoo.build import MAPPED, RANDOM, of_random_weights
 from ptq_exp.diffusion.zoo.settings import read_json
 from ptq_exp.diffusion.zoo.weights import STEM, damage, find_weights
-from ptq_exp.errors import CheckpointError, one_line
+from ptq_exp.errors import CheckpointError, ConfigError, one_line
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.finite import is_finite, require_finite
 
 
 def load_component(
-    cls: type[nn.Module], root: Path, component: str, dtype: torch.dtype = torch.float32
+    cls: type[nn.Module], root: Path, component: str, dtype: torch.dtype = torch.float32,
+    wanted: torch.dtype | None = None,
 ) -> nn.Module:
     """Read a module of class `cls` in `dtype` from `root/component` (or `root` itself, for early repositories).
 
+    Args:
+        wanted: the type that it is converted to later, if another one. Inside `mapped_weights` files of this type are
+            left as they are.
+
     Raises:
         CheckpointError: weights are missing, left over, of another shape, or in a file that cannot be read safely.
+        ConfigError: inside `mapped_weights`, they would have to be converted and there is no room for that.
     """
     folder = component_folder(root, component)
     if RANDOM.get():
@@ -39,11 +46,16 @@ def load_component(
     except CheckpointError as error:
         reason = str(error).removeprefix(f"model.checkpoint={folder}: ")
         raise CheckpointError(f"model.checkpoint={folder}: not a complete {cls.__name__}: {reason}") from error
+    if (most := MAPPED.get()) is not None:
+        stored = _stored(weights.files)
+        wanted = wanted or dtype
+        _require_room(folder, stored, wanted, most)
+        dtype = wanted if {*stored} == {wanted} else dtype
     try:
         with _quiet():  # what does not fit is reported below, in one line
             module, info = cls.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, torch_dtype=dtype,
-                low_cpu_mem_usage=MAPPED.get(), variant=weights.variant, use_safetensors=weights.safe,
+                low_cpu_mem_usage=most is not None, variant=weights.variant, use_safetensors=weights.safe,
             )
     except Exception as error:  # whatever a damaged folder makes the library stumble over
         reason = damage(weights.files) or one_line(error, 300)
@@ -70,6 +82,31 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+def _stored(files: Sequence[Path]) -> Counter[torch.dtype]:
+    """Count the real numbers of each type in safetensors files."""
+    found = Counter[torch.dtype]()
+    for path in files:
+        if path.suffix == ".safetensors":
+            for value in read_checkpoint(path).values():
+                found[value.dtype] += value.numel() if value.is_floating_point() else 0
+    return +found
+
+
+def _require_room(folder: Path, stored: Counter[torch.dtype], wanted: torch.dtype, most: float) -> None:
+    """Raise ConfigError if weights of other types would take more than `most` bytes as `wanted`."""
+    size = wanted.itemsize * sum(count for kind, count in stored.items() if kind != wanted)
+    if size > most:
+        usual = _short(stored.most_common(1)[0][0])
+        raise ConfigError(
+            f"model.dtype={_short(wanted)}: the weights in {folder} are {usual}, and converted they would take "
+            f"{size / 1e9:.3g} GB, more than trainer.max_memory_gb={most / 1e9:g}: set model.dtype={usual}"
+        )
+
+
+def _short(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
 def _filled(module: nn.Module, files: Sequence[Path]) -> bool:
     """Whether the files hold the weights of `module` inside something that can be taken off: then it has them now.
 
@@ -90,9 +127,8 @@ def _require_real(module: nn.Module, files: Sequence[Path]) -> None:
     for path in files:
         for name, tensor in read_checkpoint(path).items():
             if name in real and not tensor.is_floating_point():
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise CheckpointError(f"model.checkpoint={path}: {name} is {kind}, not real numbers; give the weights "
-                                      "in float32, float16 or bfloat16")
+                raise CheckpointError(f"model.checkpoint={path}: {name} is {_short(tensor.dtype)}, not real numbers; "
+                                      "give the weights in float32, float16 or bfloat16")
 
 
 def _require_finite(module: nn.Module, folder: Path, files: Sequence[Path]) -> None:

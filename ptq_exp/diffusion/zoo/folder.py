@@ -72,9 +72,9 @@ def diffusers_folder(
     if kind == "DiTPipeline":
         if table is not None:
             raise ConfigError(f"model.conditions={conditions}: a DiT takes class labels alone; set it to null")
-        model = _dit(index, name, scheduler)
+        model = _dit(index, name, scheduler, number_type)
     else:
-        model = _unet(index, name, scheduler, table, latent=kind == "LDMPipeline")
+        model = _unet(index, name, scheduler, table, number_type, latent=kind == "LDMPipeline")
     # the coefficients of another prediction stay in float64, whatever the type of the network
     model.denoiser = as_eps(frozen(model.denoiser, number_type, checkpoint), scheduler.prediction, scheduler.schedule)
     model.structure = settings_files(root)
@@ -98,7 +98,7 @@ def _scheduler(index: Settings) -> Scheduler:
 
 
 def _unet(
-    index: Settings, name: str, scheduler: Scheduler, table: ConditionTable | None, *, latent: bool
+    index: Settings, name: str, scheduler: Scheduler, table: ConditionTable | None, dtype: torch.dtype, *, latent: bool
 ) -> DiffusionModel:
     """Return a U-Net on pixels, or on the latents of a first stage."""
     unet = read_unet(index, table)
@@ -106,18 +106,18 @@ def _unet(
     if latent:
         first_stage, component, image_shape = read_first_stage(index, unet.settings, unet.shape)
     return DiffusionModel(
-        name, unet.load(index), scheduler.schedule, unet.shape, scheduler.clip_sample,
+        name, unet.load(index, dtype), scheduler.schedule, unet.shape, scheduler.clip_sample,
         _digest(index, scheduler, *filter(None, ("unet", component))), first_stage=first_stage,
         n_classes=unet.classes if unet.classes > 1 else None, sampler=_sampler(scheduler), image_shape=image_shape,
         conditions=table, blocks=unet.blocks,
     )
 
 
-def _dit(index: Settings, name: str, scheduler: Scheduler) -> DiffusionModel:
+def _dit(index: Settings, name: str, scheduler: Scheduler, dtype: torch.dtype) -> DiffusionModel:
     """Every block of a DiT has its own embedding of time and label, which is left in place as a part of the block."""
     settings, shape, classes = _dit_settings(index)
     first_stage, component, image_shape = read_first_stage(index, settings, shape)
-    transformer = load_component(DiTTransformer2DModel, index.root, "transformer")
+    transformer = load_component(DiTTransformer2DModel, index.root, "transformer", wanted=dtype)
     return DiffusionModel(
         name, DiTDenoiser(transformer, null_label=classes), scheduler.schedule, shape, scheduler.clip_sample,
         _digest(index, scheduler, "transformer", component), first_stage=first_stage, n_classes=classes,

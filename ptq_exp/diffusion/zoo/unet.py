@@ -41,9 +41,9 @@ class UNet(NamedTuple):
     classes: int
     blocks: tuple[str, ...]
 
-    def load(self, index: Settings) -> nn.Module:
-        """Read the denoiser of this U-Net, in float32."""
-        unet = load_component(self.cls, index.root, "unet")
+    def load(self, index: Settings, dtype: torch.dtype) -> nn.Module:
+        """Read the denoiser of this U-Net, in float32 or, where its weights stay in their files, in `dtype`."""
+        unet = load_component(self.cls, index.root, "unet", wanted=dtype)
         if self.classes == 0:
             return UNetDenoiser(unet)
         return LabelledUNet(unet, default_label=0 if self.classes == 1 else None)
