@@ -213,7 +213,9 @@ class Speeds:
 
     @cached_property
     def saved(self) -> float:
-        """The seconds of packing, describing and writing the quantized network, which lies in files."""
+        """The seconds of packing, describing and writing the quantized network; 0 where it lies in memory."""
+        if self.first is None:
+            return 0.0
         return saving_seconds(self.first, self.placed.network, self.placed.report, self.run.cache.root / PARTS)
 
     def in_proportion(self, work: Callable[[nn.Module], float]) -> float:

@@ -97,7 +97,7 @@ class WeightQuantizer(Quantizer):
         parts = max(1, min(len(values) // 2, -(-values.numel() // _CHUNK)))
         for rows in torch.arange(len(values), device=values.device).tensor_split(parts):
             place = slice(int(rows[0]), int(rows[-1]) + 1)
-            self._search_rows(values[place], found[place], left[place], rows if len(self.scale) > 1 else None)
+            self._search_rows(values[place], found[place], left[place], rows if self.scale.shape[0] > 1 else None)
         return found, left
 
     def _search_rows(self, values: Tensor, found: Tensor, left: Tensor, rows: Tensor | None) -> None:
