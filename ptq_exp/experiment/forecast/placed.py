@@ -24,7 +24,7 @@ class Placed:
     """The quantized network that a plan makes, with ranges of noise: as fast and as large as the calibrated one.
 
     Attributes:
-        weights: seconds of the range search of all weights.
+        weights: seconds of the range search of all weights, and of their rounding.
         ranges: seconds of the range search of all activations, of all bins.
         observed: speed of an evaluation in which activations are recorded.
         transforms: what was measured of each.

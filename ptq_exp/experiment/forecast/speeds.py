@@ -40,7 +40,7 @@ from ptq_exp.quantization import (
     quantizers,
     select_row,
 )
-from ptq_exp.quantization.offload import mapped_copy
+from ptq_exp.quantization.offload import mapped_copy, weight_bytes
 from ptq_exp.settings.schema_machine import RuntimeConfig
 
 _SHOWN = 4  # samples that a place of a transform is fitted on
@@ -123,7 +123,9 @@ class Speeds:
         if report.candidates > 1:  # how often each is used is not known yet
             report = report.mixed([1 / report.candidates] * report.candidates)
         weights = give_weights_ranges_(network, self.plan.metric, self.run.device, self.first and self.first.behind)
-        freeze_weights_(network if self.first is None else self.first.part(network))
+        part = network if self.first is None else self.first.part(network)
+        share = weight_bytes(part) / weight_bytes(network)
+        weights += measured(partial(freeze_weights_, part), self.run.device)[0] / share
         observed, ranges = Line(0.0, 0.0), 0.0
         activations = [q for _, q in quantizers(network) if isinstance(q, ActivationQuantizer) and q.needs_data]
         for row in range(self.plan.n_bins if activations else 0):
