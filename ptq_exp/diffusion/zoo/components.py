@@ -131,7 +131,10 @@ def _filled(module: nn.Module, files: Sequence[Path]) -> bool:
     own = module.state_dict()
     if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
         return False
-    module.load_state_dict(state)
+    if any(value.is_meta for value in own.values()):  # inside `mapped_weights`
+        module.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()}, assign=True)
+    else:
+        module.load_state_dict(state)
     return True
 
 

@@ -70,6 +70,15 @@ def test_what_to_set_is_something_that_helps(tmp_path):
         loaded(root, torch.float16, 1e6)
 
 
+def test_what_a_run_puts_before_every_name_is_taken_off_there_too(tmp_path):
+    root = stored(tmp_path, torch.bfloat16)
+    plain = loaded(root, torch.bfloat16).state_dict()
+    path = root / "unet" / FILE
+    save_file({f"module.{name}": value for name, value in plain.items()}, path, {"format": "pt"})
+    found = loaded(root, torch.bfloat16, 1).state_dict()
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in plain.items())
+
+
 @pytest.mark.parametrize(("make", "component"), [(latent_folder, "vqvae"), (dit_folder, "vae")])
 def test_a_first_stage_has_a_type_that_nobody_chooses(tmp_path, make, component):
     root = make(tmp_path)
