@@ -180,8 +180,11 @@ def _time_blocks(
 
 
 def _arrays(network: nn.Module) -> dict[str, np.ndarray]:
-    # numpy knows no bfloat16; float32 holds all its values
-    return {name: tensor.detach().float().cpu().numpy() for name, tensor in learned_tensors(network).items()}
+    def plain(tensor: torch.Tensor) -> np.ndarray:
+        # numpy knows no bfloat16; float32 holds all its values
+        return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).cpu().numpy()
+
+    return {name: plain(tensor) for name, tensor in learned_tensors(network).items()}
 
 
 def _restore(network: nn.Module, arrays: dict[str, np.ndarray]) -> None:

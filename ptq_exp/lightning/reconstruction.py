@@ -55,11 +55,14 @@ class ReconstructionModule(pl.LightningModule):
         return {name: tensor.detach() for name, tensor in learned_tensors(self.network).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
-        """Give the network what `state_dict` returned.
+        """Give the network what `state_dict` returned, or the same of all its tensors, as earlier versions stored them.
 
         Raises:
             DataError: it belongs to another network.
         """
+        whole = {f"network.{name}": name for name in learned_tensors(self.network)}
+        if whole.keys() <= state_dict.keys():
+            state_dict = {name: state_dict[stored] for stored, name in whole.items()}
         put_learned_(self.network, state_dict)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ def _load(root: Path, name: str, library: str, kind: str, dtype: torch.dtype) ->
     if not (isinstance(cls, type) and issubclass(cls, (diffusers.ModelMixin, transformers.PreTrainedModel))):
         return None
     if issubclass(cls, diffusers.ModelMixin):
-        return load_component(cls, root, name, dtype)
+        return load_component(cls, root, name, dtype, wanted=dtype)
     return _load_transformers(cls, root / name, dtype)
 
 

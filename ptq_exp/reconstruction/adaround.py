@@ -84,6 +84,8 @@ class Rounding(nn.Module):
         quantizers: theirs, with ranges; per channel, per tensor or with segments. Ranges are not changed.
     """
 
+    scale: Tensor
+
     def __init__(self, weights: Sequence[Tensor], quantizers: Sequence[WeightQuantizer]) -> None:
         super().__init__()
         self.shapes = [weight.shape for weight in weights]
@@ -114,7 +116,9 @@ class Rounding(nn.Module):
     @torch.no_grad()
     def hard(self) -> list[Tensor]:
         """Return the weights, in their shapes, rounded up where V >= 0: exactly scale times an integer."""
-        return self._split((self.base + (self.v >= 0) * self.free) * self.scale)
+        # a weight of float64 is a multiple of its scale to the digits of that type
+        kind = torch.float64 if torch.float64 in self.dtypes else torch.float32
+        return self._split((self.base + (self.v >= 0) * self.free).to(kind) * self.scale)
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         parts = zip(flat.split(self.sizes), self.shapes, self.dtypes, strict=True)

@@ -40,7 +40,8 @@ class Settings:
         input_prob: probability of each input element to come from the quantized network, else from full precision.
         drop_prob: probability of each quantized activation to stay full precision.
         inner_weight: factor of the summed losses of the inner layers' outputs (EDA-DM); 0 = output alone.
-        half: multiply in bfloat16 while it is optimised; targets, losses, roundings and what judges them do not.
+        half: multiply in bfloat16 while a block of float32 is optimised; targets, losses, roundings and what judges
+            them do not. Blocks of other types multiply in their own.
     """
 
     annealing: Annealing
@@ -106,7 +107,9 @@ class BlockOptimisation:
         self.block, self.data, self.settings = block, data, settings
         self.module, self.reference = block.module(network), block.module(reference)
         self.layers = block.modules(network)
-        self.device = next(self.module.parameters()).device
+        first = next(self.module.parameters())
+        # of float16, torch would mix the two types, which its norms refuse
+        self.device, self.half = first.device, settings.half and first.dtype == torch.float32
         self.full = cast("Calls", data.full)  # see `Settings.reads_reference`
         self.output = cast("Tensor", self.full.output)
         full = [layer.weight for layer in block.modules(reference)]
@@ -151,7 +154,7 @@ class BlockOptimisation:
             dropping(self.quantizers, settings.drop_prob, self.generator),
             outputs_of(self.module, self.inner) as inner,
             self.full.ranges_of(self.module, index),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=settings.half),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.half),
         ):
             output = functional_call(self.module, tensors, args, kwargs, tie_weights=self.tied)
         loss = reconstruction_loss(output_of(output, self.block.name), target, settings.power)

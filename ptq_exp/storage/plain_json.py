@@ -95,11 +95,16 @@ def _pieces(plain: Any, encode: Callable[[Any], str], margin: str) -> Iterator[s
         yield between
         value = key
         if isinstance(plain, dict):
-            yield f"{encode(key)}: "
+            yield f"{_name(key, encode)}: "
             value = plain[key]
         yield from _pieces(value, encode, inside)
         between = f",{inside}"
     yield f"{margin}{last}"
+
+
+def _name(key: Any, encode: Callable[[Any], str]) -> str:
+    """Return a key of a dictionary as JSON has it: a number, True or None is the text of it."""
+    return encode(key) if isinstance(key, str) else encode({key: 0})[1:].rpartition(":")[0]
 
 
 def compact(plain: Any) -> Iterator[str]:
@@ -111,7 +116,7 @@ def compact(plain: Any) -> Iterator[str]:
             yield encode(value)
             return
         for n, key in enumerate(sorted(value)):
-            yield f"{',' if n else '{'}{encode(key)}:"
+            yield f"{',' if n else '{'}{_name(key, encode)}:"
             yield from pieces(value[key])
         yield "}"
 

@@ -32,6 +32,14 @@ def test_a_second_run_reuses_the_reconstruction_and_repeats_every_number(method,
     assert {"before_fp", "after_fp", "before_quantized", "after_quantized", "kept"} <= set(blocks[0])
 
 
+@pytest.mark.parametrize("method", ["brecq", "gptq"])
+def test_a_network_of_float64_is_restored_to_its_last_digit(method, command):
+    folders = [command(*FAST, f"reconstruction={method}", "model.dtype=float64") for _ in range(2)]
+    assert f"reconstruction {method}: reused" in (folders[1] / f"ndtc_{method}_w4a8.log").read_text()
+    # a weight that is not on the grid of its ranges is refused when the network is saved
+    assert (folders[0] / "quantization.json").exists() and (folders[1] / "quantization.json").exists()
+
+
 def test_reconstructions_share_ranges_and_nothing_else(command):
     plain = command(*FAST, "reconstruction=none")
     learned = command(*FAST, "reconstruction=brecq", "reconstruction.iterations=3", "reconstruction.lr=0.5")

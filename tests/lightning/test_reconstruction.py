@@ -150,6 +150,18 @@ def test_a_run_killed_after_its_last_block_has_nothing_left_to_do(toy, uninterru
     assert all(torch.equal(value, uninterrupted["state"][key]) for key, value in again["state"].items())
 
 
+def test_a_checkpoint_of_all_tensors_as_earlier_versions_wrote_it_is_continued(toy, uninterrupted, tmp_path):
+    assert killed(toy, tmp_path, 9, "step")
+    kept = torch.load(tmp_path / "blocks.ckpt", weights_only=True)
+    every = {**toy.networks()[1].state_dict(), **kept["state_dict"]}
+    kept["state_dict"] = {f"network.{name}": value for name, value in every.items()}
+    torch.save(kept, tmp_path / "blocks.ckpt")
+    toy.main(tmp_path, 0, "")
+    resumed = torch.load(tmp_path / "result.pt")
+    assert resumed["reports"] == uninterrupted["reports"]
+    assert all(torch.equal(value, uninterrupted["state"][key]) for key, value in resumed["state"].items())
+
+
 def test_a_checkpoint_of_another_network_is_refused_and_changes_nothing(toy):
     network = toy.networks()[1]
     other = {name: value + 1 for name, value in learned_tensors(network).items()}

@@ -1,5 +1,6 @@
 """The optimisation of one block: it finds what is best, stays on the grid, and leaves no other trace."""
 
+import copy
 import itertools
 
 import pytest
@@ -187,6 +188,23 @@ def test_half_precision_is_of_the_multiplications_alone():
     assert whole < 0.7 * nearest and half < 0.7 * nearest and half < 1.25 * whole
     layer = quantized.body[0]
     assert torch.equal(layer.weight, fake_quantize(layer.weight, *layer.weight_quantizer.cells(layer.weight)))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_of_another_type_multiplies_in_it(kind):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 3, padding=1)
+    full, x = Net(*layers).to(kind).requires_grad_(False), torch.randn(32, 4, 5, 5, dtype=kind) + 2
+    quantized = copy.deepcopy(full)
+    spec = QuantSpec(weight=TensorSpec(4, granularity=PerChannel()))
+    quantize_(quantized, [Rule("*", spec)], (x[:1],))
+    calibrate_weights_(quantized, "minmax")
+    found, other = (optimised(full, quantized, x, layers=("0", "2"), half=half) for half in (True, False))
+    assert torch.equal(found.rounding.v, other.rounding.v) and found.loss == other.loss
+    found.apply()
+    for n in (0, 2):  # refused where a weight is not on the grid of its ranges
+        layer = quantized.body[n]
+        assert layer.weight_quantizer.integers(layer.weight).shape == layer.weight.shape
 
 
 def quantizer(bits=4, rows=1, segments=None):

@@ -30,3 +30,11 @@ def test_every_input_of_a_sample_counts_and_no_other_tensor():
     found = keep_nan(result, (states, times, text, mask, row, ids))
     assert found.isnan().flatten(1).all(1).tolist() == [True, False, True] and torch.equal(found[1], result[1])
     assert keep_nan(result, (mask, row, ids)) is result
+
+
+def test_other_results_are_left_alone():
+    lost = torch.full((2, 3), torch.nan)
+    for result in (torch.zeros(2, dtype=torch.long), torch.zeros(()), torch.zeros(2, 1) > 0):
+        assert keep_nan(result, (lost,)) is result
+    assert keep_nan(torch.zeros(0, 4), (torch.zeros(0, 3), torch.zeros(0))).shape == (0, 4)
+    assert keep_nan(torch.zeros(2, 3), (torch.zeros(2, 0),)).isfinite().all()

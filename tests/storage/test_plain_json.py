@@ -54,3 +54,10 @@ PLAIN = st.recursive(
 def test_indented_values_are_read_back(plain):
     assert json.loads("".join(indented(plain))) == plain
     assert "".join(compact(plain)) == json.dumps(plain, sort_keys=True, separators=(",", ":"))
+
+
+@given(st.dictionaries(st.integers(), PLAIN) | st.dictionaries(st.floats(allow_nan=False, allow_infinity=False), PLAIN)
+       | st.dictionaries(st.booleans(), PLAIN) | st.dictionaries(st.none(), PLAIN))
+def test_keys_that_are_no_text_become_text(plain):
+    assert json.loads("".join(indented({"a": [plain]}))) == json.loads(json.dumps({"a": [plain]}))
+    assert "".join(compact({"a": plain})) == json.dumps({"a": plain}, sort_keys=True, separators=(",", ":"))

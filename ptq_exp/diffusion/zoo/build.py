@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
@@ -107,14 +107,14 @@ def frozen(module: nn.Module, dtype: torch.dtype = torch.float32, checkpoint: ob
     Raises:
         ConfigError: a number of `module` (read from `checkpoint`, which the message names) is too large for `dtype`.
     """
-    _require_range(module, dtype, checkpoint)
+    require_range(itertools.chain(module.named_parameters(), module.named_buffers()), dtype, checkpoint)
     return module.to(dtype).eval().requires_grad_(False)
 
 
-def _require_range(module: nn.Module, dtype: torch.dtype, checkpoint: object | None) -> None:
-    """Raise ConfigError for a finite number that becomes infinite in `dtype`."""
+def require_range(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype, checkpoint: object | None) -> None:
+    """Raise ConfigError for a finite number of the tensors (name, values) that becomes infinite in `dtype`."""
     largest = torch.finfo(dtype).max
-    for name, values in itertools.chain(module.named_parameters(), module.named_buffers()):
+    for name, values in named:
         if not values.is_floating_point() or torch.finfo(values.dtype).max <= largest:
             continue
         worst = max(extremes(values) or (0.0,), key=abs)

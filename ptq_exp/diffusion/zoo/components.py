@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ptq_exp.diffusion.checkpoints import read_checkpoint
-from ptq_exp.diffusion.zoo.build import MAPPED, RANDOM, of_random_weights
+from ptq_exp.diffusion.zoo.build import DTYPES, MAPPED, RANDOM, of_random_weights, require_range
 from ptq_exp.diffusion.zoo.settings import read_json
 from ptq_exp.diffusion.zoo.weights import STEM, damage, find_weights
 from ptq_exp.errors import CheckpointError, ConfigError, one_line
@@ -31,14 +31,15 @@ def load_component(
     """Read a module of class `cls` in `dtype` from `root/component` (or `root` itself, for early repositories).
 
     Args:
-        wanted: the type that it is converted to later, if another one. Inside `mapped_weights` files of this type are
-            left as they are.
+        wanted: the type that it is converted to later, `model.dtype`; None = it stays as it is. Inside `mapped_weights`
+            what is of this type in files is left there.
 
     Raises:
         CheckpointError: weights are missing, left over, of another shape, or in a file that cannot be read safely.
         ConfigError: inside `mapped_weights`, they would have to be converted and there is no room for that.
     """
     folder = component_folder(root, component)
+    dtype = torch.promote_types(dtype, wanted or dtype)  # on its way to float64 nothing is rounded
     if RANDOM.get():
         return of_random_weights(cls, read_json(folder / "config.json"), f"model.checkpoint={folder}")
     try:
@@ -47,10 +48,7 @@ def load_component(
         reason = str(error).removeprefix(f"model.checkpoint={folder}: ")
         raise CheckpointError(f"model.checkpoint={folder}: not a complete {cls.__name__}: {reason}") from error
     if (most := MAPPED.get()) is not None:
-        stored = _stored(weights.files)
-        wanted = wanted or dtype
-        _require_room(folder, stored, wanted, most)
-        dtype = wanted if {*stored} == {wanted} else dtype
+        dtype = _mapped_type(folder, weights.files, dtype, wanted, most)
     try:
         with _quiet():  # what does not fit is reported below, in one line
             module, info = cls.from_pretrained(
@@ -92,15 +90,31 @@ def _stored(files: Sequence[Path]) -> Counter[torch.dtype]:
     return +found
 
 
-def _require_room(folder: Path, stored: Counter[torch.dtype], wanted: torch.dtype, most: float) -> None:
-    """Raise ConfigError if weights of other types would take more than `most` bytes as `wanted`."""
-    size = wanted.itemsize * sum(count for kind, count in stored.items() if kind != wanted)
+def _mapped_type(
+    folder: Path, files: Sequence[Path], dtype: torch.dtype, wanted: torch.dtype | None, most: float
+) -> torch.dtype:
+    """Return the type to load weights in so that as many as can be stay in `files`; see `load_component`.
+
+    Raises:
+        ConfigError: others would take more than `most` bytes, or are too large for their type.
+    """
+    stored, kind = _stored(files), wanted or dtype
+    size = kind.itemsize * sum(count for other, count in stored.items() if other != kind)
     if size > most:
-        usual = _short(stored.most_common(1)[0][0])
+        usual = stored.most_common(1)[0][0]
+        other_type = wanted is not None and usual != wanted and usual in DTYPES.values()
         raise ConfigError(
-            f"model.dtype={_short(wanted)}: the weights in {folder} are {usual}, and converted they would take "
-            f"{size / 1e9:.3g} GB, more than trainer.max_memory_gb={most / 1e9:g}: set model.dtype={usual}"
+            f"{f'model.dtype={_short(kind)}' if wanted else f'model.checkpoint={folder}'}: the weights in {folder} are "
+            f"{', '.join(map(_short, stored))}, and converted they would take {size / 1e9:.3g} GB, more than "
+            f"trainer.max_memory_gb={most / 1e9:g}: set "
+            + (f"model.dtype={_short(usual)}" if other_type else "it to more than that")
         )
+    if kind not in stored or (torch.float64 in stored and kind != torch.float64):
+        return dtype  # numbers of float64 are rounded once more on their way by `dtype`
+    for path in files:
+        wider = {name: value for name, value in read_checkpoint(path).items() if value.dtype != kind}
+        require_range(wider.items(), kind, path)
+    return kind
 
 
 def _short(kind: torch.dtype) -> str:
@@ -117,7 +131,10 @@ def _filled(module: nn.Module, files: Sequence[Path]) -> bool:
     own = module.state_dict()
     if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
         return False
-    module.load_state_dict(state)
+    if any(value.is_meta for value in own.values()):  # inside `mapped_weights`
+        module.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()}, assign=True)
+    else:
+        module.load_state_dict(state)
     return True
 
 

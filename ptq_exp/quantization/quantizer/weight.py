@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from ptq_exp.quantization.quantizer.base import Quantizer, columns
 from ptq_exp.quantization.ranges.range_search import search_range
 
 _CHUNK = 1 << 22  # values of a weight whose integers are found at once
+
 
 class WeightQuantizer(Quantizer):
     """Quantizer of a weight ``[out_channels, in_channels / groups, *kernel]``.
@@ -94,10 +97,11 @@ class WeightQuantizer(Quantizer):
         found = torch.zeros_like(values, dtype=torch.int32)
         left = torch.ones_like(values, dtype=torch.bool)
         # some rows at a time, as it takes several copies of them; of two and more, whose scales are never 0-d
+        several = len(cast("Tensor", self.scale)) > 1
         parts = max(1, min(len(values) // 2, -(-values.numel() // _CHUNK)))
         for rows in torch.arange(len(values), device=values.device).tensor_split(parts):
             place = slice(int(rows[0]), int(rows[-1]) + 1)
-            self._search_rows(values[place], found[place], left[place], rows if self.scale.shape[0] > 1 else None)
+            self._search_rows(values[place], found[place], left[place], rows if several else None)
         return found, left
 
     def _search_rows(self, values: Tensor, found: Tensor, left: Tensor, rows: Tensor | None) -> None:
