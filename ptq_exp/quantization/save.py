@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ptq_exp.errors import ConfigError, DataError, QuantizationError, one_line
 from ptq_exp.quantization.cost.account import range_table
 from ptq_exp.quantization.cost.report import Report
-from ptq_exp.quantization.offload.mapped import folder_of
 from ptq_exp.quantization.offload.writer import write_tensors
 from ptq_exp.quantization.packed_network import packed_state, restore_state_
 from ptq_exp.quantization.packed_network_1 import restore_joined_
@@ -75,8 +74,8 @@ def save_quantized(
     path = Path(folder) / tensors_file
     metadata = {"format": FORMAT, "version": str(version), _HASH: _description_hash(description)}
     with atomic_path(path) as temporary:
-        write = save_file if folder_of(network) is None else write_tensors  # the same bytes, without a copy of all
-        write({name.removeprefix(prefix): value for name, value in tensors.items()}, temporary, metadata)
+        # not by the library, which orders metadata anew each time, and copies all tensors
+        write_tensors({name.removeprefix(prefix): value for name, value in tensors.items()}, temporary, metadata)
     description["file"] = {
         "name": tensors_file, "prefix": prefix, "sha256": file_digest(path), "bytes": path.stat().st_size,
         "header_bytes": _header_bytes(path), "theoretical_bytes": report.totals["weight_bytes"],

@@ -156,8 +156,8 @@ class ReconstructionConfig:
         0.0, "Weight of the output losses of the layers inside a block (EDA-DM takes 0.8).", low=0
     )
     precision: str = setting(
-        "f32", "Type of the multiplications while roundings are learned; bf16 is faster on GPUs and on processors that "
-        "multiply it (AVX512-BF16, AMX), and slower on others.", choices=("f32", "bf16"),
+        "f32", "Type of the multiplications while roundings of a network in float32 are learned; bf16 is faster on "
+        "GPUs and on processors that multiply it (AVX512-BF16, AMX), and slower on others.", choices=("f32", "bf16"),
     )
     cache_gb: float = setting(
         0.0,

@@ -339,3 +339,17 @@ def test_integers_of_a_large_weight_are_found_a_few_rows_at_a_time(kind, granula
         weight[-1, :2] += 0.01
     with pytest.raises(QuantizationError, match=f"2 of {6 * rows} weights are not on the grid"):
         quantizer.integers(weight)
+
+
+def test_the_same_network_is_the_same_file(unet, batch, example, tmp_path):
+    """The library's writer puts metadata into the file in another order each time."""
+    rules = Policy().rules(Widths(4, 8))
+    report = quantized(unet, rules, batch, example)
+    digests = set()
+    for number in range(8):
+        about = {"settings": {"bits": "w4a8"}, "network": None}
+        found = save_quantized(tmp_path / str(number), unet, rules, report, about)
+        digests.add(found["file"]["sha256"])
+    assert len(digests) == 1
+    with safe_open(tmp_path / "0" / "quantized.safetensors", "pt") as tensors:
+        assert set(tensors.metadata()) == {"format", "version", "description_sha256"} and len(tensors.keys()) > 20
