@@ -88,17 +88,14 @@ def _pieces(plain: Any, encode: Callable[[Any], str], margin: str) -> Iterator[s
         if not isinstance(plain, list) or "{" not in text:
             yield text
             return
-    first, last = "{}" if isinstance(plain, dict) else "[]"
     inside = f"{margin}  "
-    between = f"{first}{inside}"
-    for key in plain:
-        yield between
-        value = key
-        if isinstance(plain, dict):
-            yield f"{_name(key, encode)}: "
-            value = plain[key]
+    if isinstance(plain, dict):
+        (first, last), parts = "{}", ((f"{_name(key, encode)}: ", value) for key, value in plain.items())
+    else:
+        (first, last), parts = "[]", (("", value) for value in plain)
+    for n, (name, value) in enumerate(parts):
+        yield f"{',' if n else first}{inside}{name}"
         yield from _pieces(value, encode, inside)
-        between = f",{inside}"
     yield f"{margin}{last}"
 
 

@@ -1,4 +1,4 @@
-"""How long a quantized network in files takes to be saved: one block of it is, and all others are in proportion."""
+"""How long saving a quantized network in files takes: one block is saved, and all others count in proportion."""
 
 from __future__ import annotations
 

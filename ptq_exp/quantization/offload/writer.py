@@ -1,4 +1,7 @@
-"""A safetensors file written tensor by tensor: the library's own writer holds a second copy of all of them."""
+"""A safetensors file written tensor by tensor, the same bytes each time.
+
+The library's own writer holds a second copy of all tensors, and puts metadata in another order each time.
+"""
 
 from __future__ import annotations
 
