@@ -182,7 +182,8 @@ def sample(
     grid = model.time_grid(steps, spacing, eta=eta)
     scale = model.sampler.guidance_scale if guidance_scale is None else guidance_scale
     try:
-        return draw(model, model.guided(denoiser or model.denoiser, scale), grid, n, seed, **how)
+        network = model.in_parts(model.denoiser) if denoiser is None else denoiser
+        return draw(model, model.guided(network, scale), grid, n, seed, **how)
     except DataError:
         if denoiser is None:
             check_network(model, grid, seed, device)  # says more, where the network alone is the reason

@@ -139,7 +139,11 @@ class QuantizedModel:
         return self.model.pipeline_with(self.component)
 
     def _guided(self, rows: Tensor | None) -> nn.Module:
-        network = GraphedNetwork(self.executed_network) if self.cuda_graph else self.executed_network
+        network = self.executed_network
+        if self.cuda_graph:
+            network = GraphedNetwork(network)
+        elif getattr(self.runtime, "shared", False):
+            network = self.model.in_parts(network)
         denoiser = network if rows is None else Scheduled(network, rows, self.grid)
         if self.compile:
             denoiser.compile()

@@ -8,6 +8,7 @@ from ptq_exp.diffusion.guidance import Guided, both_halves
 from ptq_exp.diffusion.model import DiffusionModel, SamplerDefaults
 from ptq_exp.diffusion.noise import SampleNoise
 from ptq_exp.diffusion.paired import relative_eps_error
+from ptq_exp.diffusion.parts import InParts
 from ptq_exp.diffusion.prediction import PREDICTIONS, AsEps, as_eps
 from ptq_exp.diffusion.sampler import (
     StepCoefficients,
@@ -31,6 +32,7 @@ __all__ = [
     "DiffusionModel",
     "FirstStage",
     "Guided",
+    "InParts",
     "LabelledUNet",
     "NoiseSchedule",
     "SampleNoise",

@@ -39,6 +39,12 @@ class Call(NamedTuple):
         """Return a call of one sample, repeated `n` times."""
         return self.mapped(lambda tensor: tensor.expand(n, *tensor.shape[1:]))
 
+    def parts(self, count: int) -> list[Call]:
+        """Return `count` calls of nearly as many samples each, one after the other."""
+        cut = {name: value.tensor_split(count) for name, value in self.conditions.items()}
+        pairs = zip(self.x.tensor_split(count), self.t.tensor_split(count), strict=True)
+        return [Call(x, t, {name: rows[i] for name, rows in cut.items()}) for i, (x, t) in enumerate(pairs)]
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
         """Return the call with every tensor changed."""
         conditions = {name: change(value) for name, value in self.conditions.items()}

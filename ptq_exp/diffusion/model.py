@@ -16,6 +16,7 @@ from ptq_exp.diffusion.conditions import ConditionTable, balanced
 from ptq_exp.diffusion.denoisers import FirstStage
 from ptq_exp.diffusion.guidance import Guided
 from ptq_exp.diffusion.noise import EVALUATION, SampleNoise
+from ptq_exp.diffusion.parts import InParts
 from ptq_exp.diffusion.sampler import sample
 from ptq_exp.diffusion.solvers import solver_grid
 from ptq_exp.diffusion.time_grid import NoiseSchedule, TimeGrid
@@ -97,6 +98,10 @@ class DiffusionModel:
     def copy_denoiser(self) -> nn.Module:
         """Return an independent copy of the denoiser, to be quantized while the original stays full precision."""
         return copy.deepcopy(self.denoiser)
+
+    def in_parts(self, network: nn.Module) -> nn.Module:
+        """`network` (the denoiser, or a quantized copy that threads may share), evaluated by parts of its batch."""
+        return InParts(network)
 
     def guided(self, denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module:
         """`denoiser` (the model's own, or a quantized copy) with classifier-free guidance; 1 = none.

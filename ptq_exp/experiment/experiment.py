@@ -21,6 +21,7 @@ from ptq_exp.experiment.correction import check_statistics
 from ptq_exp.experiment.execution import executed_by, measure_execution, watched_denoiser
 from ptq_exp.experiment.features import reference_features
 from ptq_exp.experiment.forecast import Forecast, forecast_run, refuse_copy
+from ptq_exp.experiment.freed_memory import keep_freed_memory
 from ptq_exp.experiment.images import full_precision_images, quantized_images
 from ptq_exp.experiment.inputs import checked_images
 from ptq_exp.experiment.keys import Keys
@@ -110,6 +111,8 @@ def _run_of(config: ExperimentConfig, saved: Artifact | None = None, fresh_since
     watch = Watch.begin()
     run = Run.of(config, saved, fresh_since)
     choose_threads(config.trainer, run.device, watch)
+    if run.device.type == "cpu" and run.max_memory is None:
+        keep_freed_memory()
     return run
 
 

@@ -115,7 +115,8 @@ class Run:
         denoiser = self.model.denoiser
         if self.compile:
             denoiser.compile()
-        return self.model.guided(GraphedNetwork(denoiser) if self.cuda_graph else denoiser, self.guidance_scale)
+        network = GraphedNetwork(denoiser) if self.cuda_graph else self.model.in_parts(denoiser)
+        return self.model.guided(network, self.guidance_scale)
 
     @property
     def blockwise(self) -> bool:

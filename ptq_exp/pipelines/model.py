@@ -134,6 +134,10 @@ class PipelineModel(DiffusionModel):
         shell = component_calling(self.denoiser.component, self.denoiser.layout.call, zeros)
         return tuple(self._images(shell, [0], 0, EVALUATION, self.pipeline.device).shape[1:])
 
+    def in_parts(self, network: nn.Module) -> nn.Module:
+        """`network`: its rows are those of whole calls."""
+        return network
+
     def guided(self, denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module:
         """`denoiser`: guidance is the pipeline's own.
 

@@ -77,6 +77,10 @@ class RecordedModel(DiffusionModel):
         ones = torch.ones(len(self._times), dtype=torch.float64)
         return TimeGrid(self._times, ones, ones, 0.0, "recorded")
 
+    def in_parts(self, network: nn.Module) -> nn.Module:
+        """`network`: its rows are those of whole calls."""
+        return network
+
     def guided(self, denoiser: nn.Module, guidance_scale: float = 1.0) -> nn.Module:
         """`denoiser`: whoever calls the network guides, at any scale."""
         del guidance_scale

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
 from ptq_exp.errors import QuantizationError
+from ptq_exp.parallel import side_by_side
 from ptq_exp.quantization.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from ptq_exp.quantization.trace.evaluate import evaluate, evaluating
+
+_LARGE = 1 << 22  # numbers of a weight above which its search keeps all threads busy, and takes the memory of several
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
@@ -125,7 +129,10 @@ def calibrate_weights_(model: nn.Module, metric: str, on_layer: Callable[[], obj
         PTQError: a weight holds NaN or infinity; the message names the layer.
     """
     layers = _quantized_weights(model)
-    for layer in layers:
+    alone = [layer for layer in layers if layer.weight.numel() > _LARGE or layer.weight.device.type != "cpu"]
+    others = [layer for layer in layers if layer not in alone]
+    side_by_side([partial(layer.weight_quantizer.search, layer.weight, metric) for layer in others], on_layer)
+    for layer in alone:
         layer.weight_quantizer.search(layer.weight, metric)
         on_layer()
     freeze_weights_(model)
@@ -156,8 +163,7 @@ def finish_calibration(model: nn.Module, metric: str) -> None:
             f"{len(unseen)} activation quantizers saw no data: {shown}; run the model inside "
             "calibrating(model), or keep layers that it never calls in full precision by a rule"
         )
-    for _, quantizer in _activations(model):
-        quantizer.finish(metric)
+    side_by_side([partial(quantizer.finish, metric) for _, quantizer in _activations(model)])
 
 
 def _activations(model: nn.Module) -> list[tuple[str, ActivationQuantizer]]:

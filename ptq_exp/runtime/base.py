@@ -70,9 +70,11 @@ class Runtime(Protocol):
 
     Attributes:
         name: of the setting `runtime`.
+        shared: whether several threads may evaluate a compiled network at once; False where it is not said.
     """
 
     name: str
+    shared: bool
 
     def compile(self, network: nn.Module, example_call: tuple[Any, ...]) -> nn.Module:
         """Make a module that is called as the calibrated `network` is, and answers the same.

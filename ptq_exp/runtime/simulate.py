@@ -15,7 +15,7 @@ _ROUNDED = "simulated: rounded to the integer grid, multiplied in floating point
 class Simulate:
     """Executes a quantized network as it is."""
 
-    name = "simulate"
+    name, shared = "simulate", True
 
     def __init__(self) -> None:
         self._compiled: tuple[nn.Module, tuple[Any, ...]] | None = None

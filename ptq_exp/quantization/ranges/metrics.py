@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ptq_exp.quantization.affine import QRange
 
-# Elements per evaluated block: the temporaries of one block stay in a core's cache.
-BLOCK = 1 << 17
+# Elements per evaluated block, so that computing takes longer than asking for it; and the most points of a cell in one.
+BLOCK, POINTS = 1 << 19, 1 << 17
 EXPONENTS = {"l1": 1.0, "mse": 2.0, "lp": 2.4}
 
 Summands = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -104,7 +104,7 @@ def block_sums(
 
 def _blocks(cells: int, candidates: int, points: int):
     """Slices (cell, candidate, point) that tile the three axes in blocks of at most about BLOCK elements."""
-    n_step = min(points, BLOCK)
+    n_step = min(points, POINTS)
     k_step = min(candidates, max(1, BLOCK // n_step))
     c_step = max(1, BLOCK // (n_step * k_step))
     for c in range(0, cells, c_step):
@@ -213,7 +213,7 @@ class CodeDivergence:
         self.cost, self.convex = 16 * len(self.counts) * 2**self.bits, False
 
     def errors(self, candidates: QRange) -> Tensor:
-        step = max(1, 8 * BLOCK // (2**self.bits * len(self.counts)))
+        step = max(1, 2 * BLOCK // (2**self.bits * len(self.counts)))
         parts = [self._divergence(QRange(*(part[:, k:k + step] for part in candidates)))
                  for k in range(0, candidates.scale.shape[1], step)]
         return torch.cat(parts, dim=1)
