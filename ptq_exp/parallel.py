@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
 
@@ -38,7 +38,8 @@ def side_by_side(tasks: Sequence[Callable[[], T]], on_done: Callable[[], object]
     if workers <= 1 or getattr(_inside, "task", False):
         return [_then(task(), on_done) for task in tasks]
     pool, grad = _pool(workers, threads // workers), torch.is_grad_enabled()
-    futures = [pool.submit(_run, task, grad) for task in tasks]
+    failed = threading.Event()
+    futures = [pool.submit(_run, task, grad, failed) for task in tasks]
     try:
         _watch(futures, on_done)
     finally:
@@ -56,9 +57,15 @@ def _then(result: T, on_done: Callable[[], object]) -> T:
     return result
 
 
-def _run(task: Callable[[], T], grad: bool) -> T:
-    with torch.set_grad_enabled(grad):
-        return task()
+def _run(task: Callable[[], T], grad: bool, failed: threading.Event) -> T:
+    if failed.is_set():
+        raise CancelledError
+    try:
+        with torch.set_grad_enabled(grad):
+            return task()
+    except BaseException:
+        failed.set()
+        raise
 
 
 def _watch(futures: Sequence[Future], on_done: Callable[[], object]) -> None:

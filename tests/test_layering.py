@@ -12,10 +12,10 @@ import ptq_exp
 # A room may import what is named beside it, itself, and `ptq_exp.__version__`. Every name is of a lower floor.
 FLOORS = [
     {"errors": ""},
-    {"storage": "errors"},
+    {"storage": "errors", "parallel": ""},
     {
-        "quantization": "errors storage",
-        "diffusion": "errors storage",
+        "quantization": "errors storage parallel",
+        "diffusion": "errors storage parallel",
         "evaluation": "errors storage",
         "results": "errors storage",
     },

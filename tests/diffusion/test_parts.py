@@ -1,0 +1,100 @@
+"""Networks that evaluate a batch in parts: the same estimates, whatever the threads; when a batch stays whole."""
+
+import pytest
+import torch
+from torch import nn
+
+import ptq_exp
+from ptq_exp.diffusion import Call, InParts
+from ptq_exp.diffusion.parts import ROWS
+
+
+class Network(nn.Module):
+    """Squares the state, adds time and label; notes how many samples came at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.ones(())), []
+
+    def forward(self, x, t, y=None):
+        self.seen.append(len(x))
+        return self.weight * x.square() + t[:, None] + (0 if y is None else y[:, None])
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def call_of(n):
+    return Call(torch.arange(2.0 * n).view(n, 2), torch.arange(n) / 7, {"y": torch.arange(n)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("n", "parts"), [(ROWS, [ROWS]), (ROWS + 1, [17, 16]), (3 * ROWS - 1, [32, 32, 31])])
+def test_parts_are_nearly_equal_and_their_estimates_in_order(threads, n, parts):
+    network = Network()
+    assert torch.equal(call_of(n).evaluate(InParts(network)), call_of(n).evaluate(Network()))
+    assert sorted(network.seen, reverse=True) == parts
+
+
+def test_where_gradients_are_recorded_the_batch_stays_whole(threads):
+    network = Network()
+    call_of(100).evaluate(InParts(network)).sum().backward()
+    assert network.seen == [100]
+    assert network.weight.grad is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("watch", ["register_forward_hook", "register_forward_pre_hook"])
+def test_where_hooks_watch_the_batch_stays_whole(threads, watch):
+    network = nn.Sequential(nn.Identity())
+    network.forward = lambda x, t: network[0](x)
+    seen = []
+    handle = getattr(network[0], watch)(lambda module, inputs, *result: seen.append(len(inputs[0])))
+    InParts(network)(torch.zeros(100, 2), torch.zeros(100))
+    assert seen == [100]
+    handle.remove()
+    InParts(network)(torch.zeros(100, 2), torch.zeros(100))
+    assert seen == [100]
+
+
+@torch.no_grad()
+def test_a_compiled_network_gets_whole_batches(threads):
+    network = Network()
+    network._compiled_call_impl = network._call_impl  # what `compile` sets
+    InParts(network)(torch.zeros(100, 2), torch.zeros(100))
+    assert network.seen == [100]
+
+
+@torch.no_grad()
+def test_an_error_of_a_part_is_that_of_the_call(threads):
+    def fail(x, t):
+        if float(x.sum()) > 1e6:
+            raise ValueError("too large")
+        return x
+
+    network = nn.Identity()
+    network.forward = fail
+    x = torch.zeros(100, 2)
+    x[-1] = 1e7
+    with pytest.raises(ValueError, match="too large"):
+        InParts(network)(x, torch.zeros(100))
+
+
+@torch.no_grad()
+def test_the_digits_model_gives_the_same_numbers_with_one_and_with_two_threads():
+    model, before, found = ptq_exp.load_model("digits"), torch.get_num_threads(), []
+    x = torch.randn(70, *model.sample_shape, generator=torch.Generator().manual_seed(1))
+    call = Call(x, torch.full((70,), 500.0), {})
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(call.evaluate(model.in_parts(model.denoiser)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], call.evaluate(model.denoiser), rtol=1e-4, atol=1e-4)

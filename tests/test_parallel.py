@@ -1,0 +1,101 @@
+"""Tasks side by side: their order, their threads, what they raise, and what they leave as it was."""
+
+import multiprocessing
+import threading
+import time
+
+import pytest
+import torch
+
+from ptq_exp.parallel import side_by_side
+
+
+@pytest.fixture
+def threads():
+    """Three threads of torch, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_the_order_of_the_tasks_that_run_at_the_same_time(threads):
+    meeting = threading.Barrier(3)  # nobody gets past it alone
+
+    def task(number):
+        meeting.wait(timeout=30)
+        return number, torch.get_num_threads()
+
+    assert side_by_side([lambda n=n: task(n) for n in range(3)]) == [(0, 1), (1, 1), (2, 1)]
+    assert torch.get_num_threads() == 3
+    assert _of_a_new_thread(torch.get_num_threads) == 3
+
+
+def test_two_tasks_share_five_threads(threads):
+    torch.set_num_threads(5)
+    assert side_by_side([torch.get_num_threads] * 2) == [2, 2]
+
+
+def test_with_one_thread_all_tasks_run_here(threads):
+    torch.set_num_threads(1)
+    assert side_by_side([threading.current_thread] * 2) == [threading.current_thread()] * 2
+    torch.set_num_threads(3)
+    assert side_by_side([threading.current_thread]) == [threading.current_thread()]
+    assert side_by_side([]) == []
+
+
+def test_gradients_are_recorded_where_the_caller_records_them(threads):
+    def recorded():
+        return torch.is_grad_enabled()
+
+    assert side_by_side([recorded] * 3) == [True] * 3
+    with torch.no_grad():
+        assert side_by_side([recorded] * 3) == [False] * 3
+
+
+def test_a_task_in_a_task_runs_there(threads):
+    def inner():
+        return side_by_side([threading.current_thread] * 2) == [threading.current_thread()] * 2
+
+    assert side_by_side([inner] * 3) == [True] * 3
+
+
+def test_the_first_error_is_raised_when_the_others_have_ended_and_the_rest_has_not_begun(threads):
+    meeting, done, begun = threading.Barrier(3), [], []
+
+    def fail():
+        meeting.wait(timeout=30)
+        raise ValueError("the second of the first three")
+
+    def slow():
+        meeting.wait(timeout=30)
+        time.sleep(0.2)
+        done.append(1)
+
+    with pytest.raises(ValueError, match="second of the first"):
+        side_by_side([slow, fail, slow, *[lambda: begun.append(1)] * 200])
+    assert len(done) == 2
+    assert not begun
+    assert side_by_side([int] * 5) == [0] * 5  # the workers go on
+
+
+def test_each_end_is_told_to_the_caller(threads):
+    told = []
+    side_by_side([int] * 7, lambda: told.append(threading.current_thread()))
+    assert told == [threading.current_thread()] * 7
+
+
+def test_a_forked_process_has_workers_of_its_own(threads):
+    side_by_side([int] * 3)
+    child = multiprocessing.get_context("fork").Process(target=side_by_side, args=([int] * 3,))
+    child.start()
+    child.join(timeout=60)
+    assert child.exitcode == 0
+
+
+def _of_a_new_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
