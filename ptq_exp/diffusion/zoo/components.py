@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from torch import nn
 
@@ -22,6 +23,8 @@ from ptq_exp.diffusion.zoo.weights import STEM, damage, find_weights
 from ptq_exp.errors import CheckpointError, ConfigError, one_line
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.finite import is_finite, require_finite
+
+log = logging.getLogger(__name__)
 
 
 def load_component(
@@ -66,18 +69,29 @@ def load_component(
         raise CheckpointError(f"model.checkpoint={folder}: not the weights of its own config.json: {shown}")
     _require_real(module, weights.files)
     _require_finite(module, folder, weights.files)
+    if weights.variant is not None:
+        _say_variant(folder, weights.variant, module, wanted)
     return module
+
+
+def _say_variant(folder: Path, variant: str, module: nn.Module, wanted: torch.dtype | None) -> None:
+    """Log that `module` was read from a variant, in which types, and in which it is kept if that is another one."""
+    read = sorted({_short(value.dtype) for value in module.state_dict().values() if value.is_floating_point()})
+    kept = "" if wanted is None or _short(wanted) in read else f", kept in {_short(wanted)}"
+    log.warning(
+        "%s: only the %s variant of the weights is there: read in %s%s", folder, variant, " and ".join(read), kept
+    )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warnings of diffusers."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        diffusers_logging.set_verbosity(verbosity)
 
 
 def _stored(files: Sequence[Path]) -> Counter[torch.dtype]:
