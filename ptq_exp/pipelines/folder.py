@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ptq_exp.pipelines.model import PipelineModel
 from ptq_exp.pipelines.prompts import Request
 from ptq_exp.pipelines.refusals import check_file, check_folder, components_of
 from ptq_exp.pipelines.single_file import open_file
+
+_NAME = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
 
 
 def pipeline_folder(
@@ -97,14 +100,22 @@ def _load(root: Path, name: str, library: str, kind: str, dtype: torch.dtype) ->
     return _load_transformers(cls, root / name, dtype)
 
 
+def _weights(folder: Path) -> tuple[str | None, list[Path]]:
+    """Return which variant of the weights of a component is loaded, None = the plain ones, and its files."""
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if (match := _NAME.fullmatch(path.name)) is not None:
+            found.setdefault(match["variant"], []).append(path)
+    variant = None if None in found else min(filter(None, found), default=None)
+    return variant, found.get(variant, [])
+
+
 def _load_transformers(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module:
     """Return a text or image encoder; transformers itself would draw weights that are missing."""
-    variants = {path.name.split(".")[1] for path in folder.glob("*.*.safetensors")}
-    variant = min(variants, default=None) if not (folder / "model.safetensors").exists() else None
     try:
         module, found = cls.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True,
-            variant=None if variant and variant.startswith("safetensors") else variant,
+            variant=_weights(folder)[0],
         )
     except Exception as error:  # whatever a damaged folder makes the library stumble over
         raise CheckpointError(

@@ -66,6 +66,23 @@ def test_variants_are_found(sd15, tmp_path):
     assert {parameter.dtype for parameter in model.pipeline.text_encoder.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_text_encoders_in_several_files_are_found(sd15, folder, both):
+    """Of a variant alone, and of the plain weights beside one, as published folders of SD3 have them."""
+    encoder = SMALL["sd15"].build().text_encoder
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    if both:
+        encoder.save_pretrained(folder / "text_encoder", max_shard_size="20KB")
+    encoder.half().save_pretrained(folder / "text_encoder", variant="fp16", max_shard_size="20KB")
+    names = {path.name for path in (folder / "text_encoder").glob("*.safetensors")}
+    assert any(name.startswith("model.fp16-00002-of-") for name in names)
+    assert any(name.startswith("model-00002-of-") for name in names) == both
+    call = SMALL["sd15"].call
+    found = pipeline_folder(str(folder), prompts=["low"], steps=2, call=call).pipeline.text_encoder.state_dict()
+    expected = SMALL["sd15"].build().text_encoder if both else encoder.float()
+    assert all(torch.equal(found[name], value) for name, value in expected.state_dict().items())
+
+
 def test_settings_of_the_sampler_are_arguments_of_the_call(sd15):
     call = {"height": 16, "width": 16}
     model = pipeline_folder(str(sd15), prompts=["low"], steps=3, call=call, guidance_scale=2.0)
