@@ -10,6 +10,7 @@ from small_folders import edit
 from small_pipelines import SMALL
 
 import ptq_exp
+from ptq_exp.diffusion.zoo.build import mapped_weights
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.pipelines.folder import pipeline_folder
@@ -187,3 +188,30 @@ def test_files_that_are_no_checkpoint(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     assert "no safetensors file" in refusal(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({}))
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder", "vae", "safety_checker"])
+def test_components_that_would_be_converted_need_room(folder, component):
+    """As the network does; those that are in the type that is wanted stay in their files and need none."""
+    if component == "safety_checker":  # of another library than the two
+        shutil.copytree(folder / "text_encoder", folder / component)
+        edit(folder, "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    for path in folder.glob("*/*.safetensors"):
+        if path.parent.name == component:
+            state = load_file(path)
+            save_file({name: value.half() for name, value in state.items()}, path, metadata={"format": "pt"})
+    most = 4 * sum(value.numel() for value in state.values() if value.is_floating_point()) - 1
+    with mapped_weights(most):
+        text = refusal(folder, ConfigError)
+    assert text.startswith(f"model.dtype=float32: the weights in {folder / component} are float16, and converted they")
+    assert "more than trainer.max_memory_gb=" in text and text.endswith(": set model.dtype=float16")
+    if component != "safety_checker":
+        with mapped_weights(most + 1):
+            pipeline_folder(str(folder), prompts=["low"], steps=2, call=SMALL["sd15"].call)
+
+
+def test_a_single_file_needs_room_as_well(folder, tmp_path):
+    file = shutil.copy(folder / UNET, tmp_path / "model.safetensors")
+    with mapped_weights(1):
+        text = refusal(file, ConfigError, dtype="bfloat16", config=str(folder))
+    assert text.startswith(f"model.dtype=bfloat16: the weights in {file} are float32, and converted they would take")
