@@ -101,11 +101,13 @@ def _load(root: Path, name: str, library: str, kind: str, dtype: torch.dtype) ->
         ConfigError: inside `mapped_weights`, they would have to be converted and there is no room for that.
     """
     cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind, None)
-    if isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin):
+    if not isinstance(cls, type):
+        cls = object
+    if issubclass(cls, diffusers.ModelMixin):
         return load_component(cls, root, name, dtype, wanted=dtype)
     variant, files = _weights(root / name)
     require_room(root / name, files, dtype, "model.dtype")  # of any library: what is not converted stays in its file
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    if not issubclass(cls, transformers.PreTrainedModel):
         return None
     return _load_transformers(cls, root / name, dtype, variant)
 

@@ -87,7 +87,7 @@ def _say_variant(folder: Path, variant: str, module: nn.Module, wanted: torch.dt
 def _quiet() -> Iterator[None]:
     """Without the warnings of diffusers."""
     verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    diffusers_logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
