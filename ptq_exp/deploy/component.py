@@ -17,7 +17,7 @@ from ptq_exp.deploy.restore import restored
 from ptq_exp.errors import DataError, PTQError, one_line
 from ptq_exp.pipelines import PipelineModel, RecordedModel
 from ptq_exp.quantization.offload import fill_
-from ptq_exp.quantization.save import DESCRIPTION_FILE
+from ptq_exp.quantization.save import DESCRIPTION_FILE, changed
 from ptq_exp.storage.plain_json import read_json
 
 log = logging.getLogger("ptq_exp")
@@ -43,7 +43,7 @@ def quantized_component(artifact: Artifact, component: nn.Module) -> QuantizedMo
     except Exception as error:  # of any kind: another size ends in whatever torch says
         message = f"{artifact.folder} was quantized from a {expected} of other sizes: {one_line(error)}"
         raise DataError(message) from error
-    model.digest = f"quantized-{artifact.digest}"
+    model.digest = _digest(artifact)
     scale = artifact.description["grid"].get("guidance_scale", 1.0)
     device = next(component.parameters()).device
     return restored(artifact, model, artifact.grid(), scale, device, full_precision=False)
@@ -53,7 +53,7 @@ def load_pipeline(artifact: Artifact, device: torch.device | str) -> QuantizedMo
     """Load the whole pipeline whose component `artifact` is.
 
     Raises:
-        DataError: the pipeline around it is not there, or is another one.
+        DataError: the pipeline around it is not there, or is another one, or the folder changed meanwhile.
     """
     from diffusers import DiffusionPipeline
 
@@ -74,6 +74,8 @@ def load_pipeline(artifact: Artifact, device: torch.device | str) -> QuantizedMo
     if quantizer is None:
         raise DataError(f"{folder}: its {name} is not the quantized one; copy the whole folder that was saved again")
     quantized = quantizer.quantized
+    if quantized.model.digest != _digest(artifact):
+        raise changed(artifact.folder)
     pipeline.to(device)
     model = PipelineModel(
         pipeline, entry["requests"] or None, steps=entry["steps"], component=name, call=entry["call"],
@@ -101,3 +103,7 @@ def loaded_component(component: nn.Module, folder: Path) -> QuantizedModel:
         raise DataError(f"{artifact.folder / DESCRIPTION_FILE} is damaged: network: {one_line(error)}") from error
     fill_(component, lambda name: others.get(name, usual))
     return quantized_component(artifact, component)
+
+
+def _digest(artifact: Artifact) -> str:
+    return f"quantized-{artifact.digest}"

@@ -14,7 +14,7 @@ import torch
 from ptq_exp import __version__
 from ptq_exp.deploy.artifact import Artifact, grid_entry
 from ptq_exp.deploy.export_page import page
-from ptq_exp.deploy.load import load_quantized
+from ptq_exp.deploy.load import load_opened
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import Call
 from ptq_exp.errors import ConfigError
@@ -70,7 +70,7 @@ class Export:
             PTQError: the saved model cannot be read or executed, or a file cannot be written.
         """
         artifact = Artifact.open(self.quantized)
-        quantized = load_quantized(self.quantized, self.checkpoint)
+        quantized = load_opened(artifact, self.checkpoint)
         with replacing_folder(Path(self.out)) as folder:
             return self._written(artifact, quantized, folder)
 

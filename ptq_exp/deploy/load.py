@@ -63,7 +63,8 @@ def load_quantized(
     check_runtime(runtime)
     limit, room = bytes_on(device, max_memory_gb), Path(tempfile.gettempdir() if folder is None else folder)
     with placing(limit, room):
-        return _loaded(path, checkpoint, device, model, network).on(runtime, runtime_options)
+        artifact = Artifact.open(with_homes(path, "quantized"))
+        return load_opened(artifact, checkpoint, device, model, network).on(runtime, runtime_options)
 
 
 def bytes_on(device: torch.device | str, max_memory_gb: float | None) -> float | None:
@@ -77,11 +78,11 @@ def bytes_on(device: torch.device | str, max_memory_gb: float | None) -> float |
     return None if max_memory_gb is None else 1e9 * max_memory_gb
 
 
-def _loaded(
-    path: str | Path, checkpoint: str | None, device: torch.device | str, model: DiffusionModel | None,
-    network: nn.Module | None,
+def load_opened(
+    artifact: Artifact, checkpoint: str | None = None, device: torch.device | str = "cpu",
+    model: DiffusionModel | None = None, network: nn.Module | None = None,
 ) -> QuantizedModel:
-    artifact = Artifact.open(with_homes(path, "quantized"))
+    """Load the model of an opened artefact; see `load_quantized`."""
     if model is None and artifact.description.get("network") is not None:
         return _load_called(artifact, checkpoint, network, device)
     if network is not None:

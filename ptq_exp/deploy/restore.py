@@ -25,7 +25,7 @@ def restored(
         compiled: compile the network.
 
     Raises:
-        DataError: the files do not fit the model.
+        DataError: the files do not fit the model, or are not those any more that `artifact` was opened from.
     """
     network = (copy_of(model.denoiser) if full_precision else model.denoiser).to(device)
     if folder_of(network) is not None:
@@ -34,7 +34,7 @@ def restored(
     transforms = artifact.transforms()
     for done in transforms:
         done.install_(network)
-    report = load_quantized_(network, artifact.folder, example)
+    report = load_quantized_(network, artifact.folder, example, artifact.digest)
     schedule, widths = artifact.schedule(), tuple(artifact.description["activation_widths"])
     if schedule is not None and len(widths) > 1:
         report = report.mixed(schedule.shares(list(widths)))

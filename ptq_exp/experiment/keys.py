@@ -25,6 +25,7 @@ VERSIONS = {
     "sampling": 1, "calibration": 2, "transform": 1, "ranges": 1, "reconstruction": 1, "noise": 1, "propagation": 1,
     "schedule": 1, "correction": 1, "images": 1, "features": 1, "reference": 1, "activations": 1, "sensitivity": 1,
     "trajectory": 2, "solution": 1, "quantized_images": 1,
+    "float64": 1,  # weights of folders, which were rounded to float32 on their way when keys did not name this
 }
 """Raise a kind's number when its values change while the settings stay: what was stored is computed anew then.
 
@@ -66,7 +67,7 @@ class Keys:
     def sampling(self) -> Key:
         """All that decides a full-precision trajectory of a given sample index."""
         model = self.config.model
-        return versioned("sampling", {
+        key = versioned("sampling", {
             "model": self.model.digest,
             "dtype": model.dtype,
             "layout": [model.channels_last, model.compile],
@@ -75,6 +76,7 @@ class Keys:
             "guidance_scale": self.guidance_scale,
             "seed": self.config.seed,
         } | self.model.drawing)
+        return versioned("float64", key) if model.dtype == "float64" else key
 
     def images(self) -> Key:
         """All that decides the full-precision images."""

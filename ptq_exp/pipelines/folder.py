@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from torch import nn
 from ptq_exp.diffusion.zoo.build import torch_dtype
 from ptq_exp.diffusion.zoo.components import load_component
 from ptq_exp.diffusion.zoo.place import INDEX, local_folder
+from ptq_exp.diffusion.zoo.room import require_room
 from ptq_exp.diffusion.zoo.settings import Settings
 from ptq_exp.errors import CheckpointError, one_line
 from ptq_exp.pipelines.model import PipelineModel
 from ptq_exp.pipelines.prompts import Request
 from ptq_exp.pipelines.refusals import check_file, check_folder, components_of
 from ptq_exp.pipelines.single_file import open_file
+
+_NAME = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
 
 
 def pipeline_folder(
@@ -40,7 +44,8 @@ def pipeline_folder(
     Raises:
         CheckpointError: no such folder or file, one that is not complete, quantized already, pickled, or made for code
             of its own.
-        ConfigError: an unknown dtype; what `PipelineModel` finds wrong.
+        ConfigError: an unknown dtype; what `PipelineModel` finds wrong; no room for weights of other types than `dtype`
+            (`mapped_weights`).
         DataError: the file of prompts cannot be read.
     """
     pipeline = open_pipeline(checkpoint, torch_dtype(dtype), config)
@@ -55,6 +60,7 @@ def open_pipeline(checkpoint: str, dtype: torch.dtype = torch.float32, config: s
     path = Path(checkpoint)
     if path.is_file():
         check_file(path)
+        require_room(path, [path], dtype, "model.dtype")
         pipeline = open_file(path, dtype, config, open_folder)
     elif path.is_dir():
         pipeline = open_folder(path, dtype)
@@ -88,23 +94,42 @@ def open_folder(path: Path, dtype: torch.dtype, **given: nn.Module) -> Any:
 
 
 def _load(root: Path, name: str, library: str, kind: str, dtype: torch.dtype) -> nn.Module | None:
-    """Return a network, all of whose weights are in its folder; None of what is no network of the two libraries."""
+    """Return a network, all of whose weights are in its folder; None of what is no network of the two libraries.
+
+    Raises:
+        CheckpointError: weights are missing, or in a file that cannot be read safely.
+        ConfigError: inside `mapped_weights`, they would have to be converted and there is no room for that.
+    """
     cls = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind, None)
-    if not (isinstance(cls, type) and issubclass(cls, (diffusers.ModelMixin, transformers.PreTrainedModel))):
-        return None
+    if not isinstance(cls, type):
+        cls = object
     if issubclass(cls, diffusers.ModelMixin):
         return load_component(cls, root, name, dtype, wanted=dtype)
-    return _load_transformers(cls, root / name, dtype)
+    variant, files = _weights(root / name)
+    require_room(root / name, files, dtype, "model.dtype")  # of any library: what is not converted stays in its file
+    if not issubclass(cls, transformers.PreTrainedModel):
+        return None
+    return _load_transformers(cls, root / name, dtype, variant)
 
 
-def _load_transformers(cls: type[nn.Module], folder: Path, dtype: torch.dtype) -> nn.Module:
+def _weights(folder: Path) -> tuple[str | None, list[Path]]:
+    """Return which variant of the weights of a component is loaded, None = the plain ones, and its files."""
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if (match := _NAME.fullmatch(path.name)) is not None:
+            found.setdefault(match["variant"], []).append(path)
+    variant = None if None in found else min(filter(None, found), default=None)
+    return variant, found.get(variant, [])
+
+
+def _load_transformers(
+    cls: type[nn.Module], folder: Path, dtype: torch.dtype, variant: str | None
+) -> nn.Module:
     """Return a text or image encoder; transformers itself would draw weights that are missing."""
-    variants = {path.name.split(".")[1] for path in folder.glob("*.*.safetensors")}
-    variant = min(variants, default=None) if not (folder / "model.safetensors").exists() else None
     try:
         module, found = cls.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True,
-            variant=None if variant and variant.startswith("safetensors") else variant,
+            variant=variant,
         )
     except Exception as error:  # whatever a damaged folder makes the library stumble over
         raise CheckpointError(

@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,9 @@ def tensors_file_of(description: Mapping[str, Any]) -> str:
     return name if name in TENSORS_FILES else TENSORS_FILE
 
 
-def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_inputs: tuple) -> Report:
+def load_quantized_(
+    network: nn.Module, folder: str | os.PathLike, example_inputs: tuple, sha256: str | None = None
+) -> Report:
     """Turn `network`, full precision or of arbitrary weights, in place into the one that was saved in `folder`.
 
     Neither calibration data nor full-precision weights are needed, and nothing is quantized again: all parameters and
@@ -140,15 +143,34 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
         network: of the architecture and number type of the one that was saved.
         folder: see `save_quantized`.
         example_inputs: positional arguments of one sample, see `quantize_`.
+        sha256: of the file of tensors, by a description that was read before; None = whichever network is there.
 
     Returns:
         The report of its operations, without shares of candidate widths.
 
     Raises:
-        DataError: a file is missing, truncated, edited, of an unknown version, or of another network.
+        DataError: a file is missing, truncated, edited, of an unknown version, of another network, or replaced
+            meanwhile.
     """
     folder = Path(folder)
-    description = read_description(folder)
+    with _unchanged(folder):
+        return _restored(network, folder, _description(folder, sha256), example_inputs)
+
+
+def _description(folder: Path, sha256: str | None) -> dict[str, Any]:
+    """Read the description in `folder`, of the network with this `sha256`; see `load_quantized_`."""
+    try:
+        description = read_description(folder)
+    except DataError as error:
+        if sha256 is None:
+            raise
+        raise changed(folder) from error  # it was whole when it was opened
+    if sha256 not in (None, description["file"]["sha256"]):
+        raise changed(folder)
+    return description
+
+
+def _restored(network: nn.Module, folder: Path, description: Mapping[str, Any], example_inputs: tuple) -> Report:
     path = folder / tensors_file_of(description)
     try:
         prefix = description["file"].get("prefix", "")
@@ -163,6 +185,35 @@ def load_quantized_(network: nn.Module, folder: str | os.PathLike, example_input
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise DataError(f"{folder / DESCRIPTION_FILE} is damaged: {one_line(repr(error))}") from error
     return report
+
+
+@contextmanager
+def _unchanged(folder: Path) -> Iterator[None]:
+    """Raise DataError if the file of tensors in `folder` is replaced or written to meanwhile."""
+    before = _stamp(folder)
+    try:
+        yield
+    except (DataError, OSError) as error:
+        if _stamp(folder) != before:
+            raise changed(folder) from error
+        raise
+    if _stamp(folder) != before:
+        raise changed(folder)
+
+
+def changed(folder: Path) -> DataError:
+    """Return the error of a folder that does not hold the network any more that was opened."""
+    return DataError(f"{folder} changed while it was read: load it again when nothing writes to it any more")
+
+
+def _stamp(folder: Path) -> list[tuple[int, int, int]]:
+    """Return what changes when a file of tensors is replaced or written to."""
+    found = []
+    for name in TENSORS_FILES:
+        with suppress(OSError):
+            file = os.stat(folder / name)
+            found.append((file.st_ino, file.st_size, file.st_mtime_ns))
+    return found
 
 
 def _check_tensors_file(path: Path, description: Mapping[str, Any]) -> None:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from small_pipelines import SMALL
 
 import ptq_exp
+from ptq_exp.deploy.artifact import Artifact
+from ptq_exp.deploy.component import load_pipeline
 from ptq_exp.errors import ConfigError, DataError, PTQError
 from ptq_exp.experiment.quantize import quantize_with
 from ptq_exp.pipelines import PipelineModel
@@ -71,6 +73,15 @@ def saved(tmp_path_factory):
 def copied(saved, tmp_path):
     """The folder of the static kind, which a test may change."""
     return shutil.copytree(saved().folder, tmp_path / "copied")
+
+
+def test_a_pipeline_that_was_replaced_since_it_was_opened_is_noticed(copied, tmp_path):
+    opened = Artifact.open(copied)
+    quantized("sd15", "bits=w8a8")[1].save(tmp_path / "another")
+    shutil.rmtree(copied)
+    (tmp_path / "another").rename(copied)
+    with pytest.raises(DataError, match="unet changed while it was read: load it again"):
+        load_pipeline(opened, "cpu")
 
 
 @pytest.mark.parametrize("kind", KINDS)

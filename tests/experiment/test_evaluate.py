@@ -8,6 +8,7 @@ import pytest
 
 import ptq_exp
 from ptq_exp.errors import ConfigError, DataError
+from ptq_exp.experiment import experiment
 from ptq_exp.results.record import read_samples
 from ptq_exp.storage.plain_json import read_json
 
@@ -111,6 +112,21 @@ def test_paths_without_a_saved_model_are_one_line(run_of, command, capsys, tmp_p
     folder = command(*QUICK, "bits=w8a8", "save_quantized=false")
     assert json.loads((folder / "quantization.json").read_text())["layers"] and not (folder / "quantized").exists()
     assert "holds no saved model" in refused(command, capsys, "+experiment=evaluate", f"quantized={folder}")
+
+
+def test_a_model_that_is_replaced_before_it_is_loaded_is_noticed(run_of, command, capsys, tmp_path, monkeypatch):
+    """Else its images would be kept in the cache as those of the model that was opened."""
+    folder, other, open_saved = tmp_path / "saved", run_of("bits=w8a8", "seed=3"), experiment.open_saved
+    shutil.copytree(run_of("bits=w8a8") / "quantized", folder)
+
+    def opened(config):
+        found = open_saved(config)
+        shutil.copytree(other / "quantized", folder, dirs_exist_ok=True)
+        return found
+
+    monkeypatch.setattr(experiment, "open_saved", opened)
+    said = refused(command, capsys, "+experiment=evaluate", f"quantized={folder}")
+    assert f"quantized={folder}: {folder} changed while it was read: load it again when nothing writes to it" in said
 
 
 def test_other_sampler_settings_take_the_bare_network(run_of):

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from torch import nn
 from ptq_exp.errors import ConfigError
 from ptq_exp.experiment import experiment
 from ptq_exp.experiment.experiment import forecast_experiment
-from ptq_exp.experiment.forecast import first_blocks, seconds, speeds
+from ptq_exp.experiment.forecast import first_blocks, saving, seconds, speeds
 from ptq_exp.experiment.forecast.first_blocks import FirstBlocks
 from ptq_exp.experiment.forecast.probe import Line
 from ptq_exp.experiment.stage import Stages
+from ptq_exp.quantization import Report
 from ptq_exp.quantization.offload import weight_bytes
 from ptq_exp.settings.compose import composed_from
 
@@ -72,6 +74,18 @@ def test_weights_of_the_last_of_them_stand_for_all(monkeypatch):
     work = lambda block: (asked.append(block), 7.0)[1]  # noqa: E731
     assert found.in_proportion(chain, work) == pytest.approx(7.0 * (4 * 72 + 32 + 27) / 72)
     assert asked == [chain.blocks[0]]
+
+
+def test_a_block_is_saved_with_its_own_operations(monkeypatch, tmp_path):
+    """And not with those of a block whose name begins as its own does."""
+    saved = []
+    monkeypatch.setattr(saving, "save_quantized", lambda place, block, rules, report, about: saved.append(report))
+    monkeypatch.setattr(saving, "read_description", lambda place: None)
+    names = ("enter", "blocks.1", "blocks.1.0", "blocks.10", "blocks.10.0", "again.blocks.1.0")
+    report = Report(tuple(SimpleNamespace(name=name) for name in names), 0)
+    found = SimpleNamespace(names=["blocks.1"], in_proportion=lambda network, work: work(network))
+    saving.saving_seconds(found, nn.ModuleDict({"blocks": nn.ModuleDict({"1": nn.ReLU()})}), report, tmp_path)
+    assert saved and {tuple(row.name for row in each.rows) for each in saved} == {("blocks.1", "blocks.1.0")}
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,16 @@ def test_another_version_of_a_kind_changes_what_is_made_of_it_and_nothing_else(k
     assert all_keys() == before
 
 
+def test_what_was_made_of_rounded_weights_is_not_taken_for_what_float64_gives(keys):
+    """Folders in float64 were once read by way of float32; all other types were, and are, read as they are."""
+    keys.config.model.dtype = "float64"
+    for key in (keys.images(), keys.calibration(1), keys.ranges(), keys.quantization(), keys.estimates(None, True)):
+        assert key["versions"]["float64"] == VERSIONS["float64"]
+    for dtype in ("float32", "bfloat16", "float16"):
+        keys.config.model.dtype = dtype
+        assert keys.images()["versions"] == {"sampling": 1, "images": 1}
+
+
 def test_the_version_of_the_package_is_in_no_key(keys, monkeypatch):
     before = keys.estimates(None, True)
     monkeypatch.setattr("ptq_exp.__version__", "99")

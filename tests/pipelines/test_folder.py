@@ -10,6 +10,7 @@ from small_folders import edit
 from small_pipelines import SMALL
 
 import ptq_exp
+from ptq_exp.diffusion.zoo.build import mapped_weights
 from ptq_exp.errors import CheckpointError, ConfigError, DataError
 from ptq_exp.pipelines import PipelineModel
 from ptq_exp.pipelines.folder import pipeline_folder
@@ -64,6 +65,23 @@ def test_variants_are_found(sd15, tmp_path):
     SMALL["sd15"].build().to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     model = pipeline_folder(str(tmp_path), prompts=["low"], steps=2, call=SMALL["sd15"].call)
     assert {parameter.dtype for parameter in model.pipeline.text_encoder.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_text_encoders_in_several_files_are_found(sd15, folder, both):
+    """Of a variant alone, and of the plain weights beside one, as published folders of SD3 have them."""
+    encoder = SMALL["sd15"].build().text_encoder
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    if both:
+        encoder.save_pretrained(folder / "text_encoder", max_shard_size="20KB")
+    encoder.half().save_pretrained(folder / "text_encoder", variant="fp16", max_shard_size="20KB")
+    names = {path.name for path in (folder / "text_encoder").glob("*.safetensors")}
+    assert any(name.startswith("model.fp16-00002-of-") for name in names)
+    assert any(name.startswith("model-00002-of-") for name in names) == both
+    call = SMALL["sd15"].call
+    found = pipeline_folder(str(folder), prompts=["low"], steps=2, call=call).pipeline.text_encoder.state_dict()
+    expected = SMALL["sd15"].build().text_encoder if both else encoder.float()
+    assert all(torch.equal(found[name], value) for name, value in expected.state_dict().items())
 
 
 def test_settings_of_the_sampler_are_arguments_of_the_call(sd15):
@@ -170,3 +188,30 @@ def test_files_that_are_no_checkpoint(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     assert "no safetensors file" in refusal(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({}))
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder", "vae", "safety_checker"])
+def test_components_that_would_be_converted_need_room(folder, component):
+    """As the network does; those that are in the type that is wanted stay in their files and need none."""
+    if component == "safety_checker":  # of another library than the two
+        shutil.copytree(folder / "text_encoder", folder / component)
+        edit(folder, "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    for path in folder.glob("*/*.safetensors"):
+        if path.parent.name == component:
+            state = load_file(path)
+            save_file({name: value.half() for name, value in state.items()}, path, metadata={"format": "pt"})
+    most = 4 * sum(value.numel() for value in state.values() if value.is_floating_point()) - 1
+    with mapped_weights(most):
+        text = refusal(folder, ConfigError)
+    assert text.startswith(f"model.dtype=float32: the weights in {folder / component} are float16, and converted they")
+    assert "more than trainer.max_memory_gb=" in text and text.endswith(": set model.dtype=float16")
+    if component != "safety_checker":
+        with mapped_weights(most + 1):
+            pipeline_folder(str(folder), prompts=["low"], steps=2, call=SMALL["sd15"].call)
+
+
+def test_a_single_file_needs_room_as_well(folder, tmp_path):
+    file = shutil.copy(folder / UNET, tmp_path / "model.safetensors")
+    with mapped_weights(1):
+        text = refusal(file, ConfigError, dtype="bfloat16", config=str(folder))
+    assert text.startswith(f"model.dtype=bfloat16: the weights in {file} are float32, and converted they would take")

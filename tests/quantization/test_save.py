@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ptq_exp
-from ptq_exp.errors import PTQError, QuantizationError
+from ptq_exp.errors import DataError, PTQError, QuantizationError
 from ptq_exp.quantization import (
     PerChannel,
     PerTensor,
@@ -32,7 +33,8 @@ from ptq_exp.quantization import (
     save_quantized,
     select_row,
 )
-from ptq_exp.quantization.save import _description_hash, rule_from_dict, rule_to_dict
+from ptq_exp.quantization import save as save_module
+from ptq_exp.quantization.save import _description_hash, read_description, rule_from_dict, rule_to_dict
 from ptq_exp.storage.atomic import file_digest
 
 
@@ -155,6 +157,48 @@ def refused(saved) -> str:
     message = str(refusal.value)
     assert "\n" not in message and len(message) < 700 and str(folder) in message
     return message
+
+
+@pytest.fixture
+def another(saved, unet, batch, example, tmp_path_factory):
+    """The folder of another network that would fit."""
+    folder, other, rules = tmp_path_factory.mktemp("another"), scrambled(saved[1]), Policy().rules(Widths(4, 8))
+    save_quantized(folder, other, rules, quantized(other, rules, batch, example), {})
+    return folder
+
+
+def replace(folder, another, names=("quantized.safetensors", "quantization.json")):
+    """Put files of another folder in the place of those of the same names, as whoever writes safely does."""
+    for name in names:
+        shutil.copy(another / name, folder / "new")
+        (folder / "new").replace(folder / name)
+
+
+def test_a_folder_that_was_replaced_since_it_was_opened_is_noticed(saved, another):
+    folder, network, example = saved
+    opened = read_description(folder)["file"]["sha256"]
+    load_quantized_(copy.deepcopy(network), folder, example, opened)
+    replace(folder, another, ["quantized.safetensors"])  # half of it
+    assert "is not the file that quantization.json describes" in refused(saved)
+    for network in (copy.deepcopy(saved[1]), saved[1]):
+        with pytest.raises(DataError, match=rf"{folder} changed while it was read: load it again"):
+            load_quantized_(network, folder, example, opened)
+        replace(folder, another)
+    load_quantized_(copy.deepcopy(network), folder, example)
+
+
+@pytest.mark.parametrize("when", ["before they are mapped", "while they are read"])
+def test_a_folder_that_is_replaced_while_its_tensors_are_read_is_noticed(saved, another, monkeypatch, when):
+    load = save_module.load_file
+
+    def replaced(path):
+        if when == "while they are read":
+            found = load(path)
+        replace(saved[0], another)
+        return load(path) if when == "before they are mapped" else found
+
+    monkeypatch.setattr(save_module, "load_file", replaced)
+    assert "changed while it was read" in refused(saved)
 
 
 @pytest.mark.parametrize("share", [0, 0.0001, 0.01, 0.3, 0.5, 0.77, 0.999])

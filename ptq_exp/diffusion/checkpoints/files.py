@@ -58,6 +58,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     return _flat(path, loaded)
 
 
+def is_mapped(path: Path) -> bool:
+    """Say whether a checkpoint is mapped into memory; pickles as torch wrote them before 1.6 are read whole."""
+    return _kind(path) != "pickle"
+
+
 def _error(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"model.checkpoint={path}: {reason}")
 

@@ -63,12 +63,12 @@ def random_weights() -> AbstractContextManager[None]:
 
 
 def mapped_weights(most: float) -> AbstractContextManager[None]:
-    """Components of folders that are loaded inside keep their weights in their safetensors files, mapped into memory.
+    """Components of folders that are loaded inside keep their weights in their files, mapped into memory.
 
-    As far as they are wanted in the type that they have there; others are converted, and take memory.
+    As far as they are wanted in the type that they have there, and no pickles of torch before 1.6: others take memory.
 
     Args:
-        most: bytes that the converted weights of a component may take; with more it is refused.
+        most: bytes that the converted weights of a component may take, and its pickles; with more it is refused.
     """
     return _switched(MAPPED, most)
 

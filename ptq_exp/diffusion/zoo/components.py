@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from torch import nn
 
 from ptq_exp.diffusion.checkpoints import read_checkpoint
-from ptq_exp.diffusion.zoo.build import DTYPES, MAPPED, RANDOM, of_random_weights, require_range
+from ptq_exp.diffusion.zoo.build import MAPPED, RANDOM, of_random_weights
+from ptq_exp.diffusion.zoo.room import mapped_type, short
 from ptq_exp.diffusion.zoo.settings import read_json
 from ptq_exp.diffusion.zoo.weights import STEM, damage, find_weights
-from ptq_exp.errors import CheckpointError, ConfigError, one_line
+from ptq_exp.errors import CheckpointError, one_line
 from ptq_exp.storage.atomic import file_digest
 from ptq_exp.storage.finite import is_finite, require_finite
+
+log = logging.getLogger(__name__)
 
 
 def load_component(
@@ -47,13 +50,13 @@ def load_component(
     except CheckpointError as error:
         reason = str(error).removeprefix(f"model.checkpoint={folder}: ")
         raise CheckpointError(f"model.checkpoint={folder}: not a complete {cls.__name__}: {reason}") from error
-    if (most := MAPPED.get()) is not None:
-        dtype = _mapped_type(folder, weights.files, dtype, wanted, most)
+    if mapped := MAPPED.get() is not None:
+        dtype = mapped_type(folder, weights.files, dtype, wanted)
     try:
         with _quiet():  # what does not fit is reported below, in one line
             module, info = cls.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True, torch_dtype=dtype,
-                low_cpu_mem_usage=most is not None, variant=weights.variant, use_safetensors=weights.safe,
+                low_cpu_mem_usage=mapped, variant=weights.variant, use_safetensors=weights.safe,
             )
     except Exception as error:  # whatever a damaged folder makes the library stumble over
         reason = damage(weights.files) or one_line(error, 300)
@@ -66,59 +69,29 @@ def load_component(
         raise CheckpointError(f"model.checkpoint={folder}: not the weights of its own config.json: {shown}")
     _require_real(module, weights.files)
     _require_finite(module, folder, weights.files)
+    if weights.variant is not None:
+        _say_variant(folder, weights.variant, module, wanted)
     return module
+
+
+def _say_variant(folder: Path, variant: str, module: nn.Module, wanted: torch.dtype | None) -> None:
+    """Log that `module` was read from a variant, in which types, and in which it is kept if that is another one."""
+    read = sorted({short(value.dtype) for value in module.state_dict().values() if value.is_floating_point()})
+    kept = "" if wanted is None or short(wanted) in read else f", kept in {short(wanted)}"
+    log.warning(
+        "%s: only the %s variant of the weights is there: read in %s%s", folder, variant, " and ".join(read), kept
+    )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warnings of diffusers."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-
-
-def _stored(files: Sequence[Path]) -> Counter[torch.dtype]:
-    """Count the real numbers of each type in safetensors files."""
-    found = Counter[torch.dtype]()
-    for path in files:
-        if path.suffix == ".safetensors":
-            for value in read_checkpoint(path).values():
-                found[value.dtype] += value.numel() if value.is_floating_point() else 0
-    return +found
-
-
-def _mapped_type(
-    folder: Path, files: Sequence[Path], dtype: torch.dtype, wanted: torch.dtype | None, most: float
-) -> torch.dtype:
-    """Return the type to load weights in so that as many as can be stay in `files`; see `load_component`.
-
-    Raises:
-        ConfigError: others would take more than `most` bytes, or are too large for their type.
-    """
-    stored, kind = _stored(files), wanted or dtype
-    size = kind.itemsize * sum(count for other, count in stored.items() if other != kind)
-    if size > most:
-        usual = stored.most_common(1)[0][0]
-        other_type = wanted is not None and usual != wanted and usual in DTYPES.values()
-        raise ConfigError(
-            f"{f'model.dtype={_short(kind)}' if wanted else f'model.checkpoint={folder}'}: the weights in {folder} are "
-            f"{', '.join(map(_short, stored))}, and converted they would take {size / 1e9:.3g} GB, more than "
-            f"trainer.max_memory_gb={most / 1e9:g}: set "
-            + (f"model.dtype={_short(usual)}" if other_type else "it to more than that")
-        )
-    if kind not in stored or (torch.float64 in stored and kind != torch.float64):
-        return dtype  # numbers of float64 are rounded once more on their way by `dtype`
-    for path in files:
-        wider = {name: value for name, value in read_checkpoint(path).items() if value.dtype != kind}
-        require_range(wider.items(), kind, path)
-    return kind
-
-
-def _short(kind: torch.dtype) -> str:
-    return str(kind).removeprefix("torch.")
+        diffusers_logging.set_verbosity(verbosity)
 
 
 def _filled(module: nn.Module, files: Sequence[Path]) -> bool:
@@ -144,7 +117,7 @@ def _require_real(module: nn.Module, files: Sequence[Path]) -> None:
     for path in files:
         for name, tensor in read_checkpoint(path).items():
             if name in real and not tensor.is_floating_point():
-                raise CheckpointError(f"model.checkpoint={path}: {name} is {_short(tensor.dtype)}, not real numbers; "
+                raise CheckpointError(f"model.checkpoint={path}: {name} is {short(tensor.dtype)}, not real numbers; "
                                       "give the weights in float32, float16 or bfloat16")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,6 @@ from ptq_exp.diffusion.checkpoints import read_checkpoint
 from ptq_exp.diffusion.zoo.settings import read_json
 from ptq_exp.errors import CheckpointError
 
-log = logging.getLogger(__name__)
 STEM = "diffusion_pytorch_model"
 # the name of a variant stands behind the stem, or, in older folders, behind the number of the shard or `.index`
 _NAME = re.compile(
@@ -35,7 +33,7 @@ class Weights(NamedTuple):
 def find_weights(folder: Path) -> Weights:
     """Return the weights to load from `folder`: the plain ones before a variant, safetensors before pickled tensors.
 
-    A variant is taken where nothing else is there (logged): float16 and bfloat16 are widened by whoever loads them.
+    A variant is taken where nothing else is there; whoever loads it says so, and in which type.
 
     Raises:
         CheckpointError: no weights, several variants and no plain weights, or shards that are not complete.
@@ -54,8 +52,6 @@ def find_weights(folder: Path) -> Weights:
                              "leave the files of one variant there")
     variant = None if plain else variants[0]
     kind = next(kind for kind in _PREFERRED if (variant, kind) in found)
-    if variant is not None:
-        log.warning("%s: only the %s variant of the weights is there: loaded, in float32", folder, variant)
     return Weights(variant, kind == "safetensors", _files(folder, found[variant, kind]))
 
 

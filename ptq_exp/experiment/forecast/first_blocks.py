@@ -53,16 +53,16 @@ class FirstBlocks:
             sizes = {name: float(p.numel()) for name, p in network.named_parameters()}
         else:
             sizes = {row.name: float(row.macs) for row in report.rows}
-        inside = sum(size for name, size in sizes.items() if _within(name, self.names))
+        inside = sum(size for name, size in sizes.items() if within(name, self.names))
         return inside / sum(sizes.values()) if inside else 1.0
 
     def hold(self, name: str) -> bool:
         """Say whether a module lies in one of these blocks: evaluations pass it."""
-        return _within(name, self.names)
+        return within(name, self.names)
 
     def behind(self, name: str) -> bool:
         """Say whether a module lies in another block: no evaluation reaches it."""
-        return _within(name, self.every) and not self.hold(name)
+        return within(name, self.every) and not self.hold(name)
 
     def part(self, network: nn.Module) -> nn.Module:
         """Return `network` without the blocks behind; modules are shared."""
@@ -84,7 +84,8 @@ class FirstBlocks:
         return work(block) * weight_bytes(network) / weight_bytes(block)
 
 
-def _within(name: str, blocks: Collection[str]) -> bool:
+def within(name: str, blocks: Collection[str]) -> bool:
+    """Say whether a module is one of `blocks`, or lies in one of them."""
     return any(name == block or name.startswith(f"{block}.") for block in blocks)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ptq_exp.experiment.forecast.first_blocks import FirstBlocks
+from ptq_exp.experiment.forecast.first_blocks import FirstBlocks, within
 from ptq_exp.experiment.forecast.probe import measured
 from ptq_exp.quantization import Report, save_quantized
 from ptq_exp.quantization.save import read_description
@@ -25,7 +25,7 @@ def saving_seconds(first: FirstBlocks, network: nn.Module, report: Report, folde
     folder.mkdir(parents=True, exist_ok=True)
 
     def seconds(name: str) -> float:
-        rows = tuple(row for row in report.rows if row.name == name or row.name.startswith(f"{name}."))
+        rows = tuple(row for row in report.rows if within(row.name, [name]))
         with tempfile.TemporaryDirectory(dir=folder) as place:
 
             def write() -> None:

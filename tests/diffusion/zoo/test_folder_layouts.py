@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tarfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_folders import BETAS, dit_folder, edit, latent_folder, pixel_folder, unet
 
 from ptq_exp.diffusion.checkpoints import read_checkpoint
+from ptq_exp.diffusion.zoo.build import mapped_weights
 from ptq_exp.diffusion.zoo.registry import load_model
 from ptq_exp.errors import CheckpointError
 
@@ -61,7 +63,19 @@ def test_the_only_variant_is_taken_and_widened(tmp_path, caplog, safe, shards):
     names = [path.name for path in (root / "unet").iterdir()]
     assert all("fp16" in name for name in names if name != "config.json") and (len(names) > 3) == shards
     assert_weights(root, half())
-    assert "only the fp16 variant of the weights is there" in caplog.text
+    assert "only the fp16 variant of the weights is there: read in float32\n" in caplog.text
+
+
+@pytest.mark.parametrize(("mapped", "dtype", "said"), [
+    (False, "float16", "read in float32, kept in float16"), (True, "float16", "read in float16"),
+    (True, "bfloat16", "read in float32, kept in bfloat16"), (False, "float64", "read in float64"),
+])
+def test_the_type_that_is_said_is_that_of_the_weights(tmp_path, caplog, mapped, dtype, said):
+    root = variant(tmp_path, "fp16")
+    with mapped_weights(1e6) if mapped else nullcontext():
+        model = load_model("diffusers", str(root), dtype=dtype)
+    assert f"only the fp16 variant of the weights is there: {said}\n" in caplog.text
+    assert {str(value.dtype) for value in model.denoiser.parameters()} == {f"torch.{said.split()[-1]}"}
 
 
 @pytest.mark.parametrize("name", ["bf16", "non_ema", "ema"])

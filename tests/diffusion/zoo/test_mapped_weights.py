@@ -1,5 +1,7 @@
 """Weights that stay in their files: the same numbers as without that, whatever types the files hold."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -87,3 +89,47 @@ def test_a_first_stage_has_a_type_that_nobody_chooses(tmp_path, make, component)
     message = f"model.checkpoint=.*{component}: the weights .* are float16, .* set it to more than that"
     with mapped_weights(1), pytest.raises(ConfigError, match=message):
         load_model("diffusers", str(root))
+
+
+def pickled(root, kind, zipped):
+    """The same weights in a file of torch, in its format of today or in that of earlier versions."""
+    path = stored(root, kind) / "unet" / FILE
+    torch.save(load_file(path), path.with_suffix(".bin"), _use_new_zipfile_serialization=zipped)
+    path.unlink()
+    return root
+
+
+def test_pickles_that_are_read_whole_need_room(tmp_path):
+    root = pickled(tmp_path, torch.float32, zipped=False)
+    size = (root / "unet" / "diffusion_pytorch_model.bin").stat().st_size
+    message = (
+        rf"model.checkpoint={root}/unet: diffusion_pytorch_model.bin is a pickle .* read whole: .* GB are more than "
+        r"trainer.max_memory_gb=.*: save the weights as safetensors \(save_pretrained"
+    )
+    with pytest.raises(ConfigError, match=message):
+        loaded(root, torch.float32, size - 1)
+    found, expected = loaded(root, torch.float32, size), loaded(root, torch.float32)
+    assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_pickles_of_today_stay_in_their_files(tmp_path, kind):
+    root = pickled(tmp_path, kind, zipped=True)
+    found, expected = loaded(root, kind, 1), loaded(root, kind)
+    assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.state_dict().items())
+    assert {value.dtype for value in found.parameters()} == {kind}
+    if Path("/proc/self/maps").exists():
+        assert {mapped_file(value) for value in found.parameters()} == {root / "unet" / "diffusion_pytorch_model.bin"}
+    other = torch.float16
+    with pytest.raises(ConfigError, match="model.dtype=float16: .*max_memory_gb=1e-09: set model.dtype="):
+        loaded(root, other, 1)
+
+
+def mapped_file(tensor):
+    """The file whose pages the elements of `tensor` are; None = they lie in memory."""
+    for row in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = row.split()
+        start, end = (int(number, 16) for number in span.split("-"))
+        if start <= tensor.data_ptr() < end:
+            return Path(name) if name.startswith("/") else None
+    return None
