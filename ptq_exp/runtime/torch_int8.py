@@ -38,7 +38,7 @@ class TorchInt8:
         ConfigError: a value is none of the above.
     """
 
-    name, shared = "torch", True
+    name = "torch"
 
     def __init__(self, precision: str = "f32", weights: str = "as_saved", regrid: bool = False) -> None:
         if precision != "f32":
