@@ -26,6 +26,11 @@ class Labelled:
     step: Tensor
     t: Tensor
 
+    @property
+    def order(self) -> Tensor:
+        """Numbers of the samples in the order that batches are made in, int64 [N]: those of the first steps first."""
+        return self.enters.argsort(stable=True)
+
 
 def labelled(positions: Tensor, grid: TimeGrid, labels: str = "paired") -> Labelled:
     """States for the drawn `positions` (int64 [N], 0 = noisiest; see `timesteps.positions`) of an S-step `grid`.

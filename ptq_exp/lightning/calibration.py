@@ -14,9 +14,12 @@ from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.diffusion.noise import CALIBRATION
 from ptq_exp.lightning.writer import predict_at
 
+BY_STEP = "by_step"
+"""Folder of the pieces; those of earlier versions, which hold other samples, lie beside it."""
+
 
 class CalibrationModule(pl.LightningModule):
-    """`predict` on (index [B], step [B]) -> {"x": states, "evaluations": [B]}; see `ptq_exp.calibration.sources`.
+    """`predict` on (place [B], index [B], step [B]) -> {"x": states, "evaluations": [B]}; see `StateRequest`.
 
     `denoiser` (the model's own by default) is guided where guidance is wanted.
     """
@@ -32,8 +35,8 @@ class CalibrationModule(pl.LightningModule):
         self.model, self.grid, self.source = model, grid, source(source_name)
         self.sample_seed, self.images = seed, images
 
-    def predict_step(self, batch: tuple[Tensor, Tensor]) -> dict[str, np.ndarray]:
-        index, step = (part.cpu() for part in batch)
+    def predict_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, np.ndarray]:
+        _, index, step = (part.cpu() for part in batch)
         request = StateRequest(
             self.grid, index.tolist(), step, self.sample_seed, denoiser=self.denoiser, images=self.images,
             device=self.device,
@@ -48,11 +51,12 @@ def collect_calibration_set(
 ) -> CalibrationSet:
     """Collect the calibration set of samples 0..N-1, sample i as `states` has it.
 
-    Batches already in `folder` are not computed again. `guided`: states are seen without their conditions, too; see
-    `CalibrationSet`.
+    Samples of nearly the same step share a batch, so that it stays full until all of them have arrived. Batches already
+    in `folder` are not computed again. `guided`: states are seen without their conditions, too; see `CalibrationSet`.
     """
-    model = module.model
-    conditions = model.draw_conditions(range(len(states.enters)), module.sample_seed, CALIBRATION)
-    extra = {"step": states.step.numpy(), "t": states.t.numpy()}
+    model, order = module.model, states.order
+    conditions = model.draw_conditions(order.tolist(), module.sample_seed, CALIBRATION)
+    extra = {"step": states.step[order].numpy(), "t": states.t[order].numpy()}
     extra |= condition_arrays(conditions, model.unconditional if guided else {})
-    return CalibrationSet.load(predict_at(module, trainer, states.enters, batch_size, folder, **extra))
+    path = predict_at(module, trainer, (order, states.enters[order]), batch_size, folder / BY_STEP, **extra)
+    return CalibrationSet.load(path).take(order.argsort().numpy())

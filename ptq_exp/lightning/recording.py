@@ -70,7 +70,7 @@ def record_calibration_set(
 
     Batches already in `folder` are not drawn again. Rows of one image stand behind each other in the set.
     """
-    arrays = npz_arrays(predict_at(module, trainer, steps, batch_size, folder))
+    arrays = npz_arrays(predict_at(module, trainer, (steps,), batch_size, folder))
     copies = arrays["x"].shape[1]
     rows = {name: values.reshape(-1, *values.shape[2:]) for name, values in arrays.items() if name != "evaluations"}
     evaluations = np.zeros((len(steps), copies), np.int64)

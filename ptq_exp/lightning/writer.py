@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,15 @@ def measure(module: Any, trainer: pl.Trainer, n: int, batch_size: int, folder: P
 
 
 def predict_at(
-    module: Any, trainer: pl.Trainer, steps: torch.Tensor, batch_size: int, folder: Path, **extra: np.ndarray
+    module: Any, trainer: pl.Trainer, columns: Sequence[torch.Tensor], batch_size: int, folder: Path,
+    **extra: np.ndarray,
 ) -> Path:
-    """Run `module` on (i, steps[i]) for each row of `steps`, as `measure` does; returns the file of all arrays."""
-    n = len(steps)
+    """Run `module` on (i, *rows i of the `columns`), as `measure` does; returns the file of all arrays."""
+    n = len(columns[0])
 
-    def batch_of(start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        index = sample_indices(start, min(batch_size, n - start))
-        return index, steps[index]
+    def batch_of(start: int) -> tuple[torch.Tensor, ...]:
+        places = sample_indices(start, min(batch_size, n - start))
+        return places, *(column[places] for column in columns)
 
     parts = Parts(folder, range(0, n, batch_size), n, module.names)
     predict_to_file(module, trainer, parts, batch_of, folder / JOINED, **extra)

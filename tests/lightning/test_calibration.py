@@ -41,15 +41,34 @@ def test_the_set_is_what_the_source_gives(toy, trainer, name, eta, tmp_path):
 def test_samples_are_in_the_order_of_their_index_whatever_the_order_of_the_batches(toy, trainer, tmp_path):
     """Devices that share the work write their batches in any order; a killed run leaves some of them."""
     module = CalibrationModule(toy, toy.time_grid(6), "denoise", seed=2)
+    order = [1, 7, 3, 4, 9, 0, 8, 5, 2, 6]  # by steps 0 0 1 2 2 3 3 4 5 5
     for start in (8, 0):
-        index = torch.arange(start, min(start + 4, len(STEPS)))
-        write_npz(tmp_path / "parts4" / f"{start:08d}.npz", **module.predict_step((index, STEPS[index])))
+        places = torch.arange(start, min(start + 4, len(STEPS)))
+        index = torch.tensor(order)[places]
+        found = module.predict_step((places, index, STEPS[index]))
+        write_npz(tmp_path / "parts4/by_step" / f"{start:08d}.npz", **found)
     seen = []
     module.source = lambda model, request: seen.append(list(request.indices)) or source("denoise")(model, request)
     made = collect(module, trainer, 4, tmp_path)
     request = StateRequest(module.grid, range(len(STEPS)), STEPS, 2)
     assert np.array_equal(made.x, source("denoise")(toy, request)[0])
-    assert seen == [[4, 5, 6, 7]]
+    assert seen == [[9, 0, 8, 5]]
+
+
+def test_pieces_of_earlier_versions_in_the_folder_are_not_taken(toy, trainer, tmp_path):
+    module = CalibrationModule(toy, toy.time_grid(6), "denoise", seed=2)
+    index = torch.arange(4)
+    write_npz(tmp_path / "parts4" / "00000000.npz", **module.predict_step((index, index, STEPS[index])))
+    made = collect(module, trainer, 4, tmp_path)
+    assert np.array_equal(made.x, source("denoise")(toy, StateRequest(module.grid, range(len(STEPS)), STEPS, 2))[0])
+
+
+def test_samples_that_keep_their_batch_together_pay_for_their_own_steps(toy, trainer, tmp_path):
+    """A solver with memory takes the whole batch to its last step: batches of like steps take fewer evaluations."""
+    module = CalibrationModule(toy, toy.time_grid(6, solver="dpm_solver"), "denoise", seed=2)
+    made = collect(module, trainer, 5, tmp_path)
+    assert made.step.tolist() == STEPS.tolist()
+    assert made.evaluations.tolist() == [2 if step < 3 else 5 for step in STEPS]
 
 
 def test_an_unknown_source_is_refused_before_anything_runs(toy):

@@ -5,8 +5,10 @@ import torch
 
 from ptq_exp.quantization.ranges.candidates import least
 
+SHAPES = [(24, 1000, 2), (72, 300, 8), (1, 60_000, 1), (3, 20, 8), (2, 9000, 9)]
 
-@pytest.mark.parametrize(("rows", "n", "width"), [(24, 1000, 2), (72, 300, 8), (1, 60_000, 1), (3, 20, 8), (2, 9000, 9)])
+
+@pytest.mark.parametrize(("rows", "n", "width"), SHAPES)
 @pytest.mark.parametrize("levels", [None, 1000, 20, 1])
 def test_least_is_the_beginning_of_a_stable_sort(rows, n, width, levels):
     errors = torch.rand(rows, n, generator=torch.Generator().manual_seed(n))

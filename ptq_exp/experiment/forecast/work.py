@@ -83,7 +83,8 @@ def calibration_work(config: CalibrationConfig, grid: TimeGrid, seed: int, netwo
     """Return the evaluations that the states of a calibration set take; a trajectory leaves its batch at its state."""
     if config.source != "denoise":
         return ()
-    enters = drawn_states(config, grid, seed).enters
+    states = drawn_states(config, grid, seed)
+    enters = states.enters[states.order]
     batches = enters.split(config.batch_size)
     if grid.make_scheduler is not None:  # all pay for the last
         enters = torch.cat([torch.full_like(batch, int(batch.max())) for batch in batches])
