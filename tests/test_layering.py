@@ -36,8 +36,8 @@ FLOORS = [
         "settings": "errors storage quantization diffusion evaluation results calibration correction deploy runtime",
     },
     {
-        "experiment": "errors storage quantization diffusion pipelines evaluation results calibration correction "
-        "reports reconstruction runtime deploy lightning settings",
+        "experiment": "errors storage parallel quantization diffusion pipelines evaluation results calibration "
+        "correction reports reconstruction runtime deploy lightning settings",
     },
     {
         "api": "errors diffusion pipelines evaluation deploy experiment",

@@ -209,9 +209,9 @@ def test_the_calibration_is_counted_as_it_is_drawn():
             calls.append(len(x))
             return torch.zeros_like(x)
 
-    enters = labelled(positions(build(config.distribution, "x"), 11, 5, 0), grid, config.labels).enters
-    for rows in torch.arange(11).split(config.batch_size):
-        denoise(model, StateRequest(grid, rows.tolist(), enters[rows], 0, denoiser=Counting()))
+    states = labelled(positions(build(config.distribution, "x"), 11, 5, 0), grid, config.labels)
+    for rows in states.order.split(config.batch_size):
+        denoise(model, StateRequest(grid, rows.tolist(), states.enters[rows], 0, denoiser=Counting()))
     (found,) = calibration_work(config, grid, 0, FULL)
     assert (found.times, found.samples) == (len(calls), sum(calls)) and found.largest >= max(calls)
 

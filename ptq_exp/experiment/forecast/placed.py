@@ -12,10 +12,11 @@ from torch import nn
 
 from ptq_exp.experiment.forecast.probe import BUDGET, Line, measured
 from ptq_exp.experiment.forecast.transforms import TransformTime, between
+from ptq_exp.parallel import side_by_side
 from ptq_exp.quantization import ActivationQuantizer, Report, WeightQuantizer
 
 _QUICK = "minmax"  # the range search of what is not timed
-_WEIGHTS, _RANGES = 2 * BUDGET, 6  # seconds for weights, of every shape one, and how many activations are timed
+_WEIGHTS, _RANGES = BUDGET, 6  # seconds for weights, of every shape one, and how many activations are timed
 _LARGEST = 4_000_000  # values of a weight that is timed
 
 
@@ -52,16 +53,32 @@ def give_weights_ranges_(
     for layer in sorted(taken, key=lambda layer: layer.weight.numel()):
         shapes.setdefault(tuple(layer.weight.shape), []).append(layer)
     small = [alike for alike in shapes.values() if alike[0].weight.numel() <= _LARGEST] or [*shapes.values()][:1]
-    timed: dict[tuple[int, ...], float] = {}
-    for first, *_ in sorted(small, key=lambda alike: -len(alike) * alike[0].weight.numel() ** 0.5):
-        if sum(timed.values()) < _WEIGHTS:
-            search = partial(first.weight_quantizer.search, first.weight, metric)
-            timed[tuple(first.weight.shape)], _ = measured(search, device)
+    timed = _timed_searches(small, metric, device)
     for layer in (layer for alike in shapes.values() for layer in alike):
         if not layer.weight_quantizer.ready:
             layer.weight_quantizer.search(layer.weight, _QUICK)
     sizes = {math.prod(shape): seconds for shape, seconds in timed.items()}
     return sum(timed.get(tuple(m.weight.shape), between(sizes, m.weight.numel())) for m in layers.values())
+
+
+def _timed_searches(
+    alike: Sequence[Sequence[nn.Module]], metric: str, device: torch.device
+) -> dict[tuple[int, ...], float]:
+    """Return the seconds that the search of a weight takes, by its shape, where those of a network are side by side.
+
+    Args:
+        alike: layers whose weights have one shape; those that matter most are timed.
+    """
+    timed: dict[tuple[int, ...], float] = {}
+    searches = []
+    for first, *_ in sorted(alike, key=lambda alike: -len(alike) * alike[0].weight.numel() ** 0.5):
+        if sum(timed.values()) < _WEIGHTS:
+            searches.append(partial(first.weight_quantizer.search, first.weight, metric))
+            timed[tuple(first.weight.shape)], _ = measured(searches[-1], device)
+    if device.type != "cpu" or not timed:
+        return timed
+    together, _ = measured(partial(side_by_side, searches), device)
+    return {shape: seconds * together / sum(timed.values()) for shape, seconds in timed.items()}
 
 
 def give_ranges_(
