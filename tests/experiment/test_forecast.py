@@ -140,10 +140,11 @@ def test_seconds_are_those_of_all_evaluations(forecast):
 
 
 def _calibration_calls(steps, n, batch):
-    """Evaluations and their samples, step by step, for states spread evenly in the order that they are drawn."""
+    """Evaluations and their samples, step by step, for states spread evenly; those of the first steps come first."""
     config = composed_from([*SMALL, "calibration=uniform"])
     drawn = positions(build(config.calibration.distribution, "x"), n, steps, config.seed)
-    for rows in labelled(drawn, ptq_exp.load_model("digits").time_grid(steps)).enters.split(batch):
+    states = labelled(drawn, ptq_exp.load_model("digits").time_grid(steps))
+    for rows in states.enters.sort().values.split(batch):
         for step in range(steps):
             if active := int((rows > step).sum()):
                 yield 1, active
