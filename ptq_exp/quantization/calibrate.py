@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.parallel import side_by_side
@@ -128,12 +129,15 @@ def calibrate_weights_(model: nn.Module, metric: str, on_layer: Callable[[], obj
         QuantizationError: a weight is frozen already.
         PTQError: a weight holds NaN or infinity; the message names the layer.
     """
-    layers = _quantized_weights(model)
-    alone = [layer for layer in layers if layer.weight.numel() > _LARGE or layer.weight.device.type != "cpu"]
-    others = [layer for layer in layers if layer not in alone]
-    side_by_side([partial(layer.weight_quantizer.search, layer.weight, metric) for layer in others], on_layer)
-    for layer in alone:
-        layer.weight_quantizer.search(layer.weight, metric)
+    small: list[Callable[[], None]] = []
+    large: list[Callable[[], None]] = []
+    for layer in _quantized_weights(model):
+        weight = cast("Tensor", layer.weight)
+        search = partial(cast("WeightQuantizer", layer.weight_quantizer).search, weight, metric)
+        (small if weight.numel() <= _LARGE and weight.device.type == "cpu" else large).append(search)
+    side_by_side(small, on_layer)
+    for search in large:
+        search()
         on_layer()
     freeze_weights_(model)
 

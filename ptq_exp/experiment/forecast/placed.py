@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ptq_exp.experiment.forecast.probe import BUDGET, Line, measured
 from ptq_exp.experiment.forecast.transforms import TransformTime, between
@@ -70,11 +71,12 @@ def _timed_searches(
         alike: layers whose weights have one shape; those that matter most are timed.
     """
     timed: dict[tuple[int, ...], float] = {}
-    searches = []
-    for first, *_ in sorted(alike, key=lambda alike: -len(alike) * alike[0].weight.numel() ** 0.5):
+    searches: list[Callable[[], None]] = []
+    weights = [(len(layers), layers[0], cast("Tensor", layers[0].weight)) for layers in alike]
+    for _, layer, weight in sorted(weights, key=lambda found: -found[0] * found[2].numel() ** 0.5):
         if sum(timed.values()) < _WEIGHTS:
-            searches.append(partial(first.weight_quantizer.search, first.weight, metric))
-            timed[tuple(first.weight.shape)], _ = measured(searches[-1], device)
+            searches.append(partial(cast("WeightQuantizer", layer.weight_quantizer).search, weight, metric))
+            timed[tuple(weight.shape)], _ = measured(searches[-1], device)
     if device.type != "cpu" or not timed:
         return timed
     together, _ = measured(partial(side_by_side, searches), device)
