@@ -17,9 +17,9 @@ ROWS = 32
 class InParts(nn.Module):
     """A network of independent samples, called as the original: eps = network(x, t, **conditions).
 
-    On a CPU a batch of more than `ROWS` samples is evaluated in equal parts, each by its share of the threads: the
-    same parts, and so the same numbers, however many threads there are. Where gradients are recorded, the network is
-    compiled, or hooks watch what passes in it, the batch stays whole.
+    On a CPU a batch of more than `ROWS` samples is evaluated in equal parts, the same ones however many threads there
+    are, each by its share of them. Where gradients are recorded, the network is compiled, or hooks watch what passes in
+    it, the batch stays whole.
     """
 
     def __init__(self, network: nn.Module) -> None:
