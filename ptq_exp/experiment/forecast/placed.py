@@ -17,7 +17,7 @@ from ptq_exp.parallel import side_by_side
 from ptq_exp.quantization import ActivationQuantizer, Report, WeightQuantizer
 
 _QUICK = "minmax"  # the range search of what is not timed
-_WEIGHTS, _RANGES = BUDGET, 6  # seconds for weights, of every shape one, and how many activations are timed
+_WEIGHTS, _RANGES = 1.5 * BUDGET, 6  # seconds for weights, of every shape one, and how many activations are timed
 _LARGEST = 4_000_000  # values of a weight that is timed
 
 
@@ -77,7 +77,7 @@ def _timed_searches(
         if sum(timed.values()) < _WEIGHTS:
             searches.append(partial(cast("WeightQuantizer", layer.weight_quantizer).search, weight, metric))
             timed[tuple(weight.shape)], _ = measured(searches[-1], device)
-    if device.type != "cpu" or not timed:
+    if device.type != "cpu" or torch.get_num_threads() == 1 or not timed:
         return timed
     together, _ = measured(partial(side_by_side, searches), device)
     return {shape: seconds * together / sum(timed.values()) for shape, seconds in timed.items()}
