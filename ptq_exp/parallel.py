@@ -46,10 +46,19 @@ def side_by_side(tasks: Sequence[Callable[[], T]], on_done: Callable[[], object]
         for future in futures:
             future.cancel()
         wait(futures)
-    return [future.result() for future in futures]
+    # in their order, or else the error of one that had begun
+    return [future.result() for future in sorted(futures, key=_never_begun)]
 
 
 _inside = threading.local()
+
+
+class _NeverBegun(CancelledError):
+    """Says that a task was left out, as another one had failed."""
+
+
+def _never_begun(future: Future) -> bool:
+    return future.cancelled() or isinstance(future.exception(), _NeverBegun)
 
 
 def _then(result: T, on_done: Callable[[], object]) -> T:
@@ -59,7 +68,7 @@ def _then(result: T, on_done: Callable[[], object]) -> T:
 
 def _run(task: Callable[[], T], grad: bool, failed: threading.Event) -> T:
     if failed.is_set():
-        raise CancelledError
+        raise _NeverBegun
     try:
         with torch.set_grad_enabled(grad):
             return task()

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from ptq_exp import parallel
 from ptq_exp.parallel import side_by_side
 
 
@@ -77,6 +78,25 @@ def test_the_first_error_is_raised_when_the_others_have_ended_and_the_rest_has_n
     assert len(done) == 2
     assert not begun
     assert side_by_side([int] * 5) == [0] * 5  # the workers go on
+
+
+def test_a_task_that_was_left_out_before_the_one_that_failed_hides_no_error(threads, monkeypatch):
+    failed, run = threading.Event(), parallel._run
+
+    def late(task, *rest):  # the worker of the first task is slow to begin it
+        if task is int:
+            failed.wait(timeout=30)
+        try:
+            return run(task, *rest)
+        finally:
+            failed.set()
+
+    def fail():
+        raise ValueError("the second")
+
+    monkeypatch.setattr(parallel, "_run", late)
+    with pytest.raises(ValueError, match="the second"):
+        side_by_side([int, fail])
 
 
 def test_each_end_is_told_to_the_caller(threads):
