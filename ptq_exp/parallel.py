@@ -11,10 +11,14 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from functools import cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch._C._autograd import _profiler_enabled
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 T = TypeVar("T")
 
@@ -22,8 +26,9 @@ T = TypeVar("T")
 def side_by_side(tasks: Sequence[Callable[[], T]], on_done: Callable[[], object] = lambda: None) -> list[T]:
     """Return the results of `tasks`, in their order; each runs on its share of the threads, as the caller would.
 
-    Gradients are recorded where the caller records them. With one thread, one task, or inside a task, they run one
-    after the other, here.
+    That is with the caller's gradients, inference mode, autocast on the CPU and context variables. With one thread, one
+    task, inside a task, and where torch watches this thread alone (modes, a profiler), they run one after the other,
+    here.
 
     Args:
         tasks: functions of no arguments that may run at the same time.
@@ -35,11 +40,11 @@ def side_by_side(tasks: Sequence[Callable[[], T]], on_done: Callable[[], object]
     """
     threads = torch.get_num_threads()
     workers = min(len(tasks), threads)
-    if workers <= 1 or getattr(_inside, "task", False):
+    if workers <= 1 or getattr(_inside, "task", False) or _watched():
         return [_then(task(), on_done) for task in tasks]
-    pool, grad = _pool(workers, threads // workers), torch.is_grad_enabled()
+    pool, caller = _pool(workers, threads // workers), _Caller.here()
     failed = threading.Event()
-    futures = [pool.submit(_run, task, grad, failed) for task in tasks]
+    futures = [pool.submit(copy_context().run, _run, task, caller, failed) for task in tasks]
     try:
         _watch(futures, on_done)
     finally:
@@ -66,12 +71,43 @@ def _then(result: T, on_done: Callable[[], object]) -> T:
     return result
 
 
-def _run(task: Callable[[], T], grad: bool, failed: threading.Event) -> T:
+class _Caller(NamedTuple):
+    """What torch keeps for each thread apart."""
+
+    grad: bool
+    inference: bool
+    autocast: bool
+    autocast_type: torch.dtype
+    autocast_cache: bool
+
+    @classmethod
+    def here(cls) -> _Caller:
+        return cls(
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled(),
+        )
+
+    def call(self, task: Callable[[], T]) -> T:
+        """Call `task` as it would be called there."""
+        with (
+            torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad),
+            torch.autocast("cpu", self.autocast_type, self.autocast, self.autocast_cache),
+        ):
+            return task()
+
+
+def _watched() -> bool:
+    """Say whether something is told of, or changes, the operations of this thread and of no other."""
+    return bool(
+        _get_current_function_mode_stack() or _get_current_dispatch_mode_stack() or _profiler_enabled()
+    )
+
+
+def _run(task: Callable[[], T], caller: _Caller, failed: threading.Event) -> T:
     if failed.is_set():
         raise _NeverBegun
     try:
-        with torch.set_grad_enabled(grad):
-            return task()
+        return caller.call(task)
     except BaseException:
         failed.set()
         raise

@@ -3,9 +3,11 @@
 import multiprocessing
 import threading
 import time
+from contextvars import ContextVar
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ptq_exp import parallel
 from ptq_exp.parallel import side_by_side
@@ -52,6 +54,45 @@ def test_gradients_are_recorded_where_the_caller_records_them(threads):
     assert side_by_side([recorded] * 3) == [True] * 3
     with torch.no_grad():
         assert side_by_side([recorded] * 3) == [False] * 3
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_autocast_is_that_of_the_caller(threads, cached):
+    def product():
+        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype, torch.is_autocast_cache_enabled()
+
+    with torch.no_grad(), torch.autocast("cpu", torch.float16, cache_enabled=cached):
+        assert side_by_side([product] * 3) == [(torch.float16, cached)] * 3
+        with torch.autocast("cpu", enabled=False):
+            assert side_by_side([product] * 3) == [product()] * 3
+    assert side_by_side([product] * 3) == [(torch.float32, True)] * 3
+
+
+def test_what_was_made_in_inference_mode_is_changed_in_place(threads):
+    with torch.inference_mode():
+        numbers = torch.zeros(3)
+        side_by_side([lambda n=n: numbers[n].add_(n) for n in range(3)])
+        assert numbers.tolist() == [0, 1, 2]
+    assert side_by_side([torch.is_inference_mode_enabled] * 3) == [False] * 3
+
+
+def test_context_variables_are_those_of_the_caller(threads):
+    variable = ContextVar("variable", default=0)
+    token = variable.set(1)
+    try:
+        assert side_by_side([variable.get] * 3) == [1] * 3
+    finally:
+        variable.reset(token)
+    assert side_by_side([variable.get] * 3) == [0] * 3
+
+
+@pytest.mark.parametrize("watch", [
+    lambda: FlopCounterMode(display=False), lambda: torch.device("meta"), torch.profiler.profile,
+], ids=["dispatch", "function", "profiler"])
+def test_what_watches_the_caller_alone_sees_all_tasks(threads, watch):
+    with watch():
+        assert side_by_side([threading.current_thread] * 3) == [threading.current_thread()] * 3
+    assert threading.current_thread() not in side_by_side([threading.current_thread] * 3)
 
 
 def test_a_task_in_a_task_runs_there(threads):
