@@ -11,8 +11,9 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import copy_context
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -27,8 +28,8 @@ def side_by_side(tasks: Sequence[Callable[[], T]], on_done: Callable[[], object]
     """Return the results of `tasks`, in their order; each runs on its share of the threads, as the caller would.
 
     That is with the caller's gradients, inference mode, autocast on the CPU and context variables. With one thread, one
-    task, inside a task, and where torch watches this thread alone (modes, a profiler), they run one after the other,
-    here.
+    task, inside a task, where torch watches this thread alone (modes, a profiler), and where no thread can be begun
+    (any more), they run one after the other, here.
 
     Args:
         tasks: functions of no arguments that may run at the same time.
@@ -40,11 +41,12 @@ def side_by_side(tasks: Sequence[Callable[[], T]], on_done: Callable[[], object]
     """
     threads = torch.get_num_threads()
     workers = min(len(tasks), threads)
-    if workers <= 1 or getattr(_inside, "task", False) or _watched():
+    alone = workers <= 1 or getattr(_inside, "task", False) or _watched()
+    pool = None if alone else _begun_pool(workers, threads // workers)
+    if pool is None:
         return [_then(task(), on_done) for task in tasks]
-    pool, caller = _pool(workers, threads // workers), _Caller.here()
-    failed = threading.Event()
-    futures = [pool.submit(copy_context().run, _run, task, caller, failed) for task in tasks]
+    caller, failed = _Caller.here(), threading.Event()
+    futures = [_submitted(pool, partial(_run, task, caller, failed)) for task in tasks]
     try:
         _watch(futures, on_done)
     finally:
@@ -124,6 +126,26 @@ def _watch(futures: Sequence[Future], on_done: Callable[[], object]) -> None:
             on_done()
 
 
+def _submitted(pool: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
+    try:
+        return pool.submit(copy_context().run, task)
+    except RuntimeError:  # the interpreter has come to its end, while a thread of the user goes on
+        ended: Future[T] = Future()
+        try:
+            ended.set_result(task())
+        except BaseException as error:
+            ended.set_exception(error)
+        return ended
+
+
+def _begun_pool(workers: int, threads: int) -> ThreadPoolExecutor | None:
+    """Return the pool; None where no threads can be begun: there are too many, or the interpreter ends."""
+    try:
+        return _pool(workers, threads)
+    except RuntimeError:
+        return None
+
+
 @cache
 def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
     """Return the pool of so many workers with so many threads each; it lives as long as the process."""
@@ -133,13 +155,20 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # a thread takes over the number of the process once, when it is first asked
         torch.set_num_threads(threads)
         _inside.task = True
-        begun.wait()
+        with suppress(threading.BrokenBarrierError):
+            begun.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ptq_exp", initializer=begin)
-    for _ in range(workers):
-        pool.submit(int)
-    begun.wait()
-    torch.set_num_threads(before)  # else threads that are begun later would have as few
+    try:
+        for _ in range(workers):
+            pool.submit(int)
+        begun.wait()
+    except BaseException:
+        begun.abort()  # else those that were begun would wait for the others for ever
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        torch.set_num_threads(before)  # else threads that are begun later would have as few
     return pool
 
 

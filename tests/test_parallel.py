@@ -1,6 +1,8 @@
 """Tasks side by side: their order, their threads, what they raise, and what they leave as it was."""
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 from contextvars import ContextVar
@@ -152,6 +154,42 @@ def test_a_forked_process_has_workers_of_its_own(threads):
     child.start()
     child.join(timeout=60)
     assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("before", ["side_by_side([int] * 3)", ""])
+def test_a_thread_that_outlives_the_interpreter_goes_on_alone(before):
+    script = f"""
+import threading, torch
+from ptq_exp.parallel import side_by_side
+torch.set_num_threads(3)
+{before}
+def late():
+    while not threading._SHUTTING_DOWN:
+        pass
+    threading.Event().wait(0.2)
+    print(side_by_side([threading.current_thread] * 3) == [threading.current_thread()] * 3)
+threading.Thread(target=late).start()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
+def test_where_no_more_threads_can_be_begun_all_tasks_run_here(threads, monkeypatch):
+    start, begun = threading.Thread.start, []
+
+    def few(thread):
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    torch.set_num_threads(7)  # no pool is there yet
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", few)
+        assert side_by_side([threading.current_thread] * 7) == [threading.current_thread()] * 7
+    assert torch.get_num_threads() == _of_a_new_thread(torch.get_num_threads) == 7
+    assert not any(thread.is_alive() for thread in begun)
+    assert threading.current_thread() not in side_by_side([threading.current_thread] * 7)
 
 
 def _of_a_new_thread(function):
