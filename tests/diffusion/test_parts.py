@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import ptq_exp
 from ptq_exp.diffusion import Call, InParts
@@ -60,6 +61,31 @@ def test_where_hooks_watch_the_batch_stays_whole(threads, watch):
     handle.remove()
     InParts(network)(torch.zeros(100, 2), torch.zeros(100))
     assert seen == [100]
+
+
+@torch.no_grad()
+def test_where_a_hook_of_all_modules_watches_the_batch_stays_whole(threads):
+    network = Network()
+    with register_module_forward_hook(lambda module, inputs, result: None):
+        InParts(network)(torch.zeros(100, 2), torch.zeros(100))
+    assert network.seen == [100]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("t", [torch.full((100,), 3.0), torch.full((1,), 3.0), torch.tensor(3.0), 3])
+@pytest.mark.parametrize("y", [torch.full((100,), 2), torch.full((1,), 2), torch.tensor(2), 2, None])
+def test_what_has_no_row_for_each_sample_goes_to_the_whole_batch(threads, t, y):
+    seen = []
+
+    def network(x, t, y):
+        seen.append(len(x))
+        return x + torch.as_tensor(t).view(-1, 1) + (0 if y is None else torch.as_tensor(y).view(-1, 1))
+
+    module = nn.Identity()
+    module.__dict__["forward"] = network
+    assert torch.equal(InParts(module)(torch.zeros(100, 2), t, y=y), network(torch.zeros(100, 2), t, y))
+    rows = all(isinstance(value, torch.Tensor) and value.shape == (100,) for value in (t, y))
+    assert seen == ([25] * 4 if rows else [100]) + [100]
 
 
 @torch.no_grad()
