@@ -15,10 +15,15 @@ class Network(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight, self.seen = nn.Parameter(torch.ones(())), []
+        self.weight, seen = nn.Parameter(torch.ones(())), []
+        self.note, self.noted = seen.append, lambda: seen
+
+    @property
+    def seen(self):
+        return self.noted()
 
     def forward(self, x, t, y=None):
-        self.seen.append(len(x))
+        self.note(len(x))
         return self.weight * x.square() + t[:, None] + (0 if y is None else y[:, None])
 
 
@@ -86,6 +91,66 @@ def test_what_has_no_row_for_each_sample_goes_to_the_whole_batch(threads, t, y):
     assert torch.equal(InParts(module)(torch.zeros(100, 2), t, y=y), network(torch.zeros(100, 2), t, y))
     rows = all(isinstance(value, torch.Tensor) and value.shape == (100,) for value in (t, y))
     assert seen == ([25] * 4 if rows else [100]) + [100]
+
+
+class Noting(nn.Module):
+    """Keeps something of what passes, in one of several ways; notes how many samples came at once."""
+
+    def __init__(self, way):
+        super().__init__()
+        seen = []
+        self.way, self.note, self.noted = way, seen.append, lambda: seen
+        self.inner = nn.Module()
+        self.inner.kept, self.inner.by_name, self.inner.rows, self.inner.calls = None, {}, [], 0
+        self.inner.register_buffer("mean", torch.zeros(2))
+
+    def forward(self, x, t):
+        self.note(len(x))
+        inner = self.inner
+        match self.way:
+            case "attribute":
+                inner.kept = t
+            case "dictionary":
+                inner.by_name["t"] = t
+            case "list":
+                inner.rows.append(t)
+            case "number":
+                inner.calls += 1
+            case "buffer":
+                inner.mean = x.mean(0)
+            case "in place":
+                inner.mean.lerp_(x.mean(0), 0.1)
+            case "random":
+                return x + torch.rand(2)
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["attribute", "dictionary", "list", "number", "buffer", "in place", "random"])
+def test_a_network_that_keeps_something_gets_whole_batches(threads, way):
+    network = Noting(way)
+    parted = InParts(network)
+    for _ in range(3):
+        parted(torch.ones(100, 2), torch.zeros(100))
+    assert network.noted() == [25, 100, 100, 100]  # the first part shows it
+    network.way = "nothing"
+    again = InParts(network)
+    for _ in range(2):
+        again(torch.ones(100, 2), torch.zeros(100))
+    assert network.noted() == [25, 100, 100, 100] + [25] * 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [{"temporal": "binned", "temporal_bins": 2}, {"activation": "dynamic_tensor"}])
+def test_quantized_networks_keep_nothing(policy):
+    model = ptq_exp.load_model("digits")
+    transforms = ["smooth", {"name": "low_rank", "rank": 4}] if "temporal" in policy else []
+    quantized = ptq_exp.quantize(
+        model, "w8a8", n=4, steps=2, metric="minmax", policy=policy, transforms=transforms, progress=False
+    )
+    for network in (model.in_parts(model.denoiser), quantized.denoiser):
+        network(torch.zeros(40, *model.sample_shape), torch.full((40,), float(quantized.grid.timesteps[0])))
+        assert [part._pure for part in network.modules() if isinstance(part, InParts)] == [True]
 
 
 @torch.no_grad()
