@@ -11,10 +11,15 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from functools import cache
-from typing import TypeVar
+from contextlib import suppress
+from contextvars import copy_context
+from functools import cache, partial
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch._C._autograd import _profiler_enabled
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 T = TypeVar("T")
 
@@ -22,8 +27,9 @@ T = TypeVar("T")
 def side_by_side(tasks: Sequence[Callable[[], T]], on_done: Callable[[], object] = lambda: None) -> list[T]:
     """Return the results of `tasks`, in their order; each runs on its share of the threads, as the caller would.
 
-    Gradients are recorded where the caller records them. With one thread, one task, or inside a task, they run one
-    after the other, here.
+    That is with the caller's gradients, inference mode, autocast on the CPU and context variables. With one thread, one
+    task, inside a task, where torch watches this thread alone (modes, a profiler), and where no thread can be begun
+    (any more), they run one after the other, here.
 
     Args:
         tasks: functions of no arguments that may run at the same time.
@@ -35,21 +41,31 @@ def side_by_side(tasks: Sequence[Callable[[], T]], on_done: Callable[[], object]
     """
     threads = torch.get_num_threads()
     workers = min(len(tasks), threads)
-    if workers <= 1 or getattr(_inside, "task", False):
+    alone = workers <= 1 or getattr(_inside, "task", False) or _watched()
+    pool = None if alone else _begun_pool(workers, threads // workers)
+    if pool is None:
         return [_then(task(), on_done) for task in tasks]
-    pool, grad = _pool(workers, threads // workers), torch.is_grad_enabled()
-    failed = threading.Event()
-    futures = [pool.submit(_run, task, grad, failed) for task in tasks]
+    caller, failed = _Caller.here(), threading.Event()
+    futures = [_submitted(pool, partial(_run, task, caller, failed)) for task in tasks]
     try:
         _watch(futures, on_done)
     finally:
         for future in futures:
             future.cancel()
         wait(futures)
-    return [future.result() for future in futures]
+    # in their order, or else the error of one that had begun
+    return [future.result() for future in sorted(futures, key=_never_begun)]
 
 
 _inside = threading.local()
+
+
+class _NeverBegun(CancelledError):
+    """Says that a task was left out, as another one had failed."""
+
+
+def _never_begun(future: Future) -> bool:
+    return future.cancelled() or isinstance(future.exception(), _NeverBegun)
 
 
 def _then(result: T, on_done: Callable[[], object]) -> T:
@@ -57,12 +73,43 @@ def _then(result: T, on_done: Callable[[], object]) -> T:
     return result
 
 
-def _run(task: Callable[[], T], grad: bool, failed: threading.Event) -> T:
-    if failed.is_set():
-        raise CancelledError
-    try:
-        with torch.set_grad_enabled(grad):
+class _Caller(NamedTuple):
+    """What torch keeps for each thread apart."""
+
+    grad: bool
+    inference: bool
+    autocast: bool
+    autocast_type: torch.dtype
+    autocast_cache: bool
+
+    @classmethod
+    def here(cls) -> _Caller:
+        return cls(
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled(),
+        )
+
+    def call(self, task: Callable[[], T]) -> T:
+        """Call `task` as it would be called there."""
+        with (
+            torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad),
+            torch.autocast("cpu", self.autocast_type, self.autocast, self.autocast_cache),
+        ):
             return task()
+
+
+def _watched() -> bool:
+    """Say whether something is told of, or changes, the operations of this thread and of no other."""
+    return bool(
+        _get_current_function_mode_stack() or _get_current_dispatch_mode_stack() or _profiler_enabled()
+    )
+
+
+def _run(task: Callable[[], T], caller: _Caller, failed: threading.Event) -> T:
+    if failed.is_set():
+        raise _NeverBegun
+    try:
+        return caller.call(task)
     except BaseException:
         failed.set()
         raise
@@ -79,6 +126,26 @@ def _watch(futures: Sequence[Future], on_done: Callable[[], object]) -> None:
             on_done()
 
 
+def _submitted(pool: ThreadPoolExecutor, task: Callable[[], T]) -> Future[T]:
+    try:
+        return pool.submit(copy_context().run, task)
+    except RuntimeError:  # the interpreter has come to its end, while a thread of the user goes on
+        ended: Future[T] = Future()
+        try:
+            ended.set_result(task())
+        except BaseException as error:
+            ended.set_exception(error)
+        return ended
+
+
+def _begun_pool(workers: int, threads: int) -> ThreadPoolExecutor | None:
+    """Return the pool; None where no threads can be begun: there are too many, or the interpreter ends."""
+    try:
+        return _pool(workers, threads)
+    except RuntimeError:
+        return None
+
+
 @cache
 def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
     """Return the pool of so many workers with so many threads each; it lives as long as the process."""
@@ -88,13 +155,20 @@ def _pool(workers: int, threads: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # a thread takes over the number of the process once, when it is first asked
         torch.set_num_threads(threads)
         _inside.task = True
-        begun.wait()
+        with suppress(threading.BrokenBarrierError):
+            begun.wait()
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ptq_exp", initializer=begin)
-    for _ in range(workers):
-        pool.submit(int)
-    begun.wait()
-    torch.set_num_threads(before)  # else threads that are begun later would have as few
+    try:
+        for _ in range(workers):
+            pool.submit(int)
+        begun.wait()
+    except BaseException:
+        begun.abort()  # else those that were begun would wait for the others for ever
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        torch.set_num_threads(before)  # else threads that are begun later would have as few
     return pool
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from ptq_exp.calibration.sources import ImageSource
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
 from ptq_exp.diffusion.noise import CALIBRATION
 from ptq_exp.lightning.writer import predict_at
+from ptq_exp.storage.pieces import slices
 
 BY_STEP = "by_step"
 """Folder of the pieces; those of earlier versions, which hold other samples, lie beside it."""
@@ -59,4 +62,20 @@ def collect_calibration_set(
     extra = {"step": states.step[order].numpy(), "t": states.t[order].numpy()}
     extra |= condition_arrays(conditions, model.unconditional if guided else {})
     path = predict_at(module, trainer, (order, states.enters[order]), batch_size, folder / BY_STEP, **extra)
-    return CalibrationSet.load(path).take(order.argsort().numpy())
+    return _reordered(CalibrationSet.load(path), order.argsort().numpy(), batch_size, folder)
+
+
+def _reordered(found: CalibrationSet, rows: np.ndarray, batch_size: int, folder: Path) -> CalibrationSet:
+    """Return the states number `rows`, in that order; the large arrays in nameless files of `folder`, mapped."""
+
+    def mapped(values: np.ndarray) -> np.ndarray:
+        with tempfile.TemporaryFile(dir=folder) as file:  # of this process alone, where several devices work
+            made = np.memmap(file, values.dtype, "w+", shape=values.shape)
+        for part in slices(len(rows), batch_size):
+            made[part] = values[rows[part]]
+        return made
+
+    return replace(
+        found, x=mapped(found.x), step=found.step[rows], t=found.t[rows], evaluations=found.evaluations[rows],
+        conditions={name: mapped(values) for name, values in found.conditions.items()},
+    )

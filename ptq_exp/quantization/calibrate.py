@@ -167,7 +167,12 @@ def finish_calibration(model: nn.Module, metric: str) -> None:
             f"{len(unseen)} activation quantizers saw no data: {shown}; run the model inside "
             "calibrating(model), or keep layers that it never calls in full precision by a rule"
         )
-    side_by_side([partial(quantizer.finish, metric) for _, quantizer in _activations(model)])
+    here, elsewhere = [], []  # other threads would not wait for what the caller's stream of a GPU computes
+    for _, quantizer in _activations(model):
+        (here if quantizer.scale.device.type == "cpu" else elsewhere).append(partial(quantizer.finish, metric))
+    side_by_side(here)
+    for finish in elsewhere:
+        finish()
 
 
 def _activations(model: nn.Module) -> list[tuple[str, ActivationQuantizer]]:

@@ -1,10 +1,13 @@
 """Collecting a calibration set through Lightning: batches, order, labels and cost."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from ptq_exp.calibration import StateRequest, labelled, source
+from ptq_exp.diffusion.noise import CALIBRATION
 from ptq_exp.errors import ConfigError
 from ptq_exp.lightning import CalibrationModule, collect_calibration_set
 from ptq_exp.storage.atomic import write_npz
@@ -53,6 +56,18 @@ def test_samples_are_in_the_order_of_their_index_whatever_the_order_of_the_batch
     request = StateRequest(module.grid, range(len(STEPS)), STEPS, 2)
     assert np.array_equal(made.x, source("denoise")(toy, request)[0])
     assert seen == [[9, 0, 8, 5]]
+
+
+def test_states_and_conditions_stay_in_files(toy, trainer, tmp_path):
+    labelled_toy = replace(toy, n_classes=4, null_label=4)
+    module = CalibrationModule(labelled_toy, toy.time_grid(6), "denoise", seed=2)
+    made = collect(module, trainer, 4, tmp_path)
+    assert all(isinstance(array, np.memmap) for array in (made.x, made.conditions["y"]))
+    labels = labelled_toy.draw_conditions(range(len(STEPS)), 2, CALIBRATION)["y"]
+    assert made.conditions["y"].tolist() == labels.tolist()
+    made.save(tmp_path / "set.npz")
+    assert np.array_equal(made.x, type(made).load(tmp_path / "set.npz").x)
+    assert [path.name for path in (tmp_path / "parts4").iterdir()] == ["by_step"]
 
 
 def test_pieces_of_earlier_versions_in_the_folder_are_not_taken(toy, trainer, tmp_path):

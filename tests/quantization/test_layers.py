@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -305,6 +306,22 @@ def test_a_quantizer_that_saw_no_data_is_named():
     with pytest.raises(QuantizationError, match=r"1 activation.*unused\.input_quantizer"):
         finish_calibration(model, METRIC)
     assert not model.used.input_quantizer.ready  # all or nothing
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_ranges_of_a_device_are_found_by_the_caller_whose_stream_its_data_are_in(monkeypatch, device):
+    threads = torch.get_num_threads()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    quantize_(model, [Rule("*", QuantSpec(input=TensorSpec(8)))], (torch.zeros(1, 4),))
+    seen = []
+    monkeypatch.setattr(ActivationQuantizer, "saw_data", True)
+    monkeypatch.setattr(ActivationQuantizer, "finish", lambda *_: seen.append(threading.current_thread()))
+    torch.set_num_threads(2)
+    try:
+        finish_calibration(model.to(device), METRIC)
+    finally:
+        torch.set_num_threads(threads)
+    assert [thread is threading.current_thread() for thread in seen] == [device != "cpu"] * 2
 
 
 def test_an_unused_layer_can_be_kept_by_a_rule():

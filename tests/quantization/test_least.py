@@ -25,3 +25,13 @@ def test_with_nan_alone_but_one_the_first_are_taken():
     errors = torch.full((1, 10_000), torch.nan)
     errors[0, 7] = 1.0
     assert least(errors, 3)[1].tolist() == [[7, 0, 1]]
+
+
+@pytest.mark.parametrize(("n", "width"), [(300, 8), (6000, 8), (9000, 9)])
+def test_a_row_of_nan_does_not_hide_the_equal_ones_of_another(n, width):
+    draw = torch.Generator().manual_seed(n)
+    errors = 1 + torch.rand(9000 // n + 1, n, generator=draw)
+    errors[0] = torch.nan  # `width` too few
+    errors[0, n // 2] = 1
+    errors[1, torch.randperm(n, generator=draw)[: 2 * width]] = 0.5  # `width` too many
+    assert torch.equal(least(errors, width)[1], errors.sort(dim=1, stable=True).indices[:, :width])

@@ -79,7 +79,8 @@ def least(errors: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """
     if errors.shape[1] > 4 * width and errors.numel() > _FEW:
         found, places = errors.topk(width, dim=1, largest=False)
-        if int((errors <= found[:, -1:]).sum()) == found.numel():  # else some equal ones are left out, or NaN are in
+        # else equal ones of a row are left out, or NaN are in it
+        if bool(((errors <= found[:, -1:]).sum(1) == width).all()):
             places = places.sort(1).values
             found, order = errors.gather(1, places).sort(dim=1, stable=True)
             return found, places.gather(1, order)
