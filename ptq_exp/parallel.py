@@ -17,9 +17,7 @@ from functools import cache, partial
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch._C._autograd import _profiler_enabled
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils import _python_dispatch
 
 T = TypeVar("T")
 
@@ -58,6 +56,12 @@ def side_by_side(tasks: Sequence[Callable[[], T]], on_done: Callable[[], object]
 
 
 _inside = threading.local()
+# none of them is documented: of a torch that has them no longer nothing is asked
+_WATCHERS: tuple[Callable[[], object], ...] = (
+    getattr(torch.overrides, "_get_current_function_mode_stack", tuple),
+    getattr(_python_dispatch, "_get_current_dispatch_mode_stack", tuple),
+    getattr(torch._C._autograd, "_profiler_enabled", bool),
+)
 
 
 class _NeverBegun(CancelledError):
@@ -100,9 +104,7 @@ class _Caller(NamedTuple):
 
 def _watched() -> bool:
     """Say whether something is told of, or changes, the operations of this thread and of no other."""
-    return bool(
-        _get_current_function_mode_stack() or _get_current_dispatch_mode_stack() or _profiler_enabled()
-    )
+    return any(bool(ask()) for ask in _WATCHERS)
 
 
 def _run(task: Callable[[], T], caller: _Caller, failed: threading.Event) -> T:

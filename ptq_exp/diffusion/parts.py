@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as _modules
 
 from ptq_exp.diffusion.call import Call
 from ptq_exp.parallel import side_by_side
 
+_watches_all: Callable[[], bool] = getattr(_modules, "_has_any_global_hook", bool)  # undocumented: hooks of all modules
 ROWS = 32
 """Samples of a part: with fewer, more of the time goes into calling operations."""
 
@@ -53,7 +54,7 @@ class InParts(nn.Module):
 
     def _divisible(self) -> bool:
         """Whether nothing but the network itself works on what passes."""
-        return self.network._compiled_call_impl is None and not _has_any_global_hook() and not any(
+        return self.network._compiled_call_impl is None and not _watches_all() and not any(
             module._forward_hooks or module._forward_pre_hooks for module in self.network.modules()
         )
 
