@@ -60,7 +60,7 @@ _inside = threading.local()
 _WATCHERS: tuple[Callable[[], object], ...] = (
     getattr(torch.overrides, "_get_current_function_mode_stack", tuple),
     getattr(_python_dispatch, "_get_current_dispatch_mode_stack", tuple),
-    getattr(torch._C._autograd, "_profiler_enabled", bool),
+    getattr(getattr(torch._C, "_autograd", None), "_profiler_enabled", bool),
 )
 
 
