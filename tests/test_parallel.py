@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptq_exp import parallel
-from ptq_exp.parallel import side_by_side
+from ptq_exp.parallel import side_by_side, tasks
 
 
 @pytest.fixture
@@ -124,7 +123,7 @@ def test_the_first_error_is_raised_when_the_others_have_ended_and_the_rest_has_n
 
 
 def test_a_task_that_was_left_out_before_the_one_that_failed_hides_no_error(threads, monkeypatch):
-    failed, run = threading.Event(), parallel._run
+    failed, run = threading.Event(), tasks._run
 
     def late(task, *rest):  # the worker of the first task is slow to begin it
         if task is int:
@@ -137,7 +136,7 @@ def test_a_task_that_was_left_out_before_the_one_that_failed_hides_no_error(thre
     def fail():
         raise ValueError("the second")
 
-    monkeypatch.setattr(parallel, "_run", late)
+    monkeypatch.setattr(tasks, "_run", late)
     with pytest.raises(ValueError, match="the second"):
         side_by_side([int, fail])
 

@@ -129,16 +129,11 @@ def calibrate_weights_(model: nn.Module, metric: str, on_layer: Callable[[], obj
         QuantizationError: a weight is frozen already.
         PTQError: a weight holds NaN or infinity; the message names the layer.
     """
-    small: list[Callable[[], None]] = []
-    large: list[Callable[[], None]] = []
+    found: list[tuple[Tensor, Callable[[], None]]] = []
     for layer in _quantized_weights(model):
         weight = cast("Tensor", layer.weight)
-        search = partial(cast("WeightQuantizer", layer.weight_quantizer).search, weight, metric)
-        (small if weight.numel() <= _LARGE and weight.device.type == "cpu" else large).append(search)
-    side_by_side(small, on_layer)
-    for search in large:
-        search()
-        on_layer()
+        found.append((weight, partial(cast("WeightQuantizer", layer.weight_quantizer).search, weight, metric)))
+    _run(found, on_layer)
     freeze_weights_(model)
 
 
@@ -167,12 +162,24 @@ def finish_calibration(model: nn.Module, metric: str) -> None:
             f"{len(unseen)} activation quantizers saw no data: {shown}; run the model inside "
             "calibrating(model), or keep layers that it never calls in full precision by a rule"
         )
-    here, elsewhere = [], []  # other threads would not wait for what the caller's stream of a GPU computes
-    for _, quantizer in _activations(model):
-        (here if quantizer.scale.device.type == "cpu" else elsewhere).append(partial(quantizer.finish, metric))
-    side_by_side(here)
-    for finish in elsewhere:
-        finish()
+    _run([(cast("Tensor", q.scale), partial(q.finish, metric)) for _, q in _activations(model)])
+
+
+def _run(
+    searches: Iterable[tuple[Tensor, Callable[[], None]]], on_done: Callable[[], object] = lambda: None
+) -> None:
+    """Run searches, each given with a tensor that it reads: those of small ones on the CPU side by side.
+
+    The others are run one after the other here: threads would not wait for what the caller's stream of a GPU computes.
+    """
+    small: list[Callable[[], None]] = []
+    others: list[Callable[[], None]] = []
+    for tensor, search in searches:
+        (small if tensor.numel() <= _LARGE and tensor.device.type == "cpu" else others).append(search)
+    side_by_side(small, on_done)
+    for search in others:
+        search()
+        on_done()
 
 
 def _activations(model: nn.Module) -> list[tuple[str, ActivationQuantizer]]:
