@@ -8,7 +8,7 @@ from ptq_exp.calibration import time_bins
 from ptq_exp.deploy.artifact import Artifact
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import DiffusionModel, TimeGrid
-from ptq_exp.quantization.offload import copy_of, folder_of, outermost, release_after_calls_
+from ptq_exp.quantization.offload import copy_of, folder_of, outermost, stream_weights_
 from ptq_exp.quantization.save import load_quantized_, rule_from_dict
 
 _RECIPE = ("ptq_exp", "model", "evaluations", "settings")
@@ -29,7 +29,7 @@ def restored(
     """
     network = (copy_of(model.denoiser) if full_precision else model.denoiser).to(device)
     if folder_of(network) is not None:
-        release_after_calls_(network, outermost(network, model.blocks))
+        stream_weights_(network, outermost(network, model.blocks))
     example = model.example_inputs().to(device)
     transforms = artifact.transforms()
     for done in transforms:

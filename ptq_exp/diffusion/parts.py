@@ -55,7 +55,9 @@ class InParts(nn.Module):
     def _divisible(self) -> bool:
         """Whether nothing but the network itself works on what passes."""
         return self.network._compiled_call_impl is None and not _watches_all() and not any(
-            module._forward_hooks or module._forward_pre_hooks for module in self.network.modules()
+            getattr(hook, "reads_values", True)  # those that move weights do not
+            for module in self.network.modules()
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         )
 
 

@@ -31,7 +31,7 @@ from ptq_exp.quantization import (
     finish_calibration,
     quantizers,
 )
-from ptq_exp.quantization.offload import Answers, blocks_in_order, last_readers, release, without
+from ptq_exp.quantization.offload import Answers, blocks_in_order, bring_in, last_readers, release, without
 from ptq_exp.quantization.stored import range_arrays, restore_ranges_
 from ptq_exp.storage.atomic import write_npz
 from ptq_exp.storage.npz import npz_arrays
@@ -122,6 +122,7 @@ def calibrate_blocks(run: Run, plan: Plan, network: nn.Module, calibration_set: 
                 restore_ranges_(part, npz_arrays(path))
                 bar.update(len(calibration_set))
             else:
+                bring_in(part)
                 calibrate_weights_(part, plan.metric)
                 if observed:
                     passes.observe(name, part, {q for q in observed if q.startswith(f"{name}.")}, bar)

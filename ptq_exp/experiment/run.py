@@ -21,7 +21,13 @@ from ptq_exp.evaluation import FeatureExtractor
 from ptq_exp.experiment.pipeline import check_pipeline
 from ptq_exp.lightning import Bar, make_trainer
 from ptq_exp.pipelines import PipelineModel
-from ptq_exp.quantization.offload import mapped_copy, outermost, release_after_calls_, weight_bytes
+from ptq_exp.quantization.offload import (
+    bring_in_before_calls_,
+    mapped_copy,
+    outermost,
+    stream_weights_,
+    weight_bytes,
+)
 from ptq_exp.runtime import GraphedNetwork
 from ptq_exp.settings.build import build, constructor
 from ptq_exp.settings.schema import CalibrationConfig, ExperimentConfig
@@ -61,6 +67,10 @@ class Run:
     compile: bool = False
     cuda_graph: bool = False
     max_memory: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.blockwise:
+            bring_in_before_calls_(self.model.denoiser, outermost(self.model.denoiser, self.model.blocks))
 
     @classmethod
     def of(cls, config: ExperimentConfig, saved: Artifact | None = None, fresh_since: float | None = None) -> Run:
@@ -137,7 +147,7 @@ class Run:
                 "set trainer.accelerator=cpu, or trainer.max_memory_gb=null"
             )
         network = mapped_copy(self.model.denoiser, self.cache.root / PARTS)
-        release_after_calls_(network, outermost(network, self.model.blocks))
+        stream_weights_(network, outermost(network, self.model.blocks))
         return network
 
     def example(self) -> Call:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
+from ptq_exp.experiment.groups import groups_with
 from ptq_exp.results.environment import usable_cores
 from ptq_exp.settings.schema_machine import TrainerConfig
 
@@ -92,13 +93,18 @@ def _idle() -> tuple[float, ...]:
         return ()
 
 
-def _quota(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return how many cores a control group allows; infinity where there is no limit."""
+def _quota() -> float:
+    """Return how many cores the control groups of this process allow; infinity where there is no limit."""
+    return min((quota_of(version, group) for version, group in groups_with("cpu")), default=math.inf)
+
+
+def quota_of(version: int, group: Path) -> float:
+    """Return how many cores one control group allows; infinity where it has no limit."""
     try:
-        if (v2 := root / "cpu.max").exists():
-            quota, period = v2.read_text(encoding="ascii").split()
+        if version == 2:
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
         else:
-            quota, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip()
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip()
                              for name in ("quota", "period"))
         return math.inf if quota in ("max", "-1") else max(1.0, int(quota) / int(period))
     except (OSError, ValueError):

@@ -24,7 +24,7 @@ from ptq_exp.errors import DataError, QuantizationError
 from ptq_exp.quantization.affine import QRange, check_range, integer_range
 from ptq_exp.quantization.calibrate import has_quantized_weight, quantizers
 from ptq_exp.quantization.formats import limits
-from ptq_exp.quantization.offload.mapped import SMALLEST, folder_of, in_file
+from ptq_exp.quantization.offload.mapped import SMALLEST, bring_in, folder_of, in_file, release
 from ptq_exp.quantization.packing import pack, unpack
 from ptq_exp.quantization.quantizer import Quantizer
 from ptq_exp.quantization.quantizer.formats import format_of
@@ -47,9 +47,13 @@ def packed_state(network: nn.Module) -> tuple[dict[str, Tensor], dict]:
     layout: dict = {"weights": {}, "ranges": {}}
     for name, layer in packed_layers(network):
         bits = layer.weight_quantizer.bits
+        if folder is not None:
+            bring_in(layer)
         packed = pack(layer.weight_quantizer.integers(layer.weight).cpu().numpy(), bits)
         tensors[name] = _kept(torch.from_numpy(packed.copy()), folder)
         layout["weights"][name] = weight_entry(layer)
+        if folder is not None:
+            release(layer)
     for name, quantizer in quantizers(network):
         found, layout["ranges"][name] = _pack_ranges(name, quantizer)
         tensors |= {f"{name}.{field}": value for field, value in found.items()}

@@ -8,6 +8,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import ptq_exp
 from ptq_exp.diffusion import Call, InParts
 from ptq_exp.diffusion.parts import ROWS
+from ptq_exp.quantization.offload import stream_weights_
 
 
 class Network(nn.Module):
@@ -66,6 +67,18 @@ def test_where_hooks_watch_the_batch_stays_whole(threads, watch):
     handle.remove()
     InParts(network)(torch.zeros(100, 2), torch.zeros(100))
     assert seen == [100]
+
+
+@torch.no_grad()
+def test_hooks_that_move_weights_leave_the_parts_alone(threads, tmp_path):
+    """So that the numbers of a network in files are those of one in memory, in which no hooks are."""
+    network = nn.Sequential(nn.Identity())
+    sizes = []
+    network.forward = lambda x, t: (sizes.append(len(x)), network[0](x))[1]
+    stream_weights_(network, ["0"])
+    assert network[0]._forward_hooks and network[0]._forward_pre_hooks
+    InParts(network)(torch.zeros(64, 2), torch.zeros(64))
+    assert sizes == [32, 32]
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from ptq_exp.correction import measured_steps, propagated
 from ptq_exp.errors import ConfigError
 from ptq_exp.experiment.experiment import forecast_experiment, run_experiment
 from ptq_exp.experiment.forecast import make, speeds
+from ptq_exp.experiment.forecast.free_memory import available_memory
 from ptq_exp.experiment.forecast.probe import Line, line
-from ptq_exp.experiment.forecast.room import Need, available_memory, check_disk, check_memory, free_disk
+from ptq_exp.experiment.forecast.room import Need, check_disk, check_memory, free_disk
 from ptq_exp.experiment.forecast.work import FULL, OBSERVED, QUANTIZED, calibration_work, work_of
 from ptq_exp.experiment.keys import Keys
 from ptq_exp.experiment.run import Run
@@ -91,17 +92,27 @@ def test_what_is_in_the_cache_takes_no_time(finished, small):
     assert "reused from the cache" in found.table() and found.disk["cache"] == 0
 
 
-class Fixed(speeds.Speeds):
-    """Speeds that are known: an evaluation takes 1 s, and 0.1 s for each sample; quantized twice as long."""
+class FixedScoring:
+    """Features take 0.01 s for each image, a resample 1 s, scores nothing."""
 
-    full, quantized, decoded, features = Line(1, 0.1, 10), Line(2, 0.2, 30), Line(0, 0), Line(0, 0.01)
-    placed = speeds.Placed(torch.nn.Linear(10, 10), None, weights=7.0, ranges=5.0, observed=Line(3, 0.3, 20))
+    features = Line(0, 0.01)
 
     def scored(self, n, real):
         return 0.0
 
     def resampled(self, n, resamples):
         return float(resamples)
+
+
+class Fixed(speeds.Speeds):
+    """Speeds that are known: an evaluation takes 1 s, and 0.1 s for each sample; quantized twice as long."""
+
+    full, quantized, decoded = Line(1, 0.1, 10), Line(2, 0.2, 30), Line(0, 0)
+    placed = speeds.Placed(torch.nn.Linear(10, 10), None, weights=7.0, ranges=5.0, observed=Line(3, 0.3, 20))
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scoring = FixedScoring()
 
 
 @pytest.fixture(scope="module")

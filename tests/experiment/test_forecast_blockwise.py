@@ -127,7 +127,7 @@ def test_first_blocks_give_the_same_forecast_as_all_of_them(folder, tmp_path, mo
     caplog.set_level("INFO", "ptq_exp")
     found: list[speeds.Speeds] = []
 
-    def line(work, n, device, passing=0.0):
+    def line(work, n, device, passing=0.0, before=None):
         work(n)
         (known,) = found
         return Line(0.0, float(len(known.first.names)), 1.0)
@@ -169,6 +169,20 @@ def test_weights_that_are_read_from_files_are_no_memory_of_each_sample(tmp_path,
     drawing = ("drawing images", "drawing quantized images", "finding ranges")
     assert {stage: needs[stage].each < block / 2 for stage in drawing} == dict.fromkeys(drawing, True)
     assert [needs[stage].fixed for stage in drawing] == [0.0, 2 * block, 2 * block]
+
+
+@pytest.mark.parametrize(("room", "gone"), [(0.0, True), (1e15, False), (None, False)])
+def test_weights_are_timed_from_the_disk_where_those_of_the_run_come_from_there(
+    folder, tmp_path, monkeypatch, room, gone
+):
+    """As memory does not hold both networks; what a batch needs is never refused here."""
+    evicted = []
+    monkeypatch.setattr(first_blocks, "evict", evicted.append)
+    monkeypatch.setattr(speeds, "available_memory", lambda: room)
+    assert forecast_experiment(settings(folder, tmp_path, "bits=w8a8"), tmp_path)
+    layers = [module for module in evicted if hasattr(module, "weight_quantizer")]
+    # each weight that is timed, all that are rounded, and the network each time that it is evaluated
+    assert (len(layers) > 1 and len(evicted) > len(layers) + 8) if gone else evicted == []
 
 
 @pytest.mark.usefixtures("small_networks")
@@ -213,5 +227,6 @@ def test_the_traces_that_are_counted_are_those_that_are_made(folder, tmp_path, m
     run = settings(folder, tmp_path, "bits=w4a8", "reconstruction=brecq", "reconstruction.iterations=1",
                    "reconstruction.batch_size=8")
     results = experiment.run_experiment(run, tmp_path / "run")
+    rows["quantize"] -= 2 * LAYERS  # which place quantizers
     assert {name: rows[name] / LAYERS for name in seconds._TRACES} == seconds._TRACES
     assert results["forecast"]["seconds"]["reconstruct"] > 0 and results["forecast"]["taken"]["ratio"] > 0

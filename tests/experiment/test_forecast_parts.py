@@ -15,6 +15,7 @@ from ptq_exp.calibration import positions as drawn_positions
 from ptq_exp.deploy.measure import Trajectory, _Enough
 from ptq_exp.experiment.budget import planned_network
 from ptq_exp.experiment.forecast import forecast_run, pairs, speeds
+from ptq_exp.experiment.forecast import placed as placed_network
 from ptq_exp.experiment.forecast.engine import Engine, measuring_seconds
 from ptq_exp.experiment.forecast.pipelines import Zeros, of_pipeline
 from ptq_exp.experiment.forecast.probe import Line
@@ -209,3 +210,24 @@ def test_nothing_is_compiled_for_a_forecast_that_nobody_asked_for(runtime, monke
         assert made is None and "an engine would have to be compiled for it" in caplog.text
     else:
         assert made.seconds["runtime"] is None and made.seconds["quantized_images"] > 0
+
+
+def test_large_weights_are_timed_where_there_is_time(monkeypatch):
+    """By what smaller ones take in proportion; seconds are values over ten millions here."""
+    searched = []
+    monkeypatch.setattr(placed_network, "measured", lambda search, device: (search() / 1e7, 0.0))
+
+    def alike(values, layers=1):
+        weight = torch.zeros(1).expand(values)
+        search = lambda weight, metric: (searched.append(len(weight)), len(weight))[1]  # noqa: E731
+        return [SimpleNamespace(weight=weight, weight_quantizer=SimpleNamespace(search=search))] * layers
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    before = []
+    shapes = [alike(1_000_000, 3), alike(2_000_000), alike(10_000_000), alike(100_000_000, 9)]
+    timed = placed_network._timed_searches(shapes, "mse", torch.device("cpu"), before.append)
+    assert searched == [1_000_000, 2_000_000, 10_000_000] and before == [layers[0] for layers in shapes[:3]]
+    assert timed == {(1_000_000,): 0.1, (2_000_000,): 0.2, (10_000_000,): 1.0}
+    searched.clear()
+    placed_network._timed_searches(shapes[3:], "mse", torch.device("cpu"), before.append)
+    assert searched == [100_000_000]  # one, at least

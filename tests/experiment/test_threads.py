@@ -1,11 +1,13 @@
 """CPU threads by what is free: of cores, quotas and loads that are given, whatever machine the tests run on."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from ptq_exp.experiment import threads
+from ptq_exp.experiment.groups import groups_with
 from ptq_exp.experiment.threads import Watch, choose_threads, threads_for
 from ptq_exp.settings.schema_machine import TrainerConfig
 
@@ -66,12 +68,17 @@ def test_who_says_how_many_threads_decides(machine, monkeypatch):
     ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
     ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0), ({}, math.inf),
     ({"cpu.max": "what\n"}, math.inf),
+    ({"cpu.max": "300000 100000\n", "job/cpu.max": "max 100000\n"}, 3.0),  # of the group around it
+    ({"job/cpu.max": "200000 100000\n", "other/cpu.max": "100000 100000\n"}, 2.0),
+    ({"cpu/job/cpu.cfs_quota_us": "150000\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 1.5),
 ])
-def test_a_control_group_may_allow_fewer(tmp_path, files, wanted):
+def test_control_groups_may_allow_fewer(tmp_path, monkeypatch, files, wanted):
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert threads._quota(tmp_path) == wanted
+    (tmp_path / "membership").write_text("4:cpu,cpuacct:/job\n2:memory:/elsewhere\n0::/job\n")
+    monkeypatch.setattr(threads, "groups_with", partial(groups_with, root=tmp_path, membership=tmp_path / "membership"))
+    assert threads._quota() == wanted
 
 
 def test_this_system_is_read():

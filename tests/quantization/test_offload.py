@@ -15,9 +15,13 @@ from ptq_exp.errors import PTQError, QuantizationError
 from ptq_exp.quantization.offload import (
     Answers,
     blocks_in_order,
+    bring_in_before_calls_,
+    evict,
     last_readers,
+    mapped,
     mapped_copy,
     release,
+    stream_weights_,
     weight_bytes,
     without,
 )
@@ -166,10 +170,32 @@ def test_a_mapped_copy_is_independent_keeps_strides_and_leaves_no_files(tmp_path
     assert torch.equal(made[1].weight, before + 1) and torch.equal(network[1].weight, before)
 
 
+def test_weights_are_brought_in_once_for_each_call_and_given_back(monkeypatch):
+    network, done = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), []
+    monkeypatch.setattr(mapped, "bring_in", lambda module: done.append(("in", module)))
+    monkeypatch.setattr(mapped, "release", lambda module: done.append(("out", module)))
+    bring_in_before_calls_(network, ["0"])
+    stream_weights_(network, ["0", "2"])
+    network(torch.ones(1, 2))
+    assert done == [(way, network[n]) for n in (0, 2) for way in ("in", "out")]
+
+
 def test_weights_without_memory_become_zeros(tmp_path):
     with torch.device("meta"):
         network = nn.Linear(3, 2)
     assert mapped_copy(network, tmp_path).weight.tolist() == [[0.0] * 3] * 2
+
+
+def test_weights_that_are_left_on_the_disk_alone_are_read_again(tmp_path):
+    network = nn.Sequential(nn.Linear(300, 300), nn.Conv2d(8, 4, 3)).to(torch.bfloat16)
+    made = mapped_copy(network, tmp_path)
+    with torch.no_grad():
+        made[0].weight.add_(1)  # not written yet
+    evict(made)
+    evict(network)  # in no file
+    assert torch.equal(made[0].weight, network[0].weight + 1) and torch.equal(made[1].weight, network[1].weight)
+    with torch.device("meta"):
+        evict(nn.Linear(3, 2))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

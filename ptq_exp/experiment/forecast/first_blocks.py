@@ -13,7 +13,7 @@ from torch import nn
 from ptq_exp.errors import ConfigError
 from ptq_exp.experiment.forecast.probe import BUDGET
 from ptq_exp.quantization import Report
-from ptq_exp.quantization.offload import outermost, weight_bytes, without
+from ptq_exp.quantization.offload import evict, outermost, weight_bytes, without
 from ptq_exp.quantization.trace.evaluate import Ended
 
 
@@ -23,6 +23,7 @@ class FirstBlocks:
     Args:
         evaluate: evaluates the network on one sample.
         patterns: globs of its blocks.
+        from_disk: memory is too small for the network, so that in a run weights are gone when they are used again.
 
     Attributes:
         names: of these blocks, in the order of their calls.
@@ -31,8 +32,10 @@ class FirstBlocks:
         ConfigError: no block matches.
     """
 
-    def __init__(self, network: nn.Module, patterns: Sequence[str], evaluate: Callable[[], object]) -> None:
-        self.every, self.names = outermost(network, patterns), list[str]()
+    def __init__(
+        self, network: nn.Module, patterns: Sequence[str], evaluate: Callable[[], object], *, from_disk: bool = False
+    ) -> None:
+        self.from_disk, self.every, self.names = from_disk, outermost(network, patterns), list[str]()
         started = time.perf_counter()
 
         def leave(name: str, *_: object) -> None:
@@ -73,6 +76,11 @@ class FirstBlocks:
         with ExitStack() as stack, suppress(Ended):
             stack.enter_context(network.get_submodule(self.names[-1]).register_forward_hook(_end))
             evaluate()
+
+    def used_anew(self, module: nn.Module) -> None:
+        """Leave the weights of `module` where a run finds them, before they are timed."""
+        if self.from_disk:
+            evict(module)
 
     def largest(self, network: nn.Module) -> float:
         """Return the bytes of the largest of these blocks: of a copy in files one is in memory at a time."""

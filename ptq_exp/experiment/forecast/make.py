@@ -13,9 +13,10 @@ import torch
 from ptq_exp.errors import PTQError
 from ptq_exp.experiment.features import features_key, reference_key
 from ptq_exp.experiment.forecast.forecast import Forecast
+from ptq_exp.experiment.forecast.free_memory import available_memory
 from ptq_exp.experiment.forecast.pipelines import of_pipeline
 from ptq_exp.experiment.forecast.probe import in_use, measured
-from ptq_exp.experiment.forecast.room import Need, available_memory, check_disk, check_memory, disk_of
+from ptq_exp.experiment.forecast.room import Need, check_disk, check_memory, disk_of
 from ptq_exp.experiment.forecast.seconds import stage_seconds
 from ptq_exp.experiment.forecast.speeds import Speeds
 from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED, Work, work_of

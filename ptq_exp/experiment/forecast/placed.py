@@ -18,7 +18,7 @@ from ptq_exp.quantization import ActivationQuantizer, Report, WeightQuantizer
 
 _QUICK = "minmax"  # the range search of what is not timed
 _WEIGHTS, _RANGES = 1.5 * BUDGET, 6  # seconds for weights, of every shape one, and how many activations are timed
-_LARGEST = 4_000_000  # values of a weight that is timed
+_LARGEST = 4_000_000  # values of a weight that is timed first; larger ones where there is time
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Placed:
         ranges: seconds of the range search of all activations, of all bins.
         observed: speed of an evaluation in which activations are recorded.
         transforms: what was measured of each.
-        copied: seconds of copying its weights into files; 0 where they lie in memory.
+        placing: seconds of copying it and of placing its quantizers, where its weights lie in files; else few, and 0.
     """
 
     network: nn.Module
@@ -39,22 +39,26 @@ class Placed:
     ranges: float
     observed: Line
     transforms: tuple[TransformTime, ...] = ()
-    copied: float = 0.0
+    placing: float = 0.0
 
 
 @torch.no_grad()
 def give_weights_ranges_(
-    network: nn.Module, metric: str, device: torch.device, left_out: Callable[[str], bool] | None = None
+    network: nn.Module, metric: str, device: torch.device, left_out: Callable[[str], bool] | None = None,
+    before: Callable[[nn.Module], object] = lambda layer: None,
 ) -> float:
-    """Give weights ranges, but for layers `left_out`; returns the seconds that `metric` takes for all weights."""
+    """Give weights ranges, but for layers `left_out`; returns the seconds that `metric` takes for all weights.
+
+    Args:
+        before: called with each layer before it is timed.
+    """
     layers = {name: m for name, m in network.named_modules()
               if isinstance(getattr(m, "weight_quantizer", None), WeightQuantizer)}
     shapes: dict[tuple[int, ...], list[nn.Module]] = {}
     taken = [layer for name, layer in layers.items() if left_out is None or not left_out(name)]
     for layer in sorted(taken, key=lambda layer: layer.weight.numel()):
         shapes.setdefault(tuple(layer.weight.shape), []).append(layer)
-    small = [alike for alike in shapes.values() if alike[0].weight.numel() <= _LARGEST] or [*shapes.values()][:1]
-    timed = _timed_searches(small, metric, device)
+    timed = _timed_searches([*shapes.values()], metric, device, before)
     for layer in (layer for alike in shapes.values() for layer in alike):
         if not layer.weight_quantizer.ready:
             layer.weight_quantizer.search(layer.weight, _QUICK)
@@ -63,7 +67,7 @@ def give_weights_ranges_(
 
 
 def _timed_searches(
-    alike: Sequence[Sequence[nn.Module]], metric: str, device: torch.device
+    alike: Sequence[Sequence[nn.Module]], metric: str, device: torch.device, before: Callable[[nn.Module], object]
 ) -> dict[tuple[int, ...], float]:
     """Return the seconds that the search of a weight takes, by its shape, where those of a network are side by side.
 
@@ -71,14 +75,23 @@ def _timed_searches(
         alike: layers whose weights have one shape; those that matter most are timed.
     """
     timed: dict[tuple[int, ...], float] = {}
+    sizes: dict[int, float] = {}
     searches: list[Callable[[], None]] = []
     weights = [(len(layers), layers[0], cast("Tensor", layers[0].weight)) for layers in alike]
-    for _, layer, weight in sorted(weights, key=lambda found: -found[0] * found[2].numel() ** 0.5):
-        if sum(timed.values()) < _WEIGHTS:
-            searches.append(partial(cast("WeightQuantizer", layer.weight_quantizer).search, weight, metric))
-            timed[tuple(weight.shape)], _ = measured(searches[-1], device)
+    order = sorted(weights, key=lambda found: (found[2].numel() > _LARGEST, -found[0] * found[2].numel() ** 0.5))
+    for _, layer, weight in order:
+        left = _WEIGHTS - sum(timed.values())
+        if timed and (left <= 0 or (weight.numel() > _LARGEST and between(sizes, weight.numel()) > left)):
+            continue
+        before(layer)
+        searches.append(partial(cast("WeightQuantizer", layer.weight_quantizer).search, weight, metric))
+        timed[tuple(weight.shape)], _ = measured(searches[-1], device)
+        sizes[weight.numel()] = timed[tuple(weight.shape)]
     if device.type != "cpu" or torch.get_num_threads() == 1 or not timed:
         return timed
+    for _, layer, weight in order:
+        if tuple(weight.shape) in timed:
+            before(layer)
     together, _ = measured(partial(side_by_side, searches), device)
     return {shape: seconds * together / sum(timed.values()) for shape, seconds in timed.items()}
 

@@ -39,7 +39,8 @@ class Line:
 
 
 def line(
-    work: Callable[[int], object], n: int, device: torch.device, budget: float = BUDGET, passing: float = 0.0
+    work: Callable[[int], object], n: int, device: torch.device, budget: float = BUDGET, passing: float = 0.0,
+    before: Callable[[], object] = lambda: None,
 ) -> Line:
     """Measure `work(1)` and `work(m)`, m as near to `n` as `budget` seconds allow, and draw a line through both.
 
@@ -47,35 +48,44 @@ def line(
 
     Args:
         passing: bytes that come and go meanwhile, however many samples there are.
+        before: called before each measurement.
     """
-    _, taken = measured(lambda: work(1), device)
-    one, _ = measured(lambda: work(1), device)
+    _, taken = measured(lambda: work(1), device, before=before)
+    one, _ = measured(lambda: work(1), device, before=before)
     m = max(1, min(n, int(budget / max(one, 1e-6))))
     if m == 1:
         return Line(0.0, one, max(taken - passing, 0.0))
-    several, taken = measured(lambda: work(m), device)
+    several, taken = measured(lambda: work(m), device, before=before)
     if several < budget:
-        several, _ = measured(lambda: work(m), device, repeats=_REPEATS)
+        several, _ = measured(lambda: work(m), device, repeats=_REPEATS, before=before)
     each = max(several - one, 0.0) / (m - 1)
     fixed = max(several - each * m, 0.0)
     return Line(fixed, (several - fixed) / m, max(taken - passing, 0.0) / m)
 
 
-def measured(work: Callable[[], object], device: torch.device, repeats: int = 1) -> tuple[float, float]:
+def measured(
+    work: Callable[[], object], device: torch.device, repeats: int = 1, before: Callable[[], object] = lambda: None
+) -> tuple[float, float]:
     """Return the seconds of `work` (the median of `repeats`), and the most bytes above those in use before it.
 
     Pages of files that it read, and that stay, do not count: the system takes them back where memory is wanted.
+
+    Args:
+        before: called before each repeat, and not measured.
     """
-    before, seconds = _begin(device), []
+    before()
+    used, seconds = _begin(device), []
     of_files = _file_bytes(device)
-    for _ in range(repeats):
+    for number in range(repeats):
+        if number:
+            before()
         started = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     read = max(0.0, _file_bytes(device) - of_files)
-    return sorted(seconds)[len(seconds) // 2], max(0.0, peak_bytes(device) - before - read)
+    return sorted(seconds)[len(seconds) // 2], max(0.0, peak_bytes(device) - used - read)
 
 
 def in_use(device: torch.device) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,19 +36,6 @@ class Need:
     def fitting(self, room: float) -> int:
         """Return the largest value of the setting that fits; 0 where none does."""
         return int((room - self.fixed) // self.each) if self.each else 0
-
-
-def available_memory() -> float | None:
-    """Return the bytes that this process may still take, by the system and its cgroup; None where neither says."""
-    found = []
-    with suppress(OSError, ValueError):
-        for row in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if row.startswith("MemAvailable:"):
-                found.append(1024.0 * int(row.split()[1]))
-    with suppress(OSError, ValueError):  # "max" is no number
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        found.append(float(limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))))
-    return min(found, default=None)
 
 
 def free_disk(path: Path) -> float:

@@ -14,8 +14,8 @@ from ptq_exp.pipelines import PipelineModel
 from ptq_exp.settings.build import build
 from ptq_exp.settings.schema import ExperimentConfig
 
-_TRACES = {"quantize": 4, "reconstruct": 4}
-"""Evaluations of one sample that find the layers of a network and the order of its blocks."""
+_TRACES = {"quantize": 2, "reconstruct": 4}
+"""Evaluations of one sample that find the order of blocks, beside those that place quantizers."""
 
 
 def stage_seconds(
@@ -78,8 +78,8 @@ def _traced(speeds: Speeds, stage: str) -> float:
     """Return the seconds of what a stage does with a network in files before its first block; others take few."""
     if not speeds.run.blockwise:
         return 0.0
-    copied = speeds.placed.copied if stage == "quantize" else 0.0
-    return copied + _TRACES[stage] * speeds.full.seconds(1)
+    placing = speeds.placed.placing if stage == "quantize" else 0.0
+    return placing + _TRACES[stage] * speeds.full.seconds(1)
 
 
 def _of_engine(
@@ -115,14 +115,14 @@ def _of_scores(speeds: Speeds, config: ExperimentConfig, reused: set[str]) -> di
     real = None
     if isinstance(evaluation.reference, dict):
         real = len(build(evaluation.reference, "evaluation.reference"))
-    drawn = speeds.features.seconds(64, n / 64)
-    scored = speeds.scored(n, real or 0) if evaluation.reference is not None else 0.0
+    drawn = speeds.scoring.features.seconds(64, n / 64)
+    scored = speeds.scoring.scored(n, real or 0) if evaluation.reference is not None else 0.0
     seconds: dict[str, float | None] = {
         "fp32_scores": scored + (0.0 if "fp32_scores" in reused else drawn),
         "reference": 0.0 if "reference" in reused or evaluation.reference is None else
-        None if real is None else speeds.features.seconds(64, real / 64),
+        None if real is None else speeds.scoring.features.seconds(64, real / 64),
     }
     if speeds.plan is not None:
         seconds["scores"] = scored + drawn
-        seconds["pairs"] = compared_seconds(run, evaluation, n) + speeds.resampled(n, evaluation.fid_resamples)
+        seconds["pairs"] = compared_seconds(run, evaluation, n) + speeds.scoring.resampled(n, evaluation.fid_resamples)
     return seconds

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ptq_exp.deploy.quantized_model import QuantizedModel
 from ptq_exp.diffusion import Call
 from ptq_exp.errors import ConfigError
-from ptq_exp.evaluation import change_intervals, extract_features
-from ptq_exp.evaluation.scores import score
-from ptq_exp.evaluation.statistics import FeatureStatistics
 from ptq_exp.experiment.budget import planned_network
-from ptq_exp.experiment.features import FEATURE_BATCH
 from ptq_exp.experiment.forecast.engine import Engine, engine_of
 from ptq_exp.experiment.forecast.first_blocks import FirstBlocks
-from ptq_exp.experiment.forecast.pairs import images_of_noise
+from ptq_exp.experiment.forecast.free_memory import available_memory
 from ptq_exp.experiment.forecast.pipelines import Zeros
 from ptq_exp.experiment.forecast.placed import Placed, give_ranges_, give_weights_ranges_
 from ptq_exp.experiment.forecast.probe import Line, line, measured
 from ptq_exp.experiment.forecast.saving import saving_seconds
+from ptq_exp.experiment.forecast.scoring import Scoring
 from ptq_exp.experiment.forecast.transforms import TransformTime, transform_time
 from ptq_exp.experiment.forecast.work import EXECUTED, FULL, OBSERVED, QUANTIZED
 from ptq_exp.experiment.plan import Plan
@@ -40,11 +38,10 @@ from ptq_exp.quantization import (
     quantizers,
     select_row,
 )
-from ptq_exp.quantization.offload import mapped_copy, weight_bytes
+from ptq_exp.quantization.offload import weight_bytes
 from ptq_exp.settings.schema_machine import RuntimeConfig
 
 _SHOWN = 4  # samples that a place of a transform is fitted on
-_RESAMPLES = 8  # of scores, at most, that are timed
 
 
 class Speeds:
@@ -64,6 +61,7 @@ class Speeds:
     ) -> None:
         self.run, self.plan, self.sizes, self.runtime = run, plan, sizes, runtime or RuntimeConfig()
         self.compiles = compiles
+        self.scoring = Scoring(run)
         self._generator = torch.Generator().manual_seed(0)
 
     def of(self, network: str) -> Line:
@@ -119,63 +117,59 @@ class Speeds:
     def placed(self) -> Placed:
         """The quantized network; see `Placed`."""
         transforms: list[TransformTime] = []
-        network, report = planned_network(self.run, self.plan, lambda *of: transforms.append(self._transform(*of)))
+        fitted: list[float] = []
+
+        def look(*of) -> None:
+            begun = time.perf_counter()
+            transforms.append(self._transform(*of))
+            fitted.append(time.perf_counter() - begun)
+
+        started = time.perf_counter()
+        network, report = planned_network(self.run, self.plan, look)
+        placing = time.perf_counter() - started - sum(fitted) if self.run.blockwise else 0.0
         if report.candidates > 1:  # how often each is used is not known yet
             report = report.mixed([1 / report.candidates] * report.candidates)
-        weights = give_weights_ranges_(network, self.plan.metric, self.run.device, self.first and self.first.behind)
-        part = network if self.first is None else self.first.part(network)
-        share = weight_bytes(part) / weight_bytes(network)
-        weights += measured(partial(freeze_weights_, part), self.run.device)[0] / share
+        plan = cast("Plan", self.plan)  # there is one where something is quantized
+        weights, (observed, ranges) = self._weights(network, plan), self._activations(network, plan)
+        each = (replace(found, each=self._whole(found.each, report)) for found in transforms)
+        return Placed(network, report, weights, ranges, self._whole(observed, report), tuple(each), placing)
+
+    def _weights(self, network: nn.Module, plan: Plan) -> float:
+        """Give weights ranges, and round them; returns the seconds of all of them."""
+        first, device = self.first, self.run.device
+        anew = first.used_anew if first else lambda module: None
+        searched = give_weights_ranges_(network, plan.metric, device, first and first.behind, anew)
+        part = network if first is None else first.part(network)
+        rounded, _ = measured(partial(freeze_weights_, part), device, before=partial(anew, part))
+        return searched + rounded * weight_bytes(network) / weight_bytes(part)
+
+    def _activations(self, network: nn.Module, plan: Plan) -> tuple[Line, float]:
+        """Give activations ranges of noise; returns how fast they are observed, and the seconds of all searches."""
         observed, ranges = Line(0.0, 0.0), 0.0
         activations = [q for _, q in quantizers(network) if isinstance(q, ActivationQuantizer) and q.needs_data]
-        for row in range(self.plan.n_bins if activations else 0):
-            if self.plan.n_bins > 1:
+        for row in range(plan.n_bins if activations else 0):
+            if plan.n_bins > 1:
                 select_row(network, row)
             with calibrating(network), torch.no_grad():
                 if row == 0:
                     observed = self._line(network, OBSERVED)
                 self._evaluate(network, self.call(1))
-            ranges += give_ranges_(activations, self.plan.metric, self.run.device, timed=row == 0)
-        return Placed(
-            network, report, weights, ranges * self.plan.n_bins, self._whole(observed, report),
-            tuple(replace(found, each=self._whole(found.each, report)) for found in transforms), self._copied(),
-        )
+            ranges += give_ranges_(activations, plan.metric, self.run.device, timed=row == 0)
+        return observed, ranges * plan.n_bins
 
     @cached_property
     def first(self) -> FirstBlocks | None:
         """The blocks that are timed of a network in files; None = all of it is."""
-        run = self.run
+        run, network = self.run, self.run.model.denoiser
         if not run.blockwise:
             return None
-        return FirstBlocks(run.model.denoiser, run.model.blocks, partial(self.call(1).evaluate, run.model.denoiser))
+        room = available_memory()
+        from_disk = room is not None and room < 2 * weight_bytes(network)  # the files of both networks
+        return FirstBlocks(network, run.model.blocks, partial(self.call(1).evaluate, network), from_disk=from_disk)
 
     def passed(self, name: str) -> bool:
         """Say whether every evaluation that is timed passes the module `name`."""
         return self.first is None or self.first.hold(name)
-
-    @cached_property
-    def features(self) -> Line:
-        """The speed of the feature extractor."""
-        run = self.run
-        return line(lambda n: extract_features(run.extractor, images_of_noise(run, n)), FEATURE_BATCH, run.device)
-
-    def scored(self, n: int, real: int) -> float:
-        """Return the seconds of scoring `n` images against `real` ones."""
-        ours, theirs = (self._features(min(m, 512)) for m in (n, real or n))
-        seconds, _ = measured(lambda: score(ours, theirs), torch.device("cpu"))
-        pairs = n * (real or n) / (len(ours) * len(theirs))  # precision and recall compare all with all
-        return seconds * max(1.0, pairs)
-
-    def resampled(self, n: int, resamples: int) -> float:
-        """Return the seconds of the intervals of FID, sFID and IS."""
-        if not resamples:
-            return 0.0
-        ours = self._features(n)
-        wanted = {"fid_increase": 0.0, "sfid_increase": 0.0, "is_increase": 0.0}
-        real = self._features(2 * n)
-        seconds = line(lambda tried: change_intervals(ours, ours, real, wanted, resamples=tried), _RESAMPLES,
-                       torch.device("cpu"))
-        return seconds.seconds(resamples)
 
     def call(self, n: int) -> Call:
         """Return a call of `n` samples of noise."""
@@ -189,8 +183,15 @@ class Speeds:
         def evaluate(n: int) -> None:
             self._evaluate(network, calls.setdefault(n, self.call(n)), guided)
 
-        passing = 0.0 if self.first is None or which == FULL else self.first.largest(network)
-        return line(evaluate, self.sizes[which], self.run.device, passing=passing)
+        first = self.first
+        if first is None:
+            return line(evaluate, self.sizes[which], self.run.device)
+        part = first.part(network)
+        return line(
+            evaluate, self.sizes[which], self.run.device, passing=0.0 if which == FULL else first.largest(network),
+            # while ranges are searched, a block is in memory already
+            before=lambda: None if which == OBSERVED else first.used_anew(part),
+        )
 
     def _evaluate(self, network: nn.Module, call: Call, guided: Callable[..., Tensor] | None = None) -> None:
         if self.first is None:
@@ -203,15 +204,6 @@ class Speeds:
         if self.first is None:
             return found
         return found.scaled(1 / self.first.share(self.run.model.denoiser, report))
-
-    def _copied(self) -> float:
-        """Return the seconds of copying the weights into files; 0 where they lie in memory."""
-        if self.first is None:
-            return 0.0
-        folder, device = self.run.cache.root / PARTS, self.run.device
-        return self.first.in_proportion(
-            self.run.model.denoiser, lambda block: measured(lambda: mapped_copy(block, folder), device)[0]
-        )
 
     @cached_property
     def saved(self) -> float:
@@ -236,17 +228,6 @@ class Speeds:
             network, transform, sites, rules, lambda shown: self._evaluate(shown, few),
             lambda shown: self._line(shown, OBSERVED), self.run.device, timed or sites,
         )
-
-    @cached_property
-    def _seen(self) -> FeatureStatistics:
-        return extract_features(self.run.extractor, images_of_noise(self.run, FEATURE_BATCH))
-
-    def _features(self, n: int) -> FeatureStatistics:
-        """Return features of `n` images that were never drawn: mixtures of those of noise."""
-        draw = np.random.default_rng(n)
-        mix = draw.dirichlet(np.ones(len(self._seen)), n).astype(np.float32)
-        mixed = {name: mix @ getattr(self._seen, name) for name in ("pooled", "spatial", "probabilities")}
-        return replace(self._seen, **mixed)
 
     def model(self) -> QuantizedModel:
         """Return the network as the quantized model that the run will have."""

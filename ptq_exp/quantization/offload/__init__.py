@@ -12,19 +12,23 @@ for name in names:
 
 from ptq_exp.quantization.offload.answers import Answers
 from ptq_exp.quantization.offload.mapped import (
+    bring_in,
+    bring_in_before_calls_,
     copy_of,
+    evict,
     fill_,
     folder_of,
     in_file,
     mapped_copy,
     placing,
     release,
-    release_after_calls_,
+    stream_weights_,
     weight_bytes,
 )
 from ptq_exp.quantization.offload.parts import blocks_in_order, called_in_order, last_readers, outermost, without
 
 __all__ = [
-    "Answers", "blocks_in_order", "called_in_order", "copy_of", "fill_", "folder_of", "in_file", "last_readers",
-    "mapped_copy", "outermost", "placing", "release", "release_after_calls_", "weight_bytes", "without",
+    "Answers", "blocks_in_order", "bring_in", "bring_in_before_calls_", "called_in_order", "copy_of", "evict", "fill_",
+    "folder_of", "in_file", "last_readers", "mapped_copy", "outermost", "placing", "release", "stream_weights_",
+    "weight_bytes", "without",
 ]
