@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptq_exp.errors import QuantizationError
 from ptq_exp.quantization.layers import QUANTIZED
+from ptq_exp.quantization.offload.mapped import bring_in, folder_of, release
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,7 +34,16 @@ def check_initialised(model: nn.Module) -> None:
 
 def weight_marks(layers: Mapping[str, nn.Module]) -> dict[str, tuple]:
     """For the weight of each layer what tells whether it was replaced, written to or given other values since."""
-    return {name: _mark(layer.weight) for name, layer in layers.items() if isinstance(layer.weight, Tensor)}
+    marks = {}
+    for name, layer in layers.items():
+        if isinstance(layer.weight, Tensor):
+            in_file = folder_of(layer) is not None
+            if in_file:
+                bring_in(layer)
+            marks[name] = _mark(layer.weight)
+            if in_file:
+                release(layer)
+    return marks
 
 
 def _own_obstacle(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> str | None:
@@ -83,4 +93,7 @@ def _mark(weight: Tensor) -> tuple:
     if weight.is_meta:
         return (id(weight), weight._version)
     bits = weight.detach().view(_INTEGERS[weight.element_size()]) if not weight.is_complex() else weight.detach()
+    size = bits.element_size()
+    if bits.is_contiguous() and not (bits.is_complex() or bits.numel() * size % 8 or bits.storage_offset() * size % 8):
+        bits = bits.reshape(-1).view(torch.int64)  # several at once; a sum that runs over tells as much
     return (id(weight), weight.data_ptr(), weight._version, int(bits.sum(dtype=torch.int64)))

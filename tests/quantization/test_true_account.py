@@ -18,6 +18,7 @@ from ptq_exp.quantization import (
     quantize_,
     quantizers,
 )
+from ptq_exp.quantization.obstacles import weight_marks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*", "ignore:.*spectral_norm.*")
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -234,3 +235,19 @@ def test_layers_written_as_functions_stand_in_the_coverage_of_layers():
     assert (row_of(report, "(outside)").macs, row_of(report, "(other)").macs) == (outside, 24 * 5 * 7)
     assert report.totals["macs"]["conv_linear"] == outside + covered
     assert report.totals["coverage"]["conv_linear"] == pytest.approx(covered / (outside + covered))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["plain", "odd", "inside another", "channels last"])
+def test_the_mark_of_a_weight_tells_other_values(dtype, layout):
+    """Although it is the sum of its bits as larger integers, where they can be taken so."""
+    odd, even = torch.randn(17).to(dtype), torch.randn(4, 8, 3, 3).to(dtype)
+    weight = {"odd": odd[:15].view(3, 5, 1, 1), "inside another": odd[1:17].view(4, 4, 1, 1)}.get(layout, even)
+    layer = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2])
+    layer.weight = nn.Parameter(weight)
+    if layout == "channels last":
+        layer.to(memory_format=torch.channels_last)
+    before = weight_marks({"layer": layer})
+    assert weight_marks({"layer": layer}) == before
+    layer.weight.data[-1, -1, 0, 0] += 1  # which the version of the parameter does not tell
+    assert weight_marks({"layer": layer}) != before
