@@ -68,10 +68,6 @@ class Run:
     cuda_graph: bool = False
     max_memory: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.blockwise:
-            bring_in_before_calls_(self.model.denoiser, outermost(self.model.denoiser, self.model.blocks))
-
     @classmethod
     def of(cls, config: ExperimentConfig, saved: Artifact | None = None, fresh_since: float | None = None) -> Run:
         """Build the objects that `config` names.
@@ -106,10 +102,13 @@ class Run:
         cache = ArtifactCache(config.cache_dir, config.cache, fresh_since, config.cache_lease)
         if saved is not None:
             saved.check_grid(grid, scale)
-        return cls(
+        run = cls(
             model, grid, scale, config.seed, device, cache, extractor, trainer_settings, config.model.compile,
             config.trainer.cuda_graph, bytes_of(config.trainer.max_memory_gb),
         )
+        if run.blockwise:
+            bring_in_before_calls_(model.denoiser, outermost(model.denoiser, model.blocks))
+        return run
 
     def trainer(self, title: str):
         """Make a Lightning Trainer whose progress bar is called `title`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,10 @@ class CompiledNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self._source = [network]  # a list: its weights are not moved by `to`
+        threads = threads or torch.get_num_threads()
         self._settings = {
-            "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY", **group_settings(network),
+            "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_CPU_PINNING": _take_all_cores(threads), "PERFORMANCE_HINT": "LATENCY", **group_settings(network),
         }
         self._rows, self._try_first, self._cache, self._files = rows, try_first, cache, files or Files()
         # before a trace leaves anything in it
@@ -188,6 +190,15 @@ class CompiledNetwork(nn.Module):
 
     def _path(self, call: Sequence[Tensor], names: tuple[str, ...]) -> Path:
         return self._files.of(_key(call, names), lambda: traced(self._source[0], call, names, self._rows))
+
+
+def _take_all_cores(threads: int) -> bool:
+    """Say whether so many threads are all that may be used: then each is best bound to a core of its own.
+
+    Left to the system two of them share a core at times, for seconds, and take as long as one. Fewer threads are not
+    bound: those of several processes would all be on the first cores.
+    """
+    return threads > 1 and hasattr(os, "sched_getaffinity") and threads == len(os.sched_getaffinity(0))
 
 
 def _evaluated(model: Any, call: Sequence[Tensor]) -> Tensor:

@@ -171,3 +171,23 @@ def test_share_of_the_multiplications():
     assert Execution(rows).int8_share == 0.9 and Execution(rows).attention_int8_share == 0
     assert Execution().int8_share == 0
 
+
+
+@pytest.mark.parametrize(("cores", "threads", "bound"), [({0, 1}, 2, True), ({0, 1}, 1, False), ({3}, 1, False),
+                                                         ({0, 1, 2}, 2, False), ({0, 1}, 3, False)])
+def test_threads_are_bound_to_cores_where_they_take_all_of_them(monkeypatch, cores, threads, bound):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores, raising=False)
+    made = CompiledNetwork(torch.nn.Linear(3, 2), threads=threads, try_first=False)
+    assert made._settings["ENABLE_CPU_PINNING"] is bound
+    monkeypatch.delattr(os, "sched_getaffinity")  # other systems than Linux
+    assert CompiledNetwork(torch.nn.Linear(3, 2), threads=threads)._settings["ENABLE_CPU_PINNING"] is False
+
+
+def test_bound_threads_compute_the_same():
+    network, x = torch.nn.Linear(64, 8), torch.randn(5, 64)
+    found = []
+    for bound in (True, False):
+        made = CompiledNetwork(network, threads=2, try_first=False)
+        made._settings["ENABLE_CPU_PINNING"] = bound
+        found.append(made(x))
+    assert torch.equal(*found) and error(found[0], network(x)) < 1e-5
