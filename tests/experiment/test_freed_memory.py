@@ -11,7 +11,7 @@ from ptq_exp.experiment.freed_memory import keep_freed_memory
 PAGES = """
 import resource, torch
 from ptq_exp.experiment.freed_memory import keep_freed_memory
-kept = {kept} and keep_freed_memory()
+kept = keep_freed_memory()
 torch.set_num_threads(1)
 def some():
     return [torch.ones(1 << 22) for _ in range(6)]  # 96 MB, free at its end
@@ -26,10 +26,11 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_the_next_tensor_takes_the_pages_of_a_freed_one():
-    kept, faults = _run(PAGES.format(kept=True))
+    """Left alone glibc mostly brings in all pages each time, 245,760 of 4 KB here, and at times none."""
+    kept, faults = _run()
     if kept == "False":
         pytest.skip("the C library is not glibc")
-    assert 10 * faults < _run(PAGES.format(kept=False))[1]
+    assert faults < 10_000
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
@@ -46,7 +47,7 @@ def test_another_library_is_left_alone(monkeypatch):
     assert not keep_freed_memory()
 
 
-def _run(code):
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def _run():
+    found = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     kept, faults = found.stdout.split()
     return kept, int(faults)
