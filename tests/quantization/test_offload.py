@@ -3,6 +3,7 @@
 import copy
 import errno
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ptq_exp.quantization.offload import (
     blocks_in_order,
     bring_in_before_calls_,
     evict,
+    folder_of,
     last_readers,
     mapped,
     mapped_copy,
@@ -178,6 +180,21 @@ def test_weights_are_brought_in_once_for_each_call_and_given_back(monkeypatch):
     stream_weights_(network, ["0", "2"])
     network(torch.ones(1, 2))
     assert done == [(way, network[n]) for n in (0, 2) for way in ("in", "out")]
+
+
+@pytest.mark.parametrize("again", [
+    lambda network: pickle.loads(pickle.dumps(network)), copy.deepcopy, lambda network: network.to(torch.float64),
+    lambda network: network.double().float(),
+])
+def test_weights_that_have_left_their_files_are_kept(tmp_path, again):
+    """Memory that no file holds would be zeros after it was given back."""
+    network = mapped_copy(nn.Sequential(nn.Linear(600, 600)), tmp_path)
+    stream_weights_(network, ["0"])
+    wanted = network[0].weight.double().clone()
+    made = again(network)
+    for _ in range(2):
+        made(torch.ones(1, 600, dtype=made[0].weight.dtype))
+    assert torch.equal(made[0].weight.double(), wanted) and folder_of(made) is None
 
 
 def test_weights_without_memory_become_zeros(tmp_path):

@@ -113,7 +113,12 @@ def fill_(network: nn.Module, types: Callable[[str], torch.dtype]) -> None:
 
 def folder_of(network: nn.Module) -> Path | None:
     """Return the folder of the files that the parameters of `network` lie in; None = they lie in memory."""
-    return next((getattr(p, _OF_FILE) for p in network.parameters() if hasattr(p, _OF_FILE)), None)
+    return next((getattr(p, _OF_FILE) for p in network.parameters() if _in_own_file(p)), None)
+
+
+def _in_own_file(tensor: Tensor) -> bool:
+    """Say whether the memory of `tensor` is a file of ours: what pickle or `to` made of one has its mark alone."""
+    return hasattr(tensor, _OF_FILE) and tensor.untyped_storage().filename is not None
 
 
 def weight_bytes(network: nn.Module) -> int:
@@ -167,7 +172,7 @@ _bring_in_before.reads_values = _release_after.reads_values = False  # see `diff
 
 def _release(tensor: Tensor) -> None:
     # memory of our own files is dropped; of others the kernel decides, which keeps what no file holds
-    _advise(tensor, mmap.MADV_DONTNEED if hasattr(tensor, _OF_FILE) else _PAGE_OUT)
+    _advise(tensor, mmap.MADV_DONTNEED if _in_own_file(tensor) else _PAGE_OUT)
 
 
 def evict(module: nn.Module) -> None:
