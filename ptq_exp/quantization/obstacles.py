@@ -13,6 +13,7 @@ from ptq_exp.quantization.layers import QUANTIZED
 from ptq_exp.quantization.offload.mapped import bring_in, folder_of, release
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AT_ONCE = 1 << 16  # values of a weight whose upper halves are in memory beside it
 
 
 def layer_obstacles(model: nn.Module) -> dict[str, str]:
@@ -95,5 +96,16 @@ def _mark(weight: Tensor) -> tuple:
     bits = weight.detach().view(_INTEGERS[weight.element_size()]) if not weight.is_complex() else weight.detach()
     size = bits.element_size()
     if bits.is_contiguous() and not (bits.is_complex() or bits.numel() * size % 8 or bits.storage_offset() * size % 8):
-        bits = bits.reshape(-1).view(torch.int64)  # several at once; a sum that runs over tells as much
-    return (id(weight), weight.data_ptr(), weight._version, int(bits.sum(dtype=torch.int64)))
+        bits = bits.reshape(-1).view(torch.int64)  # several at once
+    return (id(weight), weight.data_ptr(), weight._version, *_sums(bits))
+
+
+def _sums(bits: Tensor) -> tuple[int, int]:
+    """Return the sum of integers, and that of the upper halves of those of eight bytes; 0 of others.
+
+    The first runs over: signs that change in an even number of them leave it as it is. The second does not.
+    """
+    if bits.dtype != torch.int64:
+        return int(bits.sum(dtype=torch.int64)), 0
+    parts = bits.split(max(1, _AT_ONCE * len(bits) // max(1, bits.numel())))
+    return sum(int(part.sum()) for part in parts), sum(int((part >> 32).sum()) for part in parts)

@@ -251,3 +251,16 @@ def test_the_mark_of_a_weight_tells_other_values(dtype, layout):
     assert weight_marks({"layer": layer}) == before
     layer.weight.data[-1, -1, 0, 0] += 1  # which the version of the parameter does not tell
     assert weight_marks({"layer": layer}) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_mark_of_a_weight_tells_other_signs(dtype, layout):
+    """In an even number of larger integers their highest bits add up to nothing."""
+    layer = nn.Conv2d(4, 8, 2).to(dtype=dtype, memory_format=layout)
+    before = weight_marks({"layer": layer})
+    values = layer.weight.data.abs_().as_strided((layer.weight.numel(),), (1,))  # as they lie in memory
+    positive = weight_marks({"layer": layer})
+    several = 8 // values.element_size()
+    values[several - 1 :: several].neg_()
+    assert before != positive != weight_marks({"layer": layer})
