@@ -38,6 +38,16 @@ def test_without_a_limit_nothing_is_said(tmp_path, names, top, unlimited):
     assert left(tmp_path, "0::/\n4:memory:/\n") == []
 
 
+@pytest.mark.parametrize("counts", [None, "", "active_file\ninactive_file what\n"])
+@pytest.mark.parametrize(("names", "top"), [(V2, ""), (V1, "memory")])
+def test_a_limit_holds_where_pages_of_files_are_not_counted(tmp_path, names, top, counts):
+    group(tmp_path / top, names, 2 * GB, GB)
+    (tmp_path / top / "memory.stat").unlink()
+    if counts is not None:
+        (tmp_path / top / "memory.stat").write_text(counts)
+    assert left(tmp_path, "0::/\n4:memory:/\n") == [GB]
+
+
 def test_the_group_of_a_container_is_the_root_whatever_path_the_host_has(tmp_path):
     group(tmp_path, V2, 2 * GB, GB)
     assert left(tmp_path, "0::/docker/0123\n") == [GB]

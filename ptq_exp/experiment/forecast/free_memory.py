@@ -28,14 +28,16 @@ def available_memory() -> float | None:
 def left_by(version: int, group: Path) -> float | None:
     """Return the limit of a control group less what it holds, in bytes; None where it has no limit.
 
-    Pages of files do not count as held: they make room for others.
+    Pages of files do not count as held, where the system says how many they are: they make room for others.
     """
     limit, usage, files = _NAMES[version]
+    of_files = 0
     try:
         most = int((group / limit).read_text(encoding="ascii"))  # "max" is no number
         held = int((group / usage).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    with suppress(OSError, ValueError):
         rows = [row.split() for row in (group / "memory.stat").read_text(encoding="ascii").splitlines()]
         of_files = sum(int(row[1]) for row in rows if len(row) == 2 and row[0] in files)
-    except (OSError, ValueError, IndexError):
-        return None
     return None if most >= _UNLIMITED else float(most - max(0, held - of_files))
