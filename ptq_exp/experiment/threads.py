@@ -107,5 +107,5 @@ def quota_of(version: int, group: Path) -> float:
             quota, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip()
                              for name in ("quota", "period"))
         return math.inf if quota in ("max", "-1") else max(1.0, int(quota) / int(period))
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):
         return math.inf

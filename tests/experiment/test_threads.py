@@ -67,7 +67,7 @@ def test_who_says_how_many_threads_decides(machine, monkeypatch):
     ({"cpu.max": "max 100000\n"}, math.inf), ({"cpu.max": "250000 100000\n"}, 2.5), ({"cpu.max": "5000 100000"}, 1.0),
     ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
     ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0), ({}, math.inf),
-    ({"cpu.max": "what\n"}, math.inf),
+    ({"cpu.max": "what\n"}, math.inf), ({"cpu.max": "100000 0\n"}, math.inf),
     ({"cpu.max": "300000 100000\n", "job/cpu.max": "max 100000\n"}, 3.0),  # of the group around it
     ({"job/cpu.max": "200000 100000\n", "other/cpu.max": "100000 100000\n"}, 2.0),
     ({"cpu/job/cpu.cfs_quota_us": "150000\n", "cpu/job/cpu.cfs_period_us": "100000\n"}, 1.5),
